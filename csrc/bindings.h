@@ -1,0 +1,10 @@
+// One function an op; module.cpp calls each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace topgather {
+
+void bind_moba(pybind11::module_& module);
+
+}  // namespace topgather

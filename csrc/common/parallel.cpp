@@ -1,0 +1,50 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace topgather {
+
+void parallel_for(int num_threads, int64_t num_tasks, TaskBody body, void* context) {
+  if (num_tasks <= 0) return;
+  const int num_workers = static_cast<int>(std::clamp<int64_t>(num_threads, 1, num_tasks));
+  std::atomic<int64_t> next_task{0};
+  const auto work = [&](int worker) {
+    for (int64_t task = next_task.fetch_add(1); task < num_tasks; task = next_task.fetch_add(1)) {
+      body(context, task, worker);
+    }
+  };
+  std::vector<std::thread> helpers;
+  helpers.reserve(static_cast<size_t>(num_workers) - 1);
+  try {
+    for (int worker = 1; worker < num_workers; ++worker) helpers.emplace_back(work, worker);
+  } catch (const std::system_error&) {
+    // The system refuses more threads: those that started, and the caller, do all of the tasks.
+  }
+  work(0);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+int useful_threads(int num_threads, int64_t num_tasks, double num_operations) {
+  constexpr double kOperationsPerThread = 500e3;
+  const double by_work = num_operations / kOperationsPerThread + 1.0;
+  const int64_t limit = std::min<int64_t>(std::max<int64_t>(num_tasks, 1), num_threads);
+  return static_cast<int>(std::clamp<double>(by_work, 1.0, static_cast<double>(std::max<int64_t>(limit, 1))));
+}
+
+void AlignedDelete::operator()(void* pointer) const noexcept { std::free(pointer); }
+
+AlignedBuffer allocate_aligned(size_t num_bytes) {
+  constexpr size_t kAlignment = 64;
+  const size_t rounded = std::max<size_t>((num_bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
+  void* pointer = std::aligned_alloc(kAlignment, rounded);
+  if (pointer == nullptr) throw std::bad_alloc();
+  return AlignedBuffer(static_cast<unsigned char*>(pointer));
+}
+
+}  // namespace topgather

@@ -1,0 +1,175 @@
+// Storage types to and from the type a kernel computes in, and gathers of scattered rows into dense tiles.
+#pragma once
+
+#include <utility>
+
+#include "../common/dtype.h"
+#include "simd.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// float64 computes in float64, everything else in float32.
+template <typename Storage>
+using ComputeOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+inline float to_compute(float value) { return value; }
+inline double to_compute(double value) { return value; }
+inline float to_compute(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+inline float to_compute(Float16 value) {
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  // Multiplying by 2^112 moves the exponent's bias and makes denormals normal in one step.
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t bits = (value.bits & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000u) : finite;
+  return bit_cast<float>(bits | static_cast<uint32_t>(value.bits & 0x8000) << 16);
+}
+
+template <typename Storage>
+inline Storage from_compute(ComputeOf<Storage> value) {
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return BFloat16{static_cast<uint16_t>(is_nan ? 0x7fc0u | bits >> 16 : rounded)};
+  } else if constexpr (std::is_same_v<Storage, Float16>) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+    // Adding 1/2 puts a value below 2^-14 on float16's denormal grid, rounded to nearest even.
+    const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t result = magnitude < 0x38800000u ? denormal : normal;
+    if (magnitude >= 0x47800000u) result = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    return Float16{static_cast<uint16_t>(result | (bits >> 16 & 0x8000u))};
+  } else {
+    return value;
+  }
+}
+
+template <typename Storage>
+inline void load_row(const Storage* source, int64_t count, ComputeOf<Storage>* target) {
+  for (int64_t i = 0; i < count; ++i) target[i] = to_compute(source[i]);
+}
+
+template <typename Storage>
+inline void store_row(const ComputeOf<Storage>* source, int64_t count, ComputeOf<Storage> factor, Storage* target) {
+  for (int64_t i = 0; i < count; ++i) target[i] = from_compute<Storage>(source[i] * factor);
+}
+
+template <typename Storage>
+inline Vector<ComputeOf<Storage>> load_vector(const Storage* source) {
+  using T = ComputeOf<Storage>;
+  if constexpr (std::is_same_v<Storage, T>) {
+    return load<T>(source);
+  } else {
+    T values[kLanes<T>];
+    load_row(source, kLanes<T>, values);
+    return load<T>(values);
+  }
+}
+
+// Lanes of `low` and `high` where bit kBit of the lane number decides: one step of a butterfly transpose.
+template <typename T, int kBit, bool kUpper>
+inline Vector<T> butterfly(const Vector<T>& low, const Vector<T>& high) {
+  constexpr int kWidth = kLanes<T>;
+  constexpr auto source_lane = [](int lane) {
+    const bool set = (lane & kBit) != 0;
+    if constexpr (kUpper) return set ? kWidth + lane : lane + kBit;
+    return set ? kWidth + lane - kBit : lane;
+  };
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(low, high, source_lane(kLane)...);
+#else
+    return __builtin_shuffle(low, high, IntegerVector<T>{source_lane(kLane)...});
+#endif
+  }(std::make_integer_sequence<int, kWidth>{});
+}
+
+template <typename T, int kBit = 1>
+inline void transpose_in_registers(Vector<T> (&rows)[kLanes<T>]) {
+  if constexpr (kBit < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & kBit) == 0) {
+        const Vector<T> low = rows[i];
+        const Vector<T> high = rows[i + kBit];
+        rows[i] = butterfly<T, kBit, false>(low, high);
+        rows[i + kBit] = butterfly<T, kBit, true>(low, high);
+      }
+    }
+    transpose_in_registers<T, kBit * 2>(rows);
+  }
+}
+
+// tile[d * tile_row + i] = factor * source[row_idx[i] * row_stride + d], for i < count and d < depth. Columns from
+// count to the next whole vector repeat the last row, so that they hold nothing that was not in the input.
+template <typename Storage>
+inline void gather_transposed(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
+                              int64_t depth, ComputeOf<Storage> factor, ComputeOf<Storage>* tile, int64_t tile_row) {
+  using T = ComputeOf<Storage>;
+  constexpr int kWidth = kLanes<T>;
+  for (int64_t first = 0; first < count; first += kWidth) {
+    const Storage* rows[kWidth];
+    for (int i = 0; i < kWidth; ++i) rows[i] = source + row_idx[min64(first + i, count - 1)] * row_stride;
+    int64_t d = 0;
+    for (; d + kWidth <= depth; d += kWidth) {
+      Vector<T> block[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) block[i] = load_vector(rows[i] + d) * factor;
+      transpose_in_registers<T>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) store<T>(tile + (d + i) * tile_row + first, block[i]);
+    }
+    for (; d < depth; ++d) {
+      for (int i = 0; i < kWidth; ++i) tile[d * tile_row + first + i] = to_compute(rows[i][d]) * factor;
+    }
+  }
+}
+
+// tile[i * tile_row + d] = source[row_idx[i] * row_stride + d] for d < depth, zero from depth to padded_depth.
+template <typename Storage>
+inline void gather_rows(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
+                        int64_t depth, int64_t padded_depth, ComputeOf<Storage>* tile, int64_t tile_row) {
+  for (int64_t i = 0; i < count; ++i) {
+    load_row(source + row_idx[i] * row_stride, depth, tile + i * tile_row);
+    for (int64_t d = depth; d < padded_depth; ++d) tile[i * tile_row + d] = 0;
+  }
+}
+
+// Whether rows [0, num_rows) hold neither inf nor NaN: x - x is 0 exactly then.
+template <typename Storage>
+inline bool all_finite(const Storage* rows, int64_t row_stride, int64_t num_rows, int64_t depth) {
+  using T = ComputeOf<Storage>;
+  typename VectorTraits<T>::IntegerElement num_others = 0;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const Storage* row = rows + i * row_stride;
+    for (int64_t d = 0; d < depth; ++d) {
+      const T element = to_compute(row[d]);
+      num_others += element - element == 0 ? 0 : 1;
+    }
+  }
+  return num_others == 0;
+}
+
+// A block of consecutive rows as the micro-kernel wants it: the rows themselves where they already are of the compute
+// type and a whole number of vectors wide (or the reader does not care for the width), else a converted, padded copy.
+template <typename T>
+struct RowBlock {
+  const T* data;
+  int64_t row_stride;
+};
+
+template <typename Storage>
+inline RowBlock<ComputeOf<Storage>> dense_rows(const Storage* source, int64_t row_stride, int64_t count, int64_t depth,
+                                               int64_t padded_depth, ComputeOf<Storage>* scratch) {
+  using T = ComputeOf<Storage>;
+  if constexpr (std::is_same_v<Storage, T>) {
+    if (depth == padded_depth) return {source, row_stride};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    load_row(source + i * row_stride, depth, scratch + i * padded_depth);
+    for (int64_t d = depth; d < padded_depth; ++d) scratch[i * padded_depth + d] = 0;
+  }
+  return {scratch, padded_depth};
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

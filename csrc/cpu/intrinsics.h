@@ -1,0 +1,143 @@
+// The only file of the CPU backend with intrinsics: what vector extensions cannot say.
+//
+// AVX-512: scaling by a power of two. AMX: the matrix unit of recent x86-64 processors, which multiplies
+// A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one 32-bit word
+// holds two consecutive depths of one column.
+#pragma once
+
+#include "convert.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// x - floor(x); 0 for infinities, NaN for NaN.
+inline Vector<float> fraction_above_floor(const Vector<float>& x) {
+  // All lanes written, so the merge source is never read; naming it keeps compilers from warning of garbage in it.
+  const __m512 source = bit_cast<__m512>(x);
+  return bit_cast<Vector<float>>(
+      _mm512_mask_reduce_ps(source, 0xffff, source, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+}
+
+// x * 2^floor(exponent): 0 for an exponent of -inf, inf on overflow, NaN kept.
+inline Vector<float> scale_by_floor_power(const Vector<float>& x, const Vector<float>& exponent) {
+  const __m512 source = bit_cast<__m512>(x);
+  return bit_cast<Vector<float>>(_mm512_mask_scalef_ps(source, 0xffff, source, bit_cast<__m512>(exponent)));
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
+#endif
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+inline constexpr int64_t kAmxRows = 16;
+inline constexpr int64_t kAmxDepth = 32;
+inline constexpr int64_t kAmxPanel = 32;  // rows and columns of C that amx_panel_product makes at once
+
+// Configures the unit for the lifetime of the guard: every tile register 16 rows of 64 bytes.
+class AmxGuard {
+ public:
+  AmxGuard() {
+    struct alignas(64) Configuration {
+      uint8_t palette = 1;
+      uint8_t start_row = 0;
+      uint8_t reserved[14] = {};
+      uint16_t bytes_per_row[16] = {};
+      uint8_t rows[16] = {};
+    } configuration;
+    static_assert(sizeof(Configuration) == 64);
+    for (int tile = 0; tile < 8; ++tile) {
+      configuration.bytes_per_row[tile] = 64;
+      configuration.rows[tile] = 16;
+    }
+    _tile_loadconfig(&configuration);
+  }
+  ~AmxGuard() { _tile_release(); }
+  AmxGuard(const AmxGuard&) = delete;
+  AmxGuard& operator=(const AmxGuard&) = delete;
+};
+
+// C [32, 32] = A [32, depth] x B [depth, 32]. a_row in bfloat16 elements, b_row in 32-bit pairs, c_row in floats; depth
+// a multiple of 32. With one_row_group only the first 16 rows are computed.
+inline void amx_panel_product(const BFloat16* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
+                              int64_t c_row, int64_t depth, bool one_row_group) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += kAmxDepth) {
+    const uint32_t* b_tile = b + k / 2 * b_row;
+    _tile_loadd(4, a + k, a_row * 2);
+    _tile_loadd(6, b_tile, b_row * 4);
+    _tile_loadd(7, b_tile + kAmxRows, b_row * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (!one_row_group) {
+      _tile_loadd(5, a + kAmxRows * a_row + k, a_row * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_row * 4);
+  _tile_stored(1, c + kAmxRows, c_row * 4);
+  if (!one_row_group) {
+    _tile_stored(2, c + kAmxRows * c_row, c_row * 4);
+    _tile_stored(3, c + kAmxRows * c_row + kAmxRows, c_row * 4);
+  }
+}
+
+inline void store_bfloat16(BFloat16* target, const Vector<float>& low, const Vector<float>& high) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low));
+  std::memcpy(target, &rounded, sizeof(rounded));
+}
+
+// pairs[p * pair_row + column] = depths 2p and 2p + 1 of rows[column], for column < padded_columns: B as the transpose
+// of `count` rows. padded_depth and padded_columns are multiples of 32 and 16; what lies outside the rows is zero.
+inline void pack_transposed_pairs(const BFloat16* rows, int64_t row_stride, int64_t count, int64_t depth,
+                                  int64_t padded_depth, int64_t padded_columns, uint32_t* pairs, int64_t pair_row) {
+  for (int64_t first = 0; first < padded_columns; first += kAmxRows) {
+    for (int64_t k = 0; k < padded_depth; k += kAmxDepth) {
+      // Floats only carry the bits here; nothing computes with them.
+      Vector<float> block[16];
+      for (int i = 0; i < 16; ++i) {
+        block[i] = Vector<float>{};
+        if (first + i >= count) continue;
+        const BFloat16* source = rows + (first + i) * row_stride + k;
+        const int64_t left = min64(depth - k, kAmxDepth);
+        if (left == kAmxDepth) {
+          std::memcpy(&block[i], source, 64);
+        } else if (left > 0) {
+          std::memcpy(&block[i], source, static_cast<size_t>(left) * 2);
+        }
+      }
+      transpose_in_registers<float>(block);
+      for (int i = 0; i < 16; ++i) {
+        std::memcpy(pairs + (k / 2 + i) * pair_row + first, &block[i], 64);
+      }
+    }
+  }
+}
+
+// pairs[p * pair_row + d] = element d of rows 2p and 2p + 1: B as the rows themselves. padded_count is even and
+// padded_depth at least depth; what lies outside the rows is zero.
+inline void pack_row_pairs(const BFloat16* rows, int64_t row_stride, int64_t count, int64_t padded_count, int64_t depth,
+                           int64_t padded_depth, uint32_t* pairs, int64_t pair_row) {
+  for (int64_t p = 0; p < padded_count / 2; ++p) {
+    uint32_t* target = pairs + p * pair_row;
+    const BFloat16* even = rows + 2 * p * row_stride;
+    const BFloat16* odd = even + row_stride;
+    if (2 * p + 1 < count) {
+      for (int64_t d = 0; d < depth; ++d) target[d] = even[d].bits | static_cast<uint32_t>(odd[d].bits) << 16;
+    } else {
+      for (int64_t d = 0; d < depth; ++d) target[d] = 2 * p < count ? even[d].bits : 0;
+    }
+    for (int64_t d = depth; d < padded_depth; ++d) target[d] = 0;
+  }
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
+
+#endif

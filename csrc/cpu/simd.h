@@ -1,0 +1,129 @@
+// Vectors as wide as the target's registers, written with the compilers' vector extensions.
+//
+// One source serves every instruction set: a kernel file is compiled once per target, each time with that
+// target's flags and with TOPGATHER_CPU_TARGET naming the namespace its code lands in. Nothing here is an
+// intrinsic; the one file that holds any is intrinsics.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#ifndef TOPGATHER_CPU_TARGET
+#error "compile CPU kernels with -DTOPGATHER_CPU_TARGET=<namespace>"
+#endif
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kNumVectorRegisters = 32;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kNumVectorRegisters = 16;
+#elif defined(__aarch64__)
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kNumVectorRegisters = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kNumVectorRegisters = 16;
+#endif
+
+template <typename T>
+struct VectorTraits {
+  using IntegerElement = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+  typedef IntegerElement Integer __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename T>
+using Vector = typename VectorTraits<T>::Vector;
+
+// Lane masks and integers as wide as T: comparisons of Vector<T> yield 0 or -1 per lane in this type.
+template <typename T>
+using IntegerVector = typename VectorTraits<T>::Integer;
+
+template <typename T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+inline Vector<T> load(const T* source) {
+  Vector<T> result;
+  std::memcpy(&result, source, sizeof(result));
+  return result;
+}
+
+template <typename T, typename V>
+inline void store(T* target, const V& vector) {
+  static_assert(sizeof(V) == kVectorBytes);
+  std::memcpy(target, &vector, sizeof(vector));
+}
+
+template <typename T>
+inline Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &from, sizeof(result));
+  return result;
+}
+
+// A NaN in `a` is dropped, one in `b` is kept. Written so that it becomes the one instruction that does the same.
+template <typename V>
+inline V maximum(const V& a, const V& b) {
+  return a > b ? a : b;
+}
+
+template <typename V>
+inline V minimum(const V& a, const V& b) {
+  return a < b ? a : b;
+}
+
+template <typename Mask>
+inline bool any_lane(const Mask& mask) {
+  // Compilers turn this or-reduction into one test instruction where the target has one.
+  int64_t words[kVectorBytes / 8];
+  std::memcpy(words, &mask, sizeof(words));
+  int64_t joined = 0;
+  for (int i = 0; i < kVectorBytes / 8; ++i) joined |= words[i];
+  return joined != 0;
+}
+
+// Joins all lanes pairwise: lane l with l ^ 1, then l ^ 2, and so on.
+template <typename T, int kBit = kLanes<T> / 2, typename Join>
+inline T reduce_lanes(const Vector<T>& vector, const Join& join) {
+  if constexpr (kBit == 0) {
+    return vector[0];
+  } else {
+    const Vector<T> swapped = [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+      return __builtin_shufflevector(vector, vector, (kLane ^ kBit)...);
+#else
+      return __builtin_shuffle(vector, IntegerVector<T>{(kLane ^ kBit)...});
+#endif
+    }(std::make_integer_sequence<int, kLanes<T>>{});
+    return reduce_lanes<T, kBit / 2>(join(vector, swapped), join);
+  }
+}
+
+template <typename T>
+inline T largest_lane(const Vector<T>& vector) {
+  return reduce_lanes<T>(vector, [](const Vector<T>& a, const Vector<T>& b) { return maximum(a, b); });
+}
+
+template <typename T>
+inline T sum_of_lanes(const Vector<T>& vector) {
+  return reduce_lanes<T>(vector, [](const Vector<T>& a, const Vector<T>& b) { return a + b; });
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -1,0 +1,414 @@
+// Block attention backward on the CPU: scores recomputed, one pass, five products per tile.
+//
+//   delta_i  = sum_v grad_out_iv * out_iv - grad_lse_i
+//   p_it     = exp(scale * dot(query_i, key_t) - lse_i)
+//   ds_it    = p_it * (dot(grad_out_i, value_t) - delta_i)
+//   grad_value_t = sum_i p_it grad_out_i;  grad_key_t = scale sum_i ds_it query_i;  grad_query_i = scale sum_t ds_it key_t
+//
+// Who owns what: every (query range r, chunk of key blocks c) of a key head's group is one task; it adds to the rows
+// of grad_query of r and to the rows of grad_key and grad_value of c. Tasks run in rounds, task (r, c) in round
+// (r + c) mod num_rounds, so that two tasks of a round share neither r nor c: no atomics, no copies of gradients, and
+// each sum is taken in an order fixed by shapes alone, whatever the number of threads. Steps:
+//   1. key-major lists of every range, delta of every row;
+//   per round, per task, per block of c, per kTileKeys keys, per tile of queries of r:
+//   2. gather queries and grad_out, transposed (for the scores) and as rows (for the sums over queries);
+//   3. weights p [keys, queries] and ds from two products;
+//   4. add p x grad_out and ds x query to the block's grad_value and grad_key tiles;
+//   5. ds^T x keys, added to grad_query;
+//   6. after the last tile, the block's tiles are added to grad_key and grad_value;
+//   last, 7. where gradients are 16 bits wide, the float32 sums are converted.
+// Numerics: float32 sums (float64 for float64). 16-bit gradients are summed in a float32 workspace, of as many key
+// heads at a time as keep the threads busy. Rows without visible keys are in no list: their gradients are 0.
+// Determinism: as above, bitwise, by default.
+#pragma once
+
+#include "moba_forward_cpu.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// A gradient while it is being summed: the result itself, or a workspace of the compute type.
+template <typename T>
+struct GradientSum {
+  T* data;  // first row of the head
+  int64_t row_stride;
+};
+
+template <typename T>
+inline void add_rows(const T* tile, int64_t tile_row, const int32_t* rows, int64_t count, int64_t depth, T factor,
+                     const GradientSum<T>& target) {
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = target.data + (rows == nullptr ? i : rows[i]) * target.row_stride;
+    for (int64_t d = 0; d < depth; ++d) row[d] += factor * tile[i * tile_row + d];
+  }
+}
+
+template <typename Storage>
+struct BackwardTask {
+  using T = ComputeOf<Storage>;
+  static constexpr int64_t kTileQueries = 32;
+  static constexpr int64_t kTileKeys = 128;
+  static constexpr int kMaxVectors = static_cast<int>(kTileQueries) / kLanes<T>;
+
+  const MobaBackwardParams& params;
+  int64_t padded_head_dim;
+  int64_t padded_value_dim;
+
+  T* query_columns;     // [D, kTileQueries], times scale * log2(e)
+  T* grad_out_columns;  // [V, kTileQueries]
+  T* query_rows;        // [kTileQueries, padded D]
+  T* grad_out_rows;     // [kTileQueries, padded V]
+  T* weights;           // [kTileKeys, kTileQueries]
+  T* grad_scores;       // [kTileKeys, kTileQueries]
+  T* grad_query_tile;   // [kTileQueries, padded D]
+  T* grad_key_tile;     // [kTileKeys, padded D]
+  T* grad_value_tile;   // [kTileKeys, padded V]
+  T* key_scratch;       // [kTileKeys, padded D]
+  T* value_scratch;     // [kTileKeys, padded V]
+
+  BackwardTask(const MobaBackwardParams& p, ScratchCutter& scratch)
+      : params(p),
+        padded_head_dim(round_up(p.problem.head_dim, kLanes<T>)),
+        padded_value_dim(round_up(p.problem.value_dim, kLanes<T>)) {
+    query_columns = scratch.take<T>(p.problem.head_dim * kTileQueries);
+    grad_out_columns = scratch.take<T>(p.problem.value_dim * kTileQueries);
+    query_rows = scratch.take<T>(padded_head_dim * kTileQueries);
+    grad_out_rows = scratch.take<T>(padded_value_dim * kTileQueries);
+    weights = scratch.take<T>(kTileKeys * kTileQueries);
+    grad_scores = scratch.take<T>(kTileKeys * kTileQueries);
+    grad_query_tile = scratch.take<T>(padded_head_dim * kTileQueries);
+    grad_key_tile = scratch.take<T>(padded_head_dim * kTileKeys);
+    grad_value_tile = scratch.take<T>(padded_value_dim * kTileKeys);
+    key_scratch = scratch.take<T>(padded_head_dim * kTileKeys);
+    value_scratch = scratch.take<T>(padded_value_dim * kTileKeys);
+  }
+
+  // Per-row inputs of a range, by row of the range.
+  struct RangeRows {
+    const Storage* query;
+    const Storage* grad_out;
+    const T* lse;
+    const T* delta;
+    GradientSum<T> grad_query;
+  };
+
+  // The elementwise part of step 3: scores become weights, products with values become gradients of scores.
+  void weigh(int64_t num_keys, int64_t num_vectors, const T* lse_base2, const T* delta) {
+    for (int64_t key = 0; key < num_keys; ++key) {
+      for (int64_t v = 0; v < num_vectors; ++v) {
+        const int64_t at = key * kTileQueries + v * kLanes<T>;
+        const Vector<T> weight = exp2_vector(load<T>(weights + at) - load<T>(lse_base2 + v * kLanes<T>));
+        store<T>(weights + at, weight);
+        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>)));
+      }
+    }
+  }
+
+  // Steps 2 to 5.
+  void add_tile(const QueryRange& range, const RangeRows& rows, const int32_t* queries, int64_t count,
+                int64_t first_key, int64_t num_keys, const RowBlock<T>& keys, const RowBlock<T>& values) {
+    const MobaProblem& problem = params.problem;
+    IntegerVector<T> limits[kMaxVectors];
+    const TileVisibility visibility = visible_keys<T>(problem, range, queries, count, first_key, num_keys, limits);
+    if (visibility.most == 0) return;
+    const int64_t padded_count = round_up(count, kLanes<T>);
+    const int64_t num_vectors = padded_count / kLanes<T>;
+    gather_rows(rows.query, params.query.row_stride, queries, count, problem.head_dim, padded_head_dim, query_rows,
+                padded_head_dim);
+    gather_rows(rows.grad_out, params.grad_out.row_stride, queries, count, problem.value_dim, padded_value_dim,
+                grad_out_rows, padded_value_dim);
+    const int64_t seen = visibility.most;
+    if (visibility.least < seen && count > 1 &&
+        !(all_finite(keys.data, keys.row_stride, seen, problem.head_dim) &&
+          all_finite(values.data, values.row_stride, seen, problem.value_dim) &&
+          all_finite(query_rows, padded_head_dim, count, problem.head_dim) &&
+          all_finite(grad_out_rows, padded_value_dim, count, problem.value_dim))) {
+      // A hidden key weighs 0, but 0 x inf is NaN: one query at a time there is nothing hidden to multiply with.
+      for (int64_t i = 0; i < count; ++i) {
+        add_tile(range, rows, queries + i, 1, first_key, num_keys, keys, values);
+      }
+      return;
+    }
+    gather_transposed(rows.query, params.query.row_stride, queries, count, problem.head_dim,
+                      static_cast<T>(problem.scale * kLog2E), query_columns, kTileQueries);
+    gather_transposed(rows.grad_out, params.grad_out.row_stride, queries, count, problem.value_dim, T(1),
+                      grad_out_columns, kTileQueries);
+    alignas(64) T lse_base2[kTileQueries];
+    alignas(64) T delta[kTileQueries];
+    for (int64_t i = 0; i < padded_count; ++i) {
+      lse_base2[i] = rows.lse[queries[min64(i, count - 1)]] * static_cast<T>(kLog2E);
+      delta[i] = rows.delta[queries[min64(i, count - 1)]];
+    }
+
+    tile_gemm<false>(GemmOperands<T>{keys.data, keys.row_stride, 1, query_columns, kTileQueries, weights, kTileQueries,
+                                     problem.head_dim},
+                     seen, padded_count);
+    tile_gemm<false>(GemmOperands<T>{values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores,
+                                     kTileQueries, problem.value_dim},
+                     seen, padded_count);
+    weigh(seen, num_vectors, lse_base2, delta);
+    if (visibility.least < seen) {
+      // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
+      hide_later_keys(weights, kTileQueries, num_vectors, visibility.least, seen, limits, T(0));
+      hide_later_keys(grad_scores, kTileQueries, num_vectors, visibility.least, seen, limits, T(0));
+    }
+    tile_gemm<true>(GemmOperands<T>{weights, kTileQueries, 1, grad_out_rows, padded_value_dim, grad_value_tile,
+                                    padded_value_dim, count},
+                    seen, padded_value_dim);
+    tile_gemm<true>(GemmOperands<T>{grad_scores, kTileQueries, 1, query_rows, padded_head_dim, grad_key_tile,
+                                    padded_head_dim, count},
+                    seen, padded_head_dim);
+    tile_gemm<false>(GemmOperands<T>{grad_scores, 1, kTileQueries, keys.data, keys.row_stride,
+                                     grad_query_tile, padded_head_dim, seen},
+                     count, padded_head_dim);
+    add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(problem.scale),
+             rows.grad_query);
+  }
+
+  // Steps 2 to 6 for one block.
+  void add_block(const QueryRange& range, const RangeRows& rows, const int32_t* queries, int64_t num_queries,
+                 int64_t block, const GradientSum<T>& grad_key, const GradientSum<T>& grad_value) {
+    const MobaProblem& problem = params.problem;
+    const Sequence& sequence = range.sequence;
+    const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
+    const int64_t block_end = min64((block + 1) * problem.block_size, sequence.key_len);
+    for (int64_t first_key = block * problem.block_size; first_key < block_end; first_key += kTileKeys) {
+      const int64_t num_keys = min64(kTileKeys, block_end - first_key);
+      const int64_t key_row = sequence.key_start + first_key;
+      const RowBlock<T> keys =
+          dense_rows(rows_of<Storage>(params.key, sequence.batch_idx, kv_head, key_row), params.key.row_stride,
+                     num_keys, problem.head_dim, padded_head_dim, key_scratch);
+      const RowBlock<T> values =
+          dense_rows(rows_of<Storage>(params.value, sequence.batch_idx, kv_head, key_row), params.value.row_stride,
+                     num_keys, problem.value_dim, padded_value_dim, value_scratch);
+      for (int64_t i = 0; i < num_keys * padded_head_dim; ++i) grad_key_tile[i] = 0;
+      for (int64_t i = 0; i < num_keys * padded_value_dim; ++i) grad_value_tile[i] = 0;
+      for (int64_t i = 0; i < num_queries; i += kTileQueries) {
+        add_tile(range, rows, queries + i, min64(kTileQueries, num_queries - i), first_key, num_keys, keys, values);
+      }
+      add_rows<T>(grad_key_tile, padded_head_dim, nullptr, num_keys, problem.head_dim, static_cast<T>(problem.scale),
+                  {grad_key.data + first_key * grad_key.row_stride, grad_key.row_stride});
+      add_rows<T>(grad_value_tile, padded_value_dim, nullptr, num_keys, problem.value_dim, T(1),
+                  {grad_value.data + first_key * grad_value.row_stride, grad_value.row_stride});
+    }
+  }
+};
+
+// Step 1 of a range: delta, and the key-major lists.
+template <typename Storage>
+RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& range, int32_t* cursors,
+                           const BlockLists& lists, ComputeOf<Storage>* delta) {
+  using T = ComputeOf<Storage>;
+  const Sequence& sequence = range.sequence;
+  const int64_t first_row = sequence.query_start + range.first_query;
+  const int64_t head = range.head_idx;
+  for (int64_t i = 0; i < range.num_queries; ++i) {
+    const Storage* out = rows_of<Storage>(params.out, sequence.batch_idx, head, first_row + i);
+    const Storage* grad_out = rows_of<Storage>(params.grad_out, sequence.batch_idx, head, first_row + i);
+    T sum = 0;
+    for (int64_t d = 0; d < params.problem.value_dim; ++d) sum += to_compute(out[d]) * to_compute(grad_out[d]);
+    if (params.grad_lse.data != nullptr) {
+      sum -= *rows_of<T>(params.grad_lse, sequence.batch_idx, head, first_row + i);
+    }
+    delta[i] = sum;
+  }
+  const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, head, first_row);
+  return build_block_lists(params.problem, range, choices, params.block_indices.row_stride, cursors, lists);
+}
+
+template <typename Storage>
+class Backward {
+  using T = ComputeOf<Storage>;
+  static constexpr bool kSumsInPlace = std::is_same_v<Storage, T>;
+
+ public:
+  explicit Backward(const MobaBackwardParams& params) : params_(params), problem_(params.problem) {
+    extent_ = range_extent(problem_);
+    group_size_ = problem_.num_query_heads / problem_.num_kv_heads;
+    for (int64_t s = 0; s < problem_.batch_size; ++s) {
+      most_ranges_ = max64(most_ranges_, ranges_in(problem_, sequence_at(problem_, s)));
+    }
+    lists_bytes_ = round_up((extent_.most_blocks + 1 + extent_.most_queries * problem_.top_k) * 4, 64);
+    delta_bytes_ = round_up(extent_.most_queries * static_cast<int64_t>(sizeof(T)), 64);
+  }
+
+  void run() {
+    const int64_t num_units = problem_.batch_size * problem_.num_kv_heads;
+    if (num_units == 0 || extent_.num_ranges == 0) return;
+    const int64_t rounds = max64(1, group_size_ * most_ranges_);
+    const int num_workers =
+        useful_threads(problem_.num_threads, num_units * rounds, 5 * pair_operations(problem_, extent_));
+    ScratchCutter measure(nullptr);
+    BackwardTask<Storage>(params_, measure);
+    worker_bytes_ = max64(measure.used(), round_up(extent_.most_blocks * 4, 64));
+    const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes_ * num_workers));
+    scratch_ = scratch.get();
+    const AlignedBuffer prepared = allocate_aligned(static_cast<size_t>(
+        (lists_bytes_ + delta_bytes_) * problem_.batch_size * problem_.num_query_heads * most_ranges_));
+    prepared_ = prepared.get();
+
+    for_each_range(problem_, num_workers, [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx,
+                                              int worker) {
+      const int64_t slot = prepared_slot(sequence_idx, range.head_idx, range_idx);
+      return prepare_range<Storage>(params_, range, reinterpret_cast<int32_t*>(scratch_ + worker * worker_bytes_),
+                                    lists_at(slot), delta_at(slot));
+    });
+
+    // In place, all key heads run together; with a workspace, so many that each round has tasks for every thread.
+    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, rounds));
+    AlignedBuffer workspace;
+    if constexpr (!kSumsInPlace) {
+      const int64_t rows = problem_.key_len * (problem_.head_dim + problem_.value_dim) +
+                           group_size_ * problem_.query_len * problem_.head_dim;
+      workspace_bytes_ = round_up(rows * static_cast<int64_t>(sizeof(T)), 64);
+      workspace = allocate_aligned(static_cast<size_t>(workspace_bytes_ * wave));
+      workspace_ = workspace.get();
+    }
+    for (first_unit_ = 0; first_unit_ < num_units; first_unit_ += wave) {
+      wave_units_ = min64(wave, num_units - first_unit_);
+      if constexpr (!kSumsInPlace) clear_workspace(num_workers);
+      for (round_ = 0; round_ < rounds; ++round_) {
+        num_rounds_ = rounds;
+        parallel_for(num_workers, wave_units_ * rounds, &Backward::run_task, this);
+      }
+      if constexpr (!kSumsInPlace) {
+        parallel_for(num_workers, wave_units_, &Backward::convert_unit, this);
+      }
+    }
+  }
+
+ private:
+  int64_t prepared_slot(int64_t sequence_idx, int64_t head, int64_t range_idx) const {
+    return (sequence_idx * problem_.num_query_heads + head) * most_ranges_ + range_idx;
+  }
+  BlockLists lists_at(int64_t slot) const {
+    int32_t* offsets = reinterpret_cast<int32_t*>(prepared_ + slot * (lists_bytes_ + delta_bytes_));
+    return {offsets, offsets + extent_.most_blocks + 1};
+  }
+  T* delta_at(int64_t slot) const {
+    return reinterpret_cast<T*>(prepared_ + slot * (lists_bytes_ + delta_bytes_) + lists_bytes_);
+  }
+
+  // Where the gradients of a unit (sequence, key head) are summed, from the first row of the sequence on.
+  struct UnitSums {
+    GradientSum<T> grad_query;  // of the group's first query head
+    int64_t grad_query_head;    // elements between its heads
+    GradientSum<T> grad_key;
+    GradientSum<T> grad_value;
+  };
+  UnitSums sums_of(int64_t unit, const Sequence& sequence, int64_t kv_head) const {
+    if constexpr (kSumsInPlace) {
+      const int64_t batch = sequence.batch_idx;
+      return {{rows_of<T>(params_.grad_query, batch, kv_head * group_size_, sequence.query_start),
+               params_.grad_query.row_stride},
+              params_.grad_query.head_stride,
+              {rows_of<T>(params_.grad_key, batch, kv_head, sequence.key_start), params_.grad_key.row_stride},
+              {rows_of<T>(params_.grad_value, batch, kv_head, sequence.key_start), params_.grad_value.row_stride}};
+    } else {
+      T* data = reinterpret_cast<T*>(workspace_ + (unit - first_unit_) * workspace_bytes_);
+      const int64_t query_elements = problem_.query_len * problem_.head_dim;
+      T* key_sums = data + group_size_ * query_elements;
+      return {{data, problem_.head_dim},
+              query_elements,
+              {key_sums, problem_.head_dim},
+              {key_sums + problem_.key_len * problem_.head_dim, problem_.value_dim}};
+    }
+  }
+
+  static void run_task(void* opaque, int64_t task, int worker) {
+    const Backward& self = *static_cast<Backward*>(opaque);
+    const MobaProblem& problem = self.problem_;
+    const int64_t unit = self.first_unit_ + task / self.num_rounds_;
+    const int64_t row_idx = task % self.num_rounds_;
+    const int64_t chunk = (self.round_ - row_idx + self.num_rounds_) % self.num_rounds_;
+    const int64_t sequence_idx = unit / problem.num_kv_heads;
+    const int64_t kv_head = unit % problem.num_kv_heads;
+    const Sequence sequence = sequence_at(problem, sequence_idx);
+    const int64_t head_in_group = row_idx / self.most_ranges_;
+    const int64_t head = kv_head * self.group_size_ + head_in_group;
+    const int64_t range_idx = row_idx % self.most_ranges_;
+    const int64_t range_size = queries_per_range(problem, sequence);
+    const int64_t first_query = range_idx * range_size;
+    if (first_query >= sequence.query_len) return;
+    const int64_t first_block = chunk * sequence.num_blocks / self.num_rounds_;
+    const int64_t last_block = (chunk + 1) * sequence.num_blocks / self.num_rounds_;
+    const QueryRange range{sequence, head, first_query, min64(range_size, sequence.query_len - first_query)};
+
+    const int64_t slot = self.prepared_slot(sequence_idx, head, range_idx);
+    const BlockLists lists = self.lists_at(slot);
+    if (lists.offsets[first_block] == lists.offsets[last_block]) return;
+    const int64_t row = sequence.query_start + first_query;
+    const UnitSums sums = self.sums_of(unit, sequence, kv_head);
+    const typename BackwardTask<Storage>::RangeRows rows{
+        rows_of<Storage>(self.params_.query, sequence.batch_idx, head, row),
+        rows_of<Storage>(self.params_.grad_out, sequence.batch_idx, head, row),
+        rows_of<T>(self.params_.lse, sequence.batch_idx, head, row),
+        self.delta_at(slot),
+        {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
+         sums.grad_query.row_stride}};
+    ScratchCutter cutter(self.scratch_ + worker * self.worker_bytes_);
+    BackwardTask<Storage> backward(self.params_, cutter);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t begin = lists.offsets[block];
+      const int64_t num_queries = lists.offsets[block + 1] - begin;
+      if (num_queries == 0) continue;
+      backward.add_block(range, rows, lists.queries + begin, num_queries, block, sums.grad_key, sums.grad_value);
+    }
+  }
+
+  void clear_workspace(int num_workers) {
+    const auto clear = [](void* opaque, int64_t unit, int) {
+      const Backward& self = *static_cast<Backward*>(opaque);
+      T* data = reinterpret_cast<T*>(self.workspace_ + unit * self.workspace_bytes_);
+      for (int64_t i = 0; i < self.workspace_bytes_ / static_cast<int64_t>(sizeof(T)); ++i) data[i] = 0;
+    };
+    parallel_for(num_workers, wave_units_, clear, this);
+  }
+
+  // Step 7 for one unit.
+  static void convert_unit(void* opaque, int64_t index, int) {
+    const Backward& self = *static_cast<Backward*>(opaque);
+    const MobaProblem& problem = self.problem_;
+    const int64_t unit = self.first_unit_ + index;
+    const int64_t kv_head = unit % problem.num_kv_heads;
+    const Sequence sequence = sequence_at(problem, unit / problem.num_kv_heads);
+    const UnitSums sums = self.sums_of(unit, sequence, kv_head);
+    const auto convert = [&](const GradientSum<T>& sum, const MutableTensor& grad, int64_t head, int64_t first_row,
+                             int64_t num_rows, int64_t depth) {
+      for (int64_t i = 0; i < num_rows; ++i) {
+        store_row(sum.data + i * sum.row_stride, depth, T(1),
+                  rows_of<Storage>(grad, sequence.batch_idx, head, first_row + i));
+      }
+    };
+    for (int64_t h = 0; h < self.group_size_; ++h) {
+      convert({sums.grad_query.data + h * sums.grad_query_head, sums.grad_query.row_stride}, self.params_.grad_query,
+              kv_head * self.group_size_ + h, sequence.query_start, sequence.query_len, problem.head_dim);
+    }
+    convert(sums.grad_key, self.params_.grad_key, kv_head, sequence.key_start, sequence.key_len, problem.head_dim);
+    convert(sums.grad_value, self.params_.grad_value, kv_head, sequence.key_start, sequence.key_len,
+            problem.value_dim);
+  }
+
+  const MobaBackwardParams& params_;
+  const MobaProblem& problem_;
+  RangeExtent extent_;
+  int64_t group_size_ = 1;
+  int64_t most_ranges_ = 0;
+  int64_t lists_bytes_ = 0;
+  int64_t delta_bytes_ = 0;
+  int64_t worker_bytes_ = 0;
+  int64_t workspace_bytes_ = 0;  // of one unit
+  int64_t first_unit_ = 0;
+  int64_t wave_units_ = 0;
+  int64_t round_ = 0;
+  int64_t num_rounds_ = 1;
+  unsigned char* scratch_ = nullptr;
+  unsigned char* prepared_ = nullptr;
+  unsigned char* workspace_ = nullptr;
+};
+
+template <typename Storage>
+void backward_storage(const MobaBackwardParams& params) {
+  Backward<Storage>(params).run();
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

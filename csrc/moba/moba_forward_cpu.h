@@ -1,0 +1,448 @@
+// Block attention forward on the CPU: key-stationary, queries gathered into dense tiles.
+//
+//   out_i = sum_t softmax_t(scale * dot(query_i, key_t)) value_t,   t over the visible keys of the chosen blocks
+//   lse_i = log sum_t exp(scale * dot(query_i, key_t))
+//
+// Who owns what: a task is one QueryRange of one head and owns its rows of out and lse. It visits key blocks in
+// ascending order; each block stays in cache while the range's queries that chose it stream past in tiles of
+// kTileQueries. Steps:
+//   1. key-major lists of the range's choices, by counting;
+//   per block, per kTileKeys of its keys, per tile of queries:
+//   2. gather the queries, transposed and scaled: queries stand in vector lanes, keys are broadcast, so neither keys
+//      nor values are ever packed;
+//   3. scores [keys, queries]; causal mask where a query's own position falls inside the block;
+//   4. running maximum and sum per query (online softmax, base 2), weights in place of the scores;
+//   5. weights^T x values [queries, V] by the same micro-kernel;
+//   6. rescale and add to the range's running outputs;
+//   last, 7. divide, convert, write out and lse.
+// Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
+// row all of whose scores are -inf: NaN, as plain softmax.
+// Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../common/parallel.h"
+#include "../cpu/convert.h"
+#include "../cpu/math.h"
+#include "../cpu/tile_gemm.h"
+#include "moba_cpu.h"
+#include "moba_forward_amx.h"
+#include "moba_layout.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// Hands out pieces of a worker's scratch; with no memory behind it, it only counts.
+class ScratchCutter {
+ public:
+  explicit ScratchCutter(unsigned char* base) : base_(base) {}
+  template <typename T>
+  T* take(int64_t count) {
+    unsigned char* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  int64_t used_ = 0;
+};
+
+// How many of a block's keys, from first_key on, each query of a tile may see; all of them where not causal.
+struct TileVisibility {
+  int64_t least;
+  int64_t most;
+};
+
+template <typename T>
+inline TileVisibility visible_keys(const MobaProblem& problem, const QueryRange& range, const int32_t* queries,
+                                   int64_t count, int64_t first_key, int64_t num_keys, IntegerVector<T>* limits) {
+  using Integer = typename VectorTraits<T>::IntegerElement;
+  if (!problem.is_causal) return {num_keys, num_keys};
+  const int64_t offset = range.first_query + range.sequence.position_offset + 1 - first_key;
+  const auto limit_of = [&](int64_t i) { return max64(0, min64(num_keys, queries[i] + offset)); };
+  // Queries ascend, so the ends of the tile bound it.
+  const TileVisibility visibility{limit_of(0), limit_of(count - 1)};
+  if (visibility.least < num_keys) {
+    const int64_t padded = round_up(count, kLanes<T>);
+    for (int64_t i = 0; i < padded; ++i) {
+      limits[i / kLanes<T>][i % kLanes<T>] = static_cast<Integer>(limit_of(min64(i, count - 1)));
+    }
+  }
+  return visibility;
+}
+
+// Step 3's mask: scores [num_keys, tile_row] below the diagonal stay, the rest become `hidden`.
+template <typename T>
+inline void hide_later_keys(T* scores, int64_t tile_row, int64_t num_vectors, int64_t first_masked, int64_t num_keys,
+                            const IntegerVector<T>* limits, T hidden) {
+  using Integer = typename VectorTraits<T>::IntegerElement;
+  for (int64_t key = first_masked; key < num_keys; ++key) {
+    for (int64_t v = 0; v < num_vectors; ++v) {
+      T* score = scores + key * tile_row + v * kLanes<T>;
+      const IntegerVector<T> seen = static_cast<Integer>(key) < limits[v];
+      store<T>(score, seen ? load<T>(score) : broadcast(hidden));
+    }
+  }
+}
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+template <typename Storage>
+inline constexpr bool kHasMatrixUnit = std::is_same_v<Storage, BFloat16>;
+#else
+template <typename Storage>
+inline constexpr bool kHasMatrixUnit = false;
+struct AmxGuard {};
+#endif
+template <typename Storage>
+inline bool uses_matrix_unit(const MobaProblem& problem) {
+  // The unit's scores are scaled after the product, and the largest stays the largest only for a positive scale.
+  return kHasMatrixUnit<Storage> && problem.scale > 0;
+}
+
+// Some keys of a block, with their values: where they lie, and as the micro-kernel wants them once it has asked.
+template <typename Storage>
+struct KeyTile {
+  int64_t first_key;  // within the sequence
+  int64_t num_keys;
+  const Storage* key_rows;
+  const Storage* value_rows;
+  RowBlock<ComputeOf<Storage>> keys;  // data null until needed
+  RowBlock<ComputeOf<Storage>> values;
+};
+
+template <typename Storage>
+struct ForwardTask {
+  using T = ComputeOf<Storage>;
+  static constexpr int64_t kTileQueries = 64;
+  static constexpr int64_t kTileKeys = 128;
+  // Half-size tiles on the diagonal, where the part of a tile above it is computed for nothing, and on the matrix unit.
+  static constexpr int64_t kHalfQueries = 32;
+  static constexpr int kMaxVectors = static_cast<int>(kTileQueries) / kLanes<T>;
+
+  const MobaForwardParams& params;
+  int64_t padded_value_dim;
+
+  int32_t* cursors;     // [num_blocks]
+  BlockLists lists;
+  T* running_out;       // [range queries, padded V], sum of weights x values relative to the running maximum
+  T* running_max;       // [range queries], base-2 exponent
+  T* running_sum;       // [range queries]
+  T* query_tile;        // [D, kTileQueries]
+  T* scores;            // [kTileKeys, kTileQueries]
+  T* out_tile;          // [kTileQueries, padded V]
+  T* key_scratch;       // [kTileKeys, D]
+  T* value_scratch;     // [kTileKeys, padded V]
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+  AmxForwardTile amx;
+#endif
+
+  ForwardTask(const MobaForwardParams& p, int64_t range_queries, int64_t num_blocks, ScratchCutter& scratch)
+      : params(p),
+        padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+        ,
+        amx(p.problem, kTileKeys, scratch)
+#endif
+  {
+    cursors = scratch.take<int32_t>(num_blocks);
+    lists.offsets = scratch.take<int32_t>(num_blocks + 1);
+    lists.queries = scratch.take<int32_t>(range_queries * p.problem.top_k);
+    running_out = scratch.take<T>(range_queries * padded_value_dim);
+    running_max = scratch.take<T>(range_queries);
+    running_sum = scratch.take<T>(range_queries);
+    query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
+    scores = scratch.take<T>(kTileKeys * kTileQueries);
+    out_tile = scratch.take<T>(kTileQueries * padded_value_dim);
+    key_scratch = scratch.take<T>(kTileKeys * p.problem.head_dim);
+    value_scratch = scratch.take<T>(kTileKeys * padded_value_dim);
+  }
+
+  // Step 4 for kVectors vectors of queries from `column` on. `rescale` receives, per query, what its running output
+  // must be multiplied with.
+  template <int kVectors>
+  void online_softmax(int64_t column, int64_t num_keys, const int32_t* queries, int64_t count, T* rescale) {
+    constexpr int64_t kWidth = kVectors * kLanes<T>;
+    alignas(64) T old_max[kWidth];
+    alignas(64) T old_sum[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const int32_t query = queries[min64(column + i, count - 1)];
+      old_max[i] = running_max[query];
+      old_sum[i] = running_sum[query];
+    }
+    T* column_scores = scores + column;
+    Vector<T> top[kVectors];
+    for (int v = 0; v < kVectors; ++v) top[v] = load<T>(old_max + v * kLanes<T>);
+    for (int64_t key = 0; key < num_keys; ++key) {
+      for (int v = 0; v < kVectors; ++v) {
+        top[v] = maximum(top[v], load<T>(column_scores + key * kTileQueries + v * kLanes<T>));
+      }
+    }
+    Vector<T> sum[kVectors];
+    Vector<T> base[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const T lowest = -std::numeric_limits<T>::infinity();
+      // Nothing seen yet but hidden keys: any finite base keeps -inf - base from being NaN.
+      base[v] = top[v] == lowest ? broadcast(T(0)) : top[v];
+      const Vector<T> factor = exp2_vector(load<T>(old_max + v * kLanes<T>) - base[v]);
+      store<T>(rescale + column + v * kLanes<T>, factor);
+      sum[v] = load<T>(old_sum + v * kLanes<T>) * factor;
+    }
+    for (int64_t key = 0; key < num_keys; ++key) {
+      for (int v = 0; v < kVectors; ++v) {
+        T* score = column_scores + key * kTileQueries + v * kLanes<T>;
+        const Vector<T> weight = exp2_vector(load<T>(score) - base[v]);
+        store<T>(score, weight);
+        sum[v] += weight;
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      store<T>(old_max + v * kLanes<T>, top[v]);
+      store<T>(old_sum + v * kLanes<T>, sum[v]);
+    }
+    for (int64_t i = 0; i < min64(kWidth, count - column); ++i) {
+      running_max[queries[column + i]] = old_max[i];
+      running_sum[queries[column + i]] = old_sum[i];
+    }
+  }
+
+  // Four vectors at a time: enough independent chains to hide the latency of a maximum, few enough for registers.
+  void softmax_all_columns(int64_t num_keys, const int32_t* queries, int64_t count, T* rescale) {
+    for (int64_t column = 0; column < count; column += 4 * kLanes<T>) {
+      switch (min64(4, ceil_div(count - column, kLanes<T>))) {
+        case 1: online_softmax<1>(column, num_keys, queries, count, rescale); break;
+        case 2: online_softmax<2>(column, num_keys, queries, count, rescale); break;
+        case 3: online_softmax<3>(column, num_keys, queries, count, rescale); break;
+        default: online_softmax<4>(column, num_keys, queries, count, rescale);
+      }
+    }
+  }
+
+  // Steps 2 to 6.
+  void attend(const QueryRange& range, const Storage* range_query, const int32_t* queries, int64_t count,
+              KeyTile<Storage>& tile) {
+    const MobaProblem& problem = params.problem;
+    IntegerVector<T> limits[kMaxVectors];
+    const TileVisibility visibility =
+        visible_keys<T>(problem, range, queries, count, tile.first_key, tile.num_keys, limits);
+    if (visibility.most == 0) return;
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(running_out + queries[i] * padded_value_dim, 1);
+    const bool hides_keys = visibility.least < visibility.most;
+    // The matrix unit multiplies whole steps of 32 keys.
+    const int64_t num_multiplied = uses_matrix_unit<Storage>(problem)
+                                       ? min64(tile.num_keys, round_up(visibility.most, 32))
+                                       : visibility.most;
+    const bool hides_only_finite =
+        all_finite(tile.value_rows + visibility.least * params.value.row_stride, params.value.row_stride,
+                   num_multiplied - visibility.least, problem.value_dim);
+    alignas(64) T rescale[kTileQueries];
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+    if constexpr (kHasMatrixUnit<Storage>) {
+      if (uses_matrix_unit<Storage>(problem) && hides_only_finite) {
+        const auto limit_of = [&](int64_t i) {
+          return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.most;
+        };
+        amx.attend(range_query, params.query.row_stride, queries, count, visibility.most, limit_of, running_max,
+                   running_sum, rescale);
+        add_to_running(queries, count, rescale, amx.out_tile, amx.padded_value_dim);
+        return;
+      }
+    }
+#endif
+    if (hides_keys && !hides_only_finite) {
+      // A hidden key weighs 0, but 0 x inf is NaN: one query at a time there is nothing hidden to multiply with.
+      for (int64_t i = 0; i < count; ++i) attend(range, range_query, queries + i, 1, tile);
+      return;
+    }
+    if (tile.keys.data == nullptr) densify(tile);
+    const int64_t padded_count = round_up(count, kLanes<T>);
+    gather_transposed(range_query, params.query.row_stride, queries, count, problem.head_dim,
+                      static_cast<T>(problem.scale * kLog2E), query_tile, kTileQueries);
+    tile_gemm<false>(GemmOperands<T>{tile.keys.data, tile.keys.row_stride, 1, query_tile, kTileQueries, scores,
+                                     kTileQueries, problem.head_dim},
+                     visibility.most, padded_count);
+    if (hides_keys) {
+      hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.least, visibility.most, limits,
+                      -std::numeric_limits<T>::infinity());
+    }
+    softmax_all_columns(visibility.most, queries, count, rescale);
+    tile_gemm<false>(GemmOperands<T>{scores, 1, kTileQueries, tile.values.data, tile.values.row_stride, out_tile,
+                                     padded_value_dim, visibility.most},
+                     count, padded_value_dim);
+    add_to_running(queries, count, rescale, out_tile, padded_value_dim);
+  }
+
+  // Step 6.
+  void add_to_running(const int32_t* queries, int64_t count, const T* rescale, const T* added, int64_t added_row) {
+    for (int64_t i = 0; i < count; ++i) {
+      T* running = running_out + queries[i] * padded_value_dim;
+      const T* row = added + i * added_row;
+      for (int64_t d = 0; d < padded_value_dim; d += kLanes<T>) {
+        store<T>(running + d, load<T>(running + d) * rescale[i] + load<T>(row + d));
+      }
+    }
+  }
+
+  void densify(KeyTile<Storage>& tile) {
+    const MobaProblem& problem = params.problem;
+    tile.keys = dense_rows(tile.key_rows, params.key.row_stride, tile.num_keys, problem.head_dim, problem.head_dim,
+                           key_scratch);
+    tile.values = dense_rows(tile.value_rows, params.value.row_stride, tile.num_keys, problem.value_dim,
+                             padded_value_dim, value_scratch);
+  }
+
+  // Step 7.
+  void finish(const QueryRange& range) {
+    const Sequence& sequence = range.sequence;
+    const T lowest = -std::numeric_limits<T>::infinity();
+    for (int64_t i = 0; i < range.num_queries; ++i) {
+      const int64_t row = sequence.query_start + range.first_query + i;
+      Storage* out = rows_of<Storage>(params.out, sequence.batch_idx, range.head_idx, row);
+      const T sum = running_sum[i];
+      T factor = 1 / sum;
+      // A sum of zero: no key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
+      if (sum == 0) factor = sees_a_key(range, i) ? std::numeric_limits<T>::quiet_NaN() : T(0);
+      store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor, out);
+      T* lse = rows_of<T>(params.lse, sequence.batch_idx, range.head_idx, row);
+      *lse = sum == 0 ? lowest : (running_max[i] + std::log2(sum)) * static_cast<T>(kLn2);
+    }
+  }
+
+  bool sees_a_key(const QueryRange& range, int64_t query) const {
+    for (int32_t j = 0; j < lists.offsets[range.sequence.num_blocks]; ++j) {
+      if (lists.queries[j] == query) return true;
+    }
+    return false;
+  }
+
+  RoutingFault run(const QueryRange& range) {
+    [[maybe_unused]] const std::conditional_t<kHasMatrixUnit<Storage>, AmxGuard, int> guard{};
+    const MobaProblem& problem = params.problem;
+    const Sequence& sequence = range.sequence;
+    const int64_t first_row = sequence.query_start + range.first_query;
+    const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
+    const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, range.head_idx, first_row);
+    const RoutingFault fault =
+        build_block_lists(problem, range, choices, params.block_indices.row_stride, cursors, lists);
+    if (fault.kind != RoutingFault::kNone) return fault;
+    for (int64_t i = 0; i < range.num_queries * padded_value_dim; ++i) running_out[i] = 0;
+    for (int64_t i = 0; i < range.num_queries; ++i) {
+      running_max[i] = -std::numeric_limits<T>::infinity();
+      running_sum[i] = 0;
+    }
+    const Storage* range_query = rows_of<Storage>(params.query, sequence.batch_idx, range.head_idx, first_row);
+    for (int64_t block = 0; block < sequence.num_blocks; ++block) {
+      const int32_t* queries = lists.queries + lists.offsets[block];
+      const int64_t num_queries = lists.offsets[block + 1] - lists.offsets[block];
+      if (num_queries == 0) continue;
+      const int64_t block_end = min64((block + 1) * problem.block_size, sequence.key_len);
+      const int64_t last_position_in = block_end - range.first_query - sequence.position_offset;
+      for (int64_t first_key = block * problem.block_size; first_key < block_end; first_key += kTileKeys) {
+        const int64_t num_keys = min64(kTileKeys, block_end - first_key);
+        const int64_t key_row = sequence.key_start + first_key;
+        KeyTile<Storage> tile{first_key,
+                              num_keys,
+                              rows_of<Storage>(params.key, sequence.batch_idx, kv_head, key_row),
+                              rows_of<Storage>(params.value, sequence.batch_idx, kv_head, key_row),
+                              {nullptr, 0},
+                              {nullptr, 0}};
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+        if constexpr (kHasMatrixUnit<Storage>) {
+          amx.pack(tile.key_rows, params.key.row_stride, tile.value_rows, params.value.row_stride, num_keys);
+        }
+#endif
+        for (int64_t i = 0; i < num_queries;) {
+          const bool half = uses_matrix_unit<Storage>(problem) ||
+                            (problem.is_causal && queries[i] < last_position_in);
+          const int64_t count = min64(half ? kHalfQueries : kTileQueries, num_queries - i);
+          attend(range, range_query, queries + i, count, tile);
+          i += count;
+        }
+      }
+    }
+    finish(range);
+    return {};
+  }
+};
+
+// Runs `Task` once per QueryRange of the problem; the first fault any of them reports is thrown once all are done.
+template <typename RunRange>
+void for_each_range(const MobaProblem& problem, int num_workers, const RunRange& run_range) {
+  struct Context {
+    const MobaProblem& problem;
+    const RunRange& run_range;
+    int64_t most_ranges;
+    RoutingFault fault;
+    int32_t fault_taken;
+  };
+  int64_t most_ranges = 0;
+  for (int64_t s = 0; s < problem.batch_size; ++s) {
+    most_ranges = max64(most_ranges, ranges_in(problem, sequence_at(problem, s)));
+  }
+  Context context{problem, run_range, most_ranges, {}, 0};
+  const auto body = [](void* opaque, int64_t task, int worker) {
+    Context& ctx = *static_cast<Context*>(opaque);
+    const int64_t range_idx = task % ctx.most_ranges;
+    const int64_t head = task / ctx.most_ranges % ctx.problem.num_query_heads;
+    const int64_t sequence_idx = task / ctx.most_ranges / ctx.problem.num_query_heads;
+    const Sequence sequence = sequence_at(ctx.problem, sequence_idx);
+    const int64_t size = queries_per_range(ctx.problem, sequence);
+    const int64_t first_query = range_idx * size;
+    if (first_query >= sequence.query_len) return;
+    const QueryRange range{sequence, head, first_query, min64(size, sequence.query_len - first_query)};
+    const RoutingFault fault = ctx.run_range(range, sequence_idx, range_idx, worker);
+    if (fault.kind != RoutingFault::kNone && __atomic_exchange_n(&ctx.fault_taken, 1, __ATOMIC_RELAXED) == 0) {
+      ctx.fault = fault;
+    }
+  };
+  parallel_for(num_workers, problem.batch_size * problem.num_query_heads * most_ranges, body, &context);
+  if (context.fault_taken != 0) {
+    throw_routing_fault(context.fault.kind == RoutingFault::kDuplicate, context.fault.head_idx, context.fault.query,
+                        context.fault.block);
+  }
+}
+
+struct RangeExtent {
+  int64_t most_queries = 0;  // in one range
+  int64_t most_blocks = 0;   // in one sequence
+  int64_t num_ranges = 0;    // over all sequences and query heads
+};
+
+inline RangeExtent range_extent(const MobaProblem& problem) {
+  RangeExtent extent;
+  for (int64_t s = 0; s < problem.batch_size; ++s) {
+    const Sequence sequence = sequence_at(problem, s);
+    extent.most_queries = max64(extent.most_queries, queries_per_range(problem, sequence));
+    extent.most_blocks = max64(extent.most_blocks, sequence.num_blocks);
+    extent.num_ranges += ranges_in(problem, sequence) * problem.num_query_heads;
+  }
+  return extent;
+}
+
+// Multiply-adds of one product of chosen queries with keys: what the number of threads is judged by.
+inline double pair_operations(const MobaProblem& problem, const RangeExtent& extent) {
+  const double keys_per_query =
+      static_cast<double>(min64(problem.top_k, extent.most_blocks)) * static_cast<double>(problem.block_size);
+  const double num_rows = static_cast<double>(problem.num_query_heads) * static_cast<double>(problem.query_len) *
+                          (problem.cu_seqlens_q == nullptr ? static_cast<double>(problem.batch_size) : 1.0);
+  return num_rows * keys_per_query * static_cast<double>(problem.head_dim + problem.value_dim);
+}
+
+template <typename Storage>
+void forward_storage(const MobaForwardParams& params) {
+  const MobaProblem& problem = params.problem;
+  const RangeExtent extent = range_extent(problem);
+  if (extent.num_ranges == 0) return;
+  const int num_workers = useful_threads(problem.num_threads, extent.num_ranges, pair_operations(problem, extent));
+  ScratchCutter measure(nullptr);
+  ForwardTask<Storage>(params, extent.most_queries, extent.most_blocks, measure);
+  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used()) * num_workers);
+  for_each_range(problem, num_workers, [&](const QueryRange& range, int64_t, int64_t, int worker) {
+    ScratchCutter cutter(scratch.get() + measure.used() * worker);
+    return ForwardTask<Storage>(params, extent.most_queries, extent.most_blocks, cutter).run(range);
+  });
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -1,0 +1,69 @@
+// Where sequences, blocks and positions lie: plain arithmetic shared by every CPU stage.
+#pragma once
+
+#include "../cpu/simd.h"
+#include "moba_params.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// One sequence of a dense or packed problem.
+struct Sequence {
+  int64_t batch_idx;     // what batch strides multiply: 0 for a packed problem
+  int64_t query_start;   // first row in the tensors
+  int64_t query_len;
+  int64_t key_start;
+  int64_t key_len;
+  int64_t num_blocks;
+  int64_t position_offset;  // query i stands at position i + position_offset (bottom-right alignment)
+};
+
+inline Sequence sequence_at(const MobaProblem& problem, int64_t sequence_idx) {
+  Sequence sequence{};
+  if (problem.cu_seqlens_q == nullptr) {
+    sequence = {sequence_idx, 0, problem.query_len, 0, problem.key_len, 0, 0};
+  } else {
+    const int64_t* q = problem.cu_seqlens_q + sequence_idx;
+    const int64_t* k = problem.cu_seqlens_k + sequence_idx;
+    sequence = {0, q[0], q[1] - q[0], k[0], k[1] - k[0], 0, 0};
+  }
+  sequence.num_blocks = ceil_div(sequence.key_len, problem.block_size);
+  sequence.position_offset = sequence.key_len - sequence.query_len;
+  return sequence;
+}
+
+template <typename T>
+inline const T* rows_of(const ConstTensor& tensor, int64_t batch_idx, int64_t head_idx, int64_t row) {
+  return static_cast<const T*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
+         row * tensor.row_stride;
+}
+
+template <typename T>
+inline T* rows_of(const MutableTensor& tensor, int64_t batch_idx, int64_t head_idx, int64_t row) {
+  return static_cast<T*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
+         row * tensor.row_stride;
+}
+
+// A consecutive piece of one head's queries: the unit of work of the forward, and what owns a gradient of query.
+struct QueryRange {
+  Sequence sequence;
+  int64_t head_idx;     // query head
+  int64_t first_query;  // within the sequence
+  int64_t num_queries;
+};
+
+// Fixed from shapes alone, never from the number of threads: results must not depend on it.
+inline int64_t queries_per_range(const MobaProblem& problem, const Sequence& sequence) {
+  // Enough queries that an average key block is chosen by 128 of them, so that a block read (and converted) once
+  // serves two full query tiles, and no more, so that the running outputs of a range stay in cache.
+  constexpr int64_t kQueriesPerBlock = 128;
+  constexpr int64_t kLeastQueries = 1024;
+  const int64_t chosen = max64(1, min64(problem.top_k, sequence.num_blocks));
+  const int64_t wanted = round_up(ceil_div(sequence.num_blocks * kQueriesPerBlock, chosen), 64);
+  return min64(max64(wanted, kLeastQueries), round_up(max64(sequence.query_len, 1), 64));
+}
+
+inline int64_t ranges_in(const MobaProblem& problem, const Sequence& sequence) {
+  return ceil_div(sequence.query_len, queries_per_range(problem, sequence));
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -1,0 +1,279 @@
+// Block centroids and the choice of blocks, on the CPU.
+//
+//   centroid_j  = mean of the keys of block j                       [num_blocks, D]
+//   score_ij    = dot(query_i, centroid_j)                          never written to memory as a matrix
+//   choice_i    = own block and the top_k - 1 best before it (causal), or the top_k best of all
+//
+// Who owns what: a task is one (sequence, query head, kQueriesPerTask queries); it walks tiles of kTileQueries queries
+// against chunks of kChunkBlocks centroids. Steps per tile:
+//   1. gather the queries, transposed: queries stand in vector lanes from here on;
+//   2. scores of a chunk, by the dense micro-kernel;
+//   3. keep the best: one comparison with each lane's worst kept score; only where a lane beats it, an insertion into
+//      the sorted lists of the whole vector;
+//   4. add the own block, sort each query's choices by block number, pad with -1, write them.
+// Numerics: sums in float32 (float64 for float64). Ties: blocks come in ascending order and an insertion needs a
+// strictly greater score, so the lower block number stays. A NaN score ranks as +inf. Lists are filled by position,
+// never by score, while they are short, so no score whatever can lead out of bounds.
+// Determinism: a query's choice depends on its own row alone.
+#pragma once
+
+#include <limits>
+
+#include "../common/parallel.h"
+#include "../cpu/convert.h"
+#include "../cpu/tile_gemm.h"
+#include "moba_cpu.h"
+#include "moba_geometry.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+template <typename Storage>
+void mean_of_rows(const Storage* rows, int64_t row_stride, int64_t count, int64_t depth, ComputeOf<Storage>* mean) {
+  using T = ComputeOf<Storage>;
+  for (int64_t d = 0; d < depth; ++d) mean[d] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Storage* row = rows + i * row_stride;
+    for (int64_t d = 0; d < depth; ++d) mean[d] += to_compute(row[d]);
+  }
+  for (int64_t d = 0; d < depth; ++d) mean[d] /= static_cast<T>(count);
+}
+
+// Centroids of every block: centroid_of(sequence_idx, kv_head, block) says where each goes.
+template <typename Storage, typename CentroidOf>
+void compute_centroids(const MobaProblem& problem, const ConstTensor& key, const CentroidOf& centroid_of) {
+  constexpr int64_t kBlocksPerTask = 32;
+  struct Context {
+    const MobaProblem& problem;
+    const ConstTensor& key;
+    const CentroidOf& centroid_of;
+    int64_t chunks_per_head;
+  };
+  int64_t most_blocks = 0;
+  for (int64_t s = 0; s < problem.batch_size; ++s) {
+    most_blocks = max64(most_blocks, sequence_at(problem, s).num_blocks);
+  }
+  Context context{problem, key, centroid_of, ceil_div(most_blocks, kBlocksPerTask)};
+  const auto body = [](void* opaque, int64_t task, int) {
+    const Context& ctx = *static_cast<Context*>(opaque);
+    const int64_t chunk = task % ctx.chunks_per_head;
+    const int64_t head = task / ctx.chunks_per_head % ctx.problem.num_kv_heads;
+    const int64_t sequence_idx = task / ctx.chunks_per_head / ctx.problem.num_kv_heads;
+    const Sequence sequence = sequence_at(ctx.problem, sequence_idx);
+    const int64_t last = min64((chunk + 1) * kBlocksPerTask, sequence.num_blocks);
+    for (int64_t block = chunk * kBlocksPerTask; block < last; ++block) {
+      const int64_t first_key = block * ctx.problem.block_size;
+      const int64_t count = min64(ctx.problem.block_size, sequence.key_len - first_key);
+      mean_of_rows(rows_of<Storage>(ctx.key, sequence.batch_idx, head, sequence.key_start + first_key),
+                   ctx.key.row_stride, count, ctx.problem.head_dim, ctx.centroid_of(sequence_idx, head, block));
+    }
+  };
+  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * context.chunks_per_head;
+  const double num_operations = static_cast<double>(problem.batch_size * problem.num_kv_heads) *
+                                static_cast<double>(problem.key_len * problem.head_dim);
+  parallel_for(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, body, &context);
+}
+
+template <typename Storage>
+struct RouteTask {
+  using T = ComputeOf<Storage>;
+  static constexpr int kVectorsPerTile = 4;
+  static constexpr int64_t kTileQueries = kVectorsPerTile * kLanes<T>;
+  static constexpr int64_t kChunkBlocks = 32;
+  static constexpr int64_t kQueriesPerTask = 512;
+
+  const MobaRouteParams& params;
+  int64_t list_length;  // blocks kept by score: top_k, less the own block where causal, at most num_blocks
+
+  // Scratch of one worker.
+  T* query_tile;           // [D, kTileQueries]
+  T* scores;               // [kChunkBlocks, kTileQueries]
+  T* kept_scores;          // [list_length, kTileQueries], descending
+  IntegerVector<T>* kept;  // [list_length, kVectorsPerTile] block numbers
+
+  static size_t scratch_bytes(int64_t head_dim, int64_t list_length) {
+    return static_cast<size_t>((head_dim + kChunkBlocks + 2 * list_length) * kTileQueries) * sizeof(T);
+  }
+
+  RouteTask(const MobaRouteParams& p, int64_t length, unsigned char* scratch) : params(p), list_length(length) {
+    query_tile = reinterpret_cast<T*>(scratch);
+    scores = query_tile + p.problem.head_dim * kTileQueries;
+    kept_scores = scores + kChunkBlocks * kTileQueries;
+    kept = reinterpret_cast<IntegerVector<T>*>(kept_scores + list_length * kTileQueries);
+  }
+
+  // Step 3 for one vector of queries and one block. num_kept entries of the lists are in use; `active` masks lanes
+  // that may see the block.
+  void offer(int vector_idx, int64_t num_kept, const Vector<T>& score, const IntegerVector<T>& block,
+             const IntegerVector<T>& active) {
+    T* values = kept_scores + vector_idx * kLanes<T>;
+    Vector<T> moving = score;
+    IntegerVector<T> moving_block = block;
+    IntegerVector<T> displaces{};
+    for (int64_t rank = 0; rank < num_kept; ++rank) {
+      const Vector<T> here = load<T>(values + rank * kTileQueries);
+      const IntegerVector<T> here_block = kept[rank * kVectorsPerTile + vector_idx];
+      // Once a lane's newcomer has displaced an entry, everything below it moves down by one, equal scores too.
+      displaces = (displaces | (score > here)) & active;
+      store<T>(values + rank * kTileQueries, displaces ? moving : here);
+      kept[rank * kVectorsPerTile + vector_idx] = displaces ? moving_block : here_block;
+      moving = displaces ? here : moving;
+      moving_block = displaces ? here_block : moving_block;
+    }
+    if (num_kept < list_length) {
+      store<T>(values + num_kept * kTileQueries, moving);
+      kept[num_kept * kVectorsPerTile + vector_idx] = active ? moving_block : IntegerVector<T>{} - 1;
+    }
+  }
+
+  // Steps 2 and 3: the lists of a tile of queries, the i-th of which may see the first visible[i] blocks.
+  void select(const T* centroids, int64_t num_vectors, const IntegerVector<T>* visible, int64_t most_visible) {
+    const int64_t head_dim = params.problem.head_dim;
+    for (int64_t i = 0; i < list_length * kVectorsPerTile; ++i) kept[i] = IntegerVector<T>{} - 1;
+    for (int64_t first = 0; first < most_visible; first += kChunkBlocks) {
+      const int64_t count = min64(kChunkBlocks, most_visible - first);
+      const GemmOperands<T> product{centroids + first * head_dim, head_dim, 1, query_tile, kTileQueries,
+                                    scores, kTileQueries, head_dim};
+      tile_gemm<false>(product, count, num_vectors * kLanes<T>);
+      for (int v = 0; v < num_vectors; ++v) {
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t block = first + j;
+          const IntegerVector<T> block_vector = static_cast<typename VectorTraits<T>::IntegerElement>(block) -
+                                                IntegerVector<T>{};
+          Vector<T> score = load<T>(scores + j * kTileQueries + v * kLanes<T>);
+          score = score == score ? score : broadcast(std::numeric_limits<T>::infinity());
+          const IntegerVector<T> active = block_vector < visible[v];
+          if (block < list_length) {
+            offer(v, block, score, block_vector, active);
+          } else {
+            const Vector<T> worst = load<T>(kept_scores + (list_length - 1) * kTileQueries + v * kLanes<T>);
+            if (any_lane((score > worst) & active)) offer(v, list_length, score, block_vector, active);
+          }
+        }
+      }
+    }
+  }
+
+  // Step 4 for one query: ascending block numbers, then -1.
+  void write_choices(int64_t lane, int64_t own_block, int32_t* choices) {
+    using Integer = typename VectorTraits<T>::IntegerElement;
+    const Integer* column = reinterpret_cast<const Integer*>(kept) + lane;
+    int64_t count = 0;
+    for (int64_t rank = 0; rank < list_length; ++rank) {
+      const int32_t block = static_cast<int32_t>(column[rank * kTileQueries]);
+      if (block < 0) continue;
+      int64_t slot = count++;
+      for (; slot > 0 && choices[slot - 1] > block; --slot) choices[slot] = choices[slot - 1];
+      choices[slot] = block;
+    }
+    if (own_block >= 0) choices[count++] = static_cast<int32_t>(own_block);
+    for (; count < params.problem.top_k; ++count) choices[count] = -1;
+  }
+
+  // Where every visible block is chosen there is nothing to score.
+  void write_all(int64_t num_visible, int64_t own_block, int32_t* choices) {
+    int64_t count = 0;
+    for (; count < num_visible; ++count) choices[count] = static_cast<int32_t>(count);
+    if (own_block >= 0) choices[count++] = static_cast<int32_t>(own_block);
+    for (; count < params.problem.top_k; ++count) choices[count] = -1;
+  }
+
+  void run(const Sequence& sequence, int64_t head, int64_t first_query, const T* centroids) {
+    const MobaProblem& problem = params.problem;
+    const int64_t last = min64(first_query + kQueriesPerTask, sequence.query_len);
+    for (int64_t tile = first_query; tile < last; tile += kTileQueries) {
+      const int64_t count = min64(kTileQueries, last - tile);
+      IntegerVector<T> visible[kVectorsPerTile];
+      int32_t rows[kTileQueries];
+      int64_t own[kTileQueries];
+      int64_t most_visible = 0;
+      for (int64_t i = 0; i < kTileQueries; ++i) {
+        rows[i] = static_cast<int32_t>(i);
+        const int64_t position = tile + min64(i, count - 1) + sequence.position_offset;
+        own[i] = problem.is_causal ? (position < 0 ? -1 : position / problem.block_size) : -1;
+        const int64_t num_visible = problem.is_causal ? max64(own[i], 0) : sequence.num_blocks;
+        visible[i / kLanes<T>][i % kLanes<T>] =
+            static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
+        most_visible = max64(most_visible, num_visible);
+      }
+      const bool needs_scores = most_visible > list_length && list_length > 0;
+      if (needs_scores) {
+        const ConstTensor& query = params.query;
+        gather_transposed(rows_of<Storage>(query, sequence.batch_idx, head, sequence.query_start + tile),
+                          query.row_stride, rows, count, problem.head_dim, T(1), query_tile, kTileQueries);
+        select(centroids, ceil_div(count, kLanes<T>), visible, most_visible);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        int32_t* choices =
+            rows_of<int32_t>(params.block_indices, sequence.batch_idx, head, sequence.query_start + tile + i);
+        const int64_t num_visible = visible[i / kLanes<T>][i % kLanes<T>];
+        if (needs_scores) {
+          write_choices(i, own[i], choices);
+        } else {
+          write_all(min64(num_visible, list_length), own[i], choices);
+        }
+      }
+    }
+  }
+};
+
+template <typename Storage>
+void route_storage(const MobaRouteParams& params) {
+  using T = ComputeOf<Storage>;
+  using Task = RouteTask<Storage>;
+  const MobaProblem& problem = params.problem;
+  int64_t total_blocks = 0;
+  int64_t most_blocks = 0;
+  int64_t most_queries = 0;
+  const AlignedBuffer starts_buffer = allocate_aligned(static_cast<size_t>(problem.batch_size + 1) * sizeof(int64_t));
+  int64_t* block_starts = reinterpret_cast<int64_t*>(starts_buffer.get());
+  for (int64_t s = 0; s < problem.batch_size; ++s) {
+    const Sequence sequence = sequence_at(problem, s);
+    block_starts[s] = total_blocks;
+    total_blocks += sequence.num_blocks;
+    most_blocks = max64(most_blocks, sequence.num_blocks);
+    most_queries = max64(most_queries, sequence.query_len);
+  }
+  const int64_t list_length = min64(problem.is_causal ? problem.top_k - 1 : problem.top_k, most_blocks);
+  const AlignedBuffer centroid_buffer = allocate_aligned(
+      static_cast<size_t>(total_blocks * problem.num_kv_heads * problem.head_dim) * sizeof(T));
+  T* centroids = reinterpret_cast<T*>(centroid_buffer.get());
+  const auto centroid_of = [&](int64_t sequence_idx, int64_t head, int64_t block) {
+    const int64_t num_blocks = sequence_at(problem, sequence_idx).num_blocks;
+    return centroids +
+           (block_starts[sequence_idx] * problem.num_kv_heads + head * num_blocks + block) * problem.head_dim;
+  };
+  if (list_length > 0) compute_centroids<Storage>(problem, params.key, centroid_of);
+
+  const int64_t chunks_per_head = ceil_div(most_queries, Task::kQueriesPerTask);
+  const int64_t num_tasks = problem.batch_size * problem.num_query_heads * chunks_per_head;
+  const double num_operations = static_cast<double>(problem.num_query_heads * problem.query_len) *
+                                static_cast<double>(most_blocks * problem.head_dim + problem.top_k);
+  const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
+  const size_t worker_bytes = static_cast<size_t>(
+      round_up(static_cast<int64_t>(Task::scratch_bytes(problem.head_dim, list_length)), 64));
+  const AlignedBuffer scratch = allocate_aligned(worker_bytes * static_cast<size_t>(num_workers));
+
+  struct Context {
+    const MobaRouteParams& params;
+    const decltype(centroid_of)& first_centroid;
+    unsigned char* scratch;
+    size_t worker_bytes;
+    int64_t list_length;
+    int64_t chunks_per_head;
+  };
+  Context context{params, centroid_of, scratch.get(), worker_bytes, list_length, chunks_per_head};
+  const auto body = [](void* opaque, int64_t task, int worker) {
+    const Context& ctx = *static_cast<Context*>(opaque);
+    const MobaProblem& p = ctx.params.problem;
+    const int64_t chunk = task % ctx.chunks_per_head;
+    const int64_t head = task / ctx.chunks_per_head % p.num_query_heads;
+    const int64_t sequence_idx = task / ctx.chunks_per_head / p.num_query_heads;
+    const Sequence sequence = sequence_at(p, sequence_idx);
+    const int64_t kv_head = head / (p.num_query_heads / p.num_kv_heads);
+    Task route(ctx.params, ctx.list_length, ctx.scratch + static_cast<size_t>(worker) * ctx.worker_bytes);
+    route.run(sequence, head, chunk * Task::kQueriesPerTask, ctx.first_centroid(sequence_idx, kv_head, 0));
+  };
+  parallel_for(num_workers, num_tasks, body, &context);
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

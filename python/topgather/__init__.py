@@ -1,0 +1,33 @@
+"""topgather: trainable sparse kernels for PyTorch.
+
+Score, keep the top, gather, compute densely, scatter back.
+"""
+
+from . import _native
+from ._environment import apply_environment
+from .ops import (
+    BlockRouting,
+    block_centroids,
+    moba_attention,
+    moba_attention_varlen,
+    moba_route,
+    moba_route_varlen,
+)
+
+from . import compat, nn, reference  # isort: skip  these build on the ops
+
+__version__ = "0.1.0"
+
+apply_environment()
+
+__all__ = [
+    "BlockRouting",
+    "block_centroids",
+    "compat",
+    "moba_attention",
+    "moba_attention_varlen",
+    "moba_route",
+    "moba_route_varlen",
+    "nn",
+    "reference",
+]

@@ -1,0 +1,88 @@
+"""Argument checks shared by every op.
+
+Each raises an error that names the argument, says what it was and what is allowed. They look at types, shapes, strides
+and devices only, never at values, so they run under fake tensors and while compiling as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    """Raise ``TypeError`` unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise unless ``value`` is an int (not a bool) of at least ``least`` that fits 31 bits."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < least or value > 2**31 - 1:
+        raise ValueError(f"{name} must be between {least} and 2**31 - 1, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
+
+
+def check_scale(value: Any) -> None:
+    """Raise unless ``value`` is None or a finite number."""
+    if value is None or isinstance(value, torch.SymFloat):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"scale must be a float or None, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {value}")
+
+
+def check_ndim(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has ``ndim`` dimensions."""
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions {layout}, got shape {tuple(tensor.shape)}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` for a dtype no kernel takes."""
+    if tensor.dtype not in FLOATING_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in FLOATING_DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+
+
+def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ``TypeError`` where two tensors that are computed with together differ in dtype."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ``ValueError`` where two tensors live on different devices."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
+
+
+def check_contiguous_rows(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` unless the last dimension is contiguous."""
+    if tensor.size(-1) > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have a contiguous last dimension, got strides {tuple(tensor.stride())}; "
+            f"call .contiguous() on it"
+        )
+
+
+def check_size(name: str, tensor: Tensor, dim: int, expected: Any, meaning: str) -> None:
+    """Raise ``ValueError`` unless dimension ``dim`` of ``tensor`` is ``expected``."""
+    if tensor.size(dim) != expected:
+        raise ValueError(
+            f"{name} must have size {expected} in dimension {dim} ({meaning}), got shape {tuple(tensor.shape)}"
+        )

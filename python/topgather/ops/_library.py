@@ -1,0 +1,63 @@
+"""The ``torch.ops.topgather`` namespace: one low-level library that every op registers in.
+
+A ``torch.library.custom_op`` with autograd costs more than twice the time per call of a low-level ``Library`` with an
+``autograd.Function`` (``bench/overhead.py`` measures it), so the low-level way it is. An op has up to five
+registrations: its schema, a kernel per device, a fake kernel for tracing, an autograd kernel and an autocast kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("topgather", "DEF")
+
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def define(schema: str) -> None:
+    """Declare an op by its schema."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_fake(name: str, kernel: Callable[..., Any]) -> None:
+    """Register what shapes, dtypes and strides the op returns, for tracing and the meta device."""
+    torch.library.register_fake(f"topgather::{name}", kernel, lib=library)
+
+
+def below_autograd() -> Any:
+    """A context in which calling an op reaches its kernel, past its autograd registration."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def register_autocast(name: str, num_inputs: int) -> None:
+    """Make the op cast its first ``num_inputs`` tensors to the autocast dtype, as matrix products are.
+
+    float64 tensors are left alone, as torch does; so are tensors of other devices.
+    """
+    op = getattr(torch.ops.topgather, name).default
+
+    def kernel_for(device_type: str, key: str) -> Callable[..., Any]:
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            inputs = [_cast(arg, device_type, dtype) for arg in args[:num_inputs]]
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return op(*inputs, *args[num_inputs:], **kwargs)
+
+        return kernel
+
+    for device_type, key in _AUTOCAST_KEYS.items():
+        library.impl(name, kernel_for(device_type, key), key)
+
+
+def _cast(value: Any, device_type: str, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or value.device.type != device_type:
+        return value
+    if not value.is_floating_point() or value.dtype == torch.float64:
+        return value
+    return value.to(dtype)

@@ -1,0 +1,310 @@
+"""Block attention (MoBA): each query attends to its own key block and to the best-scoring others.
+
+Sources: MoBA, arXiv 2502.13189, section 2.2 (block choice by mean-pooled keys, causality); FlashMoBA, arXiv 2511.11571
+(small blocks, tiled top-k, gather-and-densify). The plain definition in float64 is :mod:`topgather.reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import _moba_kernels  # noqa: F401  registers torch.ops.topgather
+
+
+@dataclass(frozen=True)
+class BlockRouting:
+    """Which key blocks each query attends to.
+
+    Made by :func:`moba_route`, or by hand to bring another pattern.
+
+    Args:
+        block_indices: int32 ``[B, Hq, Nq, top_k]`` (packed: ``[Hq, total_q, top_k]``, blocks counted from each
+            sequence's first key). ``-1`` marks an unused slot. :func:`moba_route` returns rows in ascending order,
+            padded at the end; attention takes any order, but no block twice in a row.
+        block_size: keys per block, the one the numbers refer to.
+
+    Raises:
+        TypeError: ``block_indices`` is not an int32 tensor, or ``block_size`` not an int.
+        ValueError: ``block_indices`` has not 3 or 4 dimensions, or ``block_size`` is below 1.
+    """
+
+    block_indices: Tensor
+    block_size: int
+
+    def __post_init__(self) -> None:
+        checks.check_tensor("block_indices", self.block_indices)
+        if self.block_indices.dtype != torch.int32:
+            raise TypeError(f"block_indices must have dtype torch.int32, got {self.block_indices.dtype}")
+        if self.block_indices.ndim not in (3, 4):
+            raise ValueError(
+                "block_indices must have 4 dimensions [B, Hq, Nq, top_k], or 3 for packed sequences, "
+                f"got shape {tuple(self.block_indices.shape)}"
+            )
+        checks.check_count("block_size", self.block_size)
+
+    @property
+    def top_k(self) -> int:
+        """Slots per query."""
+        return self.block_indices.size(-1)
+
+
+def block_centroids(key: Tensor, block_size: int = 128) -> Tensor:
+    """Mean key of every block, the vectors that blocks are chosen by (MoBA, arXiv 2502.13189, equation 6).
+
+    Args:
+        key: ``[B, Hkv, Nk, D]``, float32, bfloat16, float16 or float64, contiguous in its last dimension.
+        block_size: keys per block, at least 1. The last block may be short; its mean is over the keys it has.
+
+    Returns:
+        ``[B, Hkv, ceil(Nk / block_size), D]``, float32 (float64 for float64). Differentiable with respect to ``key``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, stride or ``block_size``.
+    """
+    checks.check_tensor("key", key)
+    checks.check_count("block_size", block_size)
+    return torch.ops.topgather.block_centroids.default(key, block_size)
+
+
+def moba_route(
+    query: Tensor, key: Tensor, block_size: int = 128, top_k: int = 8, is_causal: bool = True
+) -> BlockRouting:
+    """Choose each query's key blocks (MoBA, arXiv 2502.13189, section 2.2).
+
+    A block's score is the dot product of the query with the block's mean key, in float32 (float64 for float64). Causal:
+    query ``i`` stands at position ``i + Nk - Nq``; the block it stands in always counts as one of ``top_k``, the others
+    are the best among the blocks wholly before it. Not causal: the ``top_k`` best of all blocks. Equal scores go to the
+    lower block number, a NaN score ranks as +inf. Where there are fewer blocks than ``top_k``, all are chosen; a query
+    at a negative position chooses none. No gradient flows through the choice.
+
+    Args:
+        query: ``[B, Hq, Nq, D]``, float32, bfloat16, float16 or float64, contiguous in its last dimension.
+        key: ``[B, Hkv, Nk, D]`` of the same dtype; ``Hq`` a multiple of ``Hkv``.
+        block_size: keys per block, at least 1.
+        top_k: blocks per query, the own one included, at least 1.
+        is_causal: whether later keys are hidden.
+
+    Returns:
+        A :class:`BlockRouting` with ``block_indices`` int32 ``[B, Hq, Nq, top_k]``, each row ascending and padded at
+        its end with -1.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, stride, device, ``block_size`` or ``top_k``.
+    """
+    _check_options(query, key, None, block_size, is_causal, None)
+    checks.check_count("top_k", top_k)
+    return BlockRouting(
+        torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal), block_size
+    )
+
+
+def moba_route_varlen(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int = 128,
+    top_k: int = 8,
+    is_causal: bool = True,
+) -> BlockRouting:
+    """:func:`moba_route` for packed sequences, laid out as in :func:`moba_attention_varlen`.
+
+    Returns:
+        A :class:`BlockRouting` with ``block_indices`` int32 ``[Hq, total_q, top_k]``; blocks are counted from the
+        first key of the query's own sequence.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, stride, device or option, or boundaries that do not delimit the tokens.
+    """
+    _check_options(query, key, None, block_size, is_causal, None)
+    _check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    checks.check_count("top_k", top_k)
+    block_indices = torch.ops.topgather.moba_route.default(
+        query, key, block_size, top_k, is_causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
+    return BlockRouting(block_indices, block_size)
+
+
+@overload
+def moba_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int = ...,
+    top_k: int | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    routing: BlockRouting | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def moba_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int = ...,
+    top_k: int | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    *,
+    return_lse: Literal[True],
+    routing: BlockRouting | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def moba_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int = 128,
+    top_k: int | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    routing: BlockRouting | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the ``top_k`` best key blocks of each query (MoBA, arXiv 2502.13189, section 2.2).
+
+    The softmax runs over exactly the visible keys of the chosen blocks; with ``top_k`` at least the number of blocks
+    this is dense attention. Blocks are chosen as :func:`moba_route` says, or given by ``routing``.
+
+    Args:
+        query: ``[B, Hq, Nq, D]``, float32, bfloat16, float16, or float64 (CPU only). Any strides with a contiguous
+            last dimension, so the transposed view of a ``[B, N, H, D]`` tensor costs no copy.
+        key: ``[B, Hkv, Nk, D]`` of the same dtype. ``Hq`` is a multiple of ``Hkv``; keys are not expanded.
+        value: ``[B, Hkv, Nk, Dv]`` of the same dtype.
+        block_size: keys per block, at least 1; the last block may be short.
+        top_k: blocks per query, the own one included. Needed unless ``routing`` is given.
+        is_causal: whether query ``i``, at position ``i + Nk - Nq``, sees only keys up to its own position.
+        scale: factor on the scores; ``D ** -0.5`` if None.
+        return_lse: also return the log-sum-exp of each query's scaled scores.
+        routing: a choice of blocks to use instead of making one. Under ``is_causal`` later keys stay hidden whatever
+            it names.
+
+    Returns:
+        ``out [B, Hq, Nq, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also
+        ``lse [B, Hq, Nq]``, float32 (float64 for float64), natural logarithm. A query that sees no key gets 0 and
+        -inf, and gradients of 0. Both are differentiable with respect to query, key and value, once.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, stride, device or option; neither ``top_k`` nor ``routing`` given, or both and not
+            agreeing; ``routing`` naming a block twice for a query.
+        IndexError: ``routing`` naming a block that does not exist.
+    """
+    _check_options(query, key, value, block_size, is_causal, scale)
+    checks.check_flag("return_lse", return_lse)
+    _check_routing(routing, block_size, top_k)
+    if routing is None:
+        block_indices = torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal)
+    else:
+        block_indices = routing.block_indices
+    out, lse = torch.ops.topgather.moba_attention.default(
+        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query)
+    )
+    return (out, lse) if return_lse else out
+
+
+def moba_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int = 128,
+    top_k: int | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    routing: BlockRouting | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`moba_attention` for sequences of different lengths, packed one after the other.
+
+    Args:
+        query: ``[total_q, Hq, D]``, otherwise as in :func:`moba_attention`.
+        key: ``[total_k, Hkv, D]``.
+        value: ``[total_k, Hkv, Dv]``.
+        cu_seqlens_q: int32 or int64 ``[num_sequences + 1]``: sequence ``s`` has the queries from ``cu_seqlens_q[s]`` to
+            before ``cu_seqlens_q[s + 1]``. Starts with 0, never decreases, ends with ``total_q``. Sequences may be
+            empty.
+        cu_seqlens_k: the same for keys.
+        max_seqlen_q: at least the longest sequence's queries, in tokens.
+        max_seqlen_k: at least the longest sequence's keys, in tokens.
+        block_size, top_k, is_causal, scale, return_lse: as in :func:`moba_attention`. Blocks start afresh in every
+            sequence.
+        routing: as in :func:`moba_attention`, with ``block_indices [Hq, total_q, top_k]``.
+
+    Returns:
+        ``out [total_q, Hq, Dv]``; with ``return_lse`` also ``lse [Hq, total_q]``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`moba_attention`; ``ValueError`` also for boundaries that do not
+            delimit the tokens.
+    """
+    _check_options(query, key, value, block_size, is_causal, scale)
+    _check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    checks.check_flag("return_lse", return_lse)
+    _check_routing(routing, block_size, top_k)
+    sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if routing is None:
+        block_indices = torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal, *sequences)
+    else:
+        block_indices = routing.block_indices
+    out, lse = torch.ops.topgather.moba_attention.default(
+        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query), *sequences
+    )
+    return (out, lse) if return_lse else out
+
+
+def _scale_of(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        # A head_dim of 0 is refused by the op, in its own words.
+        return max(query.size(-1), 1) ** -0.5
+    return float(scale)
+
+
+def _check_options(
+    query: Tensor, key: Tensor, value: Tensor | None, block_size: int, is_causal: bool, scale: float | None
+) -> None:
+    checks.check_tensor("query", query)
+    checks.check_tensor("key", key)
+    if value is not None or scale is not None:
+        checks.check_tensor("value", value)
+    checks.check_count("block_size", block_size)
+    checks.check_flag("is_causal", is_causal)
+    checks.check_scale(scale)
+
+
+def _check_packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> None:
+    checks.check_tensor("cu_seqlens_q", cu_seqlens_q)
+    checks.check_tensor("cu_seqlens_k", cu_seqlens_k)
+    checks.check_count("max_seqlen_q", max_seqlen_q, least=0)
+    checks.check_count("max_seqlen_k", max_seqlen_k, least=0)
+
+
+def _check_routing(routing: BlockRouting | None, block_size: int, top_k: int | None) -> None:
+    if routing is None:
+        if top_k is None:
+            raise ValueError("top_k must be given unless routing is")
+        checks.check_count("top_k", top_k)
+        return
+    if not isinstance(routing, BlockRouting):
+        raise TypeError(f"routing must be a topgather.BlockRouting or None, got {type(routing).__name__}")
+    if routing.block_size != block_size:
+        raise ValueError(f"block_size must be that of routing, {routing.block_size}, got {block_size}")
+    if top_k is not None and top_k != routing.top_k:
+        raise ValueError(f"top_k must be that of routing, {routing.top_k}, or None, got {top_k}")

@@ -1,0 +1,9 @@
+"""Plain float64 PyTorch definitions of every op: what the compiled kernels are measured against.
+
+Written for clarity, not speed: dense masks, quadratic memory, ordinary autograd. They need torch alone, never
+the compiled module, and run on any device torch runs on.
+"""
+
+from .moba import block_centroids, block_scores, moba_attention, moba_route
+
+__all__ = ["block_centroids", "block_scores", "moba_attention", "moba_route"]

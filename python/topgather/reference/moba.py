@@ -1,0 +1,215 @@
+"""Block attention (MoBA) in plain float64 PyTorch.
+
+Source: MoBA, arXiv 2502.13189, section 2 (block partition, mean-pooled routing, current-block rule);
+FlashMoBA, arXiv 2511.11571 (the same routing at small block sizes). Where the papers leave room (alignment of
+unequal lengths, ties, short last blocks, non-finite scores), the rules stated below are the contract.
+
+Notation used in every docstring: B batch, Hq query heads, Hkv key and value heads (Hq a multiple of Hkv;
+query head h reads key head ``h // (Hq // Hkv)``), Nq query tokens, Nk key tokens, D head dimension of query
+and key, Dv head dimension of value, num_blocks = ceil(Nk / block_size).
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_centroids", "block_scores", "moba_attention", "moba_route"]
+
+
+def block_centroids(key: Tensor, block_size: int) -> Tensor:
+    """Mean key of each block (MoBA, arXiv 2502.13189, section 2.2).
+
+    Args:
+        key: ``[B, Hkv, Nk, D]``, any floating dtype.
+        block_size: tokens in a block, at least 1. The last block may be short; its mean is over the tokens it
+            has.
+
+    Returns:
+        float64 ``[B, Hkv, num_blocks, D]``. Differentiable: each token receives its block's gradient divided
+        by the number of tokens in that block.
+    """
+    key = key.double()
+    blocks = [key[:, :, start : start + block_size] for start in range(0, key.shape[2], block_size)]
+    if not blocks:
+        return key
+    return torch.stack([block.mean(dim=2) for block in blocks], dim=2)
+
+
+def block_scores(query: Tensor, key: Tensor, block_size: int) -> Tensor:
+    """Routing score of every block for every query: ``dot(query_i, centroid_j)``, unscaled and unmasked.
+
+    Args:
+        query: ``[B, Hq, Nq, D]``, any floating dtype.
+        key: ``[B, Hkv, Nk, D]``.
+        block_size: tokens in a block, at least 1.
+
+    Returns:
+        float64 ``[B, Hq, Nq, num_blocks]``.
+    """
+    centroids = _expand_heads(block_centroids(key, block_size), query.shape[1])
+    return query.double() @ centroids.transpose(-2, -1)
+
+
+def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causal: bool = True) -> Tensor:
+    """Blocks each query attends to (MoBA, arXiv 2502.13189, section 2.2). No gradient flows through the
+    choice.
+
+    Positions are aligned bottom-right: query i stands at position ``p = i + Nk - Nq`` among the keys. Three
+    separate promises:
+
+    Membership. Causal: the query's own block ``p // block_size`` always counts as one of the ``top_k``; the
+    others are the ``top_k - 1`` highest-scoring of the blocks wholly before it, and no later block is ever
+    chosen. A query at a negative position selects nothing. Not causal: the ``top_k`` highest-scoring of all
+    blocks, the own block not forced. Where fewer blocks are eligible than ``top_k``, all of them are chosen,
+    a score of -inf included. A NaN score ranks as +inf.
+
+    Ties. Of equal scores, the lower block index is preferred.
+
+    Order. Indices ascend, and -1 fills the unused slots at the end.
+
+    Args:
+        query: ``[B, Hq, Nq, D]``, any floating dtype.
+        key: ``[B, Hkv, Nk, D]``.
+        block_size: tokens in a block, at least 1.
+        top_k: slots per query, at least 1; may exceed num_blocks.
+        is_causal: whether a query sees only keys at or before its position.
+
+    Returns:
+        int32 ``[B, Hq, Nq, top_k]``.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    device = query.device
+    scores = block_scores(query.detach(), key.detach(), block_size)
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    num_blocks = scores.shape[-1]
+    block_idx = torch.arange(num_blocks, device=device)
+
+    if is_causal:
+        position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
+        own_block = torch.div(position, block_size, rounding_mode="floor")
+        is_eligible = (block_idx <= own_block[:, None]) & (position >= 0)[:, None]
+        is_forced = block_idx == own_block[:, None]
+    else:
+        is_eligible = torch.ones(num_queries, num_blocks, dtype=torch.bool, device=device)
+        is_forced = torch.zeros_like(is_eligible)
+
+    # Two stable sorts, the less significant key first: eligibility cannot be folded into the score, because
+    # an eligible block may itself score -inf. Stability is what sends ties to the lower index.
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
+    rank = (is_eligible.int() + is_forced.int()).expand_as(scores)
+    by_rank = rank.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
+    preferred = by_score.gather(-1, by_rank)[..., :top_k]
+
+    chosen = torch.where(is_eligible.expand_as(scores).gather(-1, preferred), preferred, num_blocks)
+    chosen = chosen.sort(dim=-1).values
+    chosen = torch.where(chosen < num_blocks, chosen, -1)
+    padding = chosen.new_full((*chosen.shape[:-1], top_k - chosen.shape[-1]), -1)
+    return torch.cat([chosen, padding], dim=-1).to(torch.int32)
+
+
+def moba_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    is_causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over exactly the keys it sees (MoBA, arXiv 2502.13189, section 2).
+
+    Query i sees key t if ``t // block_size`` is among its ``block_indices`` and, when causal, ``t <= i + Nk -
+    Nq``: the token-level causal mask always holds, so a routed block after the query's own contributes
+    nothing. A key that is not seen has no influence, whatever its value; NaN and inf behave as in dense
+    attention over the keys that are seen.
+
+    A query that sees no key gives out 0, lse -inf and gradients 0. A query that sees keys whose scores are
+    all -inf gives NaN, as plain softmax does.
+
+    Args:
+        query: ``[B, Hq, Nq, D]``, any floating dtype.
+        key: ``[B, Hkv, Nk, D]``.
+        value: ``[B, Hkv, Nk, Dv]``.
+        block_indices: ``[B, Hq, Nq, k]``, integer, in any order, -1 for an unused slot.
+        block_size: tokens in a block, at least 1.
+        is_causal: whether a query sees only keys at or before its position.
+        scale: factor on the scores, any finite float; None means ``D ** -0.5``.
+
+    Returns:
+        out, float64 ``[B, Hq, Nq, Dv]``, and lse, the natural log of the sum of exponentials of the scaled
+        scores seen, float64 ``[B, Hq, Nq]``. Both are differentiable in query, key and value by plain
+        autograd.
+    """
+    num_heads = query.shape[1]
+    query = query.double()
+    key = _expand_heads(key.double(), num_heads)
+    value = _expand_heads(value.double(), num_heads)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+
+    visible = visible_keys(block_indices, key.shape[2], block_size, is_causal)
+    sees_any = visible.any(dim=-1, keepdim=True)
+
+    scores = _scores(query, key, visible) * scale
+    scores = torch.where(visible, scores, -torch.inf)
+    # Finite stand-ins for rows that see nothing: softmax of an all -inf row is NaN, and so is its gradient.
+    scores = torch.where(sees_any, scores, 0.0)
+    weights = torch.where(visible, scores.softmax(dim=-1), 0.0)
+    out = _weighted_values(weights, value, visible)
+    if key.shape[2] == 0:
+        lse = scores.sum(dim=-1) - torch.inf
+    else:
+        lse = torch.where(sees_any[..., 0], scores.logsumexp(dim=-1), -torch.inf)
+    return out, lse
+
+
+def visible_keys(block_indices: Tensor, num_keys: int, block_size: int, is_causal: bool) -> Tensor:
+    """Dense mask of the keys each query sees.
+
+    Args:
+        block_indices: ``[B, Hq, Nq, k]``, integer, in any order, -1 for an unused slot.
+        num_keys: Nk.
+        block_size: tokens in a block, at least 1.
+        is_causal: whether a query sees only keys at or before its position.
+
+    Returns:
+        bool ``[B, Hq, Nq, Nk]``.
+    """
+    num_queries = block_indices.shape[2]
+    device = block_indices.device
+    num_blocks = -(-num_keys // block_size)
+    # One spare column past the last block takes the unused slots.
+    slots = torch.where(block_indices >= 0, block_indices, num_blocks).long()
+    is_chosen = torch.zeros(*slots.shape[:3], num_blocks + 1, dtype=torch.bool, device=device)
+    is_chosen = is_chosen.scatter(-1, slots, True)
+
+    key_position = torch.arange(num_keys, device=device)
+    visible = is_chosen[..., key_position // block_size]
+    if is_causal:
+        query_position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
+        visible = visible & (key_position <= query_position[:, None])
+    return visible
+
+
+def _expand_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """Repeat key or value heads so that query head h finds its own at index h."""
+    return tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1) if num_heads else tensor[:, :0]
+
+
+def _scores(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+    """``query @ key^T``; entries not visible are unspecified."""
+    if query.isfinite().all() and key.isfinite().all():
+        return query @ key.transpose(-2, -1)
+    # A matrix product would spread a NaN, through 0 * NaN, to pairs that do not see each other (in its
+    # backward).
+    seen_key = torch.where(visible[..., None], key[:, :, None], 0.0)
+    seen_query = torch.where(visible[..., None], query[:, :, :, None], 0.0)
+    return (seen_query * seen_key).sum(dim=-1)
+
+
+def _weighted_values(weights: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """``weights @ value`` in which a value that is not visible adds nothing, NaN and inf included."""
+    if weights.isfinite().all() and value.isfinite().all():
+        return weights @ value
+    seen_value = torch.where(visible[..., None], value[:, :, None], 0.0)
+    seen_weights = torch.where(visible, weights, 0.0)
+    return (seen_weights[..., None] * seen_value).sum(dim=-2)
