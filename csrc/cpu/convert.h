@@ -125,6 +125,17 @@ inline void gather_transposed(const Storage* source, int64_t row_stride, const i
   }
 }
 
+// Scattered rows are too irregular for the hardware to foresee.
+template <typename Storage>
+inline void prefetch_rows(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
+                          int64_t depth) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Storage));
+  for (int64_t i = 0; i < count; ++i) {
+    const Storage* row = source + row_idx[i] * row_stride;
+    for (int64_t d = 0; d < depth; d += kLine) __builtin_prefetch(row + d);
+  }
+}
+
 // tile[i * tile_row + d] = source[row_idx[i] * row_stride + d] for d < depth, zero from depth to padded_depth.
 template <typename Storage>
 inline void gather_rows(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,

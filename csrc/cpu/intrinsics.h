@@ -1,14 +1,42 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
-// AVX-512: scaling by a power of two. AMX: the matrix unit of recent x86-64 processors, which multiplies
+// All: asking whether any lane of a mask is set. AVX-512: scaling by a power of two. AMX: the matrix unit of recent x86-64 processors, which multiplies
 // A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one 32-bit word
 // holds two consecutive depths of one column.
 #pragma once
 
 #include "convert.h"
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// For lane masks as comparisons yield them: every lane 0 or -1.
+template <typename Mask>
+inline bool any_lane(const Mask& mask) {
+  static_assert(sizeof(Mask) == kVectorBytes);
+#if defined(__AVX512F__)
+  const __m512i bits = bit_cast<__m512i>(mask);
+  return _mm512_test_epi64_mask(bits, bits) != 0;
+#elif defined(__AVX__)
+  const __m256i bits = bit_cast<__m256i>(mask);
+  return _mm256_testz_si256(bits, bits) == 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8(bit_cast<__m128i>(mask)) != 0;
+#else
+  int64_t words[kVectorBytes / 8];
+  std::memcpy(words, &mask, sizeof(words));
+  int64_t joined = 0;
+  for (int i = 0; i < kVectorBytes / 8; ++i) joined |= words[i];
+  return joined != 0;
+#endif
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
+
+#if defined(__AVX512F__)
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 

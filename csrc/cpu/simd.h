@@ -84,16 +84,6 @@ inline V minimum(const V& a, const V& b) {
   return a < b ? a : b;
 }
 
-template <typename Mask>
-inline bool any_lane(const Mask& mask) {
-  // Compilers turn this or-reduction into one test instruction where the target has one.
-  int64_t words[kVectorBytes / 8];
-  std::memcpy(words, &mask, sizeof(words));
-  int64_t joined = 0;
-  for (int i = 0; i < kVectorBytes / 8; ++i) joined |= words[i];
-  return joined != 0;
-}
-
 // Joins all lanes pairwise: lane l with l ^ 1, then l ^ 2, and so on.
 template <typename T, int kBit = kLanes<T> / 2, typename Join>
 inline T reduce_lanes(const Vector<T>& vector, const Join& join) {

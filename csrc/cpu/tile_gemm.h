@@ -74,6 +74,7 @@ inline void gemm_column_panel(const GemmOperands<T>& op, int64_t num_rows, int64
     gemm_register_tile<kAccumulate, kUnitColumn, kRows, kVectors>(op, row, column);
   }
   for (; row + 4 <= num_rows; row += 4) gemm_register_tile<kAccumulate, kUnitColumn, 4, kVectors>(op, row, column);
+  for (; row + 2 <= num_rows; row += 2) gemm_register_tile<kAccumulate, kUnitColumn, 2, kVectors>(op, row, column);
   for (; row < num_rows; ++row) gemm_register_tile<kAccumulate, kUnitColumn, 1, kVectors>(op, row, column);
 }
 

@@ -220,15 +220,16 @@ struct ForwardTask {
     }
   }
 
-  // Steps 2 to 6.
+  // Steps 2 to 6. The num_following queries after the tile's own are what the next call will gather.
   void attend(const QueryRange& range, const Storage* range_query, const int32_t* queries, int64_t count,
-              KeyTile<Storage>& tile) {
+              int64_t num_following, KeyTile<Storage>& tile) {
     const MobaProblem& problem = params.problem;
     IntegerVector<T> limits[kMaxVectors];
     const TileVisibility visibility =
         visible_keys<T>(problem, range, queries, count, tile.first_key, tile.num_keys, limits);
     if (visibility.most == 0) return;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(running_out + queries[i] * padded_value_dim, 1);
+    prefetch_rows(running_out, padded_value_dim, queries, count, padded_value_dim);
+    prefetch_rows(range_query, params.query.row_stride, queries + count, num_following, problem.head_dim);
     const bool hides_keys = visibility.least < visibility.most;
     // The matrix unit multiplies whole steps of 32 keys.
     const int64_t num_multiplied = uses_matrix_unit<Storage>(problem)
@@ -253,7 +254,7 @@ struct ForwardTask {
 #endif
     if (hides_keys && !hides_only_finite) {
       // A hidden key weighs 0, but 0 x inf is NaN: one query at a time there is nothing hidden to multiply with.
-      for (int64_t i = 0; i < count; ++i) attend(range, range_query, queries + i, 1, tile);
+      for (int64_t i = 0; i < count; ++i) attend(range, range_query, queries + i, 1, 0, tile);
       return;
     }
     if (tile.keys.data == nullptr) densify(tile);
@@ -357,7 +358,8 @@ struct ForwardTask {
           const bool half = uses_matrix_unit<Storage>(problem) ||
                             (problem.is_causal && queries[i] < last_position_in);
           const int64_t count = min64(half ? kHalfQueries : kTileQueries, num_queries - i);
-          attend(range, range_query, queries + i, count, tile);
+          const int64_t num_following = min64(kHalfQueries, num_queries - i - count);
+          attend(range, range_query, queries + i, count, num_following, tile);
           i += count;
         }
       }

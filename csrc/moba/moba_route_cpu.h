@@ -21,6 +21,7 @@
 
 #include "../common/parallel.h"
 #include "../cpu/convert.h"
+#include "../cpu/intrinsics.h"
 #include "../cpu/tile_gemm.h"
 #include "moba_cpu.h"
 #include "moba_geometry.h"
@@ -101,28 +102,31 @@ struct RouteTask {
     kept = reinterpret_cast<IntegerVector<T>*>(kept_scores + list_length * kTileQueries);
   }
 
-  // Step 3 for one vector of queries and one block. num_kept entries of the lists are in use; `active` masks lanes
-  // that may see the block.
+  // Step 3 for one vector of queries and one block: into the descending lists, of which num_kept entries are in use.
+  // `active` masks lanes that may see the block. Every rank decides by itself, from the bottom up: an entry beaten
+  // strictly takes its upper neighbour where that is beaten too, else the newcomer; so equals stay above.
   void offer(int vector_idx, int64_t num_kept, const Vector<T>& score, const IntegerVector<T>& block,
              const IntegerVector<T>& active) {
     T* values = kept_scores + vector_idx * kLanes<T>;
-    Vector<T> moving = score;
-    IntegerVector<T> moving_block = block;
-    IntegerVector<T> displaces{};
-    for (int64_t rank = 0; rank < num_kept; ++rank) {
-      const Vector<T> here = load<T>(values + rank * kTileQueries);
-      const IntegerVector<T> here_block = kept[rank * kVectorsPerTile + vector_idx];
-      // Once a lane's newcomer has displaced an entry, everything below it moves down by one, equal scores too.
-      displaces = (displaces | (score > here)) & active;
-      store<T>(values + rank * kTileQueries, displaces ? moving : here);
-      kept[rank * kVectorsPerTile + vector_idx] = displaces ? moving_block : here_block;
-      moving = displaces ? here : moving;
-      moving_block = displaces ? here_block : moving_block;
+    IntegerVector<T>* blocks = kept + vector_idx;
+    int64_t rank = num_kept;
+    IntegerVector<T> beaten = active;
+    if (num_kept == list_length) {
+      --rank;
+      beaten = (score > load<T>(values + rank * kTileQueries)) & active;
     }
-    if (num_kept < list_length) {
-      store<T>(values + num_kept * kTileQueries, moving);
-      kept[num_kept * kVectorsPerTile + vector_idx] = active ? moving_block : IntegerVector<T>{} - 1;
+    for (; rank > 0; --rank) {
+      const Vector<T> above = load<T>(values + (rank - 1) * kTileQueries);
+      const IntegerVector<T> above_block = blocks[(rank - 1) * kVectorsPerTile];
+      const IntegerVector<T> above_beaten = (score > above) & active;
+      T* here = values + rank * kTileQueries;
+      IntegerVector<T>& here_block = blocks[rank * kVectorsPerTile];
+      store<T>(here, beaten ? (above_beaten ? above : score) : load<T>(here));
+      here_block = beaten ? (above_beaten ? above_block : block) : here_block;
+      beaten = above_beaten;
     }
+    store<T>(values, beaten ? score : load<T>(values));
+    blocks[0] = beaten ? block : blocks[0];
   }
 
   // Steps 2 and 3: the lists of a tile of queries, the i-th of which may see the first visible[i] blocks.
