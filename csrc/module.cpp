@@ -1,8 +1,7 @@
 // The extension module: what was built, what runs, and every op's bindings.
-#include "bindings.h"
-
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "common/cpu_target.h"
 #include "cuda/device.h"
 

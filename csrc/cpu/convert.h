@@ -138,8 +138,8 @@ inline void prefetch_rows(const Storage* source, int64_t row_stride, const int32
 
 // tile[i * tile_row + d] = source[row_idx[i] * row_stride + d] for d < depth, zero from depth to padded_depth.
 template <typename Storage>
-inline void gather_rows(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
-                        int64_t depth, int64_t padded_depth, ComputeOf<Storage>* tile, int64_t tile_row) {
+inline void gather_rows(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count, int64_t depth,
+                        int64_t padded_depth, ComputeOf<Storage>* tile, int64_t tile_row) {
   for (int64_t i = 0; i < count; ++i) {
     load_row(source + row_idx[i] * row_stride, depth, tile + i * tile_row);
     for (int64_t d = depth; d < padded_depth; ++d) tile[i * tile_row + d] = 0;

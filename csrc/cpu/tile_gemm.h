@@ -21,12 +21,12 @@ inline constexpr int kMaxVectorsPerTile = kNumVectorRegisters == 32 ? 4 : 3;
 
 template <typename T>
 struct GemmOperands {
-  const T* a;      // [rows, depth] by strides
-  int64_t a_row;   // elements between rows of A
-  int64_t a_col;   // elements between columns of A
-  const T* b;      // [depth, columns]
+  const T* a;     // [rows, depth] by strides
+  int64_t a_row;  // elements between rows of A
+  int64_t a_col;  // elements between columns of A
+  const T* b;     // [depth, columns]
   int64_t b_row;
-  T* c;            // [rows, columns]
+  T* c;  // [rows, columns]
   int64_t c_row;
   int64_t depth;
 };

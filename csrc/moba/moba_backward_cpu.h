@@ -3,7 +3,8 @@
 //   delta_i  = sum_v grad_out_iv * out_iv - grad_lse_i
 //   p_it     = exp(scale * dot(query_i, key_t) - lse_i)
 //   ds_it    = p_it * (dot(grad_out_i, value_t) - delta_i)
-//   grad_value_t = sum_i p_it grad_out_i;  grad_key_t = scale sum_i ds_it query_i;  grad_query_i = scale sum_t ds_it key_t
+//   grad_value_t = sum_i p_it grad_out_i;  grad_key_t = scale sum_i ds_it query_i;  grad_query_i = scale sum_t ds_it
+//   key_t
 //
 // Who owns what: every (query range r, chunk of key blocks c) of a key head's group is one task; it adds to the rows
 // of grad_query of r and to the rows of grad_key and grad_value of c. Tasks run in rounds, task (r, c) in round
@@ -135,7 +136,10 @@ struct BackwardTask {
     alignas(64) T lse_base2[kTileQueries];
     alignas(64) T delta[kTileQueries];
     for (int64_t i = 0; i < padded_count; ++i) {
-      lse_base2[i] = rows.lse[queries[min64(i, count - 1)]] * static_cast<T>(kLog2E);
+      const T lse = rows.lse[queries[min64(i, count - 1)]];
+      // A score of +inf makes the whole row of weights NaN, not just its own.
+      lse_base2[i] = lse == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN()
+                                                               : lse * static_cast<T>(kLog2E);
       delta[i] = rows.delta[queries[min64(i, count - 1)]];
     }
 
@@ -157,8 +161,8 @@ struct BackwardTask {
     tile_gemm<true>(GemmOperands<T>{grad_scores, kTileQueries, 1, query_rows, padded_head_dim, grad_key_tile,
                                     padded_head_dim, count},
                     seen, padded_head_dim);
-    tile_gemm<false>(GemmOperands<T>{grad_scores, 1, kTileQueries, keys.data, keys.row_stride,
-                                     grad_query_tile, padded_head_dim, seen},
+    tile_gemm<false>(GemmOperands<T>{grad_scores, 1, kTileQueries, keys.data, keys.row_stride, grad_query_tile,
+                                     padded_head_dim, seen},
                      count, padded_head_dim);
     add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(problem.scale),
              rows.grad_query);
@@ -215,88 +219,110 @@ RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& r
   return build_block_lists(params.problem, range, choices, params.block_indices.row_stride, cursors, lists);
 }
 
+// The rounds of a whole problem. A unit is one sequence's key head with its group of query heads; a unit takes part in
+// as many rounds as its group has query ranges.
 template <typename Storage>
 class Backward {
   using T = ComputeOf<Storage>;
   static constexpr bool kSumsInPlace = std::is_same_v<Storage, T>;
 
  public:
-  explicit Backward(const MobaBackwardParams& params) : params_(params), problem_(params.problem) {
-    extent_ = range_extent(problem_);
-    group_size_ = problem_.num_query_heads / problem_.num_kv_heads;
-    for (int64_t s = 0; s < problem_.batch_size; ++s) {
-      most_ranges_ = max64(most_ranges_, ranges_in(problem_, sequence_at(problem_, s)));
-    }
-    lists_bytes_ = round_up((extent_.most_blocks + 1 + extent_.most_queries * problem_.top_k) * 4, 64);
-    delta_bytes_ = round_up(extent_.most_queries * static_cast<int64_t>(sizeof(T)), 64);
-  }
+  explicit Backward(const MobaBackwardParams& params)
+      : params_(params),
+        problem_(params.problem),
+        extent_(range_extent(params.problem)),
+        group_size_(params.problem.num_query_heads / params.problem.num_kv_heads) {}
 
   void run() {
     const int64_t num_units = problem_.batch_size * problem_.num_kv_heads;
     if (num_units == 0 || extent_.num_ranges == 0) return;
-    const int64_t rounds = max64(1, group_size_ * most_ranges_);
+    most_rounds_ = group_size_ * extent_.most_ranges;
     const int num_workers =
-        useful_threads(problem_.num_threads, num_units * rounds, 5 * pair_operations(problem_, extent_));
+        useful_threads(problem_.num_threads, num_units * most_rounds_, 5 * pair_operations(problem_, extent_));
     ScratchCutter measure(nullptr);
     BackwardTask<Storage>(params_, measure);
     worker_bytes_ = max64(measure.used(), round_up(extent_.most_blocks * 4, 64));
     const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes_ * num_workers));
     scratch_ = scratch.get();
-    const AlignedBuffer prepared = allocate_aligned(static_cast<size_t>(
-        (lists_bytes_ + delta_bytes_) * problem_.batch_size * problem_.num_query_heads * most_ranges_));
+    const AlignedBuffer starts = allocate_aligned(static_cast<size_t>(problem_.batch_size) * sizeof(int64_t));
+    prepared_starts_ = reinterpret_cast<int64_t*>(starts.get());
+    const AlignedBuffer prepared = allocate_aligned(static_cast<size_t>(lay_out_prepared_ranges()));
     prepared_ = prepared.get();
 
-    for_each_range(problem_, num_workers, [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx,
-                                              int worker) {
-      const int64_t slot = prepared_slot(sequence_idx, range.head_idx, range_idx);
-      return prepare_range<Storage>(params_, range, reinterpret_cast<int32_t*>(scratch_ + worker * worker_bytes_),
-                                    lists_at(slot), delta_at(slot));
-    });
+    for_each_range(problem_, num_workers,
+                   [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
+                     const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
+                     int32_t* cursors = reinterpret_cast<int32_t*>(scratch_ + worker * worker_bytes_);
+                     return prepare_range<Storage>(params_, range, cursors, at.lists, at.delta);
+                   });
 
-    // In place, all key heads run together; with a workspace, so many that each round has tasks for every thread.
-    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, rounds));
+    // In place, all units run together; with a workspace, so many that each round has tasks for every thread.
+    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, most_rounds_));
     AlignedBuffer workspace;
     if constexpr (!kSumsInPlace) {
-      const int64_t rows = problem_.key_len * (problem_.head_dim + problem_.value_dim) +
-                           group_size_ * problem_.query_len * problem_.head_dim;
-      workspace_bytes_ = round_up(rows * static_cast<int64_t>(sizeof(T)), 64);
+      workspace_bytes_ = round_up(unit_elements(extent_.longest) * static_cast<int64_t>(sizeof(T)), 64);
       workspace = allocate_aligned(static_cast<size_t>(workspace_bytes_ * wave));
       workspace_ = workspace.get();
     }
     for (first_unit_ = 0; first_unit_ < num_units; first_unit_ += wave) {
-      wave_units_ = min64(wave, num_units - first_unit_);
-      if constexpr (!kSumsInPlace) clear_workspace(num_workers);
-      for (round_ = 0; round_ < rounds; ++round_) {
-        num_rounds_ = rounds;
-        parallel_for(num_workers, wave_units_ * rounds, &Backward::run_task, this);
+      const int64_t wave_units = min64(wave, num_units - first_unit_);
+      if constexpr (!kSumsInPlace) parallel_for(num_workers, wave_units, &Backward::clear_unit, this);
+      for (round_ = 0; round_ < most_rounds_; ++round_) {
+        parallel_for(num_workers, wave_units * most_rounds_, &Backward::run_task, this);
       }
-      if constexpr (!kSumsInPlace) {
-        parallel_for(num_workers, wave_units_, &Backward::convert_unit, this);
-      }
+      if constexpr (!kSumsInPlace) parallel_for(num_workers, wave_units, &Backward::convert_unit, this);
     }
   }
 
  private:
-  int64_t prepared_slot(int64_t sequence_idx, int64_t head, int64_t range_idx) const {
-    return (sequence_idx * problem_.num_query_heads + head) * most_ranges_ + range_idx;
-  }
-  BlockLists lists_at(int64_t slot) const {
-    int32_t* offsets = reinterpret_cast<int32_t*>(prepared_ + slot * (lists_bytes_ + delta_bytes_));
-    return {offsets, offsets + extent_.most_blocks + 1};
-  }
-  T* delta_at(int64_t slot) const {
-    return reinterpret_cast<T*>(prepared_ + slot * (lists_bytes_ + delta_bytes_) + lists_bytes_);
+  // What step 1 leaves for a range.
+  struct PreparedRange {
+    BlockLists lists;
+    T* delta;  // [range queries]
+  };
+
+  int64_t prepared_bytes(const Sequence& sequence) const {
+    const int64_t num_queries = queries_per_range(problem_, sequence);
+    return round_up((sequence.num_blocks + 1 + num_queries * problem_.top_k) * 4, 64) +
+           round_up(num_queries * static_cast<int64_t>(sizeof(T)), 64);
   }
 
-  // Where the gradients of a unit (sequence, key head) are summed, from the first row of the sequence on.
+  // Ranges of a sequence are alike in size, sequences are not. Returns the bytes needed.
+  int64_t lay_out_prepared_ranges() {
+    int64_t total = 0;
+    for (int64_t s = 0; s < problem_.batch_size; ++s) {
+      const Sequence sequence = sequence_at(problem_, s);
+      prepared_starts_[s] = total;
+      total += prepared_bytes(sequence) * ranges_in(problem_, sequence) * problem_.num_query_heads;
+    }
+    return total;
+  }
+
+  PreparedRange prepared_range(const Sequence& sequence, int64_t sequence_idx, int64_t head, int64_t range_idx) const {
+    const int64_t slot = head * ranges_in(problem_, sequence) + range_idx;
+    unsigned char* piece = prepared_ + prepared_starts_[sequence_idx] + slot * prepared_bytes(sequence);
+    int32_t* offsets = reinterpret_cast<int32_t*>(piece);
+    const int64_t num_choices = queries_per_range(problem_, sequence) * problem_.top_k;
+    const int64_t list_bytes = round_up((sequence.num_blocks + 1 + num_choices) * 4, 64);
+    return {{offsets, offsets + sequence.num_blocks + 1}, reinterpret_cast<T*>(piece + list_bytes)};
+  }
+
+  // Where the gradients of a unit are summed, from the first row of the sequence on.
   struct UnitSums {
     GradientSum<T> grad_query;  // of the group's first query head
     int64_t grad_query_head;    // elements between its heads
     GradientSum<T> grad_key;
     GradientSum<T> grad_value;
   };
-  UnitSums sums_of(int64_t unit, const Sequence& sequence, int64_t kv_head) const {
+
+  int64_t unit_elements(const Sequence& sequence) const {
+    return sequence.key_len * (problem_.head_dim + problem_.value_dim) +
+           group_size_ * sequence.query_len * problem_.head_dim;
+  }
+
+  UnitSums sums_of(int64_t unit, const Sequence& sequence) const {
     if constexpr (kSumsInPlace) {
+      const int64_t kv_head = unit % problem_.num_kv_heads;
       const int64_t batch = sequence.batch_idx;
       return {{rows_of<T>(params_.grad_query, batch, kv_head * group_size_, sequence.query_start),
                params_.grad_query.row_stride},
@@ -305,44 +331,45 @@ class Backward {
               {rows_of<T>(params_.grad_value, batch, kv_head, sequence.key_start), params_.grad_value.row_stride}};
     } else {
       T* data = reinterpret_cast<T*>(workspace_ + (unit - first_unit_) * workspace_bytes_);
-      const int64_t query_elements = problem_.query_len * problem_.head_dim;
+      const int64_t query_elements = sequence.query_len * problem_.head_dim;
       T* key_sums = data + group_size_ * query_elements;
       return {{data, problem_.head_dim},
               query_elements,
               {key_sums, problem_.head_dim},
-              {key_sums + problem_.key_len * problem_.head_dim, problem_.value_dim}};
+              {key_sums + sequence.key_len * problem_.head_dim, problem_.value_dim}};
     }
   }
 
   static void run_task(void* opaque, int64_t task, int worker) {
     const Backward& self = *static_cast<Backward*>(opaque);
     const MobaProblem& problem = self.problem_;
-    const int64_t unit = self.first_unit_ + task / self.num_rounds_;
-    const int64_t row_idx = task % self.num_rounds_;
-    const int64_t chunk = (self.round_ - row_idx + self.num_rounds_) % self.num_rounds_;
+    const int64_t unit = self.first_unit_ + task / self.most_rounds_;
+    const int64_t row_idx = task % self.most_rounds_;
     const int64_t sequence_idx = unit / problem.num_kv_heads;
-    const int64_t kv_head = unit % problem.num_kv_heads;
     const Sequence sequence = sequence_at(problem, sequence_idx);
-    const int64_t head_in_group = row_idx / self.most_ranges_;
-    const int64_t head = kv_head * self.group_size_ + head_in_group;
-    const int64_t range_idx = row_idx % self.most_ranges_;
+    const int64_t num_ranges = ranges_in(problem, sequence);
+    const int64_t num_rounds = num_ranges * self.group_size_;
+    if (self.round_ >= num_rounds || row_idx >= num_rounds) return;
+    const int64_t chunk = (self.round_ - row_idx + num_rounds) % num_rounds;
+    const int64_t head_in_group = row_idx / num_ranges;
+    const int64_t head = unit % problem.num_kv_heads * self.group_size_ + head_in_group;
+    const int64_t range_idx = row_idx % num_ranges;
     const int64_t range_size = queries_per_range(problem, sequence);
     const int64_t first_query = range_idx * range_size;
-    if (first_query >= sequence.query_len) return;
-    const int64_t first_block = chunk * sequence.num_blocks / self.num_rounds_;
-    const int64_t last_block = (chunk + 1) * sequence.num_blocks / self.num_rounds_;
+    const int64_t first_block = chunk * sequence.num_blocks / num_rounds;
+    const int64_t last_block = (chunk + 1) * sequence.num_blocks / num_rounds;
     const QueryRange range{sequence, head, first_query, min64(range_size, sequence.query_len - first_query)};
 
-    const int64_t slot = self.prepared_slot(sequence_idx, head, range_idx);
-    const BlockLists lists = self.lists_at(slot);
+    const PreparedRange prepared = self.prepared_range(sequence, sequence_idx, head, range_idx);
+    const BlockLists& lists = prepared.lists;
     if (lists.offsets[first_block] == lists.offsets[last_block]) return;
     const int64_t row = sequence.query_start + first_query;
-    const UnitSums sums = self.sums_of(unit, sequence, kv_head);
+    const UnitSums sums = self.sums_of(unit, sequence);
     const typename BackwardTask<Storage>::RangeRows rows{
         rows_of<Storage>(self.params_.query, sequence.batch_idx, head, row),
         rows_of<Storage>(self.params_.grad_out, sequence.batch_idx, head, row),
         rows_of<T>(self.params_.lse, sequence.batch_idx, head, row),
-        self.delta_at(slot),
+        prepared.delta,
         {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
          sums.grad_query.row_stride}};
     ScratchCutter cutter(self.scratch_ + worker * self.worker_bytes_);
@@ -355,13 +382,11 @@ class Backward {
     }
   }
 
-  void clear_workspace(int num_workers) {
-    const auto clear = [](void* opaque, int64_t unit, int) {
-      const Backward& self = *static_cast<Backward*>(opaque);
-      T* data = reinterpret_cast<T*>(self.workspace_ + unit * self.workspace_bytes_);
-      for (int64_t i = 0; i < self.workspace_bytes_ / static_cast<int64_t>(sizeof(T)); ++i) data[i] = 0;
-    };
-    parallel_for(num_workers, wave_units_, clear, this);
+  static void clear_unit(void* opaque, int64_t index, int) {
+    const Backward& self = *static_cast<Backward*>(opaque);
+    const Sequence sequence = sequence_at(self.problem_, (self.first_unit_ + index) / self.problem_.num_kv_heads);
+    T* data = reinterpret_cast<T*>(self.workspace_ + index * self.workspace_bytes_);
+    for (int64_t i = 0; i < self.unit_elements(sequence); ++i) data[i] = 0;
   }
 
   // Step 7 for one unit.
@@ -371,7 +396,7 @@ class Backward {
     const int64_t unit = self.first_unit_ + index;
     const int64_t kv_head = unit % problem.num_kv_heads;
     const Sequence sequence = sequence_at(problem, unit / problem.num_kv_heads);
-    const UnitSums sums = self.sums_of(unit, sequence, kv_head);
+    const UnitSums sums = self.sums_of(unit, sequence);
     const auto convert = [&](const GradientSum<T>& sum, const MutableTensor& grad, int64_t head, int64_t first_row,
                              int64_t num_rows, int64_t depth) {
       for (int64_t i = 0; i < num_rows; ++i) {
@@ -384,24 +409,20 @@ class Backward {
               kv_head * self.group_size_ + h, sequence.query_start, sequence.query_len, problem.head_dim);
     }
     convert(sums.grad_key, self.params_.grad_key, kv_head, sequence.key_start, sequence.key_len, problem.head_dim);
-    convert(sums.grad_value, self.params_.grad_value, kv_head, sequence.key_start, sequence.key_len,
-            problem.value_dim);
+    convert(sums.grad_value, self.params_.grad_value, kv_head, sequence.key_start, sequence.key_len, problem.value_dim);
   }
 
   const MobaBackwardParams& params_;
   const MobaProblem& problem_;
   RangeExtent extent_;
-  int64_t group_size_ = 1;
-  int64_t most_ranges_ = 0;
-  int64_t lists_bytes_ = 0;
-  int64_t delta_bytes_ = 0;
-  int64_t worker_bytes_ = 0;
-  int64_t workspace_bytes_ = 0;  // of one unit
-  int64_t first_unit_ = 0;
-  int64_t wave_units_ = 0;
+  int64_t group_size_;
+  int64_t most_rounds_ = 0;      // of any unit
+  int64_t worker_bytes_ = 0;     // scratch of one worker
+  int64_t workspace_bytes_ = 0;  // sums of one unit
+  int64_t first_unit_ = 0;       // of the wave
   int64_t round_ = 0;
-  int64_t num_rounds_ = 1;
   unsigned char* scratch_ = nullptr;
+  int64_t* prepared_starts_ = nullptr;  // [batch_size] bytes before a sequence's first prepared range
   unsigned char* prepared_ = nullptr;
   unsigned char* workspace_ = nullptr;
 };

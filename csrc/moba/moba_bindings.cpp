@@ -93,26 +93,26 @@ void bind_cpu(py::module_& module) {
     const py::gil_scoped_release release;
     cpu_kernels().centroids(params);
   });
-  module.def("moba_route_cpu", [](const py::tuple& p, const py::tuple& query, const py::tuple& key,
-                                  const py::tuple& block_indices) {
-    const MobaRouteParams params{problem(p), tensor<ConstTensor>(query), tensor<ConstTensor>(key),
-                                 tensor<MutableTensor>(block_indices)};
-    const py::gil_scoped_release release;
-    cpu_kernels().route(params);
-  });
-  module.def("moba_forward_cpu", [](const py::tuple& p, const py::tuple& query, const py::tuple& key,
-                                    const py::tuple& value, const py::tuple& block_indices, const py::tuple& out,
-                                    const py::tuple& lse) {
-    const MobaForwardParams params{problem(p),
-                                   tensor<ConstTensor>(query),
-                                   tensor<ConstTensor>(key),
-                                   tensor<ConstTensor>(value),
-                                   tensor<ConstTensor>(block_indices),
-                                   tensor<MutableTensor>(out),
-                                   tensor<MutableTensor>(lse)};
-    const py::gil_scoped_release release;
-    cpu_kernels().forward(params);
-  });
+  module.def("moba_route_cpu",
+             [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& block_indices) {
+               const MobaRouteParams params{problem(p), tensor<ConstTensor>(query), tensor<ConstTensor>(key),
+                                            tensor<MutableTensor>(block_indices)};
+               const py::gil_scoped_release release;
+               cpu_kernels().route(params);
+             });
+  module.def("moba_forward_cpu",
+             [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& value,
+                const py::tuple& block_indices, const py::tuple& out, const py::tuple& lse) {
+               const MobaForwardParams params{problem(p),
+                                              tensor<ConstTensor>(query),
+                                              tensor<ConstTensor>(key),
+                                              tensor<ConstTensor>(value),
+                                              tensor<ConstTensor>(block_indices),
+                                              tensor<MutableTensor>(out),
+                                              tensor<MutableTensor>(lse)};
+               const py::gil_scoped_release release;
+               cpu_kernels().forward(params);
+             });
   module.def("moba_backward_cpu",
              [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& value,
                 const py::tuple& block_indices, const py::tuple& out, const py::tuple& lse, const py::tuple& grad_out,
@@ -137,12 +137,12 @@ void bind_cpu(py::module_& module) {
 
 #if defined(TOPGATHER_HAVE_CUDA)
 void bind_cuda(py::module_& module) {
-  module.def("moba_centroids_cuda", [](const py::tuple& p, const py::tuple& key, const py::tuple& centroids,
-                                       int device, int64_t stream) {
-    const CentroidParams params{problem(p), tensor<ConstTensor>(key), tensor<MutableTensor>(centroids)};
-    const py::gil_scoped_release release;
-    moba_centroids_cuda(params, {device, reinterpret_cast<void*>(stream)});
-  });
+  module.def("moba_centroids_cuda",
+             [](const py::tuple& p, const py::tuple& key, const py::tuple& centroids, int device, int64_t stream) {
+               const CentroidParams params{problem(p), tensor<ConstTensor>(key), tensor<MutableTensor>(centroids)};
+               const py::gil_scoped_release release;
+               moba_centroids_cuda(params, {device, reinterpret_cast<void*>(stream)});
+             });
 }
 #endif
 

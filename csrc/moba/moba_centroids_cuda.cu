@@ -117,14 +117,11 @@ void moba_centroids_cuda(const CentroidParams& params, const CudaPlace& place) {
   const auto stream = static_cast<cudaStream_t>(place.stream);
   const auto blocks = static_cast<unsigned int>(grid);
   switch (problem.dtype) {
-    case Dtype::kFloat32:
-      moba_block_centroids<float><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args);
-      break;
+    case Dtype::kFloat32: moba_block_centroids<float><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args); break;
     case Dtype::kBFloat16:
       moba_block_centroids<__nv_bfloat16><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args);
       break;
-    default:
-      moba_block_centroids<__half><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args);
+    default: moba_block_centroids<__half><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args);
   }
   cuda_require(cudaGetLastError(), "launching moba_block_centroids");
 }

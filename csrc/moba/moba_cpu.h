@@ -14,8 +14,8 @@ struct MobaCpuKernels {
   void (*backward)(const MobaBackwardParams& params);
 };
 
-#define TOPGATHER_DECLARE_TARGET(target) \
-  namespace target {                     \
+#define TOPGATHER_DECLARE_TARGET(target)       \
+  namespace target {                           \
   extern const MobaCpuKernels kMobaCpuKernels; \
   }
 TOPGATHER_DECLARE_TARGET(baseline)

@@ -22,7 +22,7 @@ struct AmxForwardTile {
   static constexpr int64_t kTileQueries = kAmxPanel;
   static constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
-  int64_t tile_keys;         // most keys of a block packed at once, a multiple of 32
+  int64_t tile_keys;  // most keys of a block packed at once, a multiple of 32
   int64_t head_dim;
   int64_t value_dim;
   int64_t padded_head_dim;   // to 32
@@ -108,8 +108,8 @@ struct AmxForwardTile {
     }
   }
 
-  // Steps 2 to 5. limit_of(i): keys that query i of the tile sees. rescale [kTileQueries] and out_tile [count, padded V]
-  // are results.
+  // Steps 2 to 5. limit_of(i): keys that query i of the tile sees. rescale [kTileQueries] and out_tile [count, padded
+  // V] are results.
   template <typename LimitOf>
   void attend(const BFloat16* query, int64_t query_stride, const int32_t* queries, int64_t count, int64_t num_seen,
               const LimitOf& limit_of, float* running_max, float* running_sum, float* rescale) {

@@ -125,16 +125,16 @@ struct ForwardTask {
   const MobaForwardParams& params;
   int64_t padded_value_dim;
 
-  int32_t* cursors;     // [num_blocks]
+  int32_t* cursors;  // [num_blocks]
   BlockLists lists;
-  T* running_out;       // [range queries, padded V], sum of weights x values relative to the running maximum
-  T* running_max;       // [range queries], base-2 exponent
-  T* running_sum;       // [range queries]
-  T* query_tile;        // [D, kTileQueries]
-  T* scores;            // [kTileKeys, kTileQueries]
-  T* out_tile;          // [kTileQueries, padded V]
-  T* key_scratch;       // [kTileKeys, D]
-  T* value_scratch;     // [kTileKeys, padded V]
+  T* running_out;    // [range queries, padded V], sum of weights x values relative to the running maximum
+  T* running_max;    // [range queries], base-2 exponent
+  T* running_sum;    // [range queries]
+  T* query_tile;     // [D, kTileQueries]
+  T* scores;         // [kTileKeys, kTileQueries]
+  T* out_tile;       // [kTileQueries, padded V]
+  T* key_scratch;    // [kTileKeys, D]
+  T* value_scratch;  // [kTileKeys, padded V]
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
   AmxForwardTile amx;
 #endif
@@ -232,9 +232,8 @@ struct ForwardTask {
     prefetch_rows(range_query, params.query.row_stride, queries + count, num_following, problem.head_dim);
     const bool hides_keys = visibility.least < visibility.most;
     // The matrix unit multiplies whole steps of 32 keys.
-    const int64_t num_multiplied = uses_matrix_unit<Storage>(problem)
-                                       ? min64(tile.num_keys, round_up(visibility.most, 32))
-                                       : visibility.most;
+    const int64_t num_multiplied =
+        uses_matrix_unit<Storage>(problem) ? min64(tile.num_keys, round_up(visibility.most, 32)) : visibility.most;
     const bool hides_only_finite =
         all_finite(tile.value_rows + visibility.least * params.value.row_stride, params.value.row_stride,
                    num_multiplied - visibility.least, problem.value_dim);
@@ -297,25 +296,61 @@ struct ForwardTask {
   // Step 7.
   void finish(const QueryRange& range) {
     const Sequence& sequence = range.sequence;
-    const T lowest = -std::numeric_limits<T>::infinity();
     for (int64_t i = 0; i < range.num_queries; ++i) {
       const int64_t row = sequence.query_start + range.first_query + i;
-      Storage* out = rows_of<Storage>(params.out, sequence.batch_idx, range.head_idx, row);
       const T sum = running_sum[i];
       T factor = 1 / sum;
-      // A sum of zero: no key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
-      if (sum == 0) factor = sees_a_key(range, i) ? std::numeric_limits<T>::quiet_NaN() : T(0);
-      store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor, out);
-      T* lse = rows_of<T>(params.lse, sequence.batch_idx, range.head_idx, row);
-      *lse = sum == 0 ? lowest : (running_max[i] + std::log2(sum)) * static_cast<T>(kLn2);
+      T lse = (running_max[i] + std::log2(sum)) * static_cast<T>(kLn2);
+      if (!(sum > 0)) {
+        lse = lse_of_unusual_row(range, i);
+        // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
+        factor = std::isinf(lse) && !sees_a_key(range, i) ? T(0) : std::numeric_limits<T>::quiet_NaN();
+      }
+      store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor,
+                rows_of<Storage>(params.out, sequence.batch_idx, range.head_idx, row));
+      *rows_of<T>(params.lse, sequence.batch_idx, range.head_idx, row) = lse;
+    }
+  }
+
+  // Calls visit(block) for the blocks whose lists hold the query. Slow; for rows that are not numbers.
+  template <typename Visit>
+  void for_each_block_of(const QueryRange& range, int64_t query, const Visit& visit) const {
+    for (int64_t block = 0; block < range.sequence.num_blocks; ++block) {
+      for (int32_t j = lists.offsets[block]; j < lists.offsets[block + 1]; ++j) {
+        if (lists.queries[j] == query) visit(block);
+      }
     }
   }
 
   bool sees_a_key(const QueryRange& range, int64_t query) const {
-    for (int32_t j = 0; j < lists.offsets[range.sequence.num_blocks]; ++j) {
-      if (lists.queries[j] == query) return true;
-    }
-    return false;
+    bool sees = false;
+    for_each_block_of(range, query, [&](int64_t) { sees = true; });
+    return sees;
+  }
+
+  // The log-sum-exp of scores that are infinite or NaN: the largest of them, NaN if any is. The running maximum does
+  // not tell an infinite score from a NaN one, so the row's scores are computed once more.
+  T lse_of_unusual_row(const QueryRange& range, int64_t query) const {
+    const MobaProblem& problem = params.problem;
+    const Sequence& sequence = range.sequence;
+    const int64_t row = sequence.query_start + range.first_query + query;
+    const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
+    const Storage* query_row = rows_of<Storage>(params.query, sequence.batch_idx, range.head_idx, row);
+    const int64_t position = range.first_query + query + sequence.position_offset;
+    const int64_t num_visible = problem.is_causal ? min64(position + 1, sequence.key_len) : sequence.key_len;
+    T largest = -std::numeric_limits<T>::infinity();
+    for_each_block_of(range, query, [&](int64_t block) {
+      const int64_t end = min64((block + 1) * problem.block_size, num_visible);
+      for (int64_t key = block * problem.block_size; key < end; ++key) {
+        const Storage* key_row = rows_of<Storage>(params.key, sequence.batch_idx, kv_head, sequence.key_start + key);
+        T score = 0;
+        for (int64_t d = 0; d < problem.head_dim; ++d) score += to_compute(query_row[d]) * to_compute(key_row[d]);
+        score *= static_cast<T>(problem.scale);
+        if (score > largest || std::isnan(score)) largest = score;
+        if (std::isnan(largest)) return;
+      }
+    });
+    return largest;
   }
 
   RoutingFault run(const QueryRange& range) {
@@ -355,8 +390,7 @@ struct ForwardTask {
         }
 #endif
         for (int64_t i = 0; i < num_queries;) {
-          const bool half = uses_matrix_unit<Storage>(problem) ||
-                            (problem.is_causal && queries[i] < last_position_in);
+          const bool half = uses_matrix_unit<Storage>(problem) || (problem.is_causal && queries[i] < last_position_in);
           const int64_t count = min64(half ? kHalfQueries : kTileQueries, num_queries - i);
           const int64_t num_following = min64(kHalfQueries, num_queries - i - count);
           attend(range, range_query, queries + i, count, num_following, tile);
@@ -369,7 +403,30 @@ struct ForwardTask {
   }
 };
 
-// Runs `Task` once per QueryRange of the problem; the first fault any of them reports is thrown once all are done.
+struct RangeExtent {
+  int64_t most_queries = 0;  // in one range
+  int64_t most_blocks = 0;   // in one sequence
+  int64_t most_ranges = 0;   // in one head of a sequence
+  int64_t num_ranges = 0;    // over all sequences and query heads
+  Sequence longest{};        // no sequence's: the most queries and the most keys of any
+};
+
+inline RangeExtent range_extent(const MobaProblem& problem) {
+  RangeExtent extent;
+  for (int64_t s = 0; s < problem.batch_size; ++s) {
+    const Sequence sequence = sequence_at(problem, s);
+    extent.most_queries = max64(extent.most_queries, queries_per_range(problem, sequence));
+    extent.most_blocks = max64(extent.most_blocks, sequence.num_blocks);
+    extent.most_ranges = max64(extent.most_ranges, ranges_in(problem, sequence));
+    extent.num_ranges += ranges_in(problem, sequence) * problem.num_query_heads;
+    extent.longest.query_len = max64(extent.longest.query_len, sequence.query_len);
+    extent.longest.key_len = max64(extent.longest.key_len, sequence.key_len);
+  }
+  return extent;
+}
+
+// Calls run_range(range, sequence_idx, range_idx, worker) for every range of the problem; the first fault any of them
+// reports is thrown once all are done.
 template <typename RunRange>
 void for_each_range(const MobaProblem& problem, int num_workers, const RunRange& run_range) {
   struct Context {
@@ -379,10 +436,7 @@ void for_each_range(const MobaProblem& problem, int num_workers, const RunRange&
     RoutingFault fault;
     int32_t fault_taken;
   };
-  int64_t most_ranges = 0;
-  for (int64_t s = 0; s < problem.batch_size; ++s) {
-    most_ranges = max64(most_ranges, ranges_in(problem, sequence_at(problem, s)));
-  }
+  const int64_t most_ranges = range_extent(problem).most_ranges;
   Context context{problem, run_range, most_ranges, {}, 0};
   const auto body = [](void* opaque, int64_t task, int worker) {
     Context& ctx = *static_cast<Context*>(opaque);
@@ -404,23 +458,6 @@ void for_each_range(const MobaProblem& problem, int num_workers, const RunRange&
     throw_routing_fault(context.fault.kind == RoutingFault::kDuplicate, context.fault.head_idx, context.fault.query,
                         context.fault.block);
   }
-}
-
-struct RangeExtent {
-  int64_t most_queries = 0;  // in one range
-  int64_t most_blocks = 0;   // in one sequence
-  int64_t num_ranges = 0;    // over all sequences and query heads
-};
-
-inline RangeExtent range_extent(const MobaProblem& problem) {
-  RangeExtent extent;
-  for (int64_t s = 0; s < problem.batch_size; ++s) {
-    const Sequence sequence = sequence_at(problem, s);
-    extent.most_queries = max64(extent.most_queries, queries_per_range(problem, sequence));
-    extent.most_blocks = max64(extent.most_blocks, sequence.num_blocks);
-    extent.num_ranges += ranges_in(problem, sequence) * problem.num_query_heads;
-  }
-  return extent;
 }
 
 // Multiply-adds of one product of chosen queries with keys: what the number of threads is judged by.

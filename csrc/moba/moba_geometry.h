@@ -8,8 +8,8 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 
 // One sequence of a dense or packed problem.
 struct Sequence {
-  int64_t batch_idx;     // what batch strides multiply: 0 for a packed problem
-  int64_t query_start;   // first row in the tensors
+  int64_t batch_idx;    // what batch strides multiply: 0 for a packed problem
+  int64_t query_start;  // first row in the tensors
   int64_t query_len;
   int64_t key_start;
   int64_t key_len;

@@ -135,14 +135,14 @@ struct RouteTask {
     for (int64_t i = 0; i < list_length * kVectorsPerTile; ++i) kept[i] = IntegerVector<T>{} - 1;
     for (int64_t first = 0; first < most_visible; first += kChunkBlocks) {
       const int64_t count = min64(kChunkBlocks, most_visible - first);
-      const GemmOperands<T> product{centroids + first * head_dim, head_dim, 1, query_tile, kTileQueries,
-                                    scores, kTileQueries, head_dim};
+      const GemmOperands<T> product{
+          centroids + first * head_dim, head_dim, 1, query_tile, kTileQueries, scores, kTileQueries, head_dim};
       tile_gemm<false>(product, count, num_vectors * kLanes<T>);
       for (int v = 0; v < num_vectors; ++v) {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t block = first + j;
-          const IntegerVector<T> block_vector = static_cast<typename VectorTraits<T>::IntegerElement>(block) -
-                                                IntegerVector<T>{};
+          const IntegerVector<T> block_vector =
+              static_cast<typename VectorTraits<T>::IntegerElement>(block) - IntegerVector<T>{};
           Vector<T> score = load<T>(scores + j * kTileQueries + v * kLanes<T>);
           score = score == score ? score : broadcast(std::numeric_limits<T>::infinity());
           const IntegerVector<T> active = block_vector < visible[v];
@@ -195,8 +195,7 @@ struct RouteTask {
         const int64_t position = tile + min64(i, count - 1) + sequence.position_offset;
         own[i] = problem.is_causal ? (position < 0 ? -1 : position / problem.block_size) : -1;
         const int64_t num_visible = problem.is_causal ? max64(own[i], 0) : sequence.num_blocks;
-        visible[i / kLanes<T>][i % kLanes<T>] =
-            static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
+        visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
         most_visible = max64(most_visible, num_visible);
       }
       const bool needs_scores = most_visible > list_length && list_length > 0;
@@ -238,8 +237,8 @@ void route_storage(const MobaRouteParams& params) {
     most_queries = max64(most_queries, sequence.query_len);
   }
   const int64_t list_length = min64(problem.is_causal ? problem.top_k - 1 : problem.top_k, most_blocks);
-  const AlignedBuffer centroid_buffer = allocate_aligned(
-      static_cast<size_t>(total_blocks * problem.num_kv_heads * problem.head_dim) * sizeof(T));
+  const AlignedBuffer centroid_buffer =
+      allocate_aligned(static_cast<size_t>(total_blocks * problem.num_kv_heads * problem.head_dim) * sizeof(T));
   T* centroids = reinterpret_cast<T*>(centroid_buffer.get());
   const auto centroid_of = [&](int64_t sequence_idx, int64_t head, int64_t block) {
     const int64_t num_blocks = sequence_at(problem, sequence_idx).num_blocks;
@@ -253,8 +252,8 @@ void route_storage(const MobaRouteParams& params) {
   const double num_operations = static_cast<double>(problem.num_query_heads * problem.query_len) *
                                 static_cast<double>(most_blocks * problem.head_dim + problem.top_k);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
-  const size_t worker_bytes = static_cast<size_t>(
-      round_up(static_cast<int64_t>(Task::scratch_bytes(problem.head_dim, list_length)), 64));
+  const size_t worker_bytes =
+      static_cast<size_t>(round_up(static_cast<int64_t>(Task::scratch_bytes(problem.head_dim, list_length)), 64));
   const AlignedBuffer scratch = allocate_aligned(worker_bytes * static_cast<size_t>(num_workers));
 
   struct Context {

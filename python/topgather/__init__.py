@@ -3,7 +3,6 @@
 Score, keep the top, gather, compute densely, scatter back.
 """
 
-from . import _native
 from ._environment import apply_environment
 from .ops import (
     BlockRouting,

@@ -6,7 +6,6 @@ and devices only, never at values, so they run under fake tensors and while comp
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
-    """Raise ``TypeError`` unless ``value`` is a tensor."""
+    """Raise ``TypeError`` unless ``value`` is a tensor, and ``ValueError`` unless it is a strided one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must have layout torch.strided, got {value.layout}")
     return value
 
 
@@ -42,7 +43,7 @@ def check_scale(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float or None, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
+    if not abs(value) <= torch.finfo(torch.float64).max:
         raise ValueError(f"scale must be finite, got {value}")
 
 

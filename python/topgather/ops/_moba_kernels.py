@@ -121,9 +121,7 @@ def _check_block_indices(block_indices: Tensor, query: Tensor, packed: bool) -> 
     checks.check_same_device("block_indices", block_indices, "query", query)
     leading = (query.size(1), query.size(0)) if packed else (query.size(0), query.size(1), query.size(2))
     if block_indices.ndim != len(leading) + 1 or tuple(block_indices.shape[:-1]) != leading:
-        raise ValueError(
-            f"block_indices must have shape {list(leading)} + [top_k], got {tuple(block_indices.shape)}"
-        )
+        raise ValueError(f"block_indices must have shape {list(leading)} + [top_k], got {tuple(block_indices.shape)}")
     if block_indices.size(-1) < 1:
         raise ValueError("block_indices must have at least one slot per query, got a last dimension of 0")
 
@@ -240,7 +238,10 @@ def _check_centroids(key: Tensor, block_size: int) -> tuple[int, ...]:
     return batch, heads, -(-tokens // block_size), dim
 
 
-def _centroid_call(key: Tensor, block_size: int) -> tuple[Tensor, tuple[Any, ...]]:
+_Rows = tuple[int, int, int, int]
+
+
+def _centroid_call(key: Tensor, block_size: int) -> tuple[Tensor, tuple[tuple[Any, ...], _Rows, _Rows]]:
     shape = _check_centroids(key, block_size)
     centroids = key.new_empty(shape, dtype=sum_dtype(key.dtype))
     batch, heads, tokens, dim = key.shape

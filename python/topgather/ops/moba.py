@@ -98,11 +98,9 @@ def moba_route(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, stride, device, ``block_size`` or ``top_k``.
     """
-    _check_options(query, key, None, block_size, is_causal, None)
+    _check_options(query, key, block_size, is_causal)
     checks.check_count("top_k", top_k)
-    return BlockRouting(
-        torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal), block_size
-    )
+    return BlockRouting(torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal), block_size)
 
 
 def moba_route_varlen(
@@ -116,7 +114,19 @@ def moba_route_varlen(
     top_k: int = 8,
     is_causal: bool = True,
 ) -> BlockRouting:
-    """:func:`moba_route` for packed sequences, laid out as in :func:`moba_attention_varlen`.
+    """:func:`moba_route` (MoBA, arXiv 2502.13189, section 2.2) for sequences packed one after the other.
+
+    Args:
+        query: ``[total_q, Hq, D]``, otherwise as in :func:`moba_route`.
+        key: ``[total_k, Hkv, D]``.
+        cu_seqlens_q: int32 or int64 ``[num_sequences + 1]``, boundaries of the sequences' queries, as in
+            :func:`moba_attention_varlen`.
+        cu_seqlens_k: the same for keys.
+        max_seqlen_q: at least the longest sequence's queries, in tokens.
+        max_seqlen_k: at least the longest sequence's keys, in tokens.
+        block_size: keys per block, at least 1. Blocks start afresh in every sequence.
+        top_k: blocks per query, the own one included, at least 1.
+        is_causal: whether later keys are hidden.
 
     Returns:
         A :class:`BlockRouting` with ``block_indices`` int32 ``[Hq, total_q, top_k]``; blocks are counted from the
@@ -126,7 +136,7 @@ def moba_route_varlen(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, stride, device or option, or boundaries that do not delimit the tokens.
     """
-    _check_options(query, key, None, block_size, is_causal, None)
+    _check_options(query, key, block_size, is_causal)
     _check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_count("top_k", top_k)
     block_indices = torch.ops.topgather.moba_route.default(
@@ -204,7 +214,9 @@ def moba_attention(
             agreeing; ``routing`` naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
     """
-    _check_options(query, key, value, block_size, is_causal, scale)
+    _check_options(query, key, block_size, is_causal)
+    checks.check_tensor("value", value)
+    checks.check_scale(scale)
     checks.check_flag("return_lse", return_lse)
     _check_routing(routing, block_size, top_k)
     if routing is None:
@@ -215,6 +227,43 @@ def moba_attention(
         query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query)
     )
     return (out, lse) if return_lse else out
+
+
+@overload
+def moba_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int = ...,
+    top_k: int | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    routing: BlockRouting | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def moba_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int = ...,
+    top_k: int | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    *,
+    return_lse: Literal[True],
+    routing: BlockRouting | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def moba_attention_varlen(
@@ -232,7 +281,7 @@ def moba_attention_varlen(
     return_lse: bool = False,
     routing: BlockRouting | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`moba_attention` for sequences of different lengths, packed one after the other.
+    """:func:`moba_attention` (MoBA, arXiv 2502.13189, section 2.2) for sequences packed one after the other.
 
     Args:
         query: ``[total_q, Hq, D]``, otherwise as in :func:`moba_attention`.
@@ -255,7 +304,9 @@ def moba_attention_varlen(
         TypeError, ValueError, IndexError: as :func:`moba_attention`; ``ValueError`` also for boundaries that do not
             delimit the tokens.
     """
-    _check_options(query, key, value, block_size, is_causal, scale)
+    _check_options(query, key, block_size, is_causal)
+    checks.check_tensor("value", value)
+    checks.check_scale(scale)
     _check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_flag("return_lse", return_lse)
     _check_routing(routing, block_size, top_k)
@@ -277,16 +328,11 @@ def _scale_of(scale: float | None, query: Tensor) -> float:
     return float(scale)
 
 
-def _check_options(
-    query: Tensor, key: Tensor, value: Tensor | None, block_size: int, is_causal: bool, scale: float | None
-) -> None:
+def _check_options(query: Tensor, key: Tensor, block_size: int, is_causal: bool) -> None:
     checks.check_tensor("query", query)
     checks.check_tensor("key", key)
-    if value is not None or scale is not None:
-        checks.check_tensor("value", value)
     checks.check_count("block_size", block_size)
     checks.check_flag("is_causal", is_causal)
-    checks.check_scale(scale)
 
 
 def _check_packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> None:

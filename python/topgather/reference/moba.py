@@ -28,10 +28,13 @@ def block_centroids(key: Tensor, block_size: int) -> Tensor:
         by the number of tokens in that block.
     """
     key = key.double()
-    blocks = [key[:, :, start : start + block_size] for start in range(0, key.shape[2], block_size)]
-    if not blocks:
-        return key
-    return torch.stack([block.mean(dim=2) for block in blocks], dim=2)
+    num_full_blocks = key.shape[2] // block_size
+    full_blocks = key[:, :, : num_full_blocks * block_size].unflatten(2, (num_full_blocks, block_size))
+    short_block = key[:, :, num_full_blocks * block_size :]
+    centroids = full_blocks.mean(dim=3)
+    if short_block.shape[2]:
+        centroids = torch.cat([centroids, short_block.mean(dim=2, keepdim=True)], dim=2)
+    return centroids
 
 
 def block_scores(query: Tensor, key: Tensor, block_size: int) -> Tensor:

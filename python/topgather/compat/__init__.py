@@ -1,0 +1,5 @@
+"""Drop-ins for people who come from the published MoBA packages."""
+
+from .moba import flash_moba_varlen_func, moba_attn_varlen
+
+__all__ = ["flash_moba_varlen_func", "moba_attn_varlen"]

@@ -1,0 +1,128 @@
+"""A multi-head attention layer whose heads are block attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks as checks
+from ..ops import moba_attention
+
+PositionEmbedding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class MobaAttention(nn.Module):
+    """Multi-head block attention (MoBA, arXiv 2502.13189, section 2) with its four projections.
+
+    Takes the place of a dense self-attention layer: ``x [B, N, dim]`` is projected to queries, keys and
+    values, each query attends to ``top_k`` key blocks (causal: its own and the best-scoring earlier ones),
+    and the heads are projected back to ``[B, N, dim]``. Splitting and joining heads costs no copy.
+
+    Args:
+        dim: channels of the input and the output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of ``num_heads``; ``num_heads`` if None.
+        head_dim: channels of a head; ``dim // num_heads`` if None, which ``num_heads`` must then divide.
+        block_size: keys per block, at least 1.
+        top_k: blocks per query, the own one included, at least 1.
+        bias: whether the four projections add a bias.
+        is_causal: whether a token sees only itself and earlier tokens.
+        position_embedding: for example a rotary embedding. Called on ``query [B, num_heads, N, head_dim]``
+            and ``key [B, num_kv_heads, N, head_dim]`` before the blocks are chosen; returns both in the same
+            shapes. An ``nn.Module`` becomes a submodule. None leaves them as they are.
+        device: where the parameters are created; torch's default if None.
+        dtype: of the parameters; torch's default if None.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a size below 1, ``num_kv_heads`` that does not divide ``num_heads``, or ``num_heads`` that
+            does not divide ``dim`` where ``head_dim`` is None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        block_size: int = 128,
+        top_k: int = 8,
+        bias: bool = False,
+        is_causal: bool = True,
+        position_embedding: PositionEmbedding | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_count("dim", dim)
+        checks.check_count("num_heads", num_heads)
+        if num_kv_heads is None:
+            num_kv_heads = num_heads
+        checks.check_count("num_kv_heads", num_kv_heads)
+        if num_heads % num_kv_heads != 0:
+            raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}")
+        if head_dim is None:
+            if dim % num_heads != 0:
+                raise ValueError(
+                    f"num_heads must divide dim, {dim}, unless head_dim is given, got {num_heads}"
+                )
+            head_dim = dim // num_heads
+        checks.check_count("head_dim", head_dim)
+        checks.check_count("block_size", block_size)
+        checks.check_count("top_k", top_k)
+        checks.check_flag("bias", bias)
+        checks.check_flag("is_causal", is_causal)
+        if position_embedding is not None and not callable(position_embedding):
+            raise TypeError(
+                f"position_embedding must be callable or None, got {type(position_embedding).__name__}"
+            )
+
+        self.dim = dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.block_size = block_size
+        self.top_k = top_k
+        self.is_causal = is_causal
+        self.position_embedding = position_embedding
+        query_dim, key_dim = num_heads * head_dim, num_kv_heads * head_dim
+        self.query_proj = nn.Linear(dim, query_dim, bias=bias, device=device, dtype=dtype)
+        self.key_proj = nn.Linear(dim, key_dim, bias=bias, device=device, dtype=dtype)
+        self.value_proj = nn.Linear(dim, key_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(query_dim, dim, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each sequence of ``x [B, N, dim]``; returns ``[B, N, dim]`` in the dtype of ``x``.
+
+        Raises:
+            TypeError: ``x`` is not a tensor.
+            ValueError: ``x`` has not the shape ``[B, N, dim]``.
+        """
+        checks.check_tensor("x", x)
+        checks.check_ndim("x", x, 3, "[batch, tokens, dim]")
+        checks.check_size("x", x, 2, self.dim, "dim of the layer")
+        query = self._split_heads(self.query_proj(x), self.num_heads)
+        key = self._split_heads(self.key_proj(x), self.num_kv_heads)
+        value = self._split_heads(self.value_proj(x), self.num_kv_heads)
+        if self.position_embedding is not None:
+            query, key = self.position_embedding(query, key)
+        out = moba_attention(
+            query, key, value, block_size=self.block_size, top_k=self.top_k, is_causal=self.is_causal
+        )
+        # The op lays its output out as the query is, so the heads of a token already lie side by side.
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def extra_repr(self) -> str:
+        """The layer's options, as ``print`` shows them."""
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, block_size={self.block_size}, top_k={self.top_k}, "
+            f"is_causal={self.is_causal}"
+        )
+
+    def _split_heads(self, projected: Tensor, num_heads: int) -> Tensor:
+        """``[B, N, num_heads * head_dim]`` as a view ``[B, num_heads, N, head_dim]``."""
+        return projected.view(*projected.shape[:2], num_heads, self.head_dim).transpose(1, 2)
