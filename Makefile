@@ -30,7 +30,8 @@ test: install
 	$(RUN) -m pytest -n 2 tests
 
 # The native code once more, built with address and undefined-behaviour sanitizers, under the tests that reach every
-# kernel. Leaks are not looked for: the interpreter and torch never free what they own.
+# kernel. Leaks are not looked for: the interpreter and torch never free what they own. libstdc++ is preloaded so that the
+# sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
 SANITIZED_TESTS := $(addprefix tests/test_,block_centroids.py moba_routing.py moba_attention.py moba_varlen.py \
   moba_gradcheck.py cpu_targets.py determinism_threads.py bad_input.py)
@@ -43,7 +44,8 @@ sanitize: install
 	$(VENV)/bin/cmake --build $(SANITIZED)
 	$(VENV)/bin/cmake --install $(SANITIZED) --prefix $(SANITIZED)/package
 	cp -r python/topgather $(SANITIZED)/package/
-	PYTHONPATH=$(SANITIZED)/package LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+	PYTHONPATH=$(SANITIZED)/package \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(RUN) -m pytest -n 2 $(SANITIZED_TESTS)
 

@@ -312,19 +312,24 @@ struct ForwardTask {
     }
   }
 
-  // Calls visit(block) for the blocks whose lists hold the query. Slow; for rows that are not numbers.
+  // Calls visit(block, num_visible) for the chosen blocks of which the query sees num_visible > 0 keys.
   template <typename Visit>
   void for_each_block_of(const QueryRange& range, int64_t query, const Visit& visit) const {
-    for (int64_t block = 0; block < range.sequence.num_blocks; ++block) {
-      for (int32_t j = lists.offsets[block]; j < lists.offsets[block + 1]; ++j) {
-        if (lists.queries[j] == query) visit(block);
-      }
+    const MobaProblem& problem = params.problem;
+    const Sequence& sequence = range.sequence;
+    const int64_t row = sequence.query_start + range.first_query + query;
+    const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, range.head_idx, row);
+    const int64_t position = range.first_query + query + sequence.position_offset;
+    const int64_t end = problem.is_causal ? min64(position + 1, sequence.key_len) : sequence.key_len;
+    for (int64_t slot = 0; slot < problem.top_k; ++slot) {
+      const int64_t first_key = choices[slot] * problem.block_size;
+      if (first_key >= 0 && first_key < end) visit(choices[slot], min64(problem.block_size, end - first_key));
     }
   }
 
   bool sees_a_key(const QueryRange& range, int64_t query) const {
     bool sees = false;
-    for_each_block_of(range, query, [&](int64_t) { sees = true; });
+    for_each_block_of(range, query, [&](int64_t, int64_t) { sees = true; });
     return sees;
   }
 
@@ -336,12 +341,10 @@ struct ForwardTask {
     const int64_t row = sequence.query_start + range.first_query + query;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
     const Storage* query_row = rows_of<Storage>(params.query, sequence.batch_idx, range.head_idx, row);
-    const int64_t position = range.first_query + query + sequence.position_offset;
-    const int64_t num_visible = problem.is_causal ? min64(position + 1, sequence.key_len) : sequence.key_len;
     T largest = -std::numeric_limits<T>::infinity();
-    for_each_block_of(range, query, [&](int64_t block) {
-      const int64_t end = min64((block + 1) * problem.block_size, num_visible);
-      for (int64_t key = block * problem.block_size; key < end; ++key) {
+    for_each_block_of(range, query, [&](int64_t block, int64_t num_visible) {
+      const int64_t first_key = block * problem.block_size;
+      for (int64_t key = first_key; key < first_key + num_visible; ++key) {
         const Storage* key_row = rows_of<Storage>(params.key, sequence.batch_idx, kv_head, sequence.key_start + key);
         T score = 0;
         for (int64_t d = 0; d < problem.head_dim; ++d) score += to_compute(query_row[d]) * to_compute(key_row[d]);

@@ -174,6 +174,20 @@ def moba_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def moba_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int = ...,
+    top_k: int | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    routing: BlockRouting | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def moba_attention(
     query: Tensor,
     key: Tensor,
@@ -264,6 +278,24 @@ def moba_attention_varlen(
     return_lse: Literal[True],
     routing: BlockRouting | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def moba_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_size: int = ...,
+    top_k: int | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    return_lse: bool = ...,
+    routing: BlockRouting | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def moba_attention_varlen(
