@@ -52,9 +52,7 @@ class AttentionCase:
 
     def __str__(self) -> str:
         """Test id: the fields that differ from the default."""
-        changed = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
-        ]
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return ",".join(changed) or "default"
 
 
@@ -113,9 +111,7 @@ def make_inputs(
     """Random query, key and value of ``case``, leaves that require grad, in the given layout."""
     query = random_tensor((case.batch, case.num_heads, case.query_len, case.head_dim), dtype, device, seed)
     key = random_tensor((case.batch, case.kv_heads, case.keys, case.head_dim), dtype, device, seed + 1)
-    value = random_tensor(
-        (case.batch, case.kv_heads, case.keys, case.value_head_dim), dtype, device, seed + 2
-    )
+    value = random_tensor((case.batch, case.kv_heads, case.keys, case.value_head_dim), dtype, device, seed + 2)
     if layout == "fused_qkv":
         # One projection's output [B, N, Hq + 2 * Hkv, D], cut into three views.
         fused = torch.cat([query, key, value], dim=1).transpose(1, 2).contiguous()
@@ -126,9 +122,7 @@ def make_inputs(
     return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
 
-def make_gradients(
-    case: AttentionCase, dtype: torch.dtype, device: torch.device, seed: int
-) -> tuple[Tensor, Tensor]:
+def make_gradients(case: AttentionCase, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
     """Random gradients of out and lse."""
     shape = (case.batch, case.num_heads, case.query_len)
     grad_out = random_tensor((*shape, case.value_head_dim), dtype, device, seed + 3)
@@ -197,9 +191,7 @@ def attention_magnitudes(
 
     Non-finite inputs count as 0: they make results that are compared by their NaN and inf masks alone.
     """
-    finite = (
-        torch.nan_to_num(tensor.detach().double(), 0.0, 0.0, 0.0) for tensor in (query, key, value, grad_out)
-    )
+    finite = (torch.nan_to_num(tensor.detach().double(), 0.0, 0.0, 0.0) for tensor in (query, key, value, grad_out))
     query, key, value, grad_out = finite
     group = query.shape[1] // key.shape[1] if key.shape[1] else 1
     key = key.repeat_interleave(group, dim=1)
@@ -222,9 +214,7 @@ def attention_magnitudes(
     d_weights = grad_out @ value.transpose(-2, -1)
     row_dot_magnitude = root_sum_square(grad_out[..., None, :], out[..., None])[..., 0]
     row_terms = (
-        (grad_out * out).sum(dim=-1, keepdim=True).abs()
-        + row_dot_magnitude
-        + grad_lse.double().abs()[..., None]
+        (grad_out * out).sum(dim=-1, keepdim=True).abs() + row_dot_magnitude + grad_lse.double().abs()[..., None]
     )
     d_scores = weights * (d_weights.abs() + root_sum_square(grad_out, value.transpose(-2, -1)) + row_terms)
     # The error of a row's dot product with grad_out is shared by all its scores: it adds up with their signs.
@@ -269,9 +259,7 @@ def assert_close(
     score_factor: float = 1.0,
 ) -> None:
     """``actual`` (of a kernel that ran in ``dtype``) is ``expected`` (float64) up to ``tolerance``."""
-    assert actual.shape == expected.shape, (
-        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert_same_nonfinite(name, actual, expected)
     is_finite = expected.isfinite()
     error = torch.where(is_finite, (actual.double() - expected).abs(), 0.0)
@@ -304,9 +292,7 @@ def assert_attention_close(
     backward_length = forward_length + case.value_head_dim + group * case.query_len
     result_dtype = dict.fromkeys(expected, dtype) | {"lse": accumulation_dtype(dtype)}
     for name, tensor in actual.tensors().items():
-        assert tensor.dtype == result_dtype[name], (
-            f"{name}: dtype {tensor.dtype}, expected {result_dtype[name]}"
-        )
+        assert tensor.dtype == result_dtype[name], f"{name}: dtype {tensor.dtype}, expected {result_dtype[name]}"
         assert_close(
             name,
             tensor,
@@ -406,25 +392,19 @@ def assert_routing_contract(
     scores = torch.where(scores.isnan(), torch.inf, scores)
     weakest_chosen = torch.where(is_chosen & ~is_own, scores + margins, torch.inf).amin(dim=-1)
     strongest_left = torch.where(eligible & ~is_chosen, scores - margins, -torch.inf).amax(dim=-1)
-    _assert_all(
-        weakest_chosen >= strongest_left, chosen, "a block left out that scores higher than one chosen"
-    )
+    _assert_all(weakest_chosen >= strongest_left, chosen, "a block left out that scores higher than one chosen")
 
 
 def _assert_all(holds: Tensor, chosen: Tensor, what: str) -> None:
     """``holds`` is [B, Hq, Nq], perhaps with one more dimension; names the first row that fails."""
     if not holds.all():
         where = tuple((~holds).nonzero()[0].tolist())[:3]
-        raise AssertionError(
-            f"block_indices at (batch, head, query) {where} are {chosen[where].tolist()}: {what}"
-        )
+        raise AssertionError(f"block_indices at (batch, head, query) {where} are {chosen[where].tolist()}: {what}")
 
 
 def assert_same_support(block_indices: Tensor, other: Tensor) -> None:
     """Both choices hold the same set of blocks for every query, in whatever order and padding."""
-    assert block_indices.shape[:-1] == other.shape[:-1], (
-        f"{tuple(block_indices.shape)} against {tuple(other.shape)}"
-    )
+    assert block_indices.shape[:-1] == other.shape[:-1], f"{tuple(block_indices.shape)} against {tuple(other.shape)}"
     num_slots = max(block_indices.shape[-1], other.shape[-1])
 
     def canonical(indices: Tensor) -> Tensor:
@@ -443,8 +423,6 @@ def assert_same_support(block_indices: Tensor, other: Tensor) -> None:
 
 def assert_bitwise_equal(name: str, actual: Tensor, expected: Tensor) -> None:
     """The same bits, NaN payloads and signs of zero included."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, (
-        f"{name}: dtype or shape differs"
-    )
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: dtype or shape differs"
     same = actual.contiguous().view(torch.uint8).equal(expected.contiguous().view(torch.uint8))
     assert same, f"{name}: bits differ"

@@ -154,9 +154,7 @@ def test_sparse_layout(function: str, name: str) -> None:
     refuse(function, alter(name, Tensor.to_sparse), name, EITHER)
 
 
-@pytest.mark.parametrize(
-    "function", ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen"]
-)
+@pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen"])
 def test_shapes_that_do_not_fit(function: str) -> None:
     heads = -2 if function.endswith("varlen") else -3
     refuse(function, alter("query", lambda query: query.narrow(heads, 0, 3)), "query|key", VALUE)
@@ -262,9 +260,7 @@ def good_routing(function: str) -> "tg.BlockRouting":
 ROUTED = ["moba_attention", "moba_attention_varlen"]
 
 
-def attend_routed(
-    function: str, alter_indices: Callable[[Tensor], Any], block_size: Any, is_causal: bool
-) -> None:
+def attend_routed(function: str, alter_indices: Callable[[Tensor], Any], block_size: Any, is_causal: bool) -> None:
     """Construct a BlockRouting of altered indices, and use it: an error may come from either."""
     call, make_arguments = FUNCTIONS[function]
     indices = alter_indices(good_routing(function).block_indices.clone())

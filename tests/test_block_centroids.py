@@ -19,9 +19,7 @@ def centroid_magnitude(key: Tensor, block_size: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [1, 3, 16, 100, 128, 512])
 @pytest.mark.parametrize("head_dim", [1, 3, 64, 80, 256])
-def test_values_and_gradients(
-    block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_values_and_gradients(block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     key = random_tensor((2, 3, 300, head_dim), dtype, device, 0).requires_grad_()
     centroids = tg.block_centroids(key, block_size)
     expected_key = key.detach().double().requires_grad_()
@@ -76,6 +74,4 @@ def test_nan_and_inf_stay_in_their_block(device: torch.device) -> None:
 
 def test_half_precision_sums_do_not_overflow(device: torch.device) -> None:
     key = torch.full((1, 1, 64, 4), 60000.0, dtype=torch.float16, device=device)
-    assert torch.equal(
-        tg.block_centroids(key, 64), torch.full((1, 1, 1, 4), 60000.0, device=device).to(torch.float32)
-    )
+    assert torch.equal(tg.block_centroids(key, 64), torch.full((1, 1, 1, 4), 60000.0, device=device).to(torch.float32))

@@ -43,9 +43,7 @@ def test_flash_moba_varlen_func(causal: bool, dtype: torch.dtype, device: torch.
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moba_attn_varlen(dtype: torch.dtype, device: torch.device) -> None:
     inputs, cu_seqlens = packed(dtype, device)
-    expected = tg.moba_attention_varlen(
-        *inputs, cu_seqlens, cu_seqlens, 40, 40, block_size=8, top_k=3, is_causal=True
-    )
+    expected = tg.moba_attention_varlen(*inputs, cu_seqlens, cu_seqlens, 40, 40, block_size=8, top_k=3, is_causal=True)
     actual = tg.compat.moba_attn_varlen(*inputs, cu_seqlens, 40, 8, 3)
     assert_same_call(actual, expected, inputs)
 

@@ -99,9 +99,7 @@ def imported_target(value: str | None) -> tuple[int, str]:
     if value is not None:
         environment["TOPGATHER_CPU_TARGET"] = value
     code = "import topgather as tg; print(tg._native.cpu_target())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     return done.returncode, (done.stdout or done.stderr).strip().splitlines()[-1]
 
 

@@ -22,9 +22,7 @@ CASES = [
 ]
 
 
-def everything(
-    case: AttentionCase, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> dict[str, Tensor]:
+def everything(case: AttentionCase, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """Every result of every dense op on one problem."""
     inputs = make_inputs(case, dtype, device, seed)
     result = run_attention(*inputs, *make_gradients(case, dtype, device, seed), case)
@@ -37,11 +35,7 @@ def everything(
 
 def everything_varlen(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     query, key, value = (torch.ones(0),) * 3
-    query = (
-        make_inputs(AttentionCase(query_len=900, num_heads=4), dtype, device)[0][0]
-        .transpose(0, 1)
-        .contiguous()
-    )
+    query = make_inputs(AttentionCase(query_len=900, num_heads=4), dtype, device)[0][0].transpose(0, 1).contiguous()
     key, value = (t[0].transpose(0, 1) for t in make_inputs(AttentionCase(query_len=900), dtype, device)[1:])
     inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     cu_seqlens = torch.tensor([0, 7, 7, 500, 501, 900], dtype=torch.int32, device=device)
@@ -67,9 +61,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     for num_threads in NUM_THREADS:
         torch.set_num_threads(num_threads)
         for run_idx in range(3):
-            assert_all_equal(
-                everything(case, dtype, device), expected, f"{num_threads} threads, run {run_idx}"
-            )
+            assert_all_equal(everything(case, dtype, device), expected, f"{num_threads} threads, run {run_idx}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,9 +71,7 @@ def test_varlen_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, 
     for num_threads in NUM_THREADS:
         torch.set_num_threads(num_threads)
         for run_idx in range(2):
-            assert_all_equal(
-                everything_varlen(dtype, device), expected, f"{num_threads} threads, run {run_idx}"
-            )
+            assert_all_equal(everything_varlen(dtype, device), expected, f"{num_threads} threads, run {run_idx}")
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])

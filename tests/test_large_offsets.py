@@ -20,9 +20,7 @@ from helpers import (
     run_attention,
 )
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="needs memory that is not touched"
-)
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched")
 PAST = 2**31 + 2**20
 NUM_ELEMENTS = 2 * PAST + 2**20
 CASE = AttentionCase(batch=2, num_heads=2, query_len=40, head_dim=16, block_size=8, top_k=2)
@@ -65,9 +63,7 @@ def test_attention(kind: str, which: str, storage: Tensor) -> None:
 
     # Views of the same storage, 4096 elements apart so that they share no element.
     moved = {}
-    for shift, (name, tensor) in enumerate(
-        zip(("query", "key", "value", "grad_out"), (*plain, grad_out), strict=True)
-    ):
+    for shift, (name, tensor) in enumerate(zip(("query", "key", "value", "grad_out"), (*plain, grad_out), strict=True)):
         is_moved = which in (name, "all")
         moved[name] = spread(tensor.detach(), storage, kind, 4096 * shift) if is_moved else tensor.detach()
     inputs = [moved[name].requires_grad_() for name in ("query", "key", "value")]

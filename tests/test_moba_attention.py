@@ -33,9 +33,7 @@ CASES = [
     AttentionCase(query_len=520, head_dim=64, block_size=64, top_k=8, num_heads=1),
     AttentionCase(query_len=1100, head_dim=16, block_size=8, top_k=6, num_heads=1),
 ]
-HEAD_DIMS = [
-    AttentionCase(query_len=150, head_dim=head_dim, top_k=3) for head_dim in (1, 2, 3, 7, 17, 80, 96, 256)
-]
+HEAD_DIMS = [AttentionCase(query_len=150, head_dim=head_dim, top_k=3) for head_dim in (1, 2, 3, 7, 17, 80, 96, 256)]
 VALUE_DIMS = [
     AttentionCase(query_len=150, num_heads=4, num_kv_heads=2, head_dim=head_dim, value_dim=value_dim, top_k=3)
     for head_dim, value_dim in ((64, 32), (16, 1), (1, 16), (48, 80), (192, 128), (3, 5))
@@ -75,9 +73,7 @@ SCALES = [AttentionCase(query_len=150, top_k=3, scale=scale) for scale in (0.0, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("case", CASES + HEAD_DIMS + VALUE_DIMS + BLOCK_SIZES + LENGTHS + SCALES, ids=str)
-def test_against_reference(
-    case: AttentionCase, is_causal: bool, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_against_reference(case: AttentionCase, is_causal: bool, dtype: torch.dtype, device: torch.device) -> None:
     check_attention(replace(case, is_causal=is_causal), dtype, device)
 
 
@@ -118,9 +114,7 @@ def test_counts_past_16_bits(case: AttentionCase, dtype: torch.dtype, device: to
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
 @pytest.mark.parametrize("head_dim", [64, 20])
-def test_layouts_against_reference(
-    head_dim: int, layout: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_layouts_against_reference(head_dim: int, layout: str, dtype: torch.dtype, device: torch.device) -> None:
     case = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=140, head_dim=head_dim, top_k=3)
     check_attention(case, dtype, device, layout)
 
@@ -228,13 +222,9 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype, device: torch.device) 
     assert all(tensor.isfinite().all() for tensor in (result.out, result.lse, result.d_value))
 
 
-def nonfinite_inputs(
-    kind: str, dtype: torch.dtype, device: torch.device
-) -> tuple[AttentionCase, list[Tensor]]:
+def nonfinite_inputs(kind: str, dtype: torch.dtype, device: torch.device) -> tuple[AttentionCase, list[Tensor]]:
     """Four heads with ``kind`` planted in one tensor of the first two; heads 2 and 3 stay clean."""
-    case = AttentionCase(
-        batch=1, num_heads=4, num_kv_heads=2, query_len=70, head_dim=8, block_size=8, top_k=3
-    )
+    case = AttentionCase(batch=1, num_heads=4, num_kv_heads=2, query_len=70, head_dim=8, block_size=8, top_k=3)
     inputs = [tensor.detach().clone() for tensor in make_inputs(case, dtype, device)]
     which, value = kind.split("_")
     tensor = inputs[["query", "key", "value"].index(which)]
@@ -318,9 +308,7 @@ def run_routed(
     ],
     ids=str,
 )
-def test_users_own_routing(
-    case: AttentionCase, is_causal: bool, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_users_own_routing(case: AttentionCase, is_causal: bool, dtype: torch.dtype, device: torch.device) -> None:
     case = replace(case, is_causal=is_causal)
     run_routed(case, dtype, device, random_routing(case, device, 0))
 

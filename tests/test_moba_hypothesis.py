@@ -60,9 +60,7 @@ def test_attention_equals_the_oracle(
 
 @BOUNDED
 @given(case=cases(max_len=300), dtype=DTYPE, seed=st.integers(0, 2**20))
-def test_routing_keeps_its_contract(
-    case: AttentionCase, dtype: torch.dtype, seed: int, device: torch.device
-) -> None:
+def test_routing_keeps_its_contract(case: AttentionCase, dtype: torch.dtype, seed: int, device: torch.device) -> None:
     query, key, _ = (tensor.detach() for tensor in make_inputs(case, dtype, device, seed))
     block_indices = tg.moba_route(query, key, case.block_size, case.top_k, case.is_causal).block_indices
     assert_routing_contract(block_indices, query, key, case.block_size, case.top_k, case.is_causal)
@@ -77,9 +75,7 @@ SCORES = st.lists(
 
 @BOUNDED
 @given(scores=SCORES, top_k=st.integers(1, 20), is_causal=st.booleans())
-def test_routing_of_any_scores_is_exact(
-    scores: list[float], top_k: int, is_causal: bool, device: torch.device
-) -> None:
+def test_routing_of_any_scores_is_exact(scores: list[float], top_k: int, is_causal: bool, device: torch.device) -> None:
     """One block a token, so the scores are the keys: ties, NaN and inf in every arrangement."""
     key = torch.tensor(scores, device=device).reshape(1, 1, -1, 1)
     query = torch.ones_like(key)
@@ -103,9 +99,7 @@ def user_routings(draw: st.DrawFn) -> tuple[AttentionCase, Tensor]:
 
 @BOUNDED
 @given(problem=user_routings(), dtype=DTYPE)
-def test_any_users_routing(
-    problem: tuple[AttentionCase, Tensor], dtype: torch.dtype, device: torch.device
-) -> None:
+def test_any_users_routing(problem: tuple[AttentionCase, Tensor], dtype: torch.dtype, device: torch.device) -> None:
     case, block_indices = problem
     routing = tg.BlockRouting(block_indices.to(device), case.block_size)
     inputs = make_inputs(case, dtype, device)
@@ -133,9 +127,7 @@ def test_varlen_equals_dense(
     """In float64, where each sequence alone must agree to 1e-12."""
     num_kv_heads, group, head_dim = (data.draw(st.integers(1, 3)) for _ in range(3))
     num_heads = num_kv_heads * group
-    cu_seqlens = [
-        torch.tensor([0, *(pair[side] for pair in lengths)]).cumsum(0).int().to(device) for side in (0, 1)
-    ]
+    cu_seqlens = [torch.tensor([0, *(pair[side] for pair in lengths)]).cumsum(0).int().to(device) for side in (0, 1)]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
 
     def random(total: Tensor, heads: int) -> Tensor:
@@ -193,16 +185,12 @@ def test_nonfinite_masks_equal_the_oracle(
     dtype=DTYPE,
     layout=st.sampled_from([layout for layout in LAYOUTS if layout != "fused_qkv"]),
 )
-def test_centroids(
-    length: int, block_size: int, dtype: torch.dtype, layout: str, device: torch.device
-) -> None:
+def test_centroids(length: int, block_size: int, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     # Integers sum exactly; only the division rounds.
     key = torch.randint(-8, 9, (2, 2, length, 5), generator=generator).to(dtype).to(device)
     centroids = tg.block_centroids(with_layout(key, layout), block_size)
-    expected = reference.block_centroids(
-        key[:1].expand_as(key) if layout == "expanded_batch" else key, block_size
-    )
+    expected = reference.block_centroids(key[:1].expand_as(key) if layout == "expanded_batch" else key, block_size)
     torch.testing.assert_close(centroids, expected.to(centroids.dtype), rtol=2e-7, atol=0)
 
 

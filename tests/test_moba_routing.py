@@ -70,9 +70,7 @@ def test_tie_rule_on_exact_scores(
 
 @pytest.mark.parametrize("num_blocks", [3, 8, 17, 64, 129])
 @pytest.mark.parametrize("top_k", [2, 5, 9])
-def test_all_scores_equal_chooses_the_lowest_blocks(
-    num_blocks: int, top_k: int, device: torch.device
-) -> None:
+def test_all_scores_equal_chooses_the_lowest_blocks(num_blocks: int, top_k: int, device: torch.device) -> None:
     query = torch.ones(1, 1, num_blocks, 4, device=device)
     chosen = route(query, query, 1, top_k)[0, 0]
     for query_idx, row in enumerate(chosen.tolist()):
@@ -100,9 +98,7 @@ def test_order_ascends_whatever_the_scores(is_causal: bool, device: torch.device
         used = chosen >= 0
         assert ((chosen[:, 1:] > chosen[:, :-1]) | ~used[:, 1:]).all()
         assert (used[:, :-1] | ~used[:, 1:]).all()
-        assert torch.equal(
-            chosen, reference.moba_route(torch.ones_like(key), key, 4, 4, is_causal)[0, 0].to(device)
-        )
+        assert torch.equal(chosen, reference.moba_route(torch.ones_like(key), key, 4, 4, is_causal)[0, 0].to(device))
 
 
 def test_best_earlier_blocks_are_members(device: torch.device) -> None:
@@ -181,12 +177,8 @@ def test_layout_does_not_matter(layout: str, dtype: torch.dtype, device: torch.d
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(
-    ("batch", "query_len", "key_len"), [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0), (2, 1, 1)]
-)
-def test_empty_and_single(
-    batch: int, query_len: int, key_len: int, is_causal: bool, device: torch.device
-) -> None:
+@pytest.mark.parametrize(("batch", "query_len", "key_len"), [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0), (2, 1, 1)])
+def test_empty_and_single(batch: int, query_len: int, key_len: int, is_causal: bool, device: torch.device) -> None:
     query = torch.randn(batch, 4, query_len, 6, device=device)
     key = torch.randn(batch, 2, key_len, 6, device=device)
     assert_routing_contract(route(query, key, 3, 2, is_causal), query, key, 3, 2, is_causal)

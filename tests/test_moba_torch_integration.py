@@ -13,9 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import topgather as tg
 from helpers import AttentionCase, assert_bitwise_equal, make_gradients, make_inputs
 
-CASE = AttentionCase(
-    batch=2, num_heads=4, num_kv_heads=2, query_len=50, head_dim=8, value_dim=6, block_size=8, top_k=3
-)
+CASE = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=50, head_dim=8, value_dim=6, block_size=8, top_k=3)
 
 
 def dense_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
@@ -36,18 +34,14 @@ def dense_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, tuple
 
 def varlen_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
     """The same of packed sequences of 20, 0 and 30 queries over 20, 5 and 40 keys."""
-    cu_seqlens = tuple(
-        torch.tensor(c, dtype=torch.int32, device=device) for c in ([0, 20, 20, 50], [0, 20, 25, 65])
-    )
+    cu_seqlens = tuple(torch.tensor(c, dtype=torch.int32, device=device) for c in ([0, 20, 20, 50], [0, 20, 25, 65]))
     query = torch.randn(50, 4, 8, device=device).to(dtype).requires_grad_()
     key = torch.randn(65, 2, 8, device=device).to(dtype).requires_grad_()
     value = torch.randn(65, 2, 6, device=device).to(dtype).requires_grad_()
     packing = (*cu_seqlens, 30, 40)
     block_indices = torch.ops.topgather.moba_route(query, key, 8, 3, True, *packing)
     with torch.no_grad():
-        out, lse = torch.ops.topgather.moba_attention(
-            query, key, value, block_indices, 8, True, 0.3, *packing
-        )
+        out, lse = torch.ops.topgather.moba_attention(query, key, value, block_indices, 8, True, 0.3, *packing)
     plain = [tensor.detach() for tensor in (query, key, value)]
     tail = (block_indices, 8, True, 0.3, *packing)
     return {
@@ -58,18 +52,14 @@ def varlen_arguments(dtype: torch.dtype, device: torch.device) -> dict[str, tupl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "name", ["block_centroids", "moba_route", "moba_attention", "moba_attention_backward"]
-)
+@pytest.mark.parametrize("name", ["block_centroids", "moba_route", "moba_attention", "moba_attention_backward"])
 def test_opcheck_dense(name: str, dtype: torch.dtype, device: torch.device) -> None:
     torch.library.opcheck(getattr(torch.ops.topgather, name).default, dense_arguments(dtype, device)[name])
 
 
 @pytest.mark.parametrize("name", ["moba_route", "moba_attention", "moba_attention_backward"])
 def test_opcheck_varlen(name: str, device: torch.device) -> None:
-    torch.library.opcheck(
-        getattr(torch.ops.topgather, name).default, varlen_arguments(torch.float32, device)[name]
-    )
+    torch.library.opcheck(getattr(torch.ops.topgather, name).default, varlen_arguments(torch.float32, device)[name])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,9 +81,7 @@ def loss_gradients(results: tuple[Tensor, ...], inputs: list[Tensor]) -> tuple[T
     return torch.autograd.grad(sum(result.float().square().sum() for result in results), inputs)
 
 
-def compare_compiled(
-    compiled: Callable[..., Any], eager: Callable[..., Any], inputs: list[Tensor], *rest: Any
-) -> None:
+def compare_compiled(compiled: Callable[..., Any], eager: Callable[..., Any], inputs: list[Tensor], *rest: Any) -> None:
     """Forward and backward, to the rounding that fusing the surrounding torch ops may change."""
     actual, expected = compiled(*inputs, *rest), eager(*inputs, *rest)
     for left, right in zip(actual, expected, strict=True):
@@ -116,9 +104,7 @@ def test_compile_dynamic_shapes(device: torch.device) -> None:
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
     # No two sizes of the first call are equal: the compiler would take equal ones for the same.
     for batch, length in ((3, 50), (2, 37), (4, 64), (7, 130)):
-        case = AttentionCase(
-            batch=batch, num_heads=4, num_kv_heads=2, query_len=length, head_dim=8, block_size=8
-        )
+        case = AttentionCase(batch=batch, num_heads=4, num_kv_heads=2, query_len=length, head_dim=8, block_size=8)
         compare_compiled(compiled, attend, list(make_inputs(case, torch.float32, device)))
     assert counter.frame_count == 1
 
@@ -172,9 +158,7 @@ def test_autocast_varlen(device: torch.device) -> None:
     query, key, value = (torch.randn(50, heads, 8, device=device) for heads in (4, 2, 2))
     cu_seqlens = torch.tensor([0, 20, 50], dtype=torch.int32, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        out = tg.moba_attention_varlen(
-            query, key, value, cu_seqlens, cu_seqlens, 30, 30, block_size=8, top_k=3
-        )
+        out = tg.moba_attention_varlen(query, key, value, cu_seqlens, cu_seqlens, 30, 30, block_size=8, top_k=3)
     halves = [tensor.bfloat16() for tensor in (query, key, value)]
     expected = tg.moba_attention_varlen(*halves, cu_seqlens, cu_seqlens, 30, 30, block_size=8, top_k=3)
     assert_bitwise_equal("out", out, expected)

@@ -122,9 +122,7 @@ class Packed:
             )
             gradients = (self.tokens(self.grad_out, seq_idx), self.columns(self.grad_lse, seq_idx))
             indices = self.columns(block_indices, seq_idx)
-            assert_attention_close(
-                part, inputs, gradients, indices, self.case(seq_idx, block_size, top_k, is_causal)
-            )
+            assert_attention_close(part, inputs, gradients, indices, self.case(seq_idx, block_size, top_k, is_causal))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,9 +218,7 @@ def test_users_own_routing(device: torch.device) -> None:
 def test_many_short_sequences_beside_a_long_one(device: torch.device) -> None:
     """Memory goes with the number of tokens, not with sequences times the longest of them."""
     num_short, length = 10_000, 32_768
-    inputs = [
-        torch.randn(num_short + length, heads, 4, device=device, requires_grad=True) for heads in (4, 2, 2)
-    ]
+    inputs = [torch.randn(num_short + length, heads, 4, device=device, requires_grad=True) for heads in (4, 2, 2)]
     cu_seqlens = torch.arange(num_short + 2, dtype=torch.int32, device=device)
     cu_seqlens[-1] = num_short + length
     out = tg.moba_attention_varlen(*inputs, cu_seqlens, cu_seqlens, length, length, block_size=32, top_k=8)

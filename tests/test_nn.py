@@ -60,8 +60,7 @@ def test_fewer_blocks_go_through_the_op(device: torch.device) -> None:
     layer = tg.nn.MobaAttention(24, 4, 2, block_size=8, top_k=2, device=device)
     x = torch.randn(2, 60, 24, device=device)
     query, key, value = (
-        heads(proj(x), num)
-        for proj, num in ((layer.query_proj, 4), (layer.key_proj, 2), (layer.value_proj, 2))
+        heads(proj(x), num) for proj, num in ((layer.query_proj, 4), (layer.key_proj, 2), (layer.value_proj, 2))
     )
     out = tg.moba_attention(query, key, value, block_size=8, top_k=2)
     torch.testing.assert_close(layer(x), layer.out_proj(out.transpose(1, 2).flatten(2)))

@@ -73,8 +73,7 @@ TOLERANCES = {
     ("moba_attention", "out"): Tolerance(
         storage=4,
         accumulation=2,
-        reason="the result is rounded once; the weights may be rounded to the storage dtype for the product "
-        "with value",
+        reason="the result is rounded once; the weights may be rounded to the storage dtype for the product with value",
     ),
     ("moba_attention", "lse"): Tolerance(
         storage=0,

@@ -65,9 +65,7 @@ class MobaAttention(nn.Module):
             raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}")
         if head_dim is None:
             if dim % num_heads != 0:
-                raise ValueError(
-                    f"num_heads must divide dim, {dim}, unless head_dim is given, got {num_heads}"
-                )
+                raise ValueError(f"num_heads must divide dim, {dim}, unless head_dim is given, got {num_heads}")
             head_dim = dim // num_heads
         checks.check_count("head_dim", head_dim)
         checks.check_count("block_size", block_size)
@@ -75,9 +73,7 @@ class MobaAttention(nn.Module):
         checks.check_flag("bias", bias)
         checks.check_flag("is_causal", is_causal)
         if position_embedding is not None and not callable(position_embedding):
-            raise TypeError(
-                f"position_embedding must be callable or None, got {type(position_embedding).__name__}"
-            )
+            raise TypeError(f"position_embedding must be callable or None, got {type(position_embedding).__name__}")
 
         self.dim = dim
         self.num_heads = num_heads
@@ -108,9 +104,7 @@ class MobaAttention(nn.Module):
         value = self._split_heads(self.value_proj(x), self.num_kv_heads)
         if self.position_embedding is not None:
             query, key = self.position_embedding(query, key)
-        out = moba_attention(
-            query, key, value, block_size=self.block_size, top_k=self.top_k, is_causal=self.is_causal
-        )
+        out = moba_attention(query, key, value, block_size=self.block_size, top_k=self.top_k, is_causal=self.is_causal)
         # The op lays its output out as the query is, so the heads of a token already lie side by side.
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return projected
