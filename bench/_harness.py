@@ -1,0 +1,213 @@
+"""What every benchmark shares: who ran it, interleaved timing, peak memory in a fresh process, JSON out.
+
+Timing interleaves the peers: each round times every candidate once, so noise from other processes falls on
+all of them alike, and a candidate's time is its least over the rounds, the run that was disturbed the
+least. Every sample is kept in the JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import topgather as tg
+
+RESULTS = Path(__file__).parent / "results"
+
+
+# --- Who ran it ---------------------------------------------------------------------------------------------
+
+
+def describe_run(device: torch.device) -> dict[str, Any]:
+    """Machine, software and commit of this run, as they go into the JSON."""
+    return {
+        "device": device_name(device),
+        "architecture": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu_target": tg._native.cpu_target(),
+        "torch": torch.__version__,
+        "topgather": tg.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its maker gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        models = []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def results_folder(device: torch.device) -> Path:
+    """Where this device's results are kept: ``bench/results/<device>-<threads>-threads/``."""
+    name = re.sub(r"\((r|tm)\)", "", device_name(device).lower())
+    if device.type == "cpu":
+        name = f"{name} {tg._native.cpu_target()} {torch.get_num_threads()} threads"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def _commit() -> str:
+    """Hash of the checked-out commit, marked where the tree differs from it; "unknown" outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+# --- Time ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one candidate in seconds, one per round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Least time of all rounds."""
+        return min(self.samples)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "median_seconds": statistics.median(self.samples),
+            "samples": [round(sample, 6) for sample in self.samples],
+        }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything queued on ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    min_rounds: int = 2,
+    max_rounds: int = 8,
+    budget_seconds: float = 5.0,
+) -> dict[str, Timing]:
+    """Time every candidate once a round.
+
+    A candidate is in every round up to ``min_rounds``, and then up to ``max_rounds`` as long as its own runs
+    together stay within ``budget_seconds``.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_idx in range(max_rounds):
+        for name, run in candidates.items():
+            spent = sum(samples[name])
+            if round_idx >= min_rounds and spent * (1 + 1 / round_idx) > budget_seconds:
+                continue
+            synchronize(device)
+            began = time.perf_counter()
+            result = run()
+            synchronize(device)
+            samples[name].append(time.perf_counter() - began)
+            del result
+    return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+def measure_gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of torch's matrix product of two square matrices, best of several."""
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    timing = time_interleaved({"gemm": lambda: left @ right}, device, max_rounds=50, budget_seconds=2.0)
+    return 2 * size**3 / timing["gemm"].seconds
+
+
+# --- Memory -------------------------------------------------------------------------------------------------
+
+
+def measure_peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which ``run`` raises this process's resident memory at its peak, results included.
+
+    Call it in a process made for it (:func:`in_fresh_process`), after a small warm-up of the same code:
+    memory freed by earlier work would be reused unseen.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _reset_peak()
+    result = run()
+    peak = _peak_resident()
+    del result
+    return max(0, peak - before)
+
+
+def _reset_peak() -> int:
+    """Set the process's peak to what it holds now, where the system allows it; returns the peak in bytes."""
+    # Where it fails, the peak so far stands in, which can only understate what the run adds.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return int(re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[0]) * 1024
+
+
+def in_fresh_process(script: str, option: str, argument: Mapping[str, Any]) -> Any:
+    """Run ``script option <argument as JSON>`` in a new interpreter and return the JSON of its last line."""
+    command = [sys.executable, script, option, json.dumps(argument)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed with exit status {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# --- Results ------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content``, making the folder where needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def format_seconds(seconds: float) -> str:
+    """Three digits with a unit."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def format_bytes(size: float) -> str:
+    """Three digits, in MiB."""
+    return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**30:.3g} GiB"
