@@ -5,10 +5,10 @@ The text is the manual that every Python carries (``pydoc_data.topics``), read b
 Only one line differs:
 
     dense  F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    MoBA   tg.moba_attention(query, key, value, block_size=64, top_k=8)
+    MoBA   tg.moba_attention(query, key, value, block_size=128, top_k=8)
 
-With MoBA (arXiv 2502.13189) a token attends to its own block of 64 tokens and to the 7 earlier blocks whose
-mean key suits its query best: at the end of the context to at most 512 of 8192 tokens.
+With MoBA (arXiv 2502.13189) a token attends to its own block of 128 tokens and to the 7 earlier blocks whose
+mean key suits its query best: never to more than 1024 of 8192 tokens.
 
     python examples/byte_language_model.py
     python examples/byte_language_model.py --context 16384 --steps 30
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import topgather as tg
 
-BLOCK_SIZE = 64
+BLOCK_SIZE = 128
 TOP_K = 8
 SEED = 0
 NUM_BYTES = 256
@@ -71,9 +71,9 @@ class ByteLanguageModel(nn.Module):
     def __init__(self, dim: int = 128, num_heads: int = 4, num_layers: int = 2) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
-        # One table for the byte itself and one for each of the two before it: spelling is then learnt at
-        # once, and attention is left with what is further away.
-        self.embeddings = nn.ModuleList(nn.Embedding(NUM_BYTES, dim) for _ in range(3))
+        # A token is its byte and the three before it, side by side: spelling is then learnt at once, and
+        # attention is left with what is further away.
+        self.embedding = nn.Embedding(NUM_BYTES, dim // 4)
         self.layers = nn.ModuleList(Layer(dim, num_heads) for _ in range(num_layers))
         self.norm = nn.RMSNorm(dim)
         self.logits = nn.Linear(dim, NUM_BYTES, bias=False)
@@ -81,9 +81,8 @@ class ByteLanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, attention: Attention) -> Tensor:
         num_tokens = tokens.shape[1]
-        x = torch.zeros(())
-        for distance, embedding in enumerate(self.embeddings):
-            x = x + embedding(F.pad(tokens, (distance, 0))[:, :num_tokens])
+        bytes_before = [F.pad(tokens, (distance, 0))[:, :num_tokens] for distance in range(4)]
+        x = self.embedding(torch.stack(bytes_before, dim=2)).flatten(2)
         rotation = rotary_angles(num_tokens, self.head_dim)
         for layer in self.layers:
             x = layer(x, rotation, attention)
@@ -106,14 +105,22 @@ class Layer(nn.Module):
         self.mlp_norm = nn.RMSNorm(dim)
         self.mlp_in = nn.Linear(dim, 4 * dim, bias=False)
         self.mlp_out = nn.Linear(4 * dim, dim, bias=False)
-        # A layer that starts by adding nothing bears the high learning rate of so short a training.
+        # So short a training needs a start from which attention learns at once. Queries and keys begin alike,
+        # and sharp: a query finds the keys made of the same bytes.
+        self.key_proj.load_state_dict(self.query_proj.state_dict())
+        nn.init.constant_(self.query_norm.weight, 1.7)
+        nn.init.constant_(self.key_norm.weight, 1.7)
+        # A layer that starts by adding nothing bears a high learning rate.
         nn.init.zeros_(self.out_proj.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         normed = self.attention_norm(x)
         query = rotate(self.query_norm(self.split_heads(self.query_proj(normed))), rotation)
-        key = rotate(self.key_norm(self.split_heads(self.key_proj(normed))), rotation)
+        # A key is made from the token before its own (arXiv 2209.11895 calls such keys smeared): a query that
+        # matches it reads, in the value, the byte that came next the last time.
+        previous = F.pad(normed, (0, 0, 1, 0))[:, :-1]
+        key = rotate(self.key_norm(self.split_heads(self.key_proj(previous))), rotation)
         value = self.split_heads(self.value_proj(normed))
         out = attention(query, key, value)
         x = x + self.out_proj(out.transpose(1, 2).flatten(2))
@@ -125,17 +132,17 @@ class Layer(nn.Module):
 
 
 def rotary_angles(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary position embedding (arXiv 2104.09864), each ``[N, D / 2]``."""
-    frequencies = 10000 ** -torch.linspace(0, 1, head_dim // 2)
+    """Cosines and sines of the rotary position embedding (arXiv 2104.09864), each ``[N, D / 4]``."""
+    frequencies = 10000 ** -torch.linspace(0, 1, head_dim // 4)
     angles = torch.outer(torch.arange(num_tokens).float(), frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of channels by its token's angle, so that scores depend on distances."""
+    """Turn half of the channels, pair by pair, by their token's angle, so that scores also see distances."""
     cos, sin = rotation
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second, third, fourth = x.chunk(4, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, third, fourth], dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------------- text
@@ -181,9 +188,7 @@ class Run:
         return max(self.final_loss, self.held_out_loss) < 0.75 * math.log(NUM_BYTES)
 
 
-def train(
-    name: str, attention: Attention, text: Tensor, held_out: Tensor, context: int, num_steps: int
-) -> Run:
+def train(name: str, attention: Attention, text: Tensor, held_out: Tensor, context: int, num_steps: int) -> Run:
     """Train a fresh model for ``num_steps`` steps of one sequence each, then measure its held-out loss."""
     torch.manual_seed(SEED)
     run = Run(name, ByteLanguageModel())
@@ -286,9 +291,7 @@ def draw_chosen_blocks(axes: Axes, run: Run, window: Tensor, num_queries: int = 
     with torch.no_grad():
         run.model(window[None, :-1], recording_attention)
     query, key = seen[-1]
-    block_indices = tg.moba_route(query, key, block_size=BLOCK_SIZE, top_k=TOP_K).block_indices[
-        0
-    ]  # [H, N, top_k]
+    block_indices = tg.moba_route(query, key, block_size=BLOCK_SIZE, top_k=TOP_K).block_indices[0]  # [H, N, top_k]
 
     num_heads, num_tokens = block_indices.shape[:2]
     num_blocks = math.ceil(num_tokens / BLOCK_SIZE)
@@ -314,21 +317,15 @@ def draw_chosen_blocks(axes: Axes, run: Run, window: Tensor, num_queries: int = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=8192, help="tokens in a sequence (default: 8192)")
     parser.add_argument("--steps", type=int, default=70, help="training steps of each run (default: 70)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo.png"), help="the picture (default: demo.png)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture (default: demo.png)")
     options = parser.parse_args()
 
     text, held_out = load_text()
     if not 2 <= options.context < len(held_out):
-        parser.error(
-            f"--context must be from 2 to {len(held_out) - 1}, the held-out text, got {options.context}"
-        )
+        parser.error(f"--context must be from 2 to {len(held_out) - 1}, the held-out text, got {options.context}")
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     if not hasattr(torch.optim, "Muon"):

@@ -1,7 +1,8 @@
 """The ``torch.ops.topgather`` namespace: one low-level library that every op registers in.
 
-A ``torch.library.custom_op`` with autograd costs more than twice the time per call of a low-level ``Library`` with an
-``autograd.Function`` (``bench/overhead.py`` measures it), so the low-level way it is. An op has up to five
+A low-level ``Library`` with an ``autograd.Function`` adds about two thirds of what a ``torch.library.custom_op`` with
+autograd adds to a call (``bench/overhead.py`` measures it; figures in docs/performance.md), so the low-level way it is.
+An op has up to five
 registrations: its schema, a kernel per device, a fake kernel for tracing, an autograd kernel and an autocast kernel.
 """
 
