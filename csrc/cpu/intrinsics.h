@@ -57,7 +57,7 @@ inline Vector<float> scale_by_floor_power(const Vector<float>& x, const Vector<f
 }  // namespace topgather::TOPGATHER_CPU_TARGET
 #endif
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if TOPGATHER_MATRIX_UNIT
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 

@@ -14,6 +14,13 @@
 #error "compile CPU kernels with -DTOPGATHER_CPU_TARGET=<namespace>"
 #endif
 
+// Whether this target multiplies bfloat16 tiles in hardware; what that takes is in intrinsics.h.
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define TOPGATHER_MATRIX_UNIT 1
+#else
+#define TOPGATHER_MATRIX_UNIT 0
+#endif
+
 namespace topgather::TOPGATHER_CPU_TARGET {
 
 #if defined(__AVX512F__)

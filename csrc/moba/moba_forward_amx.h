@@ -14,7 +14,7 @@
 #include "../cpu/math.h"
 #include "moba_geometry.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if TOPGATHER_MATRIX_UNIT
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 

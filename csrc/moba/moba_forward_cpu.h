@@ -88,7 +88,7 @@ inline void hide_later_keys(T* scores, int64_t tile_row, int64_t num_vectors, in
   }
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if TOPGATHER_MATRIX_UNIT
 template <typename Storage>
 inline constexpr bool kHasMatrixUnit = std::is_same_v<Storage, BFloat16>;
 #else
@@ -135,14 +135,14 @@ struct ForwardTask {
   T* out_tile;       // [kTileQueries, padded V]
   T* key_scratch;    // [kTileKeys, D]
   T* value_scratch;  // [kTileKeys, padded V]
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if TOPGATHER_MATRIX_UNIT
   AmxForwardTile amx;
 #endif
 
   ForwardTask(const MobaForwardParams& p, int64_t range_queries, int64_t num_blocks, ScratchCutter& scratch)
       : params(p),
         padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if TOPGATHER_MATRIX_UNIT
         ,
         amx(p.problem, kTileKeys, scratch)
 #endif
@@ -238,7 +238,7 @@ struct ForwardTask {
         all_finite(tile.value_rows + visibility.least * params.value.row_stride, params.value.row_stride,
                    num_multiplied - visibility.least, problem.value_dim);
     alignas(64) T rescale[kTileQueries];
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
       if (uses_matrix_unit<Storage>(problem) && hides_only_finite) {
         const auto limit_of = [&](int64_t i) {
@@ -387,7 +387,7 @@ struct ForwardTask {
                               rows_of<Storage>(params.value, sequence.batch_idx, kv_head, key_row),
                               {nullptr, 0},
                               {nullptr, 0}};
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if TOPGATHER_MATRIX_UNIT
         if constexpr (kHasMatrixUnit<Storage>) {
           amx.pack(tile.key_rows, params.key.row_stride, tile.value_rows, params.value.row_stride, num_keys);
         }
