@@ -46,8 +46,8 @@ inline void add_rows(const T* tile, int64_t tile_row, const int32_t* rows, int64
 template <typename Storage>
 struct BackwardTask {
   using T = ComputeOf<Storage>;
-  static constexpr int64_t kTileQueries = 32;
-  static constexpr int64_t kTileKeys = 128;
+  static constexpr int64_t kTileQueries = MobaBackwardConfig::kTileQueries;
+  static constexpr int64_t kTileKeys = MobaBackwardConfig::kTileKeys;
   static constexpr int kMaxVectors = static_cast<int>(kTileQueries) / kLanes<T>;
 
   const MobaBackwardParams& params;

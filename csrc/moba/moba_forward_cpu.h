@@ -116,10 +116,9 @@ struct KeyTile {
 template <typename Storage>
 struct ForwardTask {
   using T = ComputeOf<Storage>;
-  static constexpr int64_t kTileQueries = 64;
-  static constexpr int64_t kTileKeys = 128;
-  // Half-size tiles on the diagonal, where the part of a tile above it is computed for nothing, and on the matrix unit.
-  static constexpr int64_t kHalfQueries = 32;
+  static constexpr int64_t kTileQueries = MobaForwardConfig::kTileQueries;
+  static constexpr int64_t kTileKeys = MobaForwardConfig::kTileKeys;
+  static constexpr int64_t kHalfQueries = MobaForwardConfig::kHalfQueries;
   static constexpr int kMaxVectors = static_cast<int>(kTileQueries) / kLanes<T>;
 
   const MobaForwardParams& params;

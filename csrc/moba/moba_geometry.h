@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cpu/simd.h"
+#include "moba_config.h"
 #include "moba_params.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
@@ -53,13 +54,9 @@ struct QueryRange {
 
 // Fixed from shapes alone, never from the number of threads: results must not depend on it.
 inline int64_t queries_per_range(const MobaProblem& problem, const Sequence& sequence) {
-  // Enough queries that an average key block is chosen by 128 of them, so that a block read (and converted) once
-  // serves two full query tiles, and no more, so that the running outputs of a range stay in cache.
-  constexpr int64_t kQueriesPerBlock = 128;
-  constexpr int64_t kLeastQueries = 1024;
   const int64_t chosen = max64(1, min64(problem.top_k, sequence.num_blocks));
-  const int64_t wanted = round_up(ceil_div(sequence.num_blocks * kQueriesPerBlock, chosen), 64);
-  return min64(max64(wanted, kLeastQueries), round_up(max64(sequence.query_len, 1), 64));
+  const int64_t wanted = round_up(ceil_div(sequence.num_blocks * MobaRangeConfig::kQueriesPerBlock, chosen), 64);
+  return min64(max64(wanted, MobaRangeConfig::kLeastQueries), round_up(max64(sequence.query_len, 1), 64));
 }
 
 inline int64_t ranges_in(const MobaProblem& problem, const Sequence& sequence) {

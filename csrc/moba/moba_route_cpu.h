@@ -42,7 +42,7 @@ void mean_of_rows(const Storage* rows, int64_t row_stride, int64_t count, int64_
 // Centroids of every block: centroid_of(sequence_idx, kv_head, block) says where each goes.
 template <typename Storage, typename CentroidOf>
 void compute_centroids(const MobaProblem& problem, const ConstTensor& key, const CentroidOf& centroid_of) {
-  constexpr int64_t kBlocksPerTask = 32;
+  constexpr int64_t kBlocksPerTask = MobaRouteConfig::kCentroidsPerTask;
   struct Context {
     const MobaProblem& problem;
     const ConstTensor& key;
@@ -77,10 +77,10 @@ void compute_centroids(const MobaProblem& problem, const ConstTensor& key, const
 template <typename Storage>
 struct RouteTask {
   using T = ComputeOf<Storage>;
-  static constexpr int kVectorsPerTile = 4;
+  static constexpr int kVectorsPerTile = MobaRouteConfig::kVectorsPerTile;
   static constexpr int64_t kTileQueries = kVectorsPerTile * kLanes<T>;
-  static constexpr int64_t kChunkBlocks = 32;
-  static constexpr int64_t kQueriesPerTask = 512;
+  static constexpr int64_t kChunkBlocks = MobaRouteConfig::kChunkBlocks;
+  static constexpr int64_t kQueriesPerTask = MobaRouteConfig::kQueriesPerTask;
 
   const MobaRouteParams& params;
   int64_t list_length;  // blocks kept by score: top_k, less the own block where causal, at most num_blocks

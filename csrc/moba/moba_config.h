@@ -1,0 +1,39 @@
+// The tuning of block attention on the CPU, in one place. Changing a number changes speed and the last bits of results,
+// nothing else; docs/performance.md says what was tried.
+#pragma once
+
+#include <cstdint>
+
+namespace topgather {
+
+struct MobaRangeConfig {
+  // Enough queries that an average key block is chosen by this many of them, so that a block read (and converted) once
+  // serves two full query tiles, and no more, so that the running outputs of a range stay in cache.
+  static constexpr int64_t kQueriesPerBlock = 128;
+  static constexpr int64_t kLeastQueries = 1024;
+};
+
+struct MobaRouteConfig {
+  static constexpr int kVectorsPerTile = 4;  // of queries
+  static constexpr int64_t kChunkBlocks = 32;
+  static constexpr int64_t kQueriesPerTask = 512;
+  static constexpr int64_t kCentroidsPerTask = 32;
+};
+
+struct MobaForwardConfig {
+  static constexpr int64_t kTileQueries = 64;
+  static constexpr int64_t kTileKeys = 128;
+  // Half-size tiles on the diagonal, where the part of a tile above it is computed for nothing, and on the matrix unit.
+  static constexpr int64_t kHalfQueries = 32;
+};
+
+struct MobaBackwardConfig {
+  static constexpr int64_t kTileQueries = 32;
+  static constexpr int64_t kTileKeys = 128;
+};
+
+// Gathers fill whole vectors, up to 16 lanes wide, and the matrix unit works on panels of 32.
+static_assert(MobaForwardConfig::kTileQueries % 32 == 0 && MobaForwardConfig::kHalfQueries == 32);
+static_assert(MobaForwardConfig::kTileKeys % 32 == 0 && MobaBackwardConfig::kTileQueries % 16 == 0);
+
+}  // namespace topgather
