@@ -6,5 +6,6 @@
 namespace topgather {
 
 void bind_moba(pybind11::module_& module);
+void bind_moba_cuda(pybind11::module_& module);  // called by bind_moba where CUDA is built
 
 }  // namespace topgather

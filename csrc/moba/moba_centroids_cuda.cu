@@ -2,128 +2,163 @@
 //
 //   centroid_j = (1 / n_j) sum over the n_j keys of block j                       [num_blocks, D]
 //
-// Who owns what: a thread block owns one key block of one (batch, key head). Its warps take the rows in turn
-// (warp w: rows w, w + kWarps, ...), the lanes of a warp stand side by side along D so that reads coalesce. Steps:
-//   1. each thread sums its rows in a register, one dimension at a time;
-//   2. the warps' sums meet in shared memory;
-//   3. one warp adds them in warp order, divides and writes.
+// Who owns what: a thread block owns one key block of one unit. A thread owns kVector neighbouring columns and every
+// num_groups-th row; threads of one row stand side by side, so that reads coalesce. Steps, per panel of columns:
+//   1. each thread sums its rows in registers;
+//   2. the row groups' sums meet in shared memory;
+//   3. the first group adds them in order, divides and writes; the router also learns the largest magnitude of a unit.
 // Numerics: float32 sums of float32, bfloat16 or float16 keys. Ties do not arise. An empty key tensor has no blocks and
-// launches nothing; the last block may be short and is divided by the keys it has.
-// Determinism: every sum is taken in an order fixed by the block's size.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
+// launches nothing; the last block of a sequence may be short and is divided by the keys it has.
+// Determinism: every sum is taken in an order fixed by shapes and alignment.
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "moba_cuda.h"
+#include "moba_stages_cuda.h"
 
 namespace topgather {
+
 namespace {
 
-struct CentroidConfig {
-  static constexpr int kWarps = 8;
-  static constexpr int kLanes = 32;
-  static constexpr int kThreads = kWarps * kLanes;
-};
-static_assert(CentroidConfig::kThreads <= 1024, "one thread block per key block");
-
-struct CentroidArguments {
-  const void* key;   // [batch, kv head, key, D] dtype
-  float* centroids;  // [batch, kv head, block, D] float32
-  int64_t key_batch_stride, key_head_stride, key_row_stride;
-  int64_t centroid_batch_stride, centroid_head_stride, centroid_row_stride;
-  int64_t key_len;
-  int64_t num_blocks;
-  int num_kv_heads;
-  int head_dim;
-  int64_t block_size;
-};
+constexpr int kThreads = MobaCentroidConfig::kThreads;
+constexpr int kMostVector = 8;
 
 struct SharedMemory {
-  float warp_sums[CentroidConfig::kWarps][CentroidConfig::kLanes];
+  float sums[kThreads][kMostVector];
 };
 
-__device__ inline float to_float(float value) { return value; }
-__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline float to_float(__half value) { return __half2float(value); }
-
-template <typename Element>
-__device__ inline float sum_rows(const Element* first_row, int64_t row_stride, int64_t num_rows, int warp) {
-  float sum = 0.0f;
-  for (int64_t row = warp; row < num_rows; row += CentroidConfig::kWarps) sum += to_float(first_row[row * row_stride]);
-  return sum;
-}
-
-template <typename Element>
-__global__ void __launch_bounds__(CentroidConfig::kThreads) moba_block_centroids(CentroidArguments args) {
-  __shared__ SharedMemory shared;
-  const int lane = threadIdx.x % CentroidConfig::kLanes;
-  const int warp = threadIdx.x / CentroidConfig::kLanes;
-  const int64_t block = blockIdx.x % args.num_blocks;
-  const int64_t head = blockIdx.x / args.num_blocks % args.num_kv_heads;
-  const int64_t batch = blockIdx.x / args.num_blocks / args.num_kv_heads;
-  const int64_t first_key = block * args.block_size;
-  const int64_t keys_left = args.key_len - first_key;
-  const int64_t num_rows = keys_left < args.block_size ? keys_left : args.block_size;
-  const Element* key = static_cast<const Element*>(args.key) + batch * args.key_batch_stride +
-                       head * args.key_head_stride + first_key * args.key_row_stride;
-  float* centroid = args.centroids + batch * args.centroid_batch_stride + head * args.centroid_head_stride +
-                    block * args.centroid_row_stride;
-
-  for (int first_dim = 0; first_dim < args.head_dim; first_dim += CentroidConfig::kLanes) {
-    const int dim = first_dim + lane;
-    const bool in_row = dim < args.head_dim;
-    // Step 1.
-    shared.warp_sums[warp][lane] = in_row ? sum_rows(key + dim, args.key_row_stride, num_rows, warp) : 0.0f;
-    // Step 2: publishes every warp's sums to warp 0.
-    __syncthreads();
-    // Step 3.
-    if (warp == 0 && in_row) {
-      float sum = 0.0f;
-      for (int w = 0; w < CentroidConfig::kWarps; ++w) sum += shared.warp_sums[w][lane];
-      centroid[dim] = sum / static_cast<float>(num_rows);
+// Step 1. Rows that are 16-byte aligned come in whole vectors.
+template <typename Element, int kVector>
+__device__ __forceinline__ void add_row(const Element* row, float (&sums)[kVector]) {
+  if constexpr (kVector == 1) {
+    sums[0] += cuda::to_float(row[0]);
+  } else {
+    const uint4 words = *reinterpret_cast<const uint4*>(row);
+    if constexpr (sizeof(Element) == 4) {
+      sums[0] += __uint_as_float(words.x);
+      sums[1] += __uint_as_float(words.y);
+      sums[2] += __uint_as_float(words.z);
+      sums[3] += __uint_as_float(words.w);
+    } else {
+      const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = cuda::unpack2<Element>(pairs[i]);
+        sums[2 * i] += pair.x;
+        sums[2 * i + 1] += pair.y;
+      }
     }
-    // Tells the other warps that warp 0 has read their sums and the next dimensions may overwrite them.
-    __syncthreads();
   }
 }
 
 }  // namespace
 
+template <typename Element, int kVector>
+__global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidArguments args) {
+  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(cuda::dynamic_shared_memory());
+  const MobaGeometry& geometry = args.geometry;
+  const int64_t block = blockIdx.x;
+  const int64_t unit_idx = args.first_unit + blockIdx.y;
+  const int64_t num_blocks =
+      geometry.is_packed() ? geometry.block_starts[geometry.num_sequences] : geometry.num_blocks;
+  if (block >= num_blocks) return;  // the whole thread block: the grid is a bound taken from shapes
+  const KeyBlock key_block = key_block_on_device(geometry, block);
+  const Unit unit = unit_at(geometry, unit_idx);
+  const Element* keys = row_of<Element>(args.key, unit.batch_idx, unit.kv_head, key_block.first_key);
+  float* centroid = args.is_by_unit ? row_of<float>(args.centroids, 0, blockIdx.y, block)
+                                    : row_of<float>(args.centroids, unit.batch_idx, unit.kv_head, block);
+
+  const int num_vectors = static_cast<int>((args.row_elements + kVector - 1) / kVector);
+  const int panel = num_vectors < kThreads ? num_vectors : kThreads;
+  const int num_groups = kThreads / panel;
+  const int group = static_cast<int>(threadIdx.x) / panel;
+  const int place = static_cast<int>(threadIdx.x) % panel;
+  float largest = 0.0f;
+  for (int first = 0; first < num_vectors; first += panel) {
+    const int column = (first + place) * kVector;
+    const bool is_in_row = column < args.head_dim;
+    float sums[kVector] = {};
+    if (group < num_groups && is_in_row) {
+      for (int row = group; row < key_block.num_keys; row += num_groups) {
+        add_row<Element, kVector>(keys + row * args.key.row_stride + column, sums);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) shared.sums[threadIdx.x][i] = sums[i];
+    // Step 2: publishes every group's sums to the first group.
+    __syncthreads();
+    if (group == 0 && first + place < num_vectors) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        float sum = 0.0f;
+        for (int g = 0; g < num_groups; ++g) sum += shared.sums[g * panel + place][i];
+        const float mean = is_in_row ? sum / static_cast<float>(key_block.num_keys) : 0.0f;
+        centroid[column + i] = mean;
+        if (fabsf(mean) < INFINITY) largest = fmaxf(largest, fabsf(mean));
+      }
+    }
+    // Tells the other groups that their sums have been read and the next panel may overwrite them.
+    __syncthreads();
+  }
+  // Bits of non-negative floats order as the floats do.
+  if (args.largest != nullptr && group == 0) cuda::max_atomic(args.largest + blockIdx.y, __float_as_uint(largest));
+}
+
+namespace {
+
+template <typename Element>
+void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t stream) {
+  const int64_t num_blocks = args.geometry.num_blocks;
+  require(num_blocks <= INT32_MAX, "block_centroids: more than 2^31 - 1 key blocks");
+  constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
+  const auto is_aligned = [](const void* data, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVector == 0;
+  };
+  const bool is_vector = is_aligned(args.key.data, args.key.row_stride) &&
+                         is_aligned(args.key.data, args.key.head_stride) &&
+                         is_aligned(args.key.data, args.key.batch_stride) && args.row_elements % kVector == 0 &&
+                         args.head_dim % kVector == 0;
+  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
+    const int64_t count = num_units - done < MobaWaveConfig::kMostUnits ? num_units - done : MobaWaveConfig::kMostUnits;
+    CentroidArguments part = args;
+    part.first_unit += done;
+    if (args.is_by_unit) part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.head_stride;
+    if (args.largest != nullptr) part.largest += done;
+    const cuda::LaunchShape shape{dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)), dim3(kThreads),
+                                  sizeof(SharedMemory), stream};
+    if (is_vector) {
+      cuda::launch(moba_block_centroids<Element, kVector>, shape, part);
+    } else {
+      cuda::launch(moba_block_centroids<Element, 1>, shape, part);
+    }
+  }
+}
+
+}  // namespace
+
+void launch_centroids(Dtype dtype, const CentroidArguments& args, int64_t num_units, cudaStream_t stream) {
+  if (num_units == 0 || args.geometry.num_blocks == 0 || args.row_elements == 0) return;
+  const StageRange range("moba: centroids");
+  switch (dtype) {
+    case Dtype::kFloat32: return launch_for<float>(args, num_units, stream);
+    case Dtype::kBFloat16: return launch_for<BFloat16>(args, num_units, stream);
+    case Dtype::kFloat16: return launch_for<Float16>(args, num_units, stream);
+    default: require(false, "block_centroids on CUDA takes float32, bfloat16 and float16, not float64");
+  }
+}
+
 void moba_centroids_cuda(const CentroidParams& params, const CudaPlace& place) {
   const MobaProblem& problem = params.problem;
-  require(problem.cu_seqlens_k == nullptr, "block_centroids: packed keys have no centroid kernel on CUDA yet");
-  require(problem.dtype != Dtype::kFloat64, "block_centroids: float64 runs on the CPU only");
-  const int64_t num_blocks = (problem.key_len + problem.block_size - 1) / problem.block_size;
-  const int64_t grid = problem.batch_size * problem.num_kv_heads * num_blocks;
-  if (grid == 0 || problem.head_dim == 0) return;
-  require(grid <= INT32_MAX, "block_centroids: more than 2^31 - 1 blocks in one call");
+  require(!is_packed(problem), "block_centroids takes dense keys [batch, heads, tokens, dim] only");
   const DeviceGuard guard(place.device);
-  const CentroidArguments args{params.key.data,
-                               static_cast<float*>(params.centroids.data),
-                               params.key.batch_stride,
-                               params.key.head_stride,
-                               params.key.row_stride,
-                               params.centroids.batch_stride,
-                               params.centroids.head_stride,
-                               params.centroids.row_stride,
-                               problem.key_len,
-                               num_blocks,
-                               static_cast<int>(problem.num_kv_heads),
-                               static_cast<int>(problem.head_dim),
-                               problem.block_size};
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const auto blocks = static_cast<unsigned int>(grid);
-  switch (problem.dtype) {
-    case Dtype::kFloat32: moba_block_centroids<float><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args); break;
-    case Dtype::kBFloat16:
-      moba_block_centroids<__nv_bfloat16><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args);
-      break;
-    default: moba_block_centroids<__half><<<blocks, CentroidConfig::kThreads, 0, stream>>>(args);
-  }
-  cuda_require(cudaGetLastError(), "launching moba_block_centroids");
+  WorkspaceCutter none(nullptr);
+  CentroidArguments args{};
+  args.geometry = prepare_geometry(problem, 1, none, stream);
+  args.head_dim = problem.head_dim;
+  args.row_elements = problem.head_dim;
+  args.key = params.key;
+  args.centroids = params.centroids;
+  launch_centroids(problem.dtype, args, count_units(problem), stream);
 }
 
 }  // namespace topgather

@@ -1,4 +1,7 @@
-// The CUDA kernels of block attention. Absent from a build without CUDA.
+// The CUDA entry points of block attention. Absent from a build without CUDA.
+//
+// Everything is queued on the caller's stream; nothing waits for the device. Rows of query, key, value and grad_out must
+// start on 16-byte boundaries and hold whole multiples of 16 bytes, the part past head_dim or value_dim being zeros.
 #pragma once
 
 #include "moba_params.h"
@@ -10,7 +13,26 @@ struct CudaPlace {
   void* stream;  // cudaStream_t of the caller
 };
 
-// Dense problems only; float32, bfloat16 and float16 keys, float32 centroids. Queued on the stream, no host wait.
+// Memory on the device that an op may use while it runs.
+struct CudaWorkspace {
+  void* data;     // [bytes] uint8, 256-byte aligned
+  int64_t bytes;  // at least what the op's workspace function says
+};
+
+// Dense problems only; float32, bfloat16 and float16 keys, float32 centroids. No workspace.
 void moba_centroids_cuda(const CentroidParams& params, const CudaPlace& place);
+
+int64_t moba_route_workspace_bytes(const MobaProblem& problem, const CudaPlace& place);
+void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
+
+// A row of block_indices that names a block its sequence does not have, or one block twice, gives NaN in out and lse.
+int64_t moba_forward_workspace_bytes(const MobaProblem& problem);
+void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
+
+// is_deterministic: the same bits every time, at the cost of more memory traffic; otherwise gradients are summed by
+// atomic additions in whatever order they come.
+int64_t moba_backward_workspace_bytes(const MobaProblem& problem, bool is_deterministic);
+void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& workspace, bool is_deterministic,
+                        const CudaPlace& place);
 
 }  // namespace topgather

@@ -1,7 +1,8 @@
-"""Block attention behind the dispatcher: schemas, checks, CPU and CUDA kernels, fake kernels and autograd.
+"""Block attention behind the dispatcher: schemas, checks, CPU kernels, fake kernels and autograd.
 
 Everything a caller can get wrong in the tensors is checked here, once a call, by :func:`check_problem`, which kernels
-and fake kernels share. :mod:`topgather.ops.moba` is what users call.
+and fake kernels share. :mod:`topgather.ops.moba` is what users call, and
+:mod:`topgather.ops._moba_cuda` has the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from .. import _native
 from . import _checks as checks
 from ._library import below_autograd, define, library, register_autocast, register_fake
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _SEQUENCES = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 define("block_centroids(Tensor key, SymInt block_size) -> Tensor")
 define(f"moba_route(Tensor query, Tensor key, SymInt block_size, SymInt top_k, bool is_causal, {_SEQUENCES}) -> Tensor")
 define(
     "moba_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, SymInt block_size, bool is_causal, "
-    f"float scale, {_SEQUENCES}) -> (Tensor out, Tensor lse)"
+    f"float scale, {_SEQUENCES}, bool deterministic=False) -> (Tensor out, Tensor lse)"
 )
 define(
     "moba_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor lse, Tensor block_indices, SymInt block_size, bool is_causal, float scale, "
-    f"{_SEQUENCES}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    f"{_SEQUENCES}, bool deterministic=False) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 
 
@@ -177,7 +178,7 @@ def _native_call(
     bounds_q = _read_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", sizes.query_len, "query", max_seqlen_q, "max_seqlen_q")
     bounds_k = _read_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", sizes.key_len, "key", max_seqlen_k, "max_seqlen_k")
     fields = (
-        _DTYPE_CODES[query.dtype],
+        DTYPE_CODES[query.dtype],
         *sizes,
         block_size,
         top_k,
@@ -190,7 +191,7 @@ def _native_call(
     return _Call(sizes, fields, bounds_q is not None, (bounds_q, bounds_k))
 
 
-def _rows(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
+def rows_of(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
     """Address and strides of [batch, heads, tokens, dim], or of packed [tokens, heads, dim]."""
     strides = tensor.stride()
     if packed:
@@ -198,7 +199,7 @@ def _rows(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), strides[0], strides[1], strides[2]
 
 
-def _per_head(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
+def per_head(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
     """Address and strides of [batch, heads, tokens(, slots)], or of packed [heads, tokens(, slots)]."""
     strides = tensor.stride()
     if packed:
@@ -206,11 +207,11 @@ def _per_head(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), strides[0], strides[1], strides[2]
 
 
-def _contiguous_rows(tensor: Tensor) -> Tensor:
+def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _empty_like_rows(like: Tensor, dim: int, zero: bool = False) -> Tensor:
+def empty_like_rows(like: Tensor, dim: int, zero: bool = False) -> Tensor:
     """A tensor of ``like``'s shape but for its last dimension, laid out as ``like`` is.
 
     So that the transposed view of a [B, N, H, D] projection gets an output that transposes back without a copy.
@@ -222,7 +223,7 @@ def _empty_like_rows(like: Tensor, dim: int, zero: bool = False) -> Tensor:
     return make((*like.shape[:-1], dim))
 
 
-def _lse_shape(query: Tensor, packed: bool) -> tuple[int, ...]:
+def lse_shape(query: Tensor, packed: bool) -> tuple[int, ...]:
     return (query.size(1), query.size(0)) if packed else (query.size(0), query.size(1), query.size(2))
 
 
@@ -241,27 +242,19 @@ def _check_centroids(key: Tensor, block_size: int) -> tuple[int, ...]:
 _Rows = tuple[int, int, int, int]
 
 
-def _centroid_call(key: Tensor, block_size: int) -> tuple[Tensor, tuple[tuple[Any, ...], _Rows, _Rows]]:
+def centroid_call(key: Tensor, block_size: int) -> tuple[Tensor, tuple[tuple[Any, ...], _Rows, _Rows]]:
     shape = _check_centroids(key, block_size)
     centroids = key.new_empty(shape, dtype=sum_dtype(key.dtype))
     batch, heads, tokens, dim = key.shape
     # A native problem has at least one head; without any there is nothing to compute either.
     sizes = Sizes(batch if heads > 0 else 0, max(heads, 1), max(heads, 1), tokens, tokens, dim, dim)
-    fields = (_DTYPE_CODES[key.dtype], *sizes, block_size, 1, False, 1.0, 0, 0, torch.get_num_threads())
-    return centroids, (fields, _rows(key, False), _rows(centroids, False))
+    fields = (DTYPE_CODES[key.dtype], *sizes, block_size, 1, False, 1.0, 0, 0, torch.get_num_threads())
+    return centroids, (fields, rows_of(key, False), rows_of(centroids, False))
 
 
 def _block_centroids_cpu(key: Tensor, block_size: int) -> Tensor:
-    centroids, arguments = _centroid_call(key, block_size)
+    centroids, arguments = centroid_call(key, block_size)
     _native.moba_centroids_cpu(*arguments)
-    return centroids
-
-
-def _block_centroids_cuda(key: Tensor, block_size: int) -> Tensor:
-    if not _native.has_cuda:
-        raise RuntimeError("key is on a CUDA device, but this build of topgather has no CUDA kernels")
-    centroids, arguments = _centroid_call(key, block_size)
-    _native.moba_centroids_cuda(*arguments, key.device.index, torch.cuda.current_stream(key.device).cuda_stream)
     return centroids
 
 
@@ -295,7 +288,6 @@ def _block_centroids_autograd(key: Tensor, block_size: int) -> Tensor:
 
 
 library.impl("block_centroids", _block_centroids_cpu, "CPU")
-library.impl("block_centroids", _block_centroids_cuda, "CUDA")
 library.impl("block_centroids", _block_centroids_autograd, "Autograd")
 register_fake("block_centroids", _block_centroids_fake)
 
@@ -320,8 +312,8 @@ def _moba_route_cpu(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     packed = call.packed
-    block_indices = query.new_empty((*_lse_shape(query, packed), top_k), dtype=torch.int32)
-    _native.moba_route_cpu(call.fields, _rows(query, packed), _rows(key, packed), _per_head(block_indices, packed))
+    block_indices = query.new_empty((*lse_shape(query, packed), top_k), dtype=torch.int32)
+    _native.moba_route_cpu(call.fields, rows_of(query, packed), rows_of(key, packed), per_head(block_indices, packed))
     return block_indices
 
 
@@ -338,7 +330,7 @@ def _moba_route_fake(
 ) -> Tensor:
     checks.check_count("top_k", top_k)
     check_problem(query, key, None, None, block_size, cu_seqlens_q, cu_seqlens_k)
-    return query.new_empty((*_lse_shape(query, cu_seqlens_q is not None), top_k), dtype=torch.int32)
+    return query.new_empty((*lse_shape(query, cu_seqlens_q is not None), top_k), dtype=torch.int32)
 
 
 def _moba_route_autograd(*args: Any, **kwargs: Any) -> Tensor:
@@ -367,6 +359,7 @@ def _moba_attention_cpu(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     checks.check_scale(scale)
     call = _native_call(
@@ -374,17 +367,17 @@ def _moba_attention_cpu(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     packed = call.packed
-    block_indices = _contiguous_rows(block_indices)
-    out = _empty_like_rows(query, call.sizes.value_dim)
-    lse = query.new_empty(_lse_shape(query, packed), dtype=sum_dtype(query.dtype))
+    block_indices = contiguous_rows(block_indices)
+    out = empty_like_rows(query, call.sizes.value_dim)
+    lse = query.new_empty(lse_shape(query, packed), dtype=sum_dtype(query.dtype))
     _native.moba_forward_cpu(
         call.fields,
-        _rows(query, packed),
-        _rows(key, packed),
-        _rows(value, packed),
-        _per_head(block_indices, packed),
-        _rows(out, packed),
-        _per_head(lse, packed),
+        rows_of(query, packed),
+        rows_of(key, packed),
+        rows_of(value, packed),
+        per_head(block_indices, packed),
+        rows_of(out, packed),
+        per_head(lse, packed),
     )
     return out, lse
 
@@ -401,22 +394,24 @@ def _moba_attention_fake(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     sizes = check_problem(query, key, value, block_indices, block_size, cu_seqlens_q, cu_seqlens_k)
-    lse = query.new_empty(_lse_shape(query, cu_seqlens_q is not None), dtype=sum_dtype(query.dtype))
-    return _empty_like_rows(query, sizes.value_dim), lse
+    lse = query.new_empty(lse_shape(query, cu_seqlens_q is not None), dtype=sum_dtype(query.dtype))
+    return empty_like_rows(query, sizes.value_dim), lse
 
 
 class _MobaAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         query, key, value, block_indices, block_size, is_causal, scale = args[:7]
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = args[7:]
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic = args[7:]
         with below_autograd():
             out, lse = torch.ops.topgather.moba_attention.default(*args)
         ctx.save_for_backward(query, key, value, out, lse, block_indices, cu_seqlens_q, cu_seqlens_k)
         ctx.options = (block_size, is_causal, scale)
         ctx.max_seqlens = (max_seqlen_q, max_seqlen_k)
+        ctx.deterministic = deterministic
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -427,9 +422,9 @@ class _MobaAttention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         grads = torch.ops.topgather.moba_attention_backward.default(
             grad_out, grad_lse, query, key, value, out, lse, block_indices, *ctx.options,
-            cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens,
+            cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, ctx.deterministic,
         )  # fmt: skip
-        return (*grads, *([None] * 8))
+        return (*grads, *([None] * 9))
 
 
 def _moba_attention_autograd(
@@ -444,10 +439,11 @@ def _moba_attention_autograd(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     args = (
         query, key, value, block_indices, block_size, is_causal, scale,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic,
     )  # fmt: skip
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _MobaAttention.apply(*args)
@@ -463,7 +459,7 @@ register_fake("moba_attention", _moba_attention_fake)
 # --- moba_attention_backward ----------------------------------------------------------------------------------------
 
 
-def _check_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, out: Tensor, lse: Tensor) -> None:
+def check_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, out: Tensor, lse: Tensor) -> None:
     for name, tensor in (("grad_out", grad_out), ("out", out)):
         checks.check_same_dtype(name, tensor, "query", query)
         checks.check_same_device(name, tensor, "query", query)
@@ -476,7 +472,7 @@ def _check_backward(grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, ou
         if tensor.dtype != sum_dtype(query.dtype):
             raise TypeError(f"{name} must have dtype {sum_dtype(query.dtype)}, got {tensor.dtype}")
         checks.check_same_device(name, tensor, "query", query)
-        if tuple(tensor.shape) != _lse_shape(query, query.ndim == 3):
+        if tuple(tensor.shape) != lse_shape(query, query.ndim == 3):
             raise ValueError(f"{name} must have one entry per query and head, got shape {tuple(tensor.shape)}")
 
 
@@ -496,6 +492,7 @@ def _moba_attention_backward_cpu(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_scale(scale)
     call = _native_call(
@@ -503,27 +500,27 @@ def _moba_attention_backward_cpu(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     packed = call.packed
-    _check_backward(grad_out, grad_lse, query, out, lse)
+    check_backward(grad_out, grad_lse, query, out, lse)
     checks.check_size("out", out, -1, value.size(-1), "value_dim")
-    grad_out, out, block_indices = _contiguous_rows(grad_out), _contiguous_rows(out), _contiguous_rows(block_indices)
+    grad_out, out, block_indices = contiguous_rows(grad_out), contiguous_rows(out), contiguous_rows(block_indices)
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grad_query = _empty_like_rows(query, query.size(-1), zero=True)
-    grad_key = _empty_like_rows(key, key.size(-1), zero=True)
-    grad_value = _empty_like_rows(value, value.size(-1), zero=True)
+    grad_query = empty_like_rows(query, query.size(-1), zero=True)
+    grad_key = empty_like_rows(key, key.size(-1), zero=True)
+    grad_value = empty_like_rows(value, value.size(-1), zero=True)
     _native.moba_backward_cpu(
         call.fields,
-        _rows(query, packed),
-        _rows(key, packed),
-        _rows(value, packed),
-        _per_head(block_indices, packed),
-        _rows(out, packed),
-        _per_head(lse, packed),
-        _rows(grad_out, packed),
-        (0, 0, 0, 0) if grad_lse is None else _per_head(grad_lse, packed),
-        _rows(grad_query, packed),
-        _rows(grad_key, packed),
-        _rows(grad_value, packed),
+        rows_of(query, packed),
+        rows_of(key, packed),
+        rows_of(value, packed),
+        per_head(block_indices, packed),
+        rows_of(out, packed),
+        per_head(lse, packed),
+        rows_of(grad_out, packed),
+        (0, 0, 0, 0) if grad_lse is None else per_head(grad_lse, packed),
+        rows_of(grad_query, packed),
+        rows_of(grad_key, packed),
+        rows_of(grad_value, packed),
     )
     return grad_query, grad_key, grad_value
 
@@ -544,13 +541,14 @@ def _moba_attention_backward_fake(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_problem(query, key, value, block_indices, block_size, cu_seqlens_q, cu_seqlens_k)
-    _check_backward(grad_out, grad_lse, query, out, lse)
+    check_backward(grad_out, grad_lse, query, out, lse)
     return (
-        _empty_like_rows(query, query.size(-1)),
-        _empty_like_rows(key, key.size(-1)),
-        _empty_like_rows(value, value.size(-1)),
+        empty_like_rows(query, query.size(-1)),
+        empty_like_rows(key, key.size(-1)),
+        empty_like_rows(value, value.size(-1)),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from . import _moba_kernels  # noqa: F401  registers torch.ops.topgather
+from . import _moba_cuda, _moba_kernels  # noqa: F401  register torch.ops.topgather
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def moba_attention(
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     routing: BlockRouting | None = ...,
+    deterministic: bool | None = ...,
 ) -> Tensor: ...
 
 
@@ -171,6 +172,7 @@ def moba_attention(
     *,
     return_lse: Literal[True],
     routing: BlockRouting | None = ...,
+    deterministic: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -185,6 +187,7 @@ def moba_attention(
     scale: float | None = ...,
     return_lse: bool = ...,
     routing: BlockRouting | None = ...,
+    deterministic: bool | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -198,6 +201,7 @@ def moba_attention(
     scale: float | None = None,
     return_lse: bool = False,
     routing: BlockRouting | None = None,
+    deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the ``top_k`` best key blocks of each query (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -216,6 +220,9 @@ def moba_attention(
         return_lse: also return the log-sum-exp of each query's scaled scores.
         routing: a choice of blocks to use instead of making one. Under ``is_causal`` later keys stay hidden whatever
             it names.
+        deterministic: whether gradients are the same bits every time. On CUDA gradients are otherwise summed by atomic
+            additions, in whatever order they come; the deterministic way moves more memory. None follows
+            ``torch.use_deterministic_algorithms``. The CPU is always deterministic.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also
@@ -227,18 +234,22 @@ def moba_attention(
         ValueError: a wrong shape, stride, device or option; neither ``top_k`` nor ``routing`` given, or both and not
             agreeing; ``routing`` naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
+
+    On CUDA what a tensor holds is not waited for: a query whose ``routing`` names a block that does not exist, or one
+    twice, gets NaN in ``out``, ``lse`` and its gradient instead of an error.
     """
     _check_options(query, key, block_size, is_causal)
     checks.check_tensor("value", value)
     checks.check_scale(scale)
     checks.check_flag("return_lse", return_lse)
     _check_routing(routing, block_size, top_k)
+    is_deterministic = _is_deterministic(deterministic)
     if routing is None:
         block_indices = torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal)
     else:
         block_indices = routing.block_indices
     out, lse = torch.ops.topgather.moba_attention.default(
-        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query)
+        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query), deterministic=is_deterministic
     )
     return (out, lse) if return_lse else out
 
@@ -258,6 +269,7 @@ def moba_attention_varlen(
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     routing: BlockRouting | None = ...,
+    deterministic: bool | None = ...,
 ) -> Tensor: ...
 
 
@@ -277,6 +289,7 @@ def moba_attention_varlen(
     *,
     return_lse: Literal[True],
     routing: BlockRouting | None = ...,
+    deterministic: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -295,6 +308,7 @@ def moba_attention_varlen(
     scale: float | None = ...,
     return_lse: bool = ...,
     routing: BlockRouting | None = ...,
+    deterministic: bool | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -312,6 +326,7 @@ def moba_attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     routing: BlockRouting | None = None,
+    deterministic: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`moba_attention` (MoBA, arXiv 2502.13189, section 2.2) for sequences packed one after the other.
 
@@ -328,6 +343,7 @@ def moba_attention_varlen(
         block_size, top_k, is_causal, scale, return_lse: as in :func:`moba_attention`. Blocks start afresh in every
             sequence.
         routing: as in :func:`moba_attention`, with ``block_indices [Hq, total_q, top_k]``.
+        deterministic: as in :func:`moba_attention`.
 
     Returns:
         ``out [total_q, Hq, Dv]``; with ``return_lse`` also ``lse [Hq, total_q]``.
@@ -335,6 +351,9 @@ def moba_attention_varlen(
     Raises:
         TypeError, ValueError, IndexError: as :func:`moba_attention`; ``ValueError`` also for boundaries that do not
             delimit the tokens.
+
+    On CUDA boundaries are read on the device alone: what does not delimit the tokens is clamped to what is there, and
+    a query of no sequence gets NaN.
     """
     _check_options(query, key, block_size, is_causal)
     checks.check_tensor("value", value)
@@ -342,13 +361,14 @@ def moba_attention_varlen(
     _check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_flag("return_lse", return_lse)
     _check_routing(routing, block_size, top_k)
+    is_deterministic = _is_deterministic(deterministic)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if routing is None:
         block_indices = torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal, *sequences)
     else:
         block_indices = routing.block_indices
     out, lse = torch.ops.topgather.moba_attention.default(
-        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query), *sequences
+        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query), *sequences, is_deterministic
     )
     return (out, lse) if return_lse else out
 
@@ -358,6 +378,13 @@ def _scale_of(scale: float | None, query: Tensor) -> float:
         # A head_dim of 0 is refused by the op, in its own words.
         return max(query.size(-1), 1) ** -0.5
     return float(scale)
+
+
+def _is_deterministic(deterministic: bool | None) -> bool:
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    checks.check_flag("deterministic", deterministic)
+    return deterministic
 
 
 def _check_options(query: Tensor, key: Tensor, block_size: int, is_causal: bool) -> None:

@@ -1,0 +1,63 @@
+// The tuning of block attention on CUDA, in one place: tile shapes by element type and head dimension, and how work and
+// memory are cut. Changing a number changes speed and the last bits of results, nothing else.
+//
+// Every tile fits the 99 KB of shared memory that the smallest supported processors (sm_86, sm_89, sm_120) give a thread
+// block, so one table serves all; docs/architecture.md counts the bytes.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace topgather {
+
+struct MobaWaveConfig {
+  // Partial outputs and lists of one wave. Large enough that waves follow each other without idling the device.
+  static constexpr int64_t kForwardBudget = int64_t{512} << 20;
+  static constexpr int64_t kBackwardBudget = int64_t{1} << 30;
+  static constexpr int64_t kRouteBudget = int64_t{512} << 20;
+  static constexpr int64_t kMostUnits = 32768;  // a grid's second dimension
+};
+
+struct MobaLayoutConfig {
+  static constexpr int kThreads = 256;
+  static constexpr int kRowsPerChunk = 256;  // counted together, then filled by one warp in order
+  static constexpr int kChunksPerThreadBlock = 4;
+};
+
+struct MobaCentroidConfig {
+  static constexpr int kThreads = 256;
+};
+
+template <typename Element, int kHeadDim>
+struct MobaRouteTiles {
+  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
+  static constexpr int kWarps = kIsFloat && kHeadDim > 128 ? 2 : 4;
+  static constexpr int kRowBlocks = kIsFloat || kHeadDim > 128 ? 1 : 2;  // of 16 queries, a warp
+  static constexpr int kCentroids = 32;
+};
+
+template <typename Element, int kHeadDim>
+struct MobaForwardTiles {
+  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
+  static constexpr int kWarps = kIsFloat && kHeadDim > 64 ? 2 : 4;
+  static constexpr int kRowBlocks = kIsFloat || kHeadDim > 128 ? 1 : 2;  // of 16 queries, a warp
+  // Keys and values on chip. Blocks up to this size are read once; larger ones once per round of query tiles.
+  static constexpr int kResidentKeys = kIsFloat ? (kHeadDim > 128 ? 16 : kHeadDim > 64 ? 64 : 128)
+                                                : (kHeadDim > 128 ? 64 : 128);
+  static constexpr int kValueColumns = kIsFloat && kHeadDim > 128 ? 128 : kHeadDim;
+  static constexpr int kStepKeys = kIsFloat || kHeadDim > 128 ? 16 : 32;  // scores held in registers at a time
+  static constexpr int kEntriesPerItem = 512;  // choices of one block that one thread block attends to
+};
+
+template <typename Element, int kHeadDim>
+struct MobaBackwardTiles {
+  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
+  static constexpr int kTier = kHeadDim * (kIsFloat ? 2 : 1);  // by bytes of a row
+  static constexpr int kQueries = kTier <= 128 ? 64 : (kTier <= 256 ? 32 : 16);
+  static constexpr int kKeys = kQueries;
+  static constexpr int kWarps = kTier <= 256 ? 8 : 4;
+  static constexpr int kPanelColumns = 32;  // of grad_query that a warp holds in registers at a time
+  static constexpr int kEntriesPerItem = 4096;
+};
+
+}  // namespace topgather

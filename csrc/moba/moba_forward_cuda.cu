@@ -1,0 +1,218 @@
+// Block attention forward on CUDA: waves, and the merging of a query's choices. moba_forward_cuda.cuh has the kernel that
+// attends.
+//
+// Steps, per wave:
+//   1. block lists (moba_layout_cuda.cu);
+//   2. moba_attend_blocks: a normalised partial output and its lse per choice;
+//   3. moba_merge_slots: a warp takes a query's row and combines its choices.
+#include "moba_forward_cuda.cuh"
+
+#include <algorithm>
+
+namespace topgather {
+
+namespace {
+
+constexpr int kMergeWarps = 8;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+}  // namespace
+
+struct MergeArguments {
+  MobaGeometry geometry;
+  Wave wave;
+  int64_t num_rows;  // of a unit
+  int32_t value_dim;
+  int32_t partial_elements;
+  ConstTensor block_indices;    // [batch, query head, query, K] int32
+  const uint16_t* is_row_valid;  // [unit, row] uint16
+  const void* partial_out;      // [unit, entry, partial_elements] dtype
+  const float* partial_lse;     // [unit, entry] float32, base 2
+  MutableTensor out;            // [batch, query head, query, V] dtype
+  MutableTensor lse;            // [batch, query head, query] float32
+};
+
+// A lane takes a slot while weights are made, 32 slots at a time, and neighbouring columns while they are applied, slot by
+// slot in order, so that the sum is the same every time. A row without a visible key: out 0, lse -inf. One all of whose
+// scores are -inf: NaN, as plain softmax. One whose choices are not valid: NaN.
+template <typename Element>
+__global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots(const MergeArguments args) {
+  constexpr int kPairs = 4;  // of columns a lane holds: 256 columns a warp
+  const MobaGeometry& geometry = args.geometry;
+  const int lane = cuda::lane_id();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kMergeWarps + cuda::warp_id();
+  if (row >= args.num_rows) return;  // whole warps, and no barrier follows
+  const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
+  const WaveRow place = wave_row(geometry, args.wave, unit, row);
+  const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
+  const int32_t* choices = row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query);
+  const int64_t first_entry = (blockIdx.y * args.num_rows + row) * geometry.top_k;
+  const bool is_valid = args.is_row_valid[blockIdx.y * args.num_rows + row] != 0;
+  const auto sees_keys = [&](int slot) {
+    return is_valid && slot < geometry.top_k && num_visible_keys(geometry, sequence, place.query, choices[slot]) > 0;
+  };
+
+  float maximum = -INFINITY;
+  bool sees_any = false;
+  for (int slot = lane; slot < geometry.top_k; slot += cuda::kLanes) {
+    if (!sees_keys(slot)) continue;
+    sees_any = true;
+    maximum = cuda::max_or_nan(maximum, args.partial_lse[first_entry + slot]);
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    maximum = cuda::max_or_nan(maximum, __shfl_xor_sync(cuda::kAllLanes, maximum, distance));
+  }
+  sees_any = __any_sync(cuda::kAllLanes, sees_any);
+
+  const auto* partials = static_cast<const Element*>(args.partial_out) + first_entry * args.partial_elements;
+  float result[kPairs][2] = {};
+  float sum = 0.0f;
+  for (int first = 0; first < geometry.top_k; first += cuda::kLanes) {
+    const bool sees = sees_keys(first + lane);
+    const float weight_of_lane = sees ? exp2f(args.partial_lse[first_entry + first + lane] - maximum) : 0.0f;
+    const unsigned seen = __ballot_sync(cuda::kAllLanes, sees);
+    const int count = min(cuda::kLanes, geometry.top_k - first);
+    for (int i = 0; i < count; ++i) {
+      if ((seen >> i & 1) == 0) continue;
+      const float weight = __shfl_sync(cuda::kAllLanes, weight_of_lane, i);
+      sum += weight;
+      const Element* partial = partials + static_cast<int64_t>(first + i) * args.partial_elements;
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        const int column = (p * cuda::kLanes + lane) * 2;
+        if (column >= args.value_dim) continue;
+        const float2 pair = cuda::load_pair(partial + column);
+        result[p][0] = fmaf(weight, pair.x, result[p][0]);
+        result[p][1] = fmaf(weight, pair.y, result[p][1]);
+      }
+    }
+  }
+  // Seen, but all at -inf: 0 / 0. Not seen: 0.
+  const float factor = !is_valid ? NAN : (sees_any ? 1.0f / sum : 0.0f);
+  Element* out = row_of<Element>(args.out, unit.batch_idx, place.head, place.query);
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    const int column = (p * cuda::kLanes + lane) * 2;
+    cuda::store_row_pair(out, column, args.value_dim, result[p][0] * factor, result[p][1] * factor);
+  }
+  if (lane == 0) {
+    float lse = fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
+    if (!sees_any) lse = is_valid ? -INFINITY : NAN;
+    *row_of<float>(args.lse, unit.batch_idx, place.head, place.query) = lse;
+  }
+}
+
+namespace {
+
+const ForwardKernel& kernel_for(const MobaProblem& problem) {
+  const int64_t dim = std::max(problem.head_dim, problem.value_dim);
+  const auto find = [&](const ForwardKernel(&table)[3]) -> const ForwardKernel& {
+    for (const ForwardKernel& kernel : table) {
+      if (dim <= kernel.most_head_dim) return kernel;
+    }
+    throw std::invalid_argument("head_dim and value_dim must be at most 256 on CUDA, got " +
+                                std::to_string(problem.head_dim) + " and " + std::to_string(problem.value_dim));
+  };
+  switch (problem.dtype) {
+    case Dtype::kFloat32: return find(kForwardFloat32);
+    case Dtype::kBFloat16: return find(kForwardBFloat16);
+    case Dtype::kFloat16: return find(kForwardFloat16);
+    default: throw std::invalid_argument("moba_attention on CUDA takes float32, bfloat16 and float16, not float64");
+  }
+}
+
+struct ForwardWorkspace {
+  BlockListsOnDevice lists;
+  void* partial_out;   // [unit, entry, partial_elements] dtype
+  float* partial_lse;  // [unit, entry] float32
+};
+
+int64_t partial_elements_of(const MobaProblem& problem) { return multiple_of(problem.value_dim, 8); }
+
+WavePlan plan_forward(const MobaProblem& problem) {
+  const int64_t entry_bytes = partial_elements_of(problem) * element_bytes(problem.dtype) + 4;
+  return plan_waves(problem, {list_row_bytes(problem) + problem.top_k * entry_bytes, list_unit_bytes(problem),
+                              MobaWaveConfig::kForwardBudget});
+}
+
+ForwardWorkspace take_workspace(const MobaProblem& problem, int64_t num_units, int64_t num_queries,
+                                WorkspaceCutter& cutter) {
+  ForwardWorkspace workspace{};
+  workspace.lists = take_lists(problem, num_units, num_queries, cutter);
+  const int64_t num_entries = num_units * workspace.lists.num_rows * problem.top_k;
+  workspace.partial_out =
+      cutter.take<unsigned char>(num_entries * partial_elements_of(problem) * element_bytes(problem.dtype));
+  workspace.partial_lse = cutter.take<float>(num_entries);
+  return workspace;
+}
+
+void merge(Dtype dtype, const MergeArguments& args, cudaStream_t stream) {
+  const StageRange range("moba: merge");
+  const cuda::LaunchShape shape{
+      dim3(static_cast<unsigned>(divide_up(args.num_rows, kMergeWarps)), static_cast<unsigned>(args.wave.num_units)),
+      dim3(kMergeWarps * cuda::kLanes), 0, stream};
+  switch (dtype) {
+    case Dtype::kFloat32: return cuda::launch(moba_merge_slots<float>, shape, args);
+    case Dtype::kBFloat16: return cuda::launch(moba_merge_slots<BFloat16>, shape, args);
+    default: return cuda::launch(moba_merge_slots<Float16>, shape, args);
+  }
+}
+
+}  // namespace
+
+int64_t moba_forward_workspace_bytes(const MobaProblem& problem) {
+  if (problem.query_len == 0 || count_units(problem) == 0) return 0;
+  WorkspaceCutter cutter(nullptr);
+  const WavePlan plan = plan_forward(problem);
+  prepare_geometry(problem, 1, cutter, nullptr);
+  take_workspace(problem, plan.units_per_wave, plan.queries_per_wave, cutter);
+  return cutter.used();
+}
+
+void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& given, const CudaPlace& place) {
+  const MobaProblem& problem = params.problem;
+  const ForwardKernel& kernel = kernel_for(problem);
+  if (problem.query_len == 0 || count_units(problem) == 0) return;
+  const DeviceGuard guard(place.device);
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  const StageRange range("moba: forward");
+  WorkspaceCutter cutter(given.data);
+  const WavePlan plan = plan_forward(problem);
+  const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
+  const WorkspaceCutter wave_start = cutter;
+  take_workspace(problem, plan.units_per_wave, plan.queries_per_wave, cutter);
+  require(cutter.used() <= given.bytes, "moba_forward: the workspace is smaller than moba_forward_workspace_bytes says");
+  for (int64_t wave_idx = 0; wave_idx < plan.num_waves(); ++wave_idx) {
+    const Wave wave = plan.wave(problem, wave_idx);
+    WorkspaceCutter wave_cutter = wave_start;
+    const ForwardWorkspace workspace = take_workspace(problem, wave.num_units, wave.num_queries, wave_cutter);
+    build_block_lists({geometry, wave, params.block_indices, workspace.lists,
+                       static_cast<int32_t>(kernel.entries_per_item)}, stream);
+    const int64_t num_items = most_items(problem, wave.num_queries, kernel.entries_per_item);
+    if (num_items > 0) {
+      const StageRange attention("moba: attention");
+      ForwardArguments args{};
+      args.geometry = geometry;
+      args.wave = wave;
+      args.lists = workspace.lists;
+      args.head_dim = static_cast<int32_t>(problem.head_dim);
+      args.value_dim = static_cast<int32_t>(problem.value_dim);
+      args.partial_elements = static_cast<int32_t>(partial_elements_of(problem));
+      args.score_scale = static_cast<float>(problem.scale) * kLog2E;
+      args.query = params.query;
+      args.key = params.key;
+      args.value = params.value;
+      args.partial_out = workspace.partial_out;
+      args.partial_lse = workspace.partial_lse;
+      kernel.launch(args, num_items, stream);
+    }
+    merge(problem.dtype,
+          {geometry, wave, workspace.lists.num_rows, static_cast<int32_t>(problem.value_dim),
+           static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, workspace.lists.is_row_valid,
+           workspace.partial_out, workspace.partial_lse, params.out, params.lse},
+          stream);
+  }
+}
+
+}  // namespace topgather

@@ -1,0 +1,478 @@
+// Block attention forward on CUDA, key-stationary: a block's keys and values stay on chip, the queries that chose it come.
+//
+//   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
+//   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key))                                      [entry]
+//   out_row   = sum_e 2^(lse_e - lse) partial_e,  lse = log2 sum_e 2^lse_e            (moba_merge_slots)
+//
+// Who owns what: a thread block owns a work item, up to kEntriesPerItem entries of one block's list. Its warps take
+// tiles of kRowsPerWarp entries in turn, each on its own: a tile's queries lie in the warp's part of shared memory, its
+// scores and outputs in the warp's registers, so that warps meet only while keys arrive. Steps:
+//   1. find the item's block and entries; copy its keys and values to shared memory;
+//   per tile of a warp:
+//   2. gather the entries' queries (started while the tile before was at step 5);
+//   per kStepKeys keys:
+//   3. scores, scaled to base 2; hidden keys to -inf;
+//   4. running maximum and sum per row (online softmax);
+//   5. outputs += weights x values;
+//   6. divide, round to the element type, write partial and lse.
+// Where outputs would not fit the registers (float32, V > 128), the grid's third dimension takes kValueColumns columns of
+// values each, and scores are computed for each of them.
+// Blocks of more than kResidentKeys keys pass through shared memory once per round of tiles, all warps together.
+// Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
+// values. A hidden key weighs 0, and 0 x inf is NaN: an item that hides keys and whose values are not all finite takes its
+// entries one at a time, with the hidden keys' rows zeroed. A choice whose scores are all -inf leaves its outputs
+// undivided, with lse -inf; the maximum passes NaN on, so that inf and NaN scores can be told apart.
+// Ties do not arise. Determinism: an entry's arithmetic depends on its own row and block alone.
+#pragma once
+
+#include "../common/checks.h"
+#include "../cuda/launch.cuh"
+#include "moba_cuda.h"
+#include "moba_stages_cuda.h"
+
+namespace topgather {
+
+struct ForwardArguments {
+  MobaGeometry geometry;
+  Wave wave;
+  BlockListsOnDevice lists;
+  int32_t head_dim;
+  int32_t value_dim;
+  int32_t partial_elements;  // of a row of partial_out
+  float score_scale;         // scale * log2(e)
+  ConstTensor query;         // [batch, query head, query, D] dtype
+  ConstTensor key;           // [batch, kv head, key, D] dtype
+  ConstTensor value;         // [batch, kv head, key, V] dtype
+  void* partial_out;         // [unit, entry, partial_elements] dtype
+  float* partial_lse;        // [unit, entry] float32, base 2
+};
+
+template <typename Element, int kHeadDim>
+struct ForwardSharedMemory {
+  using Tiles = MobaForwardTiles<Element, kHeadDim>;
+  static constexpr int kWarps = Tiles::kWarps;
+  static constexpr int kThreads = kWarps * cuda::kLanes;
+  static constexpr int kRowsPerWarp = Tiles::kRowBlocks * 16;
+  static constexpr int kStepKeys = Tiles::kStepKeys;
+  static constexpr int kValueColumns = Tiles::kValueColumns;
+  static_assert(Tiles::kResidentKeys % kStepKeys == 0, "keys on chip are whole steps");
+  static_assert(kRowsPerWarp <= cuda::kLanes, "a lane a row");
+
+  cuda::SharedTile<Element, kWarps * kRowsPerWarp, kHeadDim> query;
+  cuda::SharedTile<Element, Tiles::kResidentKeys, kHeadDim> key;
+  cuda::SharedTile<Element, Tiles::kResidentKeys, kValueColumns> value;
+  // float32 multiplies weights from here; the 16-bit types multiply them from registers.
+  cuda::SharedTile<float, Tiles::kIsFloat ? kWarps * kRowsPerWarp : 1, kStepKeys> weights;
+};
+
+namespace forward {
+
+using cuda::kAllLanes;
+using cuda::kLanes;
+using cuda::lane_id;
+using cuda::warp_id;
+
+// A tile of entries as a warp sees it: lane r knows row r.
+struct Rows {
+  int32_t entry;        // -1: the row is not there
+  int32_t num_visible;  // keys of the block; rows that are not there see all, so that they hide none
+  int64_t query_offset;  // of the query's row, in elements
+};
+
+// The columns of values and outputs that are this thread block's.
+template <typename Shared>
+__device__ __forceinline__ int first_value_column() {
+  return static_cast<int>(blockIdx.z) * Shared::kValueColumns;
+}
+template <typename Shared>
+__device__ __forceinline__ int num_value_columns(const ForwardArguments& args) {
+  return min(Shared::kValueColumns, args.value_dim - first_value_column<Shared>());
+}
+
+// Copies keys first_key .. first_key + num_keys of the block, zeros up to the next whole step.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, const Unit& unit, const KeyBlock& block,
+                                                int first_key, int num_keys,
+                                                ForwardSharedMemory<Element, kHeadDim>& shared) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  const int num_rows = (num_keys + Shared::kStepKeys - 1) / Shared::kStepKeys * Shared::kStepKeys;
+  const auto copy = [&](auto& tile, const ConstTensor& tensor, int first_column, int depth) {
+    const Element* rows =
+        row_of<Element>(tensor, unit.batch_idx, unit.kv_head, block.first_key + first_key) + first_column;
+    const int row_chunks = (depth + kPerChunk - 1) / kPerChunk;
+    const int used_chunks = (depth + 15) / 16 * 16 / kPerChunk;
+    for (int i = threadIdx.x; i < num_rows * used_chunks; i += Shared::kThreads) {
+      const int row = i / used_chunks, chunk = i % used_chunks;
+      cuda::copy_chunk_async(tile, row, chunk, rows + row * tensor.row_stride, row_chunks, row < num_keys);
+    }
+  };
+  copy(shared.key, args.key, 0, args.head_dim);
+  copy(shared.value, args.value, first_value_column<Shared>(), num_value_columns<Shared>(args));
+}
+
+// Whether any value of the block is NaN or inf. Called by all threads; a barrier.
+template <typename Element>
+__device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args, const Unit& unit,
+                                                   const KeyBlock& block, int num_threads) {
+  bool is_unusual = false;
+  const Element* rows = row_of<Element>(args.value, unit.batch_idx, unit.kv_head, block.first_key);
+  for (int key = static_cast<int>(threadIdx.x) / 8; key < block.num_keys; key += num_threads / 8) {
+    for (int d = static_cast<int>(threadIdx.x) % 8; d < args.value_dim; d += 8) {
+      is_unusual = is_unusual || !(fabsf(cuda::to_float(rows[key * args.value.row_stride + d])) < INFINITY);
+    }
+  }
+  return __syncthreads_or(is_unusual ? 1 : 0) != 0;
+}
+
+__device__ __forceinline__ Rows place_rows(const ForwardArguments& args, const Unit& unit, const WorkItem& item,
+                                           int first_entry, int num_rows) {
+  const MobaGeometry& geometry = args.geometry;
+  const int lane = lane_id();
+  Rows rows{-1, item.block.num_keys, 0};
+  if (lane < num_rows && first_entry + lane < item.num_entries) {
+    rows.entry = item.entries[first_entry + lane];
+    const WaveRow place = wave_row(geometry, args.wave, unit, rows.entry / geometry.top_k);
+    rows.num_visible = num_visible_keys(geometry, item.block, place.query);
+    rows.query_offset = unit.batch_idx * args.query.batch_stride + place.head * args.query.head_stride +
+                        place.query * args.query.row_stride;
+  }
+  return rows;
+}
+
+// Step 2: a warp's own rows, several lanes a row.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void gather_queries_async(const ForwardArguments& args, const Rows& rows,
+                                                     ForwardSharedMemory<Element, kHeadDim>& shared) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  const int row_chunks = (args.head_dim + kPerChunk - 1) / kPerChunk;
+  const int used_chunks = (args.head_dim + 15) / 16 * 16 / kPerChunk;
+  const auto* query = static_cast<const Element*>(args.query.data);
+  const uint32_t low = static_cast<uint32_t>(rows.query_offset);
+  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(rows.query_offset) >> 32);
+  for (int first = 0; first < Shared::kRowsPerWarp * used_chunks; first += kLanes) {
+    const int i = first + lane_id();
+    const bool is_there = i < Shared::kRowsPerWarp * used_chunks;
+    const int row = is_there ? i / used_chunks : 0;
+    const uint64_t offset = static_cast<uint64_t>(__shfl_sync(kAllLanes, high, row)) << 32 |
+                            __shfl_sync(kAllLanes, low, row);
+    const int32_t entry = __shfl_sync(kAllLanes, rows.entry, row);
+    if (is_there) {
+      cuda::copy_chunk_async(shared.query, warp_id() * Shared::kRowsPerWarp + row, i % used_chunks,
+                             query + static_cast<int64_t>(offset), row_chunks, entry >= 0);
+    }
+  }
+}
+
+__device__ __forceinline__ int32_t least_of_warp(int32_t value) {
+  for (int distance = 16; distance > 0; distance /= 2) value = min(value, __shfl_xor_sync(kAllLanes, value, distance));
+  return value;
+}
+__device__ __forceinline__ int32_t most_of_warp(int32_t value) {
+  for (int distance = 16; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
+  return value;
+}
+
+// What a warp carries through a tile: outputs [rows, V], and per row the running maximum and the lane's part of the sum.
+template <int kRowBlocks, int kColumns>
+struct Running {
+  float out[kRowBlocks][kColumns / 8][4];
+  float maximum[kRowBlocks][2];
+  float sum[kRowBlocks][2];
+
+  __device__ __forceinline__ void reset() {
+    cuda::fill(out, 0.0f);
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+      maximum[m][0] = maximum[m][1] = -INFINITY;
+      sum[m][0] = sum[m][1] = 0.0f;
+    }
+  }
+};
+
+template <typename Element, int kHeadDim>
+using RunningOf = Running<MobaForwardTiles<Element, kHeadDim>::kRowBlocks,
+                          MobaForwardTiles<Element, kHeadDim>::kValueColumns>;
+
+// Step 3's mask: keys from num_visible on, counted from the block's start, are hidden from a row.
+template <int kRowBlocks, int kStepBlocks>
+__device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kStepBlocks][4], int first_key,
+                                          int32_t num_visible_of_lane) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t num_visible = __shfl_sync(kAllLanes, num_visible_of_lane, m * 16 + h * 8 + g);
+#pragma unroll
+      for (int n = 0; n < kStepBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (first_key + n * 8 + 2 * t + e >= num_visible) scores[m][n][2 * h + e] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// Step 4: scores become weights.
+template <int kRowBlocks, int kStepBlocks, int kColumns>
+__device__ __forceinline__ void online_softmax(float (&scores)[kRowBlocks][kStepBlocks][4],
+                                               Running<kRowBlocks, kColumns>& running) {
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float maximum = scores[m][0][2 * h];
+#pragma unroll
+      for (int n = 0; n < kStepBlocks; ++n) {
+        maximum = cuda::max_or_nan(maximum, cuda::max_or_nan(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+      }
+      maximum = cuda::max_or_nan(running.maximum[m][h], cuda::max_of_row(maximum));
+      const float base = maximum == -INFINITY ? 0.0f : maximum;
+      const float rescale = cuda::exp2_approximate(running.maximum[m][h] - base);
+      running.maximum[m][h] = maximum;
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kStepBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = scores[m][n][2 * h + e];
+          score = cuda::exp2_approximate(score - base);
+          sum += score;
+        }
+      }
+      running.sum[m][h] = running.sum[m][h] * rescale + sum;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        running.out[m][n][2 * h] *= rescale;
+        running.out[m][n][2 * h + 1] *= rescale;
+      }
+    }
+  }
+}
+
+// Step 5 for float32: out += weights x values step .. step + count.
+template <typename Shared, int kN>
+__device__ __forceinline__ void multiply_step_values(float (&out)[1][kN][4], Shared& shared, int first_row, int step,
+                                                     int count, int value_dim) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll 1
+  for (int k = 0; k < count; ++k) {
+    const float left[2] = {shared.weights.at(first_row + g, k), shared.weights.at(first_row + g + 8, k)};
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      if (n * 8 >= value_dim) continue;
+      const float2 right = *reinterpret_cast<const float2*>(&shared.value.at(step + k, n * 8 + 2 * t));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        out[0][n][2 * h] = fmaf(left[h], right.x, out[0][n][2 * h]);
+        out[0][n][2 * h + 1] = fmaf(left[h], right.y, out[0][n][2 * h + 1]);
+      }
+    }
+  }
+}
+
+// Steps 3 to 5 for the keys in shared memory, which are keys first_key .. of the block. `after_scores` runs once the
+// queries are not needed any more.
+template <typename Element, int kHeadDim, typename AfterScores>
+__device__ __forceinline__ void attend(const ForwardArguments& args, ForwardSharedMemory<Element, kHeadDim>& shared,
+                                       const Rows& rows, int first_key, int num_keys,
+                                       RunningOf<Element, kHeadDim>& running, const AfterScores& after_scores) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  using Tiles = typename Shared::Tiles;
+  constexpr int kStepKeys = Tiles::kStepKeys;
+  const int first_row = warp_id() * Tiles::kRowBlocks * 16;
+  const int32_t least_visible = least_of_warp(rows.num_visible);
+  const int32_t most_visible = most_of_warp(rows.entry >= 0 ? rows.num_visible : 0);
+  const int end = min(num_keys, most_visible - first_key);
+#pragma unroll 1
+  for (int step = 0; step < end; step += kStepKeys) {
+    float scores[Tiles::kRowBlocks][kStepKeys / 8][4];
+    cuda::fill(scores, 0.0f);
+    cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, step, end - step, args.head_dim);
+    if (step + kStepKeys >= end) after_scores();
+#pragma unroll
+    for (int m = 0; m < Tiles::kRowBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n < kStepKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[m][n][e] *= args.score_scale;
+      }
+    }
+    if (first_key + step + kStepKeys > least_visible) hide_keys(scores, first_key + step, rows.num_visible);
+    online_softmax(scores, running);
+    if constexpr (Tiles::kIsFloat) {
+      const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+      for (int n = 0; n < kStepKeys / 8; ++n) {
+        cuda::store_pair(shared.weights, first_row + g, n * 8 + 2 * t, scores[0][n][0], scores[0][n][1]);
+        cuda::store_pair(shared.weights, first_row + g + 8, n * 8 + 2 * t, scores[0][n][2], scores[0][n][3]);
+      }
+      // Publishes the warp's weights to its lanes.
+      __syncwarp();
+      multiply_step_values(running.out, shared, first_row, step, min(kStepKeys, end - step),
+                           num_value_columns<Shared>(args));
+      // Tells the lanes that the weights have been used and may be overwritten.
+      __syncwarp();
+    } else {
+      cuda::multiply_registers<Element>(running.out, scores, shared.value, step, num_value_columns<Shared>(args),
+                                        end - step);
+    }
+  }
+  if (end <= 0) after_scores();
+}
+
+// Step 6.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void write_partials(const ForwardArguments& args, int64_t unit_in_wave, const Rows& rows,
+                                               const RunningOf<Element, kHeadDim>& running) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int64_t first_entry = unit_in_wave * args.lists.num_rows * args.geometry.top_k;
+#pragma unroll
+  for (int m = 0; m < Shared::Tiles::kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t entry = __shfl_sync(kAllLanes, rows.entry, m * 16 + h * 8 + g);
+      const float sum = cuda::sum_of_row(running.sum[m][h]);
+      const float maximum = running.maximum[m][h];
+      if (entry < 0) continue;
+      const float factor = maximum == -INFINITY ? 1.0f : 1.0f / sum;
+      const float lse = fabsf(maximum) < INFINITY ? maximum + log2f(sum) : maximum;
+      Element* out = static_cast<Element*>(args.partial_out) + (first_entry + entry) * args.partial_elements +
+                     first_value_column<Shared>();
+#pragma unroll
+      for (int n = 0; n < Shared::kValueColumns / 8; ++n) {
+        if (n * 8 >= num_value_columns<Shared>(args)) continue;
+        const float first = running.out[m][n][2 * h] * factor, second = running.out[m][n][2 * h + 1] * factor;
+        if constexpr (sizeof(Element) == 4) {
+          *reinterpret_cast<float2*>(out + n * 8 + 2 * t) = make_float2(first, second);
+        } else {
+          *reinterpret_cast<uint32_t*>(out + n * 8 + 2 * t) = cuda::pack2<Element>(first, second);
+        }
+      }
+      if (t == 0 && blockIdx.z == 0) args.partial_lse[first_entry + entry] = lse;
+    }
+  }
+}
+
+}  // namespace forward
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThreads, 1)
+    moba_attend_blocks(const ForwardArguments args) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  using Tiles = typename Shared::Tiles;
+  Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
+  const int64_t unit_in_wave = blockIdx.y;
+  const Unit unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
+  WorkItem item;
+  // Step 1. The grid is a bound taken from shapes: thread blocks past the last item leave, whole.
+  if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x),
+                      Tiles::kEntriesPerItem, item)) {
+    return;
+  }
+  bool hides_keys = false;
+  if (args.geometry.is_causal) {
+    for (int i = threadIdx.x; i < item.num_entries; i += Shared::kThreads) {
+      const WaveRow place = wave_row(args.geometry, args.wave, unit, item.entries[i] / args.geometry.top_k);
+      hides_keys = hides_keys || num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys;
+    }
+    hides_keys = __syncthreads_or(hides_keys ? 1 : 0) != 0;
+  }
+  const bool is_one_by_one =
+      hides_keys && forward::has_unusual_values<Element>(args, unit, item.block, Shared::kThreads);
+  const bool is_resident = item.block.num_keys <= Tiles::kResidentKeys && !is_one_by_one;
+
+  const int rows_per_tile = is_one_by_one ? 1 : Shared::kRowsPerWarp;
+  const int tiles_per_round = is_one_by_one ? 1 : Shared::kWarps;
+  const int num_tiles = (item.num_entries + rows_per_tile - 1) / rows_per_tile;
+  const int warp = cuda::warp_id();
+  const auto rows_of_tile = [&](int tile) {
+    const bool is_there = warp < tiles_per_round && tile < num_tiles;
+    return forward::place_rows(args, unit, item, is_there ? tile * rows_per_tile : item.num_entries, rows_per_tile);
+  };
+
+  forward::Rows rows = rows_of_tile(warp);
+  forward::gather_queries_async<Element, kHeadDim>(args, rows, shared);
+  if (is_resident) {
+    forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, 0, item.block.num_keys, shared);
+    cuda::copy_async_commit();
+    cuda::copy_async_wait<0>();
+    // Publishes keys and values to all warps; they stay as they are to the end.
+    __syncthreads();
+  } else {
+    cuda::copy_async_commit();
+  }
+  for (int round = 0; round * tiles_per_round < num_tiles; ++round) {
+    const forward::Rows next_rows = rows_of_tile((round + 1) * tiles_per_round + warp);
+    const auto gather_next = [&] {
+      // Tells the warp's lanes that the queries have been used and the next tile's may overwrite them.
+      __syncwarp();
+      forward::gather_queries_async<Element, kHeadDim>(args, next_rows, shared);
+      cuda::copy_async_commit();
+    };
+    forward::RunningOf<Element, kHeadDim> running;
+    running.reset();
+    if (is_resident) {
+      cuda::copy_async_wait<0>();
+      // Publishes the warp's queries to its lanes.
+      __syncwarp();
+      forward::attend<Element, kHeadDim>(args, shared, rows, 0, item.block.num_keys, running, gather_next);
+    } else {
+      // One by one: only what the round's single row sees; the rows of keys behind are zeros.
+      int num_keys = item.block.num_keys;
+      if (is_one_by_one) {
+        const WaveRow place = wave_row(args.geometry, args.wave, unit, item.entries[round] / args.geometry.top_k);
+        num_keys = num_visible_keys(args.geometry, item.block, place.query);
+      }
+      for (int first_key = 0; first_key < num_keys; first_key += Tiles::kResidentKeys) {
+        const int count = min(Tiles::kResidentKeys, num_keys - first_key);
+        // Tells all warps that the keys before have been used and may be overwritten.
+        __syncthreads();
+        forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, first_key, count, shared);
+        cuda::copy_async_commit();
+        cuda::copy_async_wait<0>();
+        // Publishes keys and values to all warps, and each warp's queries to its lanes.
+        __syncthreads();
+        forward::attend<Element, kHeadDim>(args, shared, rows, first_key, count, running, [&] {
+          if (first_key + Tiles::kResidentKeys >= num_keys) gather_next();
+        });
+      }
+    }
+    forward::write_partials<Element, kHeadDim>(args, unit_in_wave, rows, running);
+    rows = next_rows;
+  }
+  // The last round's gather of a tile that is not there copied nothing but zeros; it ends before the warp does.
+  cuda::copy_async_wait<0>();
+}
+
+struct ForwardKernel {
+  Dtype dtype;
+  int64_t most_head_dim;  // and value_dim
+  int64_t entries_per_item;
+  void (*launch)(const ForwardArguments& args, int64_t num_items, cudaStream_t stream);
+};
+
+template <typename Element, int kHeadDim>
+constexpr ForwardKernel forward_kernel(Dtype dtype) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
+  return {dtype, kHeadDim, Shared::Tiles::kEntriesPerItem,
+          [](const ForwardArguments& args, int64_t num_items, cudaStream_t stream) {
+            const int64_t num_panels = divide_up(args.value_dim, Shared::kValueColumns);
+            const dim3 grid(static_cast<unsigned>(num_items), static_cast<unsigned>(args.wave.num_units),
+                            static_cast<unsigned>(num_panels > 0 ? num_panels : 1));
+            cuda::launch(moba_attend_blocks<Element, kHeadDim>, {grid, dim3(Shared::kThreads), sizeof(Shared), stream},
+                         args);
+          }};
+}
+
+// One translation unit an element type: tables of three head dimensions, ascending.
+extern const ForwardKernel kForwardFloat32[3];
+extern const ForwardKernel kForwardBFloat16[3];
+extern const ForwardKernel kForwardFloat16[3];
+
+}  // namespace topgather

@@ -1,0 +1,238 @@
+// The choice of blocks on CUDA: centroids, their cutting into parts, and the launches. moba_route_cuda.cuh has the kernel
+// that scores and selects.
+//
+// Units are taken in steps, so that their centroids fit a bounded workspace. Steps, per unit step:
+//   1. centroids in float32 (moba_block_centroids);
+//   2. moba_split_centroids: each centroid as a sum of kCentroidParts numbers of the element type;
+//   3. moba_route.
+// float16 reaches from 6e-8 to 65504 only: centroids are scaled by a power of two that brings the unit's largest to the
+// top of that range. Scores of a unit all scale alike, so that their order stays.
+#include "moba_route_cuda.cuh"
+
+#include <algorithm>
+
+namespace topgather {
+
+namespace {
+
+constexpr int kSplitThreads = 256;
+constexpr int64_t kMostThreadBlocks = 2048;  // of the router where lists lie in global memory
+
+struct RouteWorkspace {
+  float* centroids;      // [unit, block, row_elements] float32
+  void* parts;           // [unit, block, part, row_elements] dtype; none for float32
+  uint32_t* largest;     // [unit] bits of the largest finite magnitude; float16 only
+  float* list_scores;    // [thread block, row, list_length] float32; where lists do not fit shared memory
+  int32_t* list_blocks;  // [thread block, row, list_length] int32
+};
+
+}  // namespace
+
+struct SplitArguments {
+  const float* centroids;   // [unit, block, row_elements] float32
+  void* parts;              // [unit, block, part, row_elements] dtype
+  const uint32_t* largest;  // [unit]; null for no scaling
+  int64_t row_elements;
+  int64_t unit_elements;  // of a unit's centroids
+};
+
+template <typename Element>
+__global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const SplitArguments args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
+  if (i >= args.unit_elements) return;
+  constexpr int kParts = kCentroidParts<Element>;
+  float scale = 1.0f;
+  if (args.largest != nullptr) {
+    // The largest becomes at least 2^14 and less than 2^15. A zero or subnormal largest is scaled as far as floats go.
+    const int exponent = static_cast<int>(args.largest[blockIdx.y] >> 23) - 127;
+    const int shift = 14 - exponent;
+    scale = __uint_as_float(static_cast<uint32_t>((shift > 127 ? 127 : (shift < -126 ? -126 : shift)) + 127) << 23);
+  }
+  float rest = args.centroids[blockIdx.y * args.unit_elements + i] * scale;
+  const int64_t row = i / args.row_elements, column = i % args.row_elements;
+  Element* part = static_cast<Element*>(args.parts) +
+                  (blockIdx.y * args.unit_elements + row * args.row_elements) * kParts + column;
+#pragma unroll
+  for (int p = 0; p < kParts; ++p) {
+    const Element head = cuda::from_float<Element>(rest);
+    part[p * args.row_elements] = head;
+    // inf less inf would be NaN: the first part says it all.
+    rest = fabsf(cuda::to_float(head)) < INFINITY ? rest - cuda::to_float(head) : 0.0f;
+  }
+}
+
+namespace {
+
+const RouteKernel& kernel_for(const MobaProblem& problem) {
+  const auto find = [&](const RouteKernel(&table)[3]) -> const RouteKernel& {
+    for (const RouteKernel& kernel : table) {
+      if (problem.head_dim <= kernel.most_head_dim) return kernel;
+    }
+    throw std::invalid_argument("head_dim must be at most 256 on CUDA, got " + std::to_string(problem.head_dim));
+  };
+  switch (problem.dtype) {
+    case Dtype::kFloat32: return find(kRouteFloat32);
+    case Dtype::kBFloat16: return find(kRouteBFloat16);
+    case Dtype::kFloat16: return find(kRouteFloat16);
+    default: throw std::invalid_argument("moba_route on CUDA takes float32, bfloat16 and float16, not float64");
+  }
+}
+
+int64_t parts_of(Dtype dtype) {
+  return dtype == Dtype::kBFloat16 ? kCentroidParts<BFloat16> : (dtype == Dtype::kFloat16 ? kCentroidParts<Float16> : 0);
+}
+
+// Blocks kept by score: top_k, less the own block where causal, at most as many as there are.
+int64_t list_length_of(const MobaProblem& problem) {
+  return std::min(problem.is_causal ? problem.top_k - 1 : problem.top_k, blocks_per_unit(problem));
+}
+
+int64_t tiles_per_head(const MobaProblem& problem, int64_t queries_per_tile) {
+  if (!is_packed(problem)) return divide_up(problem.query_len, queries_per_tile);
+  return problem.query_len / queries_per_tile + std::min(problem.batch_size, problem.query_len);
+}
+
+struct RoutePlan {
+  const RouteKernel* kernel;
+  int64_t list_length;
+  int64_t row_elements;
+  int64_t units_per_step;
+  int64_t num_tiles;
+  int64_t thread_blocks;  // of one launch
+  size_t shared_bytes;
+  bool are_lists_shared;
+};
+
+RoutePlan plan_route(const MobaProblem& problem) {
+  RoutePlan plan{};
+  plan.kernel = &kernel_for(problem);
+  plan.list_length = list_length_of(problem);
+  plan.row_elements = multiple_of(problem.head_dim, 16);
+  plan.num_tiles = tiles_per_head(problem, plan.kernel->queries_per_tile);
+  const int64_t unit_bytes = blocks_per_unit(problem) * plan.row_elements * (4 + 2 * parts_of(problem.dtype)) + 4;
+  // Work is numbered in 31 bits.
+  const int64_t most_by_index = INT32_MAX / (plan.num_tiles * heads_per_unit(problem));
+  require(most_by_index >= 1, "moba_route: more than 2^31 - 1 tiles of queries in one key head");
+  plan.units_per_step = std::clamp<int64_t>(std::min(MobaWaveConfig::kRouteBudget / unit_bytes, most_by_index), 1,
+                                            count_units(problem));
+  const int64_t work = plan.num_tiles * plan.units_per_step * heads_per_unit(problem);
+  plan.shared_bytes = plan.kernel->shared_bytes(plan.list_length);
+  plan.are_lists_shared = plan.shared_bytes <= cuda::most_shared_bytes();
+  plan.thread_blocks = work;
+  if (!plan.are_lists_shared) {
+    plan.shared_bytes = plan.kernel->shared_bytes(0);
+    const int64_t list_bytes = plan.kernel->queries_per_tile * plan.list_length * 8;
+    const int64_t most = std::clamp<int64_t>((MobaWaveConfig::kRouteBudget / 2) / list_bytes, 1, kMostThreadBlocks);
+    plan.thread_blocks = std::min(work, most);
+  }
+  return plan;
+}
+
+RouteWorkspace take_workspace(const MobaProblem& problem, const RoutePlan& plan, WorkspaceCutter& cutter) {
+  RouteWorkspace workspace{};
+  if (plan.list_length == 0) return workspace;
+  const int64_t centroid_elements = plan.units_per_step * blocks_per_unit(problem) * plan.row_elements;
+  workspace.centroids = cutter.take<float>(centroid_elements);
+  if (problem.dtype != Dtype::kFloat32) {
+    workspace.parts = cutter.take<uint16_t>(centroid_elements * parts_of(problem.dtype));
+  }
+  if (problem.dtype == Dtype::kFloat16) workspace.largest = cutter.take<uint32_t>(plan.units_per_step);
+  if (!plan.are_lists_shared) {
+    const int64_t entries = plan.thread_blocks * plan.kernel->queries_per_tile * plan.list_length;
+    workspace.list_scores = cutter.take<float>(entries);
+    workspace.list_blocks = cutter.take<int32_t>(entries);
+  }
+  return workspace;
+}
+
+template <typename Element>
+void split(const SplitArguments& args, int64_t num_units, cudaStream_t stream) {
+  const auto grid_x = static_cast<unsigned>(divide_up(args.unit_elements, kSplitThreads));
+  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
+    SplitArguments part = args;
+    part.centroids += done * args.unit_elements;
+    part.parts = static_cast<Element*>(args.parts) + done * args.unit_elements * kCentroidParts<Element>;
+    if (args.largest != nullptr) part.largest += done;
+    const auto count = static_cast<unsigned>(std::min(num_units - done, MobaWaveConfig::kMostUnits));
+    cuda::launch(moba_split_centroids<Element>, {dim3(grid_x, count), dim3(kSplitThreads), 0, stream}, part);
+  }
+}
+
+// Steps 1 and 2.
+void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geometry, const RoutePlan& plan,
+                       const RouteWorkspace& workspace, int64_t first_unit, int64_t num_units, cudaStream_t stream) {
+  if (workspace.largest != nullptr) {
+    cuda_require(cudaMemsetAsync(workspace.largest, 0, static_cast<size_t>(num_units) * 4, stream),
+                 "clearing the largest magnitudes");
+  }
+  CentroidArguments centroids{};
+  centroids.geometry = geometry;
+  centroids.first_unit = first_unit;
+  centroids.head_dim = params.problem.head_dim;
+  centroids.row_elements = plan.row_elements;
+  centroids.key = params.key;
+  centroids.centroids = {workspace.centroids, 0, geometry.num_blocks * plan.row_elements, plan.row_elements};
+  centroids.largest = workspace.largest;
+  centroids.is_by_unit = true;
+  launch_centroids(params.problem.dtype, centroids, num_units, stream);
+  const SplitArguments args{workspace.centroids, workspace.parts, workspace.largest, plan.row_elements,
+                            geometry.num_blocks * plan.row_elements};
+  if (params.problem.dtype == Dtype::kBFloat16) split<BFloat16>(args, num_units, stream);
+  if (params.problem.dtype == Dtype::kFloat16) split<Float16>(args, num_units, stream);
+}
+
+}  // namespace
+
+int64_t moba_route_workspace_bytes(const MobaProblem& problem, const CudaPlace& place) {
+  if (problem.query_len == 0 || count_units(problem) == 0) return 0;
+  const DeviceGuard guard(place.device);
+  WorkspaceCutter cutter(nullptr);
+  const RoutePlan plan = plan_route(problem);
+  prepare_geometry(problem, plan.kernel->queries_per_tile, cutter, nullptr);
+  take_workspace(problem, plan, cutter);
+  return cutter.used();
+}
+
+void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, const CudaPlace& place) {
+  const MobaProblem& problem = params.problem;
+  if (problem.query_len == 0 || count_units(problem) == 0) return;
+  const DeviceGuard guard(place.device);
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  const StageRange range("moba: route");
+  const RoutePlan plan = plan_route(problem);
+  WorkspaceCutter cutter(given.data);
+  if (is_packed(problem)) {
+    // Rows past the last boundary choose nothing: -1 is all ones. The tensor is contiguous.
+    const size_t bytes = static_cast<size_t>(problem.num_query_heads * problem.query_len * problem.top_k) * 4;
+    cuda_require(cudaMemsetAsync(params.block_indices.data, 0xff, bytes, stream), "clearing block_indices");
+  }
+  const MobaGeometry geometry = prepare_geometry(problem, plan.kernel->queries_per_tile, cutter, stream);
+  const RouteWorkspace workspace = take_workspace(problem, plan, cutter);
+  require(cutter.used() <= given.bytes, "moba_route: the workspace is smaller than moba_route_workspace_bytes says");
+  const int64_t num_units = count_units(problem);
+  for (int64_t first_unit = 0; first_unit < num_units; first_unit += plan.units_per_step) {
+    const int64_t count = std::min(plan.units_per_step, num_units - first_unit);
+    if (plan.list_length > 0 && geometry.num_blocks > 0) {
+      prepare_centroids(params, geometry, plan, workspace, first_unit, count, stream);
+    }
+    RouteArguments args{};
+    args.geometry = geometry;
+    args.first_unit = first_unit;
+    args.num_tiles = static_cast<uint32_t>(plan.num_tiles);
+    args.num_work = static_cast<uint32_t>(plan.num_tiles * count * geometry.group);
+    args.list_length = static_cast<int32_t>(plan.list_length);
+    args.group_width = plan.list_length <= 8 ? 8 : (plan.list_length <= 16 ? 16 : 32);
+    args.head_dim = static_cast<int32_t>(problem.head_dim);
+    args.row_elements = static_cast<int32_t>(plan.row_elements);
+    args.are_lists_shared = plan.are_lists_shared;
+    args.query = params.query;
+    args.parts = problem.dtype == Dtype::kFloat32 ? workspace.centroids : workspace.parts;
+    args.centroids = workspace.centroids;
+    args.list_scores = workspace.list_scores;
+    args.list_blocks = workspace.list_blocks;
+    args.block_indices = params.block_indices;
+    plan.kernel->launch(args, std::min<int64_t>(plan.thread_blocks, args.num_work), plan.shared_bytes, stream);
+  }
+}
+
+}  // namespace topgather

@@ -1,0 +1,388 @@
+// The choice of blocks on CUDA: scores of query tiles against centroid tiles, kept on chip, and the best top_k of each row.
+//
+//   score_ij = dot(query_i, centroid_j)                              never written to global memory
+//   choice_i = own block and the top_k - 1 best before it (causal), or the top_k best of all
+//
+// Who owns what: a thread block owns kQueries neighbouring queries of one head and walks the centroids in tiles of
+// kCentroids; each of its warps owns kRowsPerWarp rows, their scores and their lists. Steps per tile of centroids:
+//   1. the tile arrives in shared memory;
+//   2. each warp multiplies its rows with it and leaves the scores in shared memory, in the rows' order;
+//   3. members of a group, 8, 16 or 32 lanes by top_k, take a row, a score each: one comparison with the worst score
+//      kept; where any member's beats it, the group enters the scores that do, one at a time, into the row's sorted list;
+//   last, 4. own block, ascending order, -1 for the rest, written out.
+// Numerics: scores must rank as float32 does. A 16-bit query times a centroid cut into kParts 16-bit numbers (three of
+// bfloat16, two of float16) sums products that are exact in float32; float32 takes plain multiply-adds. A score that comes
+// out NaN is computed once more in float32 from the uncut centroid, since inf times a part may be NaN where inf times
+// the whole is inf; what is NaN then ranks as +inf.
+// Ties: scores rank by value, then by lower block number, a total order, so that the order of insertion does not matter.
+// Empty lists hold (-inf, no block), which every block beats.
+// Determinism: a row's choice depends on its own row and the centroids alone.
+#pragma once
+
+#include "../common/checks.h"
+#include "../cuda/launch.cuh"
+#include "../cuda/limits.h"
+#include "moba_cuda.h"
+#include "moba_stages_cuda.h"
+
+namespace topgather {
+
+// Centroid cut into this many numbers of the element type.
+template <typename Element>
+inline constexpr int kCentroidParts = 1;
+template <>
+inline constexpr int kCentroidParts<BFloat16> = 3;
+template <>
+inline constexpr int kCentroidParts<Float16> = 2;
+
+struct RouteArguments {
+  MobaGeometry geometry;
+  int64_t first_unit;
+  uint32_t num_tiles;  // of a head; packed: a bound
+  uint32_t num_work;   // num_tiles x query heads of the units
+  int32_t list_length;
+  int32_t group_width;  // lanes that share a row while selecting
+  int32_t head_dim;
+  int32_t row_elements;         // of a centroid row in memory, zeros past head_dim
+  bool are_lists_shared;        // lists in shared memory, else in list_scores and list_blocks
+  ConstTensor query;            // [batch, query head, query, D] dtype
+  const void* parts;            // [unit, block, part, row_elements] dtype; float32: the centroids themselves
+  const float* centroids;       // [unit, block, row_elements] float32
+  float* list_scores;           // [thread block, row, list_length] float32
+  int32_t* list_blocks;         // [thread block, row, list_length] int32
+  MutableTensor block_indices;  // [batch, query head, query, K] int32
+};
+
+template <typename Element, int kHeadDim>
+struct RouteSharedMemory {
+  using Tiles = MobaRouteTiles<Element, kHeadDim>;
+  static constexpr int kRowsPerWarp = Tiles::kRowBlocks * 16;
+  static constexpr int kQueries = Tiles::kWarps * kRowsPerWarp;
+  static constexpr int kThreads = Tiles::kWarps * cuda::kLanes;
+  static constexpr int kCentroids = Tiles::kCentroids;
+
+  cuda::SharedTile<Element, kQueries, kHeadDim> query;
+  cuda::SharedTile<Element, kCentroidParts<Element> * kCentroids, kHeadDim> centroids;
+  float scores[kQueries][kCentroids + 1];
+  int32_t num_visible[kQueries];  // blocks the row may choose by score; -1: the row is not there
+  int32_t own_block[kQueries];    // -1: none
+  // Behind it: list scores [kQueries, list_length] float32, list blocks likewise int32.
+  static constexpr size_t bytes_with_lists(int64_t list_length) {
+    return sizeof(RouteSharedMemory) + static_cast<size_t>(kQueries * list_length) * 8;
+  }
+};
+
+namespace route {
+
+using cuda::kAllLanes;
+using cuda::kLanes;
+using cuda::lane_id;
+using cuda::warp_id;
+
+constexpr int32_t kNoBlock = INT32_MAX;
+
+__device__ __forceinline__ bool beats(float score, int32_t block, float other_score, int32_t other_block) {
+  return score > other_score || (score == other_score && block < other_block);
+}
+
+struct Lists {
+  float* scores;    // [row, length] float32, descending
+  int32_t* blocks;  // [row, length] int32
+  int32_t length;
+};
+
+// Positions number less than 2^31. 64-bit division is a call, and calls spill.
+__device__ __forceinline__ int32_t block_of_position(const MobaGeometry& geometry, int64_t position) {
+  return static_cast<int32_t>(static_cast<uint32_t>(position) / static_cast<uint32_t>(geometry.block_size));
+}
+
+// What the rows of a tile of queries may see. True if any row must choose by score.
+template <typename Shared>
+__device__ __forceinline__ int32_t place_rows(const MobaGeometry& geometry, const SequenceOnDevice& sequence,
+                                              int64_t first_query, Shared& shared) {
+  for (int row = threadIdx.x; row < Shared::kQueries; row += Shared::kThreads) {
+    const int64_t query = first_query + row;
+    int64_t own = -1, visible = -1;
+    if (query < sequence.num_queries) {
+      const int64_t position = query + sequence.position_offset;
+      own = geometry.is_causal && position >= 0 ? block_of_position(geometry, position) : -1;
+      visible = geometry.is_causal ? (own > 0 ? own : 0) : sequence.num_blocks;
+    }
+    shared.own_block[row] = static_cast<int32_t>(own);
+    shared.num_visible[row] = static_cast<int32_t>(visible);
+  }
+  // Queries see the more the later they stand.
+  const int64_t last = first_query + Shared::kQueries < sequence.num_queries ? first_query + Shared::kQueries - 1
+                                                                             : sequence.num_queries - 1;
+  if (!geometry.is_causal) return static_cast<int32_t>(sequence.num_blocks);
+  const int64_t position = last + sequence.position_offset;
+  return position < 0 ? 0 : block_of_position(geometry, position);
+}
+
+// Copies `count` rows to consecutive rows of the tile, zeros after them.
+template <typename Tile, typename Element>
+__device__ __forceinline__ void copy_rows(Tile& tile, const Element* rows, int64_t row_stride, int64_t count,
+                                          int num_rows, int used_chunks, int row_chunks, int num_threads) {
+  for (int i = threadIdx.x; i < num_rows * used_chunks; i += num_threads) {
+    const int row = i / used_chunks, chunk = i % used_chunks;
+    cuda::copy_chunk_async(tile, row, chunk, rows + row * row_stride, row_chunks, row < count);
+  }
+}
+
+// Step 2.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void score_tile(RouteSharedMemory<Element, kHeadDim>& shared, int head_dim, int count) {
+  using Shared = RouteSharedMemory<Element, kHeadDim>;
+  using Tiles = typename Shared::Tiles;
+  const int first_row = warp_id() * Shared::kRowsPerWarp;
+  float scores[Tiles::kRowBlocks][Shared::kCentroids / 8][4];
+  cuda::fill(scores, 0.0f);
+#pragma unroll
+  for (int part = kCentroidParts<Element> - 1; part >= 0; --part) {  // the small products first
+    cuda::multiply_by_rows(scores, shared.query, first_row, shared.centroids, part * Shared::kCentroids, count,
+                           head_dim);
+  }
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int m = 0; m < Tiles::kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < Shared::kCentroids / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        shared.scores[first_row + m * 16 + (e / 2) * 8 + g][n * 8 + 2 * t + e % 2] = scores[m][n][e];
+      }
+    }
+  }
+}
+
+// Step 3's insertion: every member of a group holds its row's candidate; groups without one stand by. From the list's
+// end to its start: an entry the candidate beats makes room by moving down one.
+__device__ __forceinline__ void insert(const Lists& lists, int row, int member, int width, bool has_candidate,
+                                       float score, int32_t block) {
+  float* row_scores = lists.scores + static_cast<int64_t>(row) * lists.length;
+  int32_t* row_blocks = lists.blocks + static_cast<int64_t>(row) * lists.length;
+  for (int first = (lists.length - 1) / width * width; first >= 0; first -= width) {
+    const int rank = first + member;
+    const bool is_there = has_candidate && rank < lists.length;
+    float new_score = score;
+    int32_t new_block = block;
+    bool moves = false;
+    if (is_there) {
+      moves = beats(score, block, row_scores[rank], row_blocks[rank]);
+      if (moves && rank > 0 && beats(score, block, row_scores[rank - 1], row_blocks[rank - 1])) {
+        new_score = row_scores[rank - 1];
+        new_block = row_blocks[rank - 1];
+      }
+    }
+    // All members have read before any of them writes.
+    __syncwarp();
+    if (moves) {
+      row_scores[rank] = new_score;
+      row_blocks[rank] = new_block;
+    }
+    // Publishes the moved entries to the group.
+    __syncwarp();
+  }
+}
+
+// The float32 score, for where cut products do not tell inf from NaN.
+template <typename Element>
+__device__ __forceinline__ float plain_score(const Element* query, const float* centroid, int head_dim) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int d = 0; d < head_dim; ++d) sum = fmaf(cuda::to_float(query[d]), centroid[d], sum);
+  return sum;
+}
+
+// Step 3. first_row: of the warp, in the tile; query_rows: the tile's rows in global memory.
+template <typename Element, typename Shared>
+__device__ __forceinline__ void select(const RouteArguments& args, Shared& shared, const Lists& lists,
+                                       const Element* query_rows, const float* centroids, int64_t first_block,
+                                       int count) {
+  const int width = args.group_width;
+  const int member = lane_id() % width;
+  const int first_lane = lane_id() - member;
+  const unsigned members = width == kLanes ? kAllLanes : (1u << width) - 1;
+  const int last_rank = lists.length - 1;
+#pragma unroll 1
+  for (int first = 0; first < Shared::kRowsPerWarp; first += kLanes / width) {
+    const int row = warp_id() * Shared::kRowsPerWarp + first + lane_id() / width;
+    const int32_t visible = shared.num_visible[row];
+    const float* worst_score = lists.scores + static_cast<int64_t>(row) * lists.length + last_rank;
+    const int32_t* worst_block = lists.blocks + static_cast<int64_t>(row) * lists.length + last_rank;
+#pragma unroll 1
+    for (int column = member; column < Shared::kCentroids; column += width) {
+      const int32_t block = static_cast<int32_t>(first_block) + column;
+      float score = shared.scores[row][column];
+      const bool is_candidate = column < count && block < visible;
+      if (isnan(score) && is_candidate) {
+        score = plain_score(query_rows + row * args.query.row_stride, centroids + column * args.row_elements,
+                            args.head_dim);
+        score = isnan(score) ? INFINITY : score;
+      }
+      bool passes = is_candidate && beats(score, block, *worst_score, *worst_block);
+      unsigned passing = __ballot_sync(kAllLanes, passes);
+      while (passing != 0) {
+        const unsigned of_group = passing >> first_lane & members;
+        const int source = of_group != 0 ? first_lane + __ffs(static_cast<int>(of_group)) - 1 : lane_id();
+        const float candidate_score = __shfl_sync(kAllLanes, score, source);
+        const int32_t candidate_block = __shfl_sync(kAllLanes, block, source);
+        insert(lists, row, member, width, of_group != 0, candidate_score, candidate_block);
+        passes = passes && source != lane_id() && beats(score, block, *worst_score, *worst_block);
+        passing = __ballot_sync(kAllLanes, passes);
+      }
+    }
+  }
+}
+
+// Step 4 for one row: members place entries by how many stand before them.
+__device__ __forceinline__ void write_choices(const Lists& lists, int row, int member, int width, int32_t own_block,
+                                              int32_t top_k, int32_t* choices) {
+  const int32_t* blocks = lists.blocks + static_cast<int64_t>(row) * lists.length;
+  int32_t num_kept = 0;
+  for (int i = 0; i < lists.length; ++i) num_kept += blocks[i] != kNoBlock ? 1 : 0;
+  for (int i = member; i < lists.length; i += width) {
+    const int32_t block = blocks[i];
+    if (block == kNoBlock) continue;
+    int32_t position = 0;
+    for (int other = 0; other < lists.length; ++other) position += blocks[other] < block ? 1 : 0;
+    choices[position] = block;
+  }
+  const int32_t num_chosen = num_kept + (own_block >= 0 ? 1 : 0);
+  if (member == 0 && own_block >= 0) choices[num_kept] = own_block;
+  for (int slot = num_chosen + member; slot < top_k; slot += width) choices[slot] = -1;
+}
+
+// Step 4 where a row may choose all it sees: there is nothing to score.
+__device__ __forceinline__ void write_all(int32_t num_visible, int member, int width, int32_t own_block, int32_t top_k,
+                                          int32_t* choices) {
+  for (int slot = member; slot < top_k; slot += width) {
+    choices[slot] = slot < num_visible ? slot : (slot == num_visible && own_block >= 0 ? own_block : -1);
+  }
+}
+
+}  // namespace route
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads, 1)
+    moba_route(const RouteArguments args) {
+  using Shared = RouteSharedMemory<Element, kHeadDim>;
+  Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
+  const MobaGeometry& geometry = args.geometry;
+  constexpr int kParts = kCentroidParts<Element>;
+  const int64_t num_list_entries = static_cast<int64_t>(Shared::kQueries) * args.list_length;
+  float* shared_lists = reinterpret_cast<float*>(&shared + 1);
+  const route::Lists lists{
+      args.are_lists_shared ? shared_lists : args.list_scores + blockIdx.x * num_list_entries,
+      args.are_lists_shared ? reinterpret_cast<int32_t*>(shared_lists + num_list_entries)
+                            : args.list_blocks + blockIdx.x * num_list_entries,
+      args.list_length};
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  const int row_chunks = static_cast<int>(divide_up(args.head_dim, kPerChunk));
+  const int used_chunks = static_cast<int>(divide_up(args.head_dim, 16)) * 16 / kPerChunk;
+
+  for (uint32_t work = blockIdx.x; work < args.num_work; work += gridDim.x) {
+    const uint32_t head_of_units = work / args.num_tiles;
+    const uint32_t unit_in_step = head_of_units / static_cast<uint32_t>(geometry.group);
+    const Unit unit = unit_at(geometry, args.first_unit + unit_in_step);
+    const int64_t head = unit.kv_head * geometry.group + head_of_units % static_cast<uint32_t>(geometry.group);
+    int64_t tile = work % args.num_tiles;
+    int64_t sequence_idx = 0;
+    if (geometry.is_packed()) {
+      sequence_idx = last_start_up_to(geometry.tile_starts, geometry.num_sequences + 1, tile);
+      if (sequence_idx >= geometry.num_sequences) continue;  // past the last tile: the grid is a bound
+      tile -= geometry.tile_starts[sequence_idx];
+    }
+    const SequenceOnDevice sequence = sequence_on_device(geometry, sequence_idx);
+    const int64_t first_query = tile * Shared::kQueries;
+    const Element* query_rows =
+        row_of<Element>(args.query, unit.batch_idx, head, sequence.first_query + first_query);
+
+    const int32_t most_visible = route::place_rows(geometry, sequence, first_query, shared);
+    const bool needs_scores = args.list_length > 0 && most_visible > args.list_length;
+    if (needs_scores) {
+      route::copy_rows(shared.query, query_rows, args.query.row_stride, sequence.num_queries - first_query,
+                       Shared::kQueries, used_chunks, row_chunks, Shared::kThreads);
+      cuda::copy_async_commit();
+      for (int64_t i = threadIdx.x; i < num_list_entries; i += Shared::kThreads) {
+        lists.scores[i] = -INFINITY;
+        lists.blocks[i] = route::kNoBlock;
+      }
+      const int64_t unit_block = unit_in_step * geometry.num_blocks + sequence.first_block;
+      for (int32_t first_block = 0; first_block < most_visible; first_block += Shared::kCentroids) {
+        const int count = most_visible - first_block < Shared::kCentroids ? most_visible - first_block
+                                                                          : Shared::kCentroids;
+        const Element* parts = static_cast<const Element*>(args.parts) +
+                               (unit_block + first_block) * kParts * args.row_elements;
+        // Step 1: part by part, each part's rows together.
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          for (int i = threadIdx.x; i < Shared::kCentroids * used_chunks; i += Shared::kThreads) {
+            const int row = i / used_chunks, chunk = i % used_chunks;
+            cuda::copy_chunk_async(shared.centroids, part * Shared::kCentroids + row, chunk,
+                                   parts + (static_cast<int64_t>(row) * kParts + part) * args.row_elements,
+                                   used_chunks, row < count);
+          }
+        }
+        cuda::copy_async_commit();
+        cuda::copy_async_wait<0>();
+        // Publishes centroids, and the first time queries, lists and what rows see, to all warps.
+        __syncthreads();
+        route::score_tile<Element, kHeadDim>(shared, args.head_dim, count);
+        // Publishes the warp's scores to its lanes.
+        __syncwarp();
+        route::select(args, shared, lists, query_rows,
+                      args.centroids + (unit_block + first_block) * args.row_elements, first_block, count);
+        // Tells all warps that the centroids have been used and may be overwritten.
+        __syncthreads();
+      }
+    } else {
+      // Publishes what the rows see to all warps.
+      __syncthreads();
+    }
+    const int width = args.group_width;
+    const int member = cuda::lane_id() % width;
+    for (int first = 0; first < Shared::kRowsPerWarp; first += cuda::kLanes / width) {
+      const int row = cuda::warp_id() * Shared::kRowsPerWarp + first + cuda::lane_id() / width;
+      const int32_t visible = shared.num_visible[row];
+      if (visible < 0) continue;
+      int32_t* choices =
+          row_of<int32_t>(args.block_indices, unit.batch_idx, head, sequence.first_query + first_query + row);
+      if (needs_scores) {
+        route::write_choices(lists, row, member, width, shared.own_block[row], geometry.top_k, choices);
+      } else {
+        route::write_all(visible < args.list_length ? visible : args.list_length, member, width,
+                         shared.own_block[row], geometry.top_k, choices);
+      }
+    }
+    // Tells all warps that lists and rows have been used and may be overwritten by the next tile's.
+    __syncthreads();
+  }
+}
+
+// What a launch of the kernel for one element type and head dimension needs to know of it.
+struct RouteKernel {
+  Dtype dtype;
+  int64_t most_head_dim;
+  int64_t queries_per_tile;
+  size_t (*shared_bytes)(int64_t list_length);
+  void (*launch)(const RouteArguments& args, int64_t num_thread_blocks, size_t shared_bytes, cudaStream_t stream);
+};
+
+template <typename Element, int kHeadDim>
+constexpr RouteKernel route_kernel(Dtype dtype) {
+  using Shared = RouteSharedMemory<Element, kHeadDim>;
+  return {dtype, kHeadDim, Shared::kQueries, &Shared::bytes_with_lists,
+          [](const RouteArguments& args, int64_t num_thread_blocks, size_t shared_bytes, cudaStream_t stream) {
+            cuda::launch(moba_route<Element, kHeadDim>,
+                         {dim3(static_cast<unsigned>(num_thread_blocks)), dim3(Shared::kThreads), shared_bytes, stream},
+                         args);
+          }};
+}
+
+// One translation unit an element type: tables of three head dimensions, ascending.
+extern const RouteKernel kRouteFloat32[3];
+extern const RouteKernel kRouteBFloat16[3];
+extern const RouteKernel kRouteFloat16[3];
+
+}  // namespace topgather

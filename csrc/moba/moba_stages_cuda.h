@@ -1,0 +1,93 @@
+// Stages that several CUDA ops of block attention share: geometry of packed sequences, block lists.
+#pragma once
+
+#include "moba_geometry_cuda.cuh"
+#include "moba_waves_cuda.h"
+
+namespace topgather {
+
+// The geometry of a problem; packed boundaries are put in order by a small kernel on `stream`. `query_tile` is the number
+// of queries that tile_starts counts by. With no memory behind the cutter nothing is launched.
+MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, WorkspaceCutter& cutter,
+                              cudaStream_t stream);
+
+// Key-major lists of a wave's choices.
+struct BlockListsOnDevice {
+  int32_t* counts;        // [unit, chunk, block] int32: choices of each chunk of rows; then where the chunk's begin
+  int32_t* list_starts;   // [unit, block + 1] int32: first entry of each block's list
+  int32_t* item_starts;   // [unit, block + 1] int32: work items before each block's
+  int32_t* entries;       // [unit, row * top_k] int32: the lists, ascending within a block
+  uint16_t* is_row_valid;  // [unit, row] uint16: the row's choices exist and differ
+  int64_t num_chunks;     // of a unit
+  int64_t num_rows;       // of a unit
+};
+
+// Bytes per row and per unit that take_lists will need.
+int64_t list_row_bytes(const MobaProblem& problem);
+int64_t list_unit_bytes(const MobaProblem& problem);
+BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int64_t num_queries,
+                              WorkspaceCutter& cutter);
+
+// Work items of a unit at most: every list is cut into pieces of entries_per_item.
+int64_t most_items(const MobaProblem& problem, int64_t num_queries, int64_t entries_per_item);
+
+struct LayoutArguments {
+  MobaGeometry geometry;
+  Wave wave;
+  ConstTensor block_indices;  // [batch, query head, query, K] int32
+  BlockListsOnDevice lists;
+  int32_t entries_per_item;
+};
+void build_block_lists(const LayoutArguments& arguments, cudaStream_t stream);
+
+// One work item: up to entries_per_item entries of one block's list.
+struct WorkItem {
+  const int32_t* entries;  // [num_entries] int32: row * top_k + slot
+  int32_t num_entries;
+  KeyBlock block;
+};
+
+// False past the last item: grids are bounds taken from shapes.
+__device__ __forceinline__ bool find_work_item(const MobaGeometry& geometry, const BlockListsOnDevice& lists,
+                                               int64_t unit_in_wave, int32_t item_idx, int32_t entries_per_item,
+                                               WorkItem& item) {
+  const int64_t num_blocks = geometry.num_blocks;
+  const int32_t* item_starts = lists.item_starts + unit_in_wave * (num_blocks + 1);
+  const int32_t* list_starts = lists.list_starts + unit_in_wave * (num_blocks + 1);
+  if (item_idx >= item_starts[num_blocks]) return false;
+  const int64_t block = last_start_up_to(item_starts, num_blocks + 1, item_idx);
+  const int32_t first = list_starts[block] + (item_idx - item_starts[block]) * entries_per_item;
+  const int32_t left = list_starts[block + 1] - first;
+  item.entries = lists.entries + unit_in_wave * lists.num_rows * geometry.top_k + first;
+  item.num_entries = left < entries_per_item ? left : entries_per_item;
+  item.block = key_block_on_device(geometry, block);
+  return true;
+}
+
+// Mean keys of every block of the units first_unit .. first_unit + num_units, for the router.
+struct CentroidArguments {
+  MobaGeometry geometry;
+  int64_t first_unit;
+  int64_t head_dim;
+  int64_t row_elements;     // of a centroid row that are written, those past head_dim as zeros
+  ConstTensor key;          // [batch, kv head, key, D] dtype
+  MutableTensor centroids;  // [batch, kv head, block, row_elements] float32; for the router [0, unit, block, ..]
+  uint32_t* largest;        // [unit] bits of the largest finite magnitude; null when not asked for
+  bool is_by_unit;          // centroids are addressed by unit, not by batch entry and head
+};
+void launch_centroids(Dtype dtype, const CentroidArguments& arguments, int64_t num_units, cudaStream_t stream);
+
+// The row of block_indices that belongs to row `row` of a unit of a wave, and the query's own place.
+struct WaveRow {
+  int64_t query;  // row in the tensors
+  int64_t head;   // query head
+};
+__device__ __forceinline__ WaveRow wave_row(const MobaGeometry& geometry, const Wave& wave, const Unit& unit,
+                                            int64_t row) {
+  // Rows of a wave number less than 2^31: 32-bit division is several times cheaper.
+  const uint32_t head_in_group = static_cast<uint32_t>(row) / static_cast<uint32_t>(wave.num_queries);
+  const uint32_t query = static_cast<uint32_t>(row) - head_in_group * static_cast<uint32_t>(wave.num_queries);
+  return {wave.first_query + query, unit.kv_head * geometry.group + head_in_group};
+}
+
+}  // namespace topgather

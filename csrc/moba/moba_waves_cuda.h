@@ -1,0 +1,101 @@
+// How a problem is cut into waves, and what each wave finds where in the workspace. Decided on the host, from shapes
+// alone: no kernel's result is ever waited for.
+//
+// A wave is either all queries of some units, or some queries of one unit. Its rows are numbered through the unit's
+// query heads: row = head_in_group * num_queries + query. An entry is one choice: entry = row * top_k + slot.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "moba_config_cuda.h"
+#include "moba_geometry_cuda.cuh"
+#include "moba_params.h"
+
+namespace topgather {
+
+constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q != nullptr; }
+
+// Key blocks of a unit. Packed: a bound, since every sequence may end in a short block.
+inline int64_t blocks_per_unit(const MobaProblem& problem) {
+  if (!is_packed(problem)) return divide_up(problem.key_len, problem.block_size);
+  const int64_t sequences = problem.batch_size < problem.key_len ? problem.batch_size : problem.key_len;
+  return problem.key_len / problem.block_size + sequences;
+}
+inline int64_t count_units(const MobaProblem& problem) {
+  return (is_packed(problem) ? 1 : problem.batch_size) * problem.num_kv_heads;
+}
+inline int64_t heads_per_unit(const MobaProblem& problem) { return problem.num_query_heads / problem.num_kv_heads; }
+
+struct Wave {
+  int64_t first_unit;
+  int64_t num_units;
+  int64_t first_query;
+  int64_t num_queries;
+};
+
+// Bytes that a wave needs for each row, for each unit whatever its rows, and in all.
+struct WaveDemand {
+  int64_t row_bytes;
+  int64_t unit_bytes;
+  int64_t budget;
+};
+
+struct WavePlan {
+  int64_t units_per_wave;
+  int64_t queries_per_wave;
+  int64_t num_unit_steps;
+  int64_t num_query_steps;
+
+  int64_t num_waves() const { return num_unit_steps * num_query_steps; }
+  Wave wave(const MobaProblem& problem, int64_t wave_idx) const {
+    const int64_t first_unit = wave_idx / num_query_steps * units_per_wave;
+    const int64_t first_query = wave_idx % num_query_steps * queries_per_wave;
+    const int64_t units_left = count_units(problem) - first_unit;
+    const int64_t queries_left = problem.query_len - first_query;
+    return {first_unit, units_left < units_per_wave ? units_left : units_per_wave, first_query,
+            queries_left < queries_per_wave ? queries_left : queries_per_wave};
+  }
+};
+
+inline WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand) {
+  const int64_t group = heads_per_unit(problem);
+  const int64_t num_units = count_units(problem);
+  int64_t queries = (demand.budget - demand.unit_bytes) / (demand.row_bytes * group);
+  const int64_t most_by_index = INT32_MAX / (group * problem.top_k);
+  queries = queries < most_by_index ? queries : most_by_index;
+  if (queries >= problem.query_len) {
+    const int64_t unit_bytes = demand.unit_bytes + problem.query_len * group * demand.row_bytes;
+    int64_t units = unit_bytes > 0 ? demand.budget / unit_bytes : num_units;
+    units = units < 1 ? 1 : (units < num_units ? units : num_units);
+    units = units < MobaWaveConfig::kMostUnits ? units : MobaWaveConfig::kMostUnits;
+    return {units, problem.query_len, divide_up(num_units, units), 1};
+  }
+  queries = queries < 1 ? 1 : queries;
+  const int64_t num_steps = divide_up(problem.query_len, queries);
+  const int64_t even = multiple_of(divide_up(problem.query_len, num_steps), 64);
+  queries = even < queries ? even : queries;
+  return {1, queries, num_units, divide_up(problem.query_len, queries)};
+}
+
+// Hands out 256-byte aligned pieces of the workspace; without memory behind it, it only counts.
+class WorkspaceCutter {
+ public:
+  explicit WorkspaceCutter(void* base) : base_(static_cast<unsigned char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    unsigned char* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += multiple_of(count * static_cast<int64_t>(sizeof(T)), 256);
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  unsigned char* base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace topgather

@@ -1,0 +1,23 @@
+// The emulated stand-ins for topgather._native: the CUDA entry points, and the emulator's controls. One object serves
+// both modules; they differ in what they are linked with.
+#include "runtime/bindings.h"
+
+#if defined(TOPGATHER_EMULATION_HAVE_MOBA)
+namespace topgather {
+void bind_moba_cuda(pybind11::module_& module);
+}
+#endif
+
+namespace {
+
+void fill(pybind11::module_& module, bool is_checked) {
+  topgather::emulation::bind_emulation(module, is_checked);
+#if defined(TOPGATHER_EMULATION_HAVE_MOBA)
+  topgather::bind_moba_cuda(module);
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native_emulated, module) { fill(module, false); }
+PYBIND11_MODULE(_native_emulated_checked, module) { fill(module, true); }
