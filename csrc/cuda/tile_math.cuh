@@ -19,6 +19,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Columns of a 16 x 8 block that one lane holds, and rows.
 constexpr int kBlockRows = 16;
 constexpr int kBlockColumns = 8;
+// Steps of 16 in depth that are laid out in a row: enough to overlap loads with products, few enough to spare registers.
+constexpr int kDepthUnroll = 4;
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kLanes; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kLanes; }
@@ -60,7 +62,7 @@ __device__ __forceinline__ void multiply_by_rows(float (&c)[kM][kN][4], TileA& a
       }
     }
   } else {
-#pragma unroll
+#pragma unroll kDepthUnroll
     for (int k = 0; k < TileA::kColumns / 16; ++k) {
       if (k * 16 >= depth) break;
       uint32_t left[kM][4];
@@ -118,7 +120,7 @@ __device__ __forceinline__ void multiply_by_columns(float (&c)[kM][kN][4], TileA
     }
   } else {
     constexpr int kSteps = (kIsTransposed ? TileA::kRows : TileA::kColumns) / 16;
-#pragma unroll
+#pragma unroll kDepthUnroll
     for (int k = 0; k < kSteps; ++k) {
       if (k * 16 >= depth) break;
       uint32_t left[kM][4];

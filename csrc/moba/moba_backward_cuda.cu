@@ -149,8 +149,9 @@ WavePlan plan_backward(const MobaProblem& problem, bool is_deterministic) {
   const int64_t row_bytes = list_row_bytes(problem) + 4 + sums_per_row * elements_of(problem.head_dim) * 4;
   const int64_t unit_bytes = list_unit_bytes(problem) +
                              problem.key_len * (elements_of(problem.head_dim) + elements_of(problem.value_dim)) * 4;
-  const int64_t budget = std::max(MobaWaveConfig::kBackwardBudget, unit_bytes + kLeastWaveBytes);
-  return plan_waves(problem, {row_bytes, unit_bytes, budget});
+  const int64_t budget = workspace_budget(MobaWaveConfig::kBackwardBudget);
+  const int64_t least = unit_bytes + std::min(budget, kLeastWaveBytes);
+  return plan_waves(problem, {row_bytes, unit_bytes, std::max(budget, least)});
 }
 
 BackwardWorkspace take_workspace(const MobaProblem& problem, bool is_deterministic, int64_t num_units,

@@ -19,7 +19,7 @@
 // All query heads of the group stand in the same lists: nothing is expanded.
 // Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. Hidden
 // pairs weigh 0, and 0 x inf is NaN: a tile that hides keys and holds numbers that are not finite takes steps 4 and 5 in
-// plain arithmetic over visible pairs alone.
+// plain arithmetic over visible pairs alone, straight to memory.
 // Ties do not arise. Determinism: sums over thread blocks are atomic additions of float32, in any order; the
 // deterministic way has one item a list, a place of its own for each entry's grad_query, and no atomics.
 #pragma once
@@ -174,72 +174,89 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
   const int first_row = warp_id() % Shared::kRowWarps * 16;
   const int first_key = warp_id() / Shared::kRowWarps * Shared::kKeysPerWarp;
   if (first_key >= Shared::kKeys) return;  // whole warps
-  float scores[1][Shared::kKeysPerWarp / 8][4], d_weights[1][Shared::kKeysPerWarp / 8][4];
-  cuda::fill(scores, 0.0f);
-  cuda::fill(d_weights, 0.0f);
-  cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, first_key, num_keys - first_key, args.head_dim);
-  cuda::multiply_by_rows(d_weights, shared.grad_out, first_row, shared.value, first_key, num_keys - first_key,
-                         args.value_dim);
-  const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = first_row + h * 8 + g;
-    const int num_visible = shared.num_visible[row];
-    const float lse = shared.lse[row], shift = shared.shift[row];
-#pragma unroll
-    for (int n = 0; n < Shared::kKeysPerWarp / 8; ++n) {
-      float weights[2], d_scores[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool is_visible = first_key + n * 8 + 2 * t + e < num_visible;
-        const float weight = cuda::exp2_approximate(scores[0][n][2 * h + e] * args.score_scale - lse);
-        weights[e] = is_visible ? weight : 0.0f;
-        d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) : 0.0f;
-      }
-      cuda::store_pair(shared.weights, row, first_key + n * 8 + 2 * t, weights[0], weights[1]);
-      cuda::store_pair(shared.d_scores, row, first_key + n * 8 + 2 * t, d_scores[0], d_scores[1]);
-    }
-  }
-}
-
-// Step 4 over visible pairs alone: sums[key][column] += left[row][key] right[row][column].
-template <typename Shared, typename TileA, typename TileB, int kN>
-__device__ __forceinline__ void add_seen_to_keys(float (&sums)[1][kN][4], const Shared& shared, TileA& left,
-                                                 TileB& right, int first_key, int first_column, int num_columns,
-                                                 int num_rows) {
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll 1
-  for (int row = 0; row < num_rows; ++row) {
-    const int num_visible = shared.num_visible[row];
+  for (int key = first_key; key < first_key + Shared::kKeysPerWarp; key += 16) {
+    float scores[1][2][4], d_weights[1][2][4];
+    cuda::fill(scores, 0.0f);
+    cuda::fill(d_weights, 0.0f);
+    cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, key, num_keys - key, args.head_dim);
+    cuda::multiply_by_rows(d_weights, shared.grad_out, first_row, shared.value, key, num_keys - key, args.value_dim);
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + h * 8 + g;
+      const int num_visible = shared.num_visible[row];
+      const float lse = shared.lse[row], shift = shared.shift[row];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int key = first_key + e / 2 * 8 + g, column = n * 8 + 2 * t + e % 2;
-        if (key >= num_visible || column >= num_columns) continue;
-        sums[0][n][e] = fmaf(cuda::to_float(left.at(row, key)), cuda::to_float(right.at(row, first_column + column)),
-                             sums[0][n][e]);
+      for (int n = 0; n < 2; ++n) {
+        float weights[2], d_scores[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool is_visible = key + n * 8 + 2 * t + e < num_visible;
+          const float weight = cuda::exp2_approximate(scores[0][n][2 * h + e] * args.score_scale - lse);
+          weights[e] = is_visible ? weight : 0.0f;
+          d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) : 0.0f;
+        }
+        cuda::store_pair(shared.weights, row, key + n * 8 + 2 * t, weights[0], weights[1]);
+        cuda::store_pair(shared.d_scores, row, key + n * 8 + 2 * t, d_scores[0], d_scores[1]);
       }
     }
   }
 }
 
-// Step 5 over visible pairs alone: sums[row][column] += d_scores[row][key] key[key][column].
-template <typename Shared, int kN>
-__device__ __forceinline__ void add_seen_to_queries(float (&sums)[1][kN][4], Shared& shared, int first_row,
-                                                    int first_column, int num_columns) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+// Where grad_query of an entry goes, in elements.
+__device__ __forceinline__ int64_t grad_query_row(const BackwardArguments& args, int64_t unit_in_wave, int32_t entry) {
+  const int64_t rows_before = unit_in_wave * args.lists.num_rows;
+  const int64_t row = args.is_deterministic ? rows_before * args.geometry.top_k + entry
+                                            : rows_before + entry / args.geometry.top_k;
+  return row * args.key_elements;
+}
+
+// One sum to memory: atomically, or by the one thread that owns it.
+__device__ __forceinline__ void add_one(float* address, float value, bool is_deterministic) {
+  if (is_deterministic) {
+    *address += value;
+  } else {
+    cuda::add_atomic(address, value);
+  }
+}
+
+// Steps 4 and 5 over visible pairs alone, straight to memory. Rare and slow: a thread takes an element of a gradient at a
+// time and sums over the tile.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void add_seen_pairs(const BackwardArguments& args, int64_t unit_in_wave, int64_t unit_key,
+                                               int num_rows, int num_keys, int chunk,
+                                               BackwardSharedMemory<Element, kHeadDim>& shared) {
+  using Shared = BackwardSharedMemory<Element, kHeadDim>;
+  const auto add_to_keys = [&](auto& left, auto& right, int num_columns, float* sums, int64_t row_elements,
+                               float factor) {
 #pragma unroll 1
-  for (int key = 0; key < Shared::kKeys; ++key) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = first_row + e / 2 * 8 + g, column = n * 8 + 2 * t + e % 2;
-        if (key >= shared.num_visible[row] || column >= num_columns) continue;
-        sums[0][n][e] = fmaf(cuda::to_float(shared.d_scores.at(row, key)),
-                             cuda::to_float(shared.key.at(key, first_column + column)), sums[0][n][e]);
+    for (int i = threadIdx.x; i < num_keys * num_columns; i += Shared::kThreads) {
+      const int key = i / num_columns, column = i % num_columns;
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int row = 0; row < num_rows; ++row) {
+        if (key >= shared.num_visible[row]) continue;
+        sum = fmaf(cuda::to_float(left.at(row, key)), cuda::to_float(right.at(row, column)), sum);
       }
+      add_one(sums + (unit_key + key) * row_elements + column, sum * factor, args.is_deterministic);
+    }
+  };
+  add_to_keys(shared.weights, shared.grad_out, args.value_dim, args.grad_value, args.value_elements, 1.0f);
+  add_to_keys(shared.d_scores, shared.query, args.head_dim, args.grad_key, args.key_elements, args.scale);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < num_rows * args.head_dim; i += Shared::kThreads) {
+    const int row = i / args.head_dim, column = i % args.head_dim;
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int key = 0; key < shared.num_visible[row]; ++key) {
+      sum = fmaf(cuda::to_float(shared.d_scores.at(row, key)), cuda::to_float(shared.key.at(key, column)), sum);
+    }
+    float* grad = args.grad_query + grad_query_row(args, unit_in_wave, shared.entry[row]) + column;
+    if (args.is_deterministic && chunk == 0) {
+      *grad = sum * args.scale;
+    } else {
+      add_one(grad, sum * args.scale, args.is_deterministic);
     }
   }
 }
@@ -264,10 +281,7 @@ __device__ __forceinline__ void add_grad_query(const BackwardArguments& args, in
   for (int h = 0; h < 2; ++h) {
     const int32_t entry = shared.entry[first_row + h * 8 + g];
     if (entry < 0) continue;
-    const int64_t rows_before = unit_in_wave * args.lists.num_rows;
-    const int64_t place = args.is_deterministic ? rows_before * args.geometry.top_k + entry
-                                                : rows_before + entry / args.geometry.top_k;
-    float* grad = args.grad_query + place * args.key_elements + first_column;
+    float* grad = args.grad_query + grad_query_row(args, unit_in_wave, entry) + first_column;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const int column = n * 8 + 2 * t;
@@ -305,7 +319,8 @@ __device__ __forceinline__ void add_key_gradient(float* rows, int64_t row_elemen
 }  // namespace backward
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThreads,
+                                  BackwardSharedMemory<Element, kHeadDim>::Tiles::kBlocksPerProcessor)
     moba_attend_blocks_backward(const BackwardArguments args) {
   using Shared = BackwardSharedMemory<Element, kHeadDim>;
   Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
@@ -321,6 +336,7 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
   const int num_keys = min(Shared::kKeys, item.block.num_keys - first_key);
   if (num_keys <= 0) return;
   const int64_t key_row = item.block.first_key + first_key;
+  const int64_t unit_key = unit_in_wave * args.geometry.key_len + key_row;
   backward::copy_rows_async(shared.key, row_of<Element>(args.key, unit.batch_idx, unit.kv_head, key_row),
                             args.key.row_stride, num_keys, args.head_dim, Shared::kThreads);
   backward::copy_rows_async(shared.value, row_of<Element>(args.value, unit.batch_idx, unit.kv_head, key_row),
@@ -360,34 +376,26 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
     }
     // Publishes weights and gradients of scores to all warps, and whether the tile needs care.
     is_unusual = __syncthreads_or(is_unusual ? 1 : 0) != 0;
-    if (!is_unusual) {
+    if (is_unusual) {
+      backward::add_seen_pairs<Element, kHeadDim>(args, unit_in_wave, unit_key, num_rows, num_keys, chunk, shared);
+    } else {
       cuda::multiply_by_columns<true>(grad_value, shared.weights, warp_key, shared.grad_out, key_column,
                                       args.value_dim - key_column, num_rows);
       cuda::multiply_by_columns<true>(grad_key, shared.d_scores, warp_key, shared.query, key_column,
                                       args.head_dim - key_column, num_rows);
-    } else {
-      backward::add_seen_to_keys(grad_value, shared, shared.weights, shared.grad_out, warp_key, key_column,
-                                 args.value_dim - key_column, num_rows);
-      backward::add_seen_to_keys(grad_key, shared, shared.d_scores, shared.query, warp_key, key_column,
-                                 args.head_dim - key_column, num_rows);
-    }
 #pragma unroll 1
-    for (int panel = 0; panel < Shared::kQueryColumns; panel += Shared::kPanelColumns) {
-      const int column = query_column + panel;
-      float grad_query[1][Shared::kPanelColumns / 8][4];
-      cuda::fill(grad_query, 0.0f);
-      if (!is_unusual) {
+      for (int panel = 0; panel < Shared::kQueryColumns; panel += Shared::kPanelColumns) {
+        const int column = query_column + panel;
+        float grad_query[1][Shared::kPanelColumns / 8][4];
+        cuda::fill(grad_query, 0.0f);
         cuda::multiply_by_columns<false>(grad_query, shared.d_scores, first_row, shared.key, column,
                                          args.head_dim - column, num_keys);
-      } else {
-        backward::add_seen_to_queries(grad_query, shared, first_row, column, args.head_dim - column);
+        backward::add_grad_query<Element, kHeadDim>(args, unit_in_wave, shared, first_row, column, chunk, grad_query);
       }
-      backward::add_grad_query<Element, kHeadDim>(args, unit_in_wave, shared, first_row, column, chunk, grad_query);
     }
     // Tells all threads that the tile has been used and the next one may overwrite it.
     __syncthreads();
   }
-  const int64_t unit_key = unit_in_wave * args.geometry.key_len + key_row;
   backward::add_key_gradient(args.grad_key + unit_key * args.key_elements, args.key_elements, grad_key, args.scale,
                              warp_key, num_keys, key_column, args.head_dim, args.is_deterministic);
   backward::add_key_gradient(args.grad_value + unit_key * args.value_elements, args.value_elements, grad_value, 1.0f,

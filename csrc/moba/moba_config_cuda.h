@@ -22,6 +22,9 @@ struct MobaLayoutConfig {
   static constexpr int kThreads = 256;
   static constexpr int kRowsPerChunk = 256;  // counted together, then filled by one warp in order
   static constexpr int kChunksPerThreadBlock = 4;
+  static constexpr int kScanUnroll = 16;  // chunks whose counts are on their way at once
+  // Cursors of a thread block's chunks lie in shared memory up to this size, else in global memory.
+  static constexpr int kMostCursorBytes = 64 * 1024;
 };
 
 struct MobaCentroidConfig {
@@ -56,6 +59,8 @@ struct MobaBackwardTiles {
   static constexpr int kQueries = kTier <= 128 ? 64 : (kTier <= 256 ? 32 : 16);
   static constexpr int kKeys = kQueries;
   static constexpr int kWarps = kTier <= 256 ? 8 : 4;
+  // Registers are bounded so that this many thread blocks share a multiprocessor and hide each other's waits.
+  static constexpr int kBlocksPerProcessor = 2;
   static constexpr int kPanelColumns = 32;  // of grad_query that a warp holds in registers at a time
   static constexpr int kEntriesPerItem = 4096;
 };

@@ -35,4 +35,8 @@ int64_t moba_backward_workspace_bytes(const MobaProblem& problem, bool is_determ
 void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& workspace, bool is_deterministic,
                         const CudaPlace& place);
 
+// Bounds the workspace of each op in bytes, as far as it can be: 0 restores the configured bounds. Returns the bound
+// before. A call and its workspace must be made under the same bound.
+int64_t moba_cuda_set_budget(int64_t bytes);
+
 }  // namespace topgather

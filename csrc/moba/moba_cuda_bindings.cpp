@@ -1,6 +1,5 @@
 // Block attention on CUDA as Python sees it: addresses, sizes and strides in, nothing out. Also compiled into the emulated
 // module of the tests, which checks every access of every kernel against the memory that is declared here.
-#include <functional>
 #include <string>
 
 #include "../bindings.h"
@@ -110,6 +109,7 @@ void bind_moba_cuda(py::module_& module) {
     require(kind == "backward_deterministic", "unknown kind of workspace");
     return moba_backward_workspace_bytes(problem, true);
   });
+  module.def("moba_cuda_set_budget", &moba_cuda_set_budget);
   module.def("moba_route_cuda", [](const py::tuple& p, const py::tuple& query, const py::tuple& key,
                                    const py::tuple& block_indices, const py::tuple& workspace, int device,
                                    int64_t stream) {

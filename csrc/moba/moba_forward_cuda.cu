@@ -133,7 +133,7 @@ int64_t partial_elements_of(const MobaProblem& problem) { return multiple_of(pro
 WavePlan plan_forward(const MobaProblem& problem) {
   const int64_t entry_bytes = partial_elements_of(problem) * element_bytes(problem.dtype) + 4;
   return plan_waves(problem, {list_row_bytes(problem) + problem.top_k * entry_bytes, list_unit_bytes(problem),
-                              MobaWaveConfig::kForwardBudget});
+                              workspace_budget(MobaWaveConfig::kForwardBudget)});
 }
 
 ForwardWorkspace take_workspace(const MobaProblem& problem, int64_t num_units, int64_t num_queries,

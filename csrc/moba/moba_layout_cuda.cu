@@ -5,16 +5,19 @@
 // block its sequence does not have, or one block twice. Nothing is sorted and nothing waits for the host.
 //
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
-//   1. moba_count_choices: a warp takes a row, judges it, and counts its choices per (chunk, block);
+//   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per (chunk, block);
 //   2. moba_scan_chunks: a thread takes a block and turns its chunk counts into starts within the block's list;
 //   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks;
-//   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side. A valid row names
-//      no block twice, so the lanes of one step never meet, and the order of rows is the order of entries.
+//   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor per
+//      block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the order
+//      of entries. Choices are read and judged several rows at a time.
 // Numerics: integers. Determinism: counts are sums of ones, everything else has a fixed order.
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "moba_cuda.h"
 #include "moba_stages_cuda.h"
+
+#include <algorithm>
 
 namespace topgather {
 
@@ -130,54 +133,95 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
 
 namespace {
 
-__device__ __forceinline__ const int32_t* choices_of(const LayoutArguments& args, const Unit& unit,
-                                                     const WaveRow& place) {
-  return row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query);
+// Rows side by side in a warp, a lane a choice: as many whole rows as fit. With more than 32 slots, a row takes the warp
+// and its slots go by in rounds of 32.
+struct LaneRows {
+  int rows_per_warp;
+  int row;          // of the lane, in the warp
+  int first_slot;   // of the lane
+  unsigned lanes;   // of the lane's row
+  bool is_used;
+};
+
+__device__ __forceinline__ LaneRows lane_rows(int32_t top_k) {
+  const int lane = lane_id();
+  if (top_k > kLanes) return {1, 0, lane, kAllLanes, true};
+  const int rows_per_warp = kLanes / top_k;
+  const int row = lane / top_k;
+  const unsigned slots = top_k == kLanes ? kAllLanes : (1u << top_k) - 1;
+  return {rows_per_warp, row, lane - row * top_k, row < rows_per_warp ? slots << (row * top_k) : 0u,
+          row < rows_per_warp};
+}
+
+// A row of the wave as the lanes that share it see it.
+struct RowChoices {
+  int64_t query;
+  SequenceOnDevice sequence;
+  const int32_t* choices;  // [top_k] int32
+};
+
+__device__ __forceinline__ RowChoices row_choices(const LayoutArguments& args, const Unit& unit, int64_t row) {
+  const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
+  return {place.query, sequence_of_query(args.geometry, place.query),
+          row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query)};
 }
 
 }  // namespace
 
 // Step 1.
-__global__ void __launch_bounds__(kThreads) moba_count_choices(const LayoutArguments args) {
+__global__ void __launch_bounds__(kThreads, 1) moba_count_choices(const LayoutArguments args) {
   const MobaGeometry& geometry = args.geometry;
   const BlockListsOnDevice& lists = args.lists;
-  const int lane = lane_id();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
-  if (row >= lists.num_rows) return;  // whole warps, and no barrier follows
+  const LaneRows lanes = lane_rows(geometry.top_k);
+  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp_id()) * lanes.rows_per_warp;
+  if (first_row >= lists.num_rows) return;  // whole warps, and no barrier follows
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
-  const WaveRow place = wave_row(geometry, args.wave, unit, row);
-  const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-  const int32_t* choices = choices_of(args, unit, place);
-  bool is_faulty = !sequence.exists;
-  for (int slot = lane; slot < geometry.top_k; slot += kLanes) {
-    const int32_t choice = choices[slot];
-    is_faulty = is_faulty || choice < -1 || choice >= sequence.num_blocks;
-    for (int other = 0; other < slot; ++other) is_faulty = is_faulty || (choice >= 0 && choices[other] == choice);
+  const int64_t row = first_row + lanes.row;
+  const bool is_there = lanes.is_used && row < lists.num_rows;
+  RowChoices mine{};
+  bool is_faulty = false;
+  if (is_there) {
+    mine = row_choices(args, unit, row);
+    is_faulty = !mine.sequence.exists;
+    for (int slot = lanes.first_slot; slot < geometry.top_k; slot += kLanes) {
+      const int32_t choice = mine.choices[slot];
+      is_faulty = is_faulty || choice < -1 || choice >= mine.sequence.num_blocks;
+      for (int other = 0; other < slot; ++other) is_faulty = is_faulty || (choice >= 0 && mine.choices[other] == choice);
+    }
   }
-  const bool is_valid = !__any_sync(kAllLanes, is_faulty);
-  if (lane == 0) lists.is_row_valid[blockIdx.y * lists.num_rows + row] = is_valid ? 1 : 0;
+  const bool is_valid = (__ballot_sync(kAllLanes, is_faulty) & lanes.lanes) == 0;
+  if (!is_there) return;  // nothing below is done by the warp as a whole
+  if (lanes.first_slot == 0) lists.is_row_valid[blockIdx.y * lists.num_rows + row] = is_valid ? 1 : 0;
   if (!is_valid) return;
   int32_t* counts = lists.counts + (blockIdx.y * lists.num_chunks + row / kRowsPerChunk) * geometry.num_blocks;
-  for (int slot = lane; slot < geometry.top_k; slot += kLanes) {
-    const int32_t choice = choices[slot];
-    if (num_visible_keys(geometry, sequence, place.query, choice) > 0) {
-      cuda::add_atomic(counts + sequence.first_block + choice, 1);
+  for (int slot = lanes.first_slot; slot < geometry.top_k; slot += kLanes) {
+    const int32_t choice = mine.choices[slot];
+    if (num_visible_keys(geometry, mine.sequence, mine.query, choice) > 0) {
+      cuda::add_atomic(counts + mine.sequence.first_block + choice, 1);
     }
   }
 }
 
 // Step 2. Leaves each list's length in list_starts.
-__global__ void __launch_bounds__(kThreads) moba_scan_chunks(const LayoutArguments args) {
+__global__ void __launch_bounds__(kThreads, 1) moba_scan_chunks(const LayoutArguments args) {
+  constexpr int kUnroll = MobaLayoutConfig::kScanUnroll;
   const BlockListsOnDevice& lists = args.lists;
   const int64_t num_blocks = args.geometry.num_blocks;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (block >= num_blocks) return;
   int32_t* counts = lists.counts + blockIdx.y * lists.num_chunks * num_blocks + block;
   int32_t total = 0;
-  for (int64_t chunk = 0; chunk < lists.num_chunks; ++chunk) {
-    const int32_t count = counts[chunk * num_blocks];
-    counts[chunk * num_blocks] = total;
-    total += count;
+  for (int64_t first = 0; first < lists.num_chunks; first += kUnroll) {
+    int32_t count[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      count[i] = first + i < lists.num_chunks ? counts[(first + i) * num_blocks] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i < lists.num_chunks) counts[(first + i) * num_blocks] = total;
+      total += count[i];
+    }
   }
   lists.list_starts[blockIdx.y * (num_blocks + 1) + block] = total;
 }
@@ -243,33 +287,50 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
   }
 }
 
-// Step 4.
-__global__ void __launch_bounds__(kFillWarps* kLanes) moba_fill_lists(const LayoutArguments args) {
+// Step 4. Shared memory, where it is asked for: cursors [chunk of the thread block, block] int32.
+__global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const LayoutArguments args) {
   const MobaGeometry& geometry = args.geometry;
   const BlockListsOnDevice& lists = args.lists;
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kFillWarps + warp_id();
   if (chunk >= lists.num_chunks) return;  // whole warps, and no block-wide barrier follows
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
-  int32_t* cursors = lists.counts + (blockIdx.y * lists.num_chunks + chunk) * geometry.num_blocks;
   const int32_t* list_starts = lists.list_starts + blockIdx.y * (geometry.num_blocks + 1);
+  int32_t* counts = lists.counts + (blockIdx.y * lists.num_chunks + chunk) * geometry.num_blocks;
+  int32_t* cursors = args.are_cursors_shared
+                         ? reinterpret_cast<int32_t*>(cuda::dynamic_shared_memory()) + warp_id() * geometry.num_blocks
+                         : counts;
+  for (int64_t block = lane_id(); block < geometry.num_blocks; block += kLanes) {
+    cursors[block] = counts[block] + list_starts[block];
+  }
+  // Publishes the cursors to the warp's lanes.
+  __syncwarp();
   int32_t* entries = lists.entries + blockIdx.y * lists.num_rows * geometry.top_k;
   const uint16_t* is_row_valid = lists.is_row_valid + blockIdx.y * lists.num_rows;
-  const int64_t first_row = chunk * kRowsPerChunk;
-  const int64_t last_row = first_row + kRowsPerChunk < lists.num_rows ? first_row + kRowsPerChunk : lists.num_rows;
-  for (int64_t row = first_row; row < last_row; ++row) {
-    if (is_row_valid[row] == 0) continue;
-    const WaveRow place = wave_row(geometry, args.wave, unit, row);
-    const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-    const int32_t* choices = choices_of(args, unit, place);
-    for (int slot = lane_id(); slot < geometry.top_k; slot += kLanes) {
-      const int32_t choice = choices[slot];
-      if (num_visible_keys(geometry, sequence, place.query, choice) == 0) continue;
-      const int64_t block = sequence.first_block + choice;
-      const int32_t position = list_starts[block] + cursors[block]++;
-      entries[position] = static_cast<int32_t>(row * geometry.top_k + slot);
+  const LaneRows lanes = lane_rows(geometry.top_k);
+  const int64_t first_of_chunk = chunk * kRowsPerChunk;
+  const int64_t end = first_of_chunk + kRowsPerChunk < lists.num_rows ? first_of_chunk + kRowsPerChunk : lists.num_rows;
+  for (int64_t first_row = first_of_chunk; first_row < end; first_row += lanes.rows_per_warp) {
+    const int64_t row = first_row + lanes.row;
+    const bool is_there = lanes.is_used && row < end && is_row_valid[row] != 0;
+    RowChoices mine{};
+    if (is_there) mine = row_choices(args, unit, row);
+    for (int round = 0; round < geometry.top_k; round += kLanes) {
+      const int slot = round + lanes.first_slot;
+      int64_t block = -1;
+      if (is_there && slot < geometry.top_k) {
+        const int32_t choice = mine.choices[slot];
+        if (num_visible_keys(geometry, mine.sequence, mine.query, choice) > 0) {
+          block = mine.sequence.first_block + choice;
+        }
+      }
+      for (int turn = 0; turn < lanes.rows_per_warp; ++turn) {
+        if (block >= 0 && lanes.row == turn) {
+          entries[cursors[block]++] = static_cast<int32_t>(row * geometry.top_k + slot);
+        }
+        // Publishes the cursors moved by this row's lanes to the next row's.
+        __syncwarp();
+      }
     }
-    // Publishes the cursors moved by this row's lanes to the next row's.
-    __syncwarp();
   }
 }
 
@@ -314,13 +375,19 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
   const size_t count_bytes =
       static_cast<size_t>(args.wave.num_units * lists.num_chunks * num_blocks) * sizeof(int32_t);
   cuda_require(cudaMemsetAsync(lists.counts, 0, count_bytes, stream), "clearing the counts of block lists");
-  cuda::launch(moba_count_choices, {dim3(grid(lists.num_rows, kWarps), num_units), dim3(kThreads), 0, stream}, args);
+  const int64_t rows_per_warp = std::max<int64_t>(kLanes / args.geometry.top_k, 1);
+  cuda::launch(moba_count_choices,
+               {dim3(grid(lists.num_rows, kWarps * rows_per_warp), num_units), dim3(kThreads), 0, stream}, args);
   if (num_blocks > 0) {
     cuda::launch(moba_scan_chunks, {dim3(grid(num_blocks, kThreads), num_units), dim3(kThreads), 0, stream}, args);
   }
   cuda::launch(moba_scan_blocks, {dim3(num_units), dim3(kThreads), sizeof(ScanSharedMemory), stream}, args);
-  cuda::launch(moba_fill_lists, {dim3(grid(lists.num_chunks, kFillWarps), num_units), dim3(kFillWarps * kLanes), 0,
-                                 stream}, args);
+  LayoutArguments fill = args;
+  const int64_t cursor_bytes = kFillWarps * num_blocks * static_cast<int64_t>(sizeof(int32_t));
+  fill.are_cursors_shared = cursor_bytes <= MobaLayoutConfig::kMostCursorBytes;
+  cuda::launch(moba_fill_lists,
+               {dim3(grid(lists.num_chunks, kFillWarps), num_units), dim3(kFillWarps * kLanes),
+                fill.are_cursors_shared ? static_cast<size_t>(cursor_bytes) : 0, stream}, fill);
 }
 
 }  // namespace topgather

@@ -109,11 +109,12 @@ RoutePlan plan_route(const MobaProblem& problem) {
   plan.list_length = list_length_of(problem);
   plan.row_elements = multiple_of(problem.head_dim, 16);
   plan.num_tiles = tiles_per_head(problem, plan.kernel->queries_per_tile);
+  const int64_t budget = workspace_budget(MobaWaveConfig::kRouteBudget);
   const int64_t unit_bytes = blocks_per_unit(problem) * plan.row_elements * (4 + 2 * parts_of(problem.dtype)) + 4;
   // Work is numbered in 31 bits.
   const int64_t most_by_index = INT32_MAX / (plan.num_tiles * heads_per_unit(problem));
   require(most_by_index >= 1, "moba_route: more than 2^31 - 1 tiles of queries in one key head");
-  plan.units_per_step = std::clamp<int64_t>(std::min(MobaWaveConfig::kRouteBudget / unit_bytes, most_by_index), 1,
+  plan.units_per_step = std::clamp<int64_t>(std::min(budget / unit_bytes, most_by_index), 1,
                                             count_units(problem));
   const int64_t work = plan.num_tiles * plan.units_per_step * heads_per_unit(problem);
   plan.shared_bytes = plan.kernel->shared_bytes(plan.list_length);
@@ -122,7 +123,7 @@ RoutePlan plan_route(const MobaProblem& problem) {
   if (!plan.are_lists_shared) {
     plan.shared_bytes = plan.kernel->shared_bytes(0);
     const int64_t list_bytes = plan.kernel->queries_per_tile * plan.list_length * 8;
-    const int64_t most = std::clamp<int64_t>((MobaWaveConfig::kRouteBudget / 2) / list_bytes, 1, kMostThreadBlocks);
+    const int64_t most = std::clamp<int64_t>((budget / 2) / list_bytes, 1, kMostThreadBlocks);
     plan.thread_blocks = std::min(work, most);
   }
   return plan;

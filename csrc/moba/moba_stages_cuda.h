@@ -37,6 +37,7 @@ struct LayoutArguments {
   ConstTensor block_indices;  // [batch, query head, query, K] int32
   BlockListsOnDevice lists;
   int32_t entries_per_item;
+  bool are_cursors_shared = false;  // decided by build_block_lists
 };
 void build_block_lists(const LayoutArguments& arguments, cudaStream_t stream);
 

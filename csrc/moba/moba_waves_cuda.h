@@ -30,6 +30,10 @@ inline int64_t count_units(const MobaProblem& problem) {
 }
 inline int64_t heads_per_unit(const MobaProblem& problem) { return problem.num_query_heads / problem.num_kv_heads; }
 
+// What waves may take of the workspace, if not what MobaWaveConfig says; 0: as it says. For tests of many small waves and
+// for devices with little memory.
+int64_t workspace_budget(int64_t configured);
+
 struct Wave {
   int64_t first_unit;
   int64_t num_units;
@@ -61,25 +65,7 @@ struct WavePlan {
   }
 };
 
-inline WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand) {
-  const int64_t group = heads_per_unit(problem);
-  const int64_t num_units = count_units(problem);
-  int64_t queries = (demand.budget - demand.unit_bytes) / (demand.row_bytes * group);
-  const int64_t most_by_index = INT32_MAX / (group * problem.top_k);
-  queries = queries < most_by_index ? queries : most_by_index;
-  if (queries >= problem.query_len) {
-    const int64_t unit_bytes = demand.unit_bytes + problem.query_len * group * demand.row_bytes;
-    int64_t units = unit_bytes > 0 ? demand.budget / unit_bytes : num_units;
-    units = units < 1 ? 1 : (units < num_units ? units : num_units);
-    units = units < MobaWaveConfig::kMostUnits ? units : MobaWaveConfig::kMostUnits;
-    return {units, problem.query_len, divide_up(num_units, units), 1};
-  }
-  queries = queries < 1 ? 1 : queries;
-  const int64_t num_steps = divide_up(problem.query_len, queries);
-  const int64_t even = multiple_of(divide_up(problem.query_len, num_steps), 64);
-  queries = even < queries ? even : queries;
-  return {1, queries, num_units, divide_up(problem.query_len, queries)};
-}
+WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand);
 
 // Hands out 256-byte aligned pieces of the workspace; without memory behind it, it only counts.
 class WorkspaceCutter {

@@ -105,9 +105,11 @@ __global__ void divergent_product(const MicroArguments args) {
   output_floats(args)[threadIdx.x] = d[0];
 }
 
-// One lane waits for another that waits at the barrier for it.
+// 1: one lane waits for another that waits for it at the barrier. 2: three lanes in a ring.
 __global__ void deadlock(const MicroArguments args) {
-  if (args.option != 0 && threadIdx.x == 33) output_floats(args)[0] = __shfl_sync(0x00000006u, 1.0f, 1);
+  const unsigned lane = threadIdx.x - 32;
+  if (args.option == 1 && lane == 1) output_floats(args)[0] = __shfl_sync(0x6u, 1.0f, 1);
+  if (args.option == 2 && lane < 3) __syncwarp(lane == 0 ? 0x3u : lane == 1 ? 0x6u : 0x5u);
   __syncthreads();
   output_floats(args)[threadIdx.x] = 1.0f;
 }
@@ -182,6 +184,32 @@ __global__ void lost_addition(const MicroArguments args) {
   if (args.option == 2 && threadIdx.x == 31) output[1] = output[0];
 }
 
+// Lane 0 hands a number on to lane 2 through lane 1, by barriers of two lanes each. 1: lane 3 takes it without one.
+__global__ void partial_barriers(const MicroArguments args) {
+  float* shared = shared_floats();
+  const unsigned lane = threadIdx.x;
+  float result = 0.0f;
+  if (lane == 0) shared[0] = 1.0f;
+  if (lane < 2) __syncwarp(0x3u);
+  if (lane == 1) result = shared[0];
+  if (lane == 1 || lane == 2) __syncwarp(0x6u);
+  if (lane == 2) shared[0] += 1.0f;
+  if (lane == 3 && args.option != 0) result = shared[0];
+  __syncwarp();
+  if (lane == 31) result = shared[0];
+  output_floats(args)[lane] = result;
+}
+
+// Atomics and plain accesses in turn. 1: without the barrier in between.
+__global__ void atomics_between_barriers(const MicroArguments args) {
+  float* output = output_floats(args);
+  cuda::add_atomic(output, 1.0f);
+  if (args.option == 0) __syncthreads();
+  if (threadIdx.x == 40) output[0] = 2.0f * output[0];
+  __syncthreads();
+  cuda::add_atomic(output, 1.0f);
+}
+
 __global__ void misaligned(const MicroArguments args) {
   const auto* bytes = static_cast<const char*>(args.a) + args.option * 8;
   output_floats(args)[threadIdx.x] = reinterpret_cast<const float4*>(bytes)->x;
@@ -208,6 +236,8 @@ const NamedKernel kFaultKernels[] = {{"read_without_barrier", read_without_barri
                                      {"write_to_input", write_to_input},
                                      {"race_between_blocks", race_between_blocks},
                                      {"lost_addition", lost_addition},
+                                     {"partial_barriers", partial_barriers},
+                                     {"atomics_between_barriers", atomics_between_barriers},
                                      {"misaligned", misaligned},
                                      {"crash", crash},
                                      {nullptr, nullptr}};

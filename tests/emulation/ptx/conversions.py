@@ -12,6 +12,7 @@ from .scalar_types import (
     TYPES,
     PtxError,
     ScalarType,
+    bfloat16_to_float,
     clamp_to_unit,
     float_to_bfloat16,
     float_to_half,
@@ -148,10 +149,16 @@ def _conversion(source: ScalarType, target: ScalarType, mode: str | None) -> Cal
     if mode in INTEGRAL_MODES:
         return lambda a: round_to_integral(a, mode or "").astype(_number_dtype(target))
     if target.bits == 16 and mode not in (None, "rn"):
-        raise PtxError(f"no rounding .{mode} to 16 bits")
+        return lambda a: _round_to_16_bits(a, target, mode or "")
     if target.bits == 16:
-        return lambda a: a  # the writer rounds
+        return lambda a: a  # the writer rounds to nearest
     return lambda a: narrow(a, target.dtype, mode or "rn")
+
+
+def _round_to_16_bits(values: Any, target: ScalarType, mode: str) -> Any:
+    if target.name == "bf16":
+        return bfloat16_to_float(float_to_bfloat16(values, mode))
+    return float_to_half(values, mode).astype(np.float32)
 
 
 def _number_dtype(scalar: ScalarType) -> np.dtype[Any]:

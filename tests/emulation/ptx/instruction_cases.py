@@ -1,7 +1,7 @@
 """What single instructions compute, in Python's own whole numbers and fractions, and a way to run them.
 
-``run_case`` writes a kernel of one instruction around its operands' edge values and compares every result. The functions
-here follow the text of the PTX ISA and share nothing with the interpreter.
+``run_case`` writes a kernel of one instruction, feeds it values that are likely to go wrong and compares every result.
+The functions here follow the text of the PTX ISA and share nothing with the interpreter.
 """
 
 import math
@@ -64,7 +64,26 @@ def _operand_values(type_name: str) -> list[int]:
         with np.errstate(over="ignore"):
             return [int(each) for each in singles.astype(np.float16).view(np.uint16)]
     top = 1 << (bits - 1)
-    numbers_of_bits = [0, 1, 2, 5, 7, 8, 31, 32, 33, 0x0804, -1, -2, -7, top, top - 1, top + 1, 0x3F1, 0x9E3779B97F4A7C15]
+    numbers_of_bits = [
+        0,
+        1,
+        2,
+        5,
+        7,
+        8,
+        31,
+        32,
+        33,
+        0x0804,
+        -1,
+        -2,
+        -7,
+        top,
+        top - 1,
+        top + 1,
+        0x3F1,
+        0x9E3779B97F4A7C15,
+    ]
     return [number & ((1 << bits) - 1) for number in numbers_of_bits]
 
 
@@ -144,11 +163,11 @@ def _compare(case: InstructionCase, operands: list[Value], expected: Value, raw:
     assert is_same, f"{case.text} of {operands}: {actual}, expected {expected}"
 
 
-# --- floats by fractions ------------------------------------------------------------------------------------------------
+# --- floats by fractions ----------------------------------------------------------------------------------------------
 
 
 def round_to_float(exact: Fraction | float, mode: str = "rn", digits: int = 24, least_exponent: int = -149) -> float:
-    """An exact value in binary floating point of this many digits; float32 unless said otherwise. No overflow but to inf."""
+    """An exact value in binary floating point of this many digits; float32 unless said otherwise."""
     if isinstance(exact, float) and not math.isfinite(exact):
         return exact
     value = Fraction(exact)
@@ -159,7 +178,13 @@ def round_to_float(exact: Fraction | float, mode: str = "rn", digits: int = 24, 
         exponent -= 1
     unit = Fraction(2) ** max(exponent - digits + 1, least_exponent)
     scaled = value / unit
-    whole = {"rn": round, "rz": math.trunc, "rm": math.floor, "rp": math.ceil}[mode](scaled)
+    rounding: dict[str, Callable[[Fraction], int]] = {
+        "rn": round,
+        "rz": math.trunc,
+        "rm": math.floor,
+        "rp": math.ceil,
+    }
+    whole = rounding[mode](scaled)
     limit = 2**digits * Fraction(2) ** (104 if digits == 24 else 971)
     rounded = whole * unit
     if digits == 24 and abs(rounded) >= limit:
@@ -226,7 +251,7 @@ def _permute(low: int, high: int, selector: int) -> int:
 def _extreme(choose: Callable[..., float], keeps_nan: bool) -> Callable[[float, float], float]:
     def extreme(a: float, b: float) -> float:
         if math.isnan(a) or math.isnan(b):
-            return math.nan if keeps_nan or math.isnan(a) and math.isnan(b) else b if math.isnan(a) else a
+            return math.nan if keeps_nan else b if math.isnan(a) else a
         return choose(a, b, key=lambda value: (value, math.copysign(1, value)))
 
     return extreme
@@ -314,8 +339,12 @@ FLOAT_CASES = [
     InstructionCase("mul.f32", F32, lambda a, b: round_to_float(a * b)),
     InstructionCase("fma.rn.f32", _same(4, "f32"), _fma("rn")),
     InstructionCase("fma.rm.f32", _same(4, "f32"), _fma("rm"), allows=lambda *each: all(map(math.isfinite, each))),
-    InstructionCase("div.rn.f32", F32, lambda a, b: round_to_float(Fraction(a) / Fraction(b)),
-                    allows=lambda a, b: math.isfinite(a) and math.isfinite(b) and a * b != 0),
+    InstructionCase(
+        "div.rn.f32",
+        F32,
+        lambda a, b: round_to_float(Fraction(a) / Fraction(b)),
+        allows=lambda a, b: math.isfinite(a) and math.isfinite(b) and a * b != 0,
+    ),
     InstructionCase("neg.f32", ("f32", "f32"), lambda a: -a),
     InstructionCase("abs.f32", ("f32", "f32"), abs),
     InstructionCase("copysign.f32", F32, lambda a, b: math.copysign(b, a)),
@@ -345,8 +374,9 @@ FLOAT_CASES = [
     InstructionCase("cvt.f32.bf16", ("f32", "bf16"), lambda a: a),
     InstructionCase("cvt.rn.f16.f32", ("f16", "f32"), lambda a: _half(a, 11, -24, 65520.0)),
     InstructionCase("cvt.rn.bf16.f32", ("bf16", "f32"), lambda a: _half(a, 8, -133, 2.0**128)),
-    InstructionCase("cvt.rmi.f32.f32", ("f32", "f32"), lambda a: float(math.floor(a)) if a else a,
-                    allows=math.isfinite),
+    InstructionCase(
+        "cvt.rmi.f32.f32", ("f32", "f32"), lambda a: float(math.floor(a)) if a else a, allows=math.isfinite
+    ),
     InstructionCase("cvt.sat.f32.f32", ("f32", "f32"), lambda a: 0.0 if math.isnan(a) or a <= 0 else min(a, 1.0)),
 ]
 CASES = INTEGER_CASES + FLOAT_CASES

@@ -79,6 +79,7 @@ def _store(decoder: Decoder, instruction: Instruction) -> Execute:
     read_address = decoder.address(instruction, target)
     num_bytes = scalar.num_bytes
     total, unsigned = num_bytes * count, np.dtype(f"u{num_bytes}")
+    is_noted = space in ("global", "generic")
 
     def store(batch: Any, lanes: Lanes) -> None:
         offsets = batch.offsets(space, read_address(batch, lanes), total, lanes)
@@ -90,6 +91,8 @@ def _store(decoder: Decoder, instruction: Instruction) -> Execute:
             for i, value in enumerate(values):
                 rows[:, i] = value
             batch.memory.view(num_bytes, count)[offsets // total] = rows
+        if is_noted:
+            batch.memory.note_stores(offsets, total, scalar.name == "f32")
 
     return store
 
@@ -173,6 +176,7 @@ def _reduction(
         cells = batch.memory.view(scalar.num_bytes).view(scalar.dtype)
         for i, read in enumerate(reads):
             function.at(cells, offsets // scalar.num_bytes + i, read(batch, lanes))
+        batch.memory.note_stores(offsets, scalar.num_bytes * count, scalar.name == "f32")
 
     return execute
 

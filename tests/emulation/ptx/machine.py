@@ -455,6 +455,35 @@ class Scheduler:
         self._waiting = still_waiting
 
 
+def run(
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    shared_bytes: int,
+    params: bytes,
+    regions: Mapping[int, bytes | bytearray],
+) -> Memory:
+    """As :func:`launch`, but returns the memory itself."""
+    if len(params) != kernel.param_bytes:
+        raise PtxError(f"{kernel.name} takes {kernel.param_bytes} bytes of parameters, not {len(params)}")
+    program = decode(kernel)
+    block_threads = block[0] * block[1] * block[2]
+    padded_threads = -(-block_threads // WARP_SIZE) * WARP_SIZE
+    num_blocks = grid[0] * grid[1] * grid[2]
+    if not 0 < block_threads <= 1024 or num_blocks < 1:
+        raise PtxError(f"no launch of {grid} blocks of {block} threads")
+    shared_end = kernel.dynamic_shared_start + shared_bytes if shared_bytes else kernel.static_shared_end
+    most_blocks = min(MAX_THREADS_PER_BATCH // padded_threads, MAX_SHARED_BYTES_PER_BATCH // shared_end, num_blocks)
+    blocks = Blocks(max(most_blocks, 1), padded_threads, shared_end, kernel.local_bytes)
+    memory = Memory(regions, kernel.module_data, params, blocks)
+    with np.errstate(all="ignore"):
+        for first_block in range(0, num_blocks, blocks.num_blocks):
+            memory.start_batch()
+            count = min(blocks.num_blocks, num_blocks - first_block)
+            Scheduler(program, Batch(program, memory, grid, block, first_block, count)).run()
+    return memory
+
+
 def launch(
     kernel: Kernel,
     grid: tuple[int, int, int],
@@ -477,23 +506,4 @@ def launch(
         PtxError: for an instruction that is not known, an access that is not allowed, or threads that wait forever. The
             message holds the instruction.
     """
-    if len(params) != kernel.param_bytes:
-        raise PtxError(f"{kernel.name} takes {kernel.param_bytes} bytes of parameters, not {len(params)}")
-    program = decode(kernel)
-    block_threads = block[0] * block[1] * block[2]
-    padded_threads = -(-block_threads // WARP_SIZE) * WARP_SIZE
-    num_blocks = grid[0] * grid[1] * grid[2]
-    if not 0 < block_threads <= 1024 or num_blocks < 1:
-        raise PtxError(f"no launch of {grid} blocks of {block} threads")
-    shared_end = kernel.dynamic_shared_start + shared_bytes if shared_bytes else kernel.static_shared_end
-    blocks_per_batch = min(
-        MAX_THREADS_PER_BATCH // padded_threads, MAX_SHARED_BYTES_PER_BATCH // shared_end, num_blocks
-    )
-    blocks = Blocks(max(blocks_per_batch, 1), padded_threads, shared_end, kernel.local_bytes)
-    memory = Memory(regions, kernel.module_data, params, blocks)
-    with np.errstate(all="ignore"):
-        for first_block in range(0, num_blocks, blocks.num_blocks):
-            memory.start_batch()
-            count = min(blocks.num_blocks, num_blocks - first_block)
-            Scheduler(program, Batch(program, memory, grid, block, first_block, count)).run()
-    return memory.region_bytes()
+    return run(kernel, grid, block, shared_bytes, params, regions).region_bytes()

@@ -92,6 +92,7 @@ class Memory:
         self._arena[self._param_at : self._param_at + len(params)] = np.frombuffer(params, np.uint8)
         self._in_flight = np.zeros((self._local_at - self._shared_at) // 4, np.uint8)
         self._num_in_flight = 0
+        self._is_float32 = np.zeros(len(self._arena) // 4, np.bool_)  # by word: last stored as .f32
 
     def start_batch(self) -> None:
         """Forget what the last blocks left in shared and local memory."""
@@ -106,6 +107,19 @@ class Memory:
             for start, end, at in self._placed
             if start < MODULE_START
         }
+
+    def float32_words(self) -> dict[int, Array]:
+        """For every region of the caller's, which of its words of 4 bytes were last stored as float32."""
+        return {
+            start: self._is_float32[at // 4 : at // 4 + (end - start) // 4]
+            for start, end, at in self._placed
+            if start < MODULE_START
+        }
+
+    def note_stores(self, offsets: Array, num_bytes: int, is_float32: bool) -> None:
+        """Remember as what type these bytes were stored."""
+        for word in range(max(1, num_bytes // 4)):
+            self._is_float32[offsets // 4 + word] = is_float32
 
     def view(self, num_bytes: int, count: int = 1) -> Array:
         """The arena as unsigned integers of ``num_bytes``; for a ``count`` above 1, as rows of so many of them."""

@@ -13,9 +13,10 @@ from functools import cached_property
 
 from .scalar_types import TYPES, PtxError
 
-# Where the state spaces begin. Dynamic shared memory never starts at 0, so that a kernel which assumes so fails. In the
-# generic space the upper four bits tell the spaces apart; addresses of the host's memory have none of them set.
-SHARED_START = 1024
+# Where the state spaces begin. Shared memory starts neither at 0 nor on a rounder address than asked for, so that a
+# kernel that assumes so fails. In the generic space the upper four bits tell the spaces apart; addresses of the host's
+# memory have none of them set.
+SHARED_START = 1040
 LOCAL_START = 256
 PARAM_START = 1 << 24
 SHARED_WINDOW = 1 << 60

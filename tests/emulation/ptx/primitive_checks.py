@@ -1,7 +1,7 @@
 """What the kernels of ``primitives.cu`` must write, in closed form.
 
-Each check takes a function that runs a kernel of the compiled file and asserts on what it wrote. Fragments are filled and
-read lane by lane from the PTX ISA's formulas; conversions are torch's; sums are of whole numbers, hence exact.
+Each check runs a kernel of the compiled file and asserts on what it wrote. Fragments are filled and read lane by lane
+by the PTX ISA's formulas; conversions are torch's; sums are of whole numbers, hence exact.
 """
 
 import struct
@@ -67,7 +67,7 @@ def _bits(values: Array, element: str) -> Array:
 
 
 def _floats(bits: Array, element: str) -> Array:
-    stored = torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(ELEMENTS[element])
+    stored = torch.from_numpy(bits.copy().view(np.int16)).view(ELEMENTS[element])
     return stored.to(torch.float32).numpy()
 
 
@@ -208,7 +208,7 @@ def _check_atomic(kernels: Kernels, name: str, width: int, dtype: type, function
     if dtype is np.float32:
         values = values.astype(np.float32)
     cells = rng.integers(0, 8, 192).astype(np.int32)
-    output = np.full((8, width), 5, dtype)
+    output: Array = np.full((8, width), 5, dtype)
     expected = output.copy()
     function.at(expected, cells, values.view(dtype))
     actual = kernels.run(name, "", values, cells, output, num_blocks=3, num_threads=64)
@@ -246,7 +246,7 @@ def check_warp_intrinsics(kernels: Kernels, _: str) -> None:
     lanes = np.arange(32)
     warps = values.reshape(2, 32)
     sources = [np.full(64, 5), values, np.tile(lanes ^ 8, 2), np.tile(np.where(lanes < 3, lanes, lanes - 3), 2)]
-    rows = [np.take_along_axis(warps, source.reshape(2, 32) % 32, 1).ravel() for source in sources]
+    rows: list[Any] = [np.take_along_axis(warps, source.reshape(2, 32) % 32, 1).ravel() for source in sources]
     ballots = (warps % 3 == 0) @ (1 << lanes.astype(np.int64))
     rows.append(np.repeat(ballots, 32).astype(np.uint32).view(np.int32))
     rows.append(np.repeat((warps == 63 * 7 % 64).any(1), 32))

@@ -8,7 +8,8 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import Module, launch, parse_module
+from . import Kernel, Module, parse_module
+from .machine import run
 from .scalar_types import bfloat16_to_float
-from .toolchain import PROJECT, SOURCES, compile_to_ptx
+from .toolchain import PROJECT, SOURCES, compile_to_ptx, included_files
 
 Array = NDArray[Any]
 
@@ -27,18 +29,16 @@ Array = NDArray[Any]
 FLOAT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
-# Of the larger of the two values, and again in units of 1, which is the size of the values in the cases here. The two
-# sides contract and order sums differently and have their own exp2: a few dozen roundings of float32. A 16-bit result may
+# Of the larger of the two values, and again in units of 1, the size of the values in the cases here. The two sides
+# contract and order sums differently and have their own exp2: a few dozen roundings of float32, and a 16-bit result may
 # round to the other neighbour.
 FLOAT32_TOLERANCE = 1e-5
 RELATIVE_TOLERANCES = {"float32": FLOAT32_TOLERANCE, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-# A float32 in the workspace may be a sum of terms that were rounded to 16 bits, one or two of them to the other neighbour.
-# Such sums are few.
+# Weights are rounded to the case's type before they are multiplied. In a few sums one comes out as the other neighbour.
 LOOSE_TOLERANCES = {"float32": FLOAT32_TOLERANCE, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 MOST_LOOSE = 1 / 50
-# Integers must agree exactly. In a workspace, bits that stand for a smaller float32 than this are taken for one; so is a
-# stretch of memory most of whose 16-bit floats lie outside these bounds.
-LEAST_FLOAT32 = 1e-30
+# What a workspace holds, the kernel's stores say: float32, or words that are integers or pairs of 16-bit floats. They
+# are floats where most around them lie within these bounds, which small integers do not. Integers must agree exactly.
 PLAUSIBLE_HALVES = {"bfloat16": (2.0**-30, 64.0), "float16": (2.0**-14, 64.0)}
 HALVES_PER_STRETCH = 128
 
@@ -195,7 +195,7 @@ class Recorder:
         self._call(kind, "moba_backward_cuda", problem, saved + incoming + gradients, case.is_deterministic)
 
 
-def kernel_sources() -> list[Any]:
+def kernel_sources() -> list[Path]:
     """The files that hold the project's kernels."""
     return sorted(SOURCES.glob("moba/*_cuda.cu"))
 
@@ -211,27 +211,41 @@ def global_functions() -> set[str]:
 class PtxOfKernels:
     """The PTX of all kernels, compiled and read file by file as launches ask for them."""
 
-    def __init__(self, sources: list[Any], **compile_arguments: Any) -> None:
+    def __init__(self, sources: list[Path]) -> None:
         self._left = list(sources)
-        self._arguments = compile_arguments
         self._modules: list[Module] = []
 
-    def kernel(self, name: str) -> Any:
+    def kernel(self, name: str) -> Kernel:
         """The entry of this symbol."""
         for module in self._modules:
             if name in module.entries:
                 return module.kernel(name)
         while self._left:
-            module = parse_module(compile_to_ptx(self._left.pop(0), "compute_80", **self._arguments))
+            module = parse_module(compile_to_ptx(self._left.pop(0), "compute_80"))
             self._modules.append(module)
             if name in module.entries:
                 return module.kernel(name)
         raise LookupError(f"no source defines {name}")
 
 
-def replay(recorded: RecordedLaunch, kernels: PtxOfKernels) -> RecordedLaunch:
+def newer_sources(module: ModuleType) -> list[str]:
+    """Sources of kernels that changed after the emulated module was built, which is reason enough to differ from it."""
+    built = Path(module.__file__ or "").stat().st_mtime
+    files = {path for source in kernel_sources() for path in included_files(source, [SOURCES])}
+    return sorted(path.name for path in files if path.stat().st_mtime > built)
+
+
+@dataclass(frozen=True)
+class ReplayedLaunch:
+    """What the PTX of a launch left in memory, and by region which words it stored as float32."""
+
+    after: dict[int, bytes]
+    float32_words: dict[int, Array]
+
+
+def replay(recorded: RecordedLaunch, kernels: PtxOfKernels) -> ReplayedLaunch:
     """The launch as the PTX runs it."""
-    after = launch(
+    memory = run(
         kernels.kernel(recorded.name),
         recorded.grid,
         recorded.block,
@@ -239,47 +253,50 @@ def replay(recorded: RecordedLaunch, kernels: PtxOfKernels) -> RecordedLaunch:
         recorded.arguments,
         recorded.before,
     )
-    return replace(recorded, after=after)
+    return ReplayedLaunch(memory.region_bytes(), memory.float32_words())
 
 
-def differences(recorded: RecordedLaunch, replayed: RecordedLaunch, types: Mapping[int, str], dtype: str) -> list[str]:
-    """Where two runs of a launch disagree, in words. ``dtype`` is the 16-bit type a workspace may hold."""
+def differences(recorded: RecordedLaunch, replayed: ReplayedLaunch, types: Mapping[int, str], dtype: str) -> list[str]:
+    """Where the two disagree, in words. ``types`` are of tensors by address; ``dtype`` is that of the case."""
     found = []
     for address, expected in recorded.after.items():
         actual = replayed.after[address]
         if actual == expected:
             continue
         kind = types.get(address, "workspace")
-        bad, unit = _disagreements(expected, actual, kind, dtype)
+        if kind == "workspace":
+            bad, unit = _workspace_disagreements(expected, actual, replayed.float32_words[address], dtype), 4
+        else:
+            bad, unit = _tensor_disagreements(expected, actual, kind, dtype)
         if len(bad):
             first = int(bad[0])
             values = [data[first * unit : (first + 1) * unit].hex() for data in (expected, actual)]
             found.append(
-                f"{recorded.kernel}: {len(bad)} of {len(expected) // unit} {kind} elements at {address:#x}, the first at "
-                f"{first}: emulated {values[0]}, PTX {values[1]}"
+                f"{recorded.kernel}: {len(bad)} of {len(expected) // unit} {kind} elements at {address:#x}, the first "
+                f"at {first}: emulated {values[0]}, PTX {values[1]}"
             )
     return found
 
 
-def _disagreements(expected: bytes, actual: bytes, kind: str, dtype: str) -> tuple[Array, int]:
+def _tensor_disagreements(expected: bytes, actual: bytes, kind: str, dtype: str) -> tuple[Array, int]:
     """Indices of the elements that differ, and the bytes of an element."""
+    size = 2 if kind in PLAUSIBLE_HALVES else 4
+    pair = [np.frombuffer(data, f"u{size}") for data in (expected, actual)]
     if kind in RELATIVE_TOLERANCES:
-        size = 4 if kind == "float32" else 2
-        pair = [np.frombuffer(data, f"u{size}") for data in (expected, actual)]
-        return np.flatnonzero(~_is_close(pair[0], pair[1], kind)), size
-    length = len(expected) // 4 * 4
-    words = [np.frombuffer(data[:length], np.uint32) for data in (expected, actual)]
-    agrees = words[0] == words[1]
-    if kind == "workspace":
-        agrees |= _is_close(words[0], words[1], "float32") & _is_float32(words[0], words[1])
-        if dtype != "float32":
-            halves = [each.view(np.uint16) for each in words]
-            is_close = _is_close(halves[0], halves[1], dtype) & _is_among_halves(halves[0], dtype)
-            agrees |= is_close.reshape(-1, 2).all(1)
-            loose = _is_close(words[0], words[1], "float32", LOOSE_TOLERANCES[dtype]) & _is_float32(words[0], words[1])
-            if np.count_nonzero(loose & ~agrees) <= MOST_LOOSE * len(agrees):
-                agrees |= loose
-    return np.flatnonzero(~agrees), 4
+        return np.flatnonzero(~_is_close(pair[0], pair[1], kind, dtype)), size
+    return np.flatnonzero(pair[0] != pair[1]), size
+
+
+def _workspace_disagreements(expected: bytes, actual: bytes, is_float32: Array, dtype: str) -> Array:
+    """Indices of the words that differ."""
+    words = [np.frombuffer(data[: 4 * len(is_float32)], np.uint32) for data in (expected, actual)]
+    agrees = (words[0] == words[1]) | (is_float32 & _is_close(words[0], words[1], "float32", dtype))
+    if dtype != "float32":
+        halves = [each.view(np.uint16) for each in words]
+        is_half = _is_among_halves(halves[0], ~np.repeat(is_float32, 2), dtype)
+        is_close = is_half & _is_close(halves[0], halves[1], dtype, dtype)
+        agrees |= ~is_float32 & is_close.reshape(-1, 2).all(1)
+    return np.flatnonzero(~agrees)
 
 
 def _numbers(bits: Array, kind: str) -> Array:
@@ -288,30 +305,25 @@ def _numbers(bits: Array, kind: str) -> Array:
     return bfloat16_to_float(bits) if kind == "bfloat16" else bits.view(np.float16).astype(np.float32)
 
 
-def _is_close(expected: Array, actual: Array, kind: str, tolerance: float = FLOAT32_TOLERANCE) -> Array:
-    """Which bits stand for nearly the same number. What was never written is all ones, and must be so on both sides."""
+def _is_close(expected: Array, actual: Array, kind: str, dtype: str) -> Array:
+    """Which bits stand for nearly the same number; what was never written is all ones, and must be so on both sides."""
     all_ones = expected.dtype.type(np.iinfo(expected.dtype).max)
     x, y = _numbers(expected, kind), _numbers(actual, kind)
     with np.errstate(invalid="ignore", over="ignore"):
-        size = np.maximum(np.abs(x), np.abs(y))
-        is_close = np.abs(x - y) <= RELATIVE_TOLERANCES[kind] * size + tolerance
-    is_close |= (np.isnan(x) & np.isnan(y)) | (x == y)
-    return ((expected == actual) | is_close) & ((expected == all_ones) == (actual == all_ones))
+        error = np.abs(x - y) - RELATIVE_TOLERANCES[kind] * np.maximum(np.abs(x), np.abs(y))
+    is_same = (expected == actual) | (np.isnan(x) & np.isnan(y)) | (x == y)
+    is_tight, is_loose = (is_same | (error <= tolerance) for tolerance in (FLOAT32_TOLERANCE, LOOSE_TOLERANCES[dtype]))
+    num_changed = np.count_nonzero(is_loose & ~is_tight)
+    is_close = is_loose if num_changed <= MOST_LOOSE * len(expected) else is_tight
+    return is_close & ((expected == all_ones) == (actual == all_ones))
 
 
-def _is_float32(expected: Array, actual: Array) -> Array:
-    with np.errstate(invalid="ignore"):
-        size = np.maximum(np.abs(expected.view(np.float32)), np.abs(actual.view(np.float32)))
-    return ~(size < LEAST_FLOAT32)
-
-
-def _is_among_halves(halves: Array, kind: str) -> Array:
-    """Whether most of what was written around each element looks like 16-bit floats."""
+def _is_among_halves(halves: Array, is_candidate: Array, kind: str) -> Array:
+    """Whether most candidates around each element, those that are 0 or unwritten aside, look like 16-bit floats."""
     low, high = PLAUSIBLE_HALVES[kind]
-    padded = np.full(-(-len(halves) // HALVES_PER_STRETCH) * HALVES_PER_STRETCH, 0xFFFF, np.uint16)
-    padded[: len(halves)] = halves
-    stretches = padded.reshape(-1, HALVES_PER_STRETCH)
-    size = np.abs(_numbers(padded, kind)).reshape(stretches.shape)
-    num_plausible = ((size >= low) & (size <= high)).sum(1)
-    num_written = (stretches != 0xFFFF).sum(1)
-    return np.repeat(2 * num_plausible > num_written, HALVES_PER_STRETCH)[: len(halves)]
+    size = np.abs(_numbers(halves, kind))
+    is_telling = is_candidate & (halves != 0xFFFF) & (halves & 0x7FFF != 0)
+    is_plausible = is_telling & (size >= low) & (size <= high)
+    stretches = np.arange(len(halves)) // HALVES_PER_STRETCH
+    num_telling, num_plausible = (np.bincount(stretches, each) for each in (is_telling, is_plausible))
+    return (2 * num_plausible > num_telling)[stretches]

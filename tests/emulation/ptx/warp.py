@@ -287,10 +287,10 @@ def _multiply_matrices(decoder: Decoder, instruction: Instruction) -> Execute:
     def execute(batch: Any, lanes: Lanes) -> None:
         a = _halves(read_a(batch, lanes), a_type)
         num_warps = a.shape[1]
-        # Register i = 2 i1 + i0. A: [i1, i0, warp, group, member, half] to rows (i0, group), (i1, member, half) columns.
+        # Register i = 2 i1 + i0. A: [i1, i0, warp, group, member, half] to [warp, (i0, group), (i1, member, half)].
         a = a.reshape(2, 2, num_warps, 8, 4, 2).transpose(2, 1, 3, 0, 4, 5).reshape(num_warps, 16, 16)
         b = _halves(read_b(batch, lanes), a_type).transpose(1, 0, 3, 4, 2).reshape(num_warps, 16, 8)
-        # C: [i1, i0, warp, group, member] to rows (i1, group), columns (member, i0).
+        # C: [i1, i0, warp, group, member] to [warp, (i1, group), (member, i0)].
         c = read_c(batch, lanes).reshape(2, 2, num_warps, 8, 4).transpose(2, 0, 3, 4, 1).reshape(num_warps, 16, 8)
         d = np.matmul(a, b) + c
         d = d.reshape(num_warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)

@@ -61,7 +61,6 @@ void prepare_block(const dim3& block) {
     warp.alive = warp.runnable = warp.full = num_lanes == kLanes ? kAllLanes : (1u << num_lanes) - 1;
     warp.moment = moments.now;
     state.runnable_warps |= 1u << w;
-    for (Meeting& meeting : warp.meetings) meeting.arrived = 0;  // a failed launch leaves some
     warp.open_meetings = 0;
     for (unsigned lane = 0; lane < num_lanes; ++lane) {
       const unsigned thread = w * kLanes + lane;

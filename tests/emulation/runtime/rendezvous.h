@@ -14,23 +14,37 @@ constexpr int kOperationMask = (1 << kOperationBits) - 1;
 const char* name_of_operation(int operation);
 [[noreturn]] void fail_divergent(const Meeting& meeting, const char* mine, bool masks_differ, const void* caller);
 
+// The open meeting of these lanes for this operation, or a fresh one. Fails where the current lane and another wait for
+// each other: the other in a different meeting that this lane belongs to, and it to the one sought.
+inline Meeting& find_meeting(Warp& warp, uint32_t mask, int operation, const void* caller) {
+  const unsigned lane = state.current->lane;
+  Meeting* found = nullptr;
+  for (uint32_t left = warp.open_meetings; left != 0; left &= left - 1) {
+    Meeting& meeting = warp.meetings[std::countr_zero(left)];
+    if (meeting.mask == mask && meeting.operation == operation) {
+      found = &meeting;
+    } else if ((meeting.mask >> lane & 1) != 0 && (meeting.arrived & mask) != 0) {
+      fail_divergent(meeting, name_of_operation(operation), meeting.mask != mask, caller);
+    }
+  }
+  if (found != nullptr) return *found;
+  const int free_slot = std::countr_one(warp.open_meetings);
+  warp.open_meetings |= 1u << free_slot;
+  Meeting& meeting = warp.meetings[free_slot];
+  meeting.mask = mask;
+  meeting.operation = operation;
+  meeting.arrived = 0;
+  return meeting;
+}
+
 // Lets the current lane join. The meeting for the lane that completes it, null for the others.
 inline Meeting* arrive(Warp& warp, uint32_t mask, int operation, void* operand, const void* caller) {
   const unsigned lane = state.current->lane;
-  const auto lowest = static_cast<unsigned>(std::countr_zero(mask));
-  Meeting& meeting = warp.meetings[lowest];
-  if (meeting.arrived == 0) {
-    meeting.mask = mask;
-    meeting.operation = operation;
-    warp.open_meetings |= 1u << lowest;
-  } else if (meeting.operation != operation || meeting.mask != mask) {
-    fail_divergent(meeting, name_of_operation(operation), meeting.mask != mask, caller);
-  }
+  Meeting& meeting = find_meeting(warp, mask, operation, caller);
   meeting.operands[lane] = operand;
   meeting.arrived |= 1u << lane;
   if (meeting.arrived != mask) return nullptr;
-  meeting.arrived = 0;
-  warp.open_meetings &= ~(1u << lowest);
+  warp.open_meetings &= ~(1u << (&meeting - warp.meetings));
   return &meeting;
 }
 

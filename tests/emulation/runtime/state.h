@@ -10,8 +10,11 @@
 #include <string>
 #include <vector>
 
-#if !defined(__x86_64__)
+// May also be defined on x86-64, to test it.
+#if !defined(__x86_64__) && !defined(TOPGATHER_EMULATION_UCONTEXT)
 #define TOPGATHER_EMULATION_UCONTEXT
+#endif
+#if defined(TOPGATHER_EMULATION_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -77,8 +80,8 @@ struct Fiber {
   uint32_t num_groups;  // committed so far
 };
 
-// Lanes that have arrived at one warp-wide operation. Operations of disjoint masks may be under way together, so a warp
-// has one meeting per lowest lane.
+// Lanes that have arrived at one warp-wide operation. Operations of different lanes may be under way together; a lane
+// waits in one at a time, so there are never more open meetings than lanes.
 struct Meeting {
   uint32_t mask;
   uint32_t arrived;
@@ -89,8 +92,8 @@ struct Meeting {
 struct Warp {
   uint16_t index;
   uint32_t runnable, alive, full;
-  uint32_t moment;         // of the last barrier any of its lanes took part in, see shadow.h
-  uint32_t open_meetings;  // those some lane has arrived at
+  uint32_t moment;  // of the last barrier any of its lanes took part in, see shadow.h
+  uint32_t open_meetings;
   Meeting meetings[kLanes];
 };
 
