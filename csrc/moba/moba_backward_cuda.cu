@@ -10,6 +10,7 @@
 #include "moba_backward_cuda.cuh"
 
 #include <algorithm>
+#include <cmath>
 
 namespace topgather {
 
@@ -160,7 +161,8 @@ BackwardWorkspace take_workspace(const MobaProblem& problem, bool is_determinist
   // Gradients of keys come first: a unit's waves differ in what follows.
   workspace.grad_key = cutter.take<float>(num_units * problem.key_len * elements_of(problem.head_dim));
   workspace.grad_value = cutter.take<float>(num_units * problem.key_len * elements_of(problem.value_dim));
-  workspace.lists = take_lists(problem, num_units, num_queries, cutter);
+  const int64_t entries_per_item = is_deterministic ? INT32_MAX : kernel_for(problem).entries_per_item;
+  workspace.lists = take_lists(problem, num_units, num_queries, entries_per_item, cutter);
   const int64_t num_rows = num_units * workspace.lists.num_rows;
   workspace.row_shift = cutter.take<float>(num_rows);
   workspace.num_grad_query = num_rows * (is_deterministic ? problem.top_k : 1) * elements_of(problem.head_dim);
@@ -183,16 +185,16 @@ void clear(float* sums, int64_t count, cudaStream_t stream) {
 }
 
 // Step 3. The deterministic way takes the chunks of large blocks one after the other: each adds to the same rows.
-void attend_backward(const BackwardKernel& kernel, BackwardArguments args, int64_t num_items, cudaStream_t stream) {
-  if (num_items == 0) return;
+void attend_backward(const BackwardKernel& kernel, BackwardArguments args, cudaStream_t stream) {
+  if (args.lists.most_items == 0) return;
   const StageRange range("moba: attention backward");
   const auto num_chunks = static_cast<int32_t>(divide_up(args.geometry.block_size, kernel.keys_per_chunk));
   const auto needed = static_cast<int32_t>(divide_up(args.geometry.key_len, kernel.keys_per_chunk));
   args.num_chunks = std::min(num_chunks, needed);
-  if (!args.is_deterministic) return kernel.launch(args, num_items, stream);
+  if (!args.is_deterministic) return kernel.launch(args, stream);
   const int32_t last = args.num_chunks;
   args.num_chunks = 1;
-  for (args.first_chunk = 0; args.first_chunk < last; ++args.first_chunk) kernel.launch(args, num_items, stream);
+  for (args.first_chunk = 0; args.first_chunk < last; ++args.first_chunk) kernel.launch(args, stream);
 }
 
 void write_grad_keys(const MobaProblem& problem, const MobaGeometry& geometry, int64_t first_unit, int64_t num_units,
@@ -244,9 +246,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       clear(workspace.grad_value, wave.num_units * problem.key_len * value_elements, stream);
     }
     if (wave.num_queries > 0) {
-      const int64_t entries_per_item = is_deterministic ? INT32_MAX : kernel.entries_per_item;
-      build_block_lists({geometry, wave, params.block_indices, workspace.lists,
-                         static_cast<int32_t>(entries_per_item)}, stream);
+      build_block_lists({geometry, wave, params.block_indices, workspace.lists}, stream);
       RowArguments rows{};
       rows.geometry = geometry;
       rows.wave = wave;
@@ -275,14 +275,15 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       args.geometry = geometry;
       args.wave = wave;
       args.lists = workspace.lists;
-      args.entries_per_item = static_cast<int32_t>(entries_per_item);
       args.is_deterministic = is_deterministic;
       args.head_dim = rows.head_dim;
       args.value_dim = rows.value_dim;
       args.key_elements = rows.key_elements;
       args.value_elements = static_cast<int32_t>(value_elements);
-      args.scale = static_cast<float>(problem.scale);
-      args.score_scale = args.scale * backward::kLog2E;
+      const auto scale = static_cast<float>(problem.scale);
+      args.score_scale = scale * backward::kLog2E;
+      args.d_score_scale = std::abs(scale) > 1.0f ? scale : 1.0f;
+      args.gradient_scale = std::abs(scale) > 1.0f ? 1.0f : scale;
       args.query = params.query;
       args.key = params.key;
       args.value = params.value;
@@ -292,7 +293,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       args.grad_query = workspace.grad_query;
       args.grad_key = workspace.grad_key;
       args.grad_value = workspace.grad_value;
-      attend_backward(kernel, args, most_items(problem, wave.num_queries, entries_per_item), stream);
+      attend_backward(kernel, args, stream);
       with_element(problem.dtype, [&](auto element) {
         cuda::launch(moba_write_grad_query<decltype(element)>, row_shape, rows);
       });

@@ -17,7 +17,8 @@
 //   5. a warp takes 16 rows by some columns: grad_query = d_scores key, added to where it belongs;
 //   last, 6. grad_key and grad_value added to where they belong.
 // All query heads of the group stand in the same lists: nothing is expanded.
-// Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. Hidden
+// Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. A scale
+// above 1 is multiplied in before, so that float16 does not lose what it would magnify; a smaller one after. Hidden
 // pairs weigh 0, and 0 x inf is NaN: a tile that hides keys and holds numbers that are not finite takes steps 4 and 5 in
 // plain arithmetic over visible pairs alone, straight to memory.
 // Ties do not arise. Determinism: sums over thread blocks are atomic additions of float32, in any order; the
@@ -35,7 +36,6 @@ struct BackwardArguments {
   MobaGeometry geometry;
   Wave wave;
   BlockListsOnDevice lists;
-  int32_t entries_per_item;
   int32_t num_chunks;   // of kKeys keys in a block, that this launch covers
   int32_t first_chunk;  // the first of them
   bool is_deterministic;
@@ -43,8 +43,9 @@ struct BackwardArguments {
   int32_t value_dim;
   int32_t key_elements;    // of a row of grad_query and grad_key
   int32_t value_elements;  // of a row of grad_value
-  float scale;
   float score_scale;       // scale * log2(e)
+  float d_score_scale;     // on gradients of scores before they are rounded
+  float gradient_scale;    // on grad_query and grad_key; the two make scale
   ConstTensor query;       // [batch, query head, query, D] dtype
   ConstTensor key;         // [batch, kv head, key, D] dtype
   ConstTensor value;       // [batch, kv head, key, V] dtype
@@ -195,7 +196,7 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
           const bool is_visible = key + n * 8 + 2 * t + e < num_visible;
           const float weight = cuda::exp2_approximate(scores[0][n][2 * h + e] * args.score_scale - lse);
           weights[e] = is_visible ? weight : 0.0f;
-          d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) : 0.0f;
+          d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) * args.d_score_scale : 0.0f;
         }
         cuda::store_pair(shared.weights, row, key + n * 8 + 2 * t, weights[0], weights[1]);
         cuda::store_pair(shared.d_scores, row, key + n * 8 + 2 * t, d_scores[0], d_scores[1]);
@@ -243,7 +244,7 @@ __device__ __forceinline__ void add_seen_pairs(const BackwardArguments& args, in
     }
   };
   add_to_keys(shared.weights, shared.grad_out, args.value_dim, args.grad_value, args.value_elements, 1.0f);
-  add_to_keys(shared.d_scores, shared.query, args.head_dim, args.grad_key, args.key_elements, args.scale);
+  add_to_keys(shared.d_scores, shared.query, args.head_dim, args.grad_key, args.key_elements, args.gradient_scale);
 #pragma unroll 1
   for (int i = threadIdx.x; i < num_rows * args.head_dim; i += Shared::kThreads) {
     const int row = i / args.head_dim, column = i % args.head_dim;
@@ -254,9 +255,9 @@ __device__ __forceinline__ void add_seen_pairs(const BackwardArguments& args, in
     }
     float* grad = args.grad_query + grad_query_row(args, unit_in_wave, shared.entry[row]) + column;
     if (args.is_deterministic && chunk == 0) {
-      *grad = sum * args.scale;
+      *grad = sum * args.gradient_scale;
     } else {
-      add_one(grad, sum * args.scale, args.is_deterministic);
+      add_one(grad, sum * args.gradient_scale, args.is_deterministic);
     }
   }
 }
@@ -286,7 +287,7 @@ __device__ __forceinline__ void add_grad_query(const BackwardArguments& args, in
     for (int n = 0; n < kN; ++n) {
       const int column = n * 8 + 2 * t;
       if (first_column + column >= args.head_dim) continue;
-      const float first = sums[0][n][2 * h] * args.scale, second = sums[0][n][2 * h + 1] * args.scale;
+      const float first = sums[0][n][2 * h] * args.gradient_scale, second = sums[0][n][2 * h + 1] * args.gradient_scale;
       if (args.is_deterministic && chunk == 0) {
         *reinterpret_cast<float2*>(grad + column) = make_float2(first, second);
       } else {
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
   // Step 1. The grid is a bound taken from shapes: thread blocks past the last item leave, whole, and so do those whose
   // part of a short block is empty.
   const auto item_idx = static_cast<int32_t>(blockIdx.x / static_cast<unsigned>(args.num_chunks));
-  if (!find_work_item(args.geometry, args.lists, unit_in_wave, item_idx, args.entries_per_item, item)) return;
+  if (!find_work_item(args.geometry, args.lists, unit_in_wave, item_idx, item)) return;
   const int first_key = chunk * Shared::kKeys;
   const int num_keys = min(Shared::kKeys, item.block.num_keys - first_key);
   if (num_keys <= 0) return;
@@ -396,7 +397,7 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
     // Tells all threads that the tile has been used and the next one may overwrite it.
     __syncthreads();
   }
-  backward::add_key_gradient(args.grad_key + unit_key * args.key_elements, args.key_elements, grad_key, args.scale,
+  backward::add_key_gradient(args.grad_key + unit_key * args.key_elements, args.key_elements, grad_key, args.gradient_scale,
                              warp_key, num_keys, key_column, args.head_dim, args.is_deterministic);
   backward::add_key_gradient(args.grad_value + unit_key * args.value_elements, args.value_elements, grad_value, 1.0f,
                              warp_key, num_keys, key_column, args.value_dim, args.is_deterministic);
@@ -407,7 +408,7 @@ struct BackwardKernel {
   int64_t most_head_dim;  // and value_dim
   int64_t entries_per_item;
   int64_t keys_per_chunk;
-  void (*launch)(const BackwardArguments& args, int64_t num_items, cudaStream_t stream);
+  void (*launch)(const BackwardArguments& args, cudaStream_t stream);
 };
 
 template <typename Element, int kHeadDim>
@@ -415,8 +416,8 @@ constexpr BackwardKernel backward_kernel(Dtype dtype) {
   using Shared = BackwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
   return {dtype, kHeadDim, Shared::Tiles::kEntriesPerItem, Shared::kKeys,
-          [](const BackwardArguments& args, int64_t num_items, cudaStream_t stream) {
-            const dim3 grid(static_cast<unsigned>(num_items * args.num_chunks),
+          [](const BackwardArguments& args, cudaStream_t stream) {
+            const dim3 grid(static_cast<unsigned>(args.lists.most_items * args.num_chunks),
                             static_cast<unsigned>(args.wave.num_units));
             cuda::launch(moba_attend_blocks_backward<Element, kHeadDim>,
                          {grid, dim3(Shared::kThreads), sizeof(Shared), stream}, args);

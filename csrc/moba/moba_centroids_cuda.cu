@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
   const MobaGeometry& geometry = args.geometry;
   const int64_t block = blockIdx.x;
   const int64_t unit_idx = args.first_unit + blockIdx.y;
-  const int64_t num_blocks =
-      geometry.is_packed() ? geometry.block_starts[geometry.num_sequences] : geometry.num_blocks;
-  if (block >= num_blocks) return;  // the whole thread block: the grid is a bound taken from shapes
+  if (block >= existing_blocks(geometry)) return;  // the whole thread block: the grid is a bound taken from shapes
   const KeyBlock key_block = key_block_on_device(geometry, block);
   const Unit unit = unit_at(geometry, unit_idx);
   const Element* keys = row_of<Element>(args.key, unit.batch_idx, unit.kv_head, key_block.first_key);

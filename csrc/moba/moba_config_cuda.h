@@ -48,7 +48,7 @@ struct MobaForwardTiles {
   static constexpr int kResidentKeys = kIsFloat ? (kHeadDim > 128 ? 16 : kHeadDim > 64 ? 64 : 128)
                                                 : (kHeadDim > 128 ? 64 : 128);
   static constexpr int kValueColumns = kIsFloat && kHeadDim > 128 ? 128 : kHeadDim;
-  static constexpr int kStepKeys = kIsFloat || kHeadDim > 128 ? 16 : 32;  // scores held in registers at a time
+  static constexpr int kStepKeys = kIsFloat || kHeadDim > 128 ? 16 : (kHeadDim > 64 ? 32 : 64);  // scores held in registers at a time
   static constexpr int kEntriesPerItem = 512;  // choices of one block that one thread block attends to
 };
 

@@ -139,7 +139,7 @@ WavePlan plan_forward(const MobaProblem& problem) {
 ForwardWorkspace take_workspace(const MobaProblem& problem, int64_t num_units, int64_t num_queries,
                                 WorkspaceCutter& cutter) {
   ForwardWorkspace workspace{};
-  workspace.lists = take_lists(problem, num_units, num_queries, cutter);
+  workspace.lists = take_lists(problem, num_units, num_queries, kernel_for(problem).entries_per_item, cutter);
   const int64_t num_entries = num_units * workspace.lists.num_rows * problem.top_k;
   workspace.partial_out =
       cutter.take<unsigned char>(num_entries * partial_elements_of(problem) * element_bytes(problem.dtype));
@@ -187,10 +187,8 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     const Wave wave = plan.wave(problem, wave_idx);
     WorkspaceCutter wave_cutter = wave_start;
     const ForwardWorkspace workspace = take_workspace(problem, wave.num_units, wave.num_queries, wave_cutter);
-    build_block_lists({geometry, wave, params.block_indices, workspace.lists,
-                       static_cast<int32_t>(kernel.entries_per_item)}, stream);
-    const int64_t num_items = most_items(problem, wave.num_queries, kernel.entries_per_item);
-    if (num_items > 0) {
+    build_block_lists({geometry, wave, params.block_indices, workspace.lists}, stream);
+    if (workspace.lists.most_items > 0) {
       const StageRange attention("moba: attention");
       ForwardArguments args{};
       args.geometry = geometry;
@@ -205,7 +203,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
       args.value = params.value;
       args.partial_out = workspace.partial_out;
       args.partial_lse = workspace.partial_lse;
-      kernel.launch(args, num_items, stream);
+      kernel.launch(args, stream);
     }
     merge(problem.dtype,
           {geometry, wave, workspace.lists.num_rows, static_cast<int32_t>(problem.value_dim),

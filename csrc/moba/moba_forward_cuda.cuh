@@ -370,10 +370,10 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   const Unit unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
   WorkItem item;
   // Step 1. The grid is a bound taken from shapes: thread blocks past the last item leave, whole.
-  if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x),
-                      Tiles::kEntriesPerItem, item)) {
-    return;
-  }
+  if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x), item)) return;
+  const bool fits = item.block.num_keys <= Tiles::kResidentKeys;
+  if (fits) forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, 0, item.block.num_keys, shared);
+  cuda::copy_async_commit();
   bool hides_keys = false;
   if (args.geometry.is_causal) {
     for (int i = threadIdx.x; i < item.num_entries; i += Shared::kThreads) {
@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   }
   const bool is_one_by_one =
       hides_keys && forward::has_unusual_values<Element>(args, unit, item.block, Shared::kThreads);
-  const bool is_resident = item.block.num_keys <= Tiles::kResidentKeys && !is_one_by_one;
+  const bool is_resident = fits && !is_one_by_one;
 
   const int rows_per_tile = is_one_by_one ? 1 : Shared::kRowsPerWarp;
   const int tiles_per_round = is_one_by_one ? 1 : Shared::kWarps;
@@ -397,15 +397,10 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
 
   forward::Rows rows = rows_of_tile(warp);
   forward::gather_queries_async<Element, kHeadDim>(args, rows, shared);
-  if (is_resident) {
-    forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, 0, item.block.num_keys, shared);
-    cuda::copy_async_commit();
-    cuda::copy_async_wait<0>();
-    // Publishes keys and values to all warps; they stay as they are to the end.
-    __syncthreads();
-  } else {
-    cuda::copy_async_commit();
-  }
+  cuda::copy_async_commit();
+  cuda::copy_async_wait<0>();
+  // Publishes keys and values, where all of them are on chip, to all warps; they stay as they are to the end.
+  __syncthreads();
   for (int round = 0; round * tiles_per_round < num_tiles; ++round) {
     const forward::Rows next_rows = rows_of_tile((round + 1) * tiles_per_round + warp);
     const auto gather_next = [&] {
@@ -453,7 +448,7 @@ struct ForwardKernel {
   Dtype dtype;
   int64_t most_head_dim;  // and value_dim
   int64_t entries_per_item;
-  void (*launch)(const ForwardArguments& args, int64_t num_items, cudaStream_t stream);
+  void (*launch)(const ForwardArguments& args, cudaStream_t stream);
 };
 
 template <typename Element, int kHeadDim>
@@ -461,9 +456,9 @@ constexpr ForwardKernel forward_kernel(Dtype dtype) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
   return {dtype, kHeadDim, Shared::Tiles::kEntriesPerItem,
-          [](const ForwardArguments& args, int64_t num_items, cudaStream_t stream) {
+          [](const ForwardArguments& args, cudaStream_t stream) {
             const int64_t num_panels = divide_up(args.value_dim, Shared::kValueColumns);
-            const dim3 grid(static_cast<unsigned>(num_items), static_cast<unsigned>(args.wave.num_units),
+            const dim3 grid(static_cast<unsigned>(args.lists.most_items), static_cast<unsigned>(args.wave.num_units),
                             static_cast<unsigned>(num_panels > 0 ? num_panels : 1));
             cuda::launch(moba_attend_blocks<Element, kHeadDim>, {grid, dim3(Shared::kThreads), sizeof(Shared), stream},
                          args);

@@ -53,6 +53,11 @@ struct KeyBlock {
   int64_t visible_offset;
 };
 
+// Blocks of a unit that exist: in a packed problem only the device knows.
+__device__ __forceinline__ int64_t existing_blocks(const MobaGeometry& geometry) {
+  return geometry.is_packed() ? geometry.block_starts[geometry.num_sequences] : geometry.num_blocks;
+}
+
 // The last index i in [0, count) with starts[i] <= value; -1 if there is none.
 template <typename Integer>
 __device__ __forceinline__ int64_t last_start_up_to(const Integer* starts, int64_t count, int64_t value) {

@@ -7,7 +7,8 @@
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
 //   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per (chunk, block);
 //   2. moba_scan_chunks: a thread takes a block and turns its chunk counts into starts within the block's list;
-//   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks;
+//   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks,
+//      and notes each item's block;
 //   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor per
 //      block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the order
 //      of entries. Choices are read and judged several rows at a time.
@@ -250,11 +251,12 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
   const int64_t num_blocks = args.geometry.num_blocks;
   int32_t* list_starts = args.lists.list_starts + blockIdx.x * (num_blocks + 1);
   int32_t* item_starts = args.lists.item_starts + blockIdx.x * (num_blocks + 1);
+  int32_t* item_blocks = args.lists.item_blocks + blockIdx.x * args.lists.most_items;
   int32_t entries_before = 0, items_before = 0;
   for (int64_t first = 0; first < num_blocks; first += kThreads) {
     const int64_t block = first + threadIdx.x;
     const int32_t entries = block < num_blocks ? list_starts[block] : 0;
-    const int32_t items = static_cast<int32_t>(divide_up(entries, args.entries_per_item));
+    const int32_t items = static_cast<int32_t>(divide_up(entries, args.lists.entries_per_item));
     const int32_t entries_through = sum_up_to_lane(entries);
     const int32_t items_through = sum_up_to_lane(items);
     if (lane_id() == kLanes - 1) {
@@ -270,7 +272,9 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
     }
     if (block < num_blocks) {
       list_starts[block] = entries_before + warp_entries + entries_through - entries;
-      item_starts[block] = items_before + warp_items + items_through - items;
+      const int32_t first_item = items_before + warp_items + items_through - items;
+      item_starts[block] = first_item;
+      for (int32_t i = 0; i < items; ++i) item_blocks[first_item + i] = static_cast<int32_t>(block);
     }
     for (int w = warp_id(); w < kWarps; ++w) {
       warp_entries += shared.warp_entries[w];
@@ -335,33 +339,32 @@ __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const L
 }
 
 int64_t list_row_bytes(const MobaProblem& problem) {
-  return problem.top_k * static_cast<int64_t>(sizeof(int32_t)) + 2 +
+  // Entries and the items they fill, validity, the row's share of its chunk's counts.
+  return 2 * problem.top_k * static_cast<int64_t>(sizeof(int32_t)) + 2 +
          divide_up(blocks_per_unit(problem) * static_cast<int64_t>(sizeof(int32_t)), kRowsPerChunk);
 }
 
 int64_t list_unit_bytes(const MobaProblem& problem) {
-  return (3 * blocks_per_unit(problem) + 2) * static_cast<int64_t>(sizeof(int32_t));
+  return (4 * blocks_per_unit(problem) + 2) * static_cast<int64_t>(sizeof(int32_t));
 }
 
 BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int64_t num_queries,
-                              WorkspaceCutter& cutter) {
+                              int64_t entries_per_item, WorkspaceCutter& cutter) {
   const int64_t num_blocks = blocks_per_unit(problem);
   BlockListsOnDevice lists{};
   lists.num_rows = num_queries * heads_per_unit(problem);
   lists.num_chunks = divide_up(lists.num_rows, kRowsPerChunk);
+  lists.entries_per_item = static_cast<int32_t>(entries_per_item);
+  // Every item but a list's last is full, and there are no more lists than blocks or choices.
+  const int64_t num_entries = lists.num_rows * problem.top_k;
+  lists.most_items = num_entries / entries_per_item + std::min(num_blocks, num_entries);
   lists.counts = cutter.take<int32_t>(num_units * lists.num_chunks * num_blocks);
   lists.list_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
   lists.item_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
-  lists.entries = cutter.take<int32_t>(num_units * lists.num_rows * problem.top_k);
+  lists.item_blocks = cutter.take<int32_t>(num_units * lists.most_items);
+  lists.entries = cutter.take<int32_t>(num_units * num_entries);
   lists.is_row_valid = cutter.take<uint16_t>(num_units * lists.num_rows);
   return lists;
-}
-
-int64_t most_items(const MobaProblem& problem, int64_t num_queries, int64_t entries_per_item) {
-  const int64_t num_entries = num_queries * heads_per_unit(problem) * problem.top_k;
-  const int64_t num_blocks = blocks_per_unit(problem);
-  // Every item but a list's last is full, and there are no more lists than blocks or choices.
-  return num_entries / entries_per_item + (num_blocks < num_entries ? num_blocks : num_entries);
 }
 
 void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {

@@ -29,6 +29,7 @@ struct RouteWorkspace {
 }  // namespace
 
 struct SplitArguments {
+  MobaGeometry geometry;
   const float* centroids;   // [unit, block, row_elements] float32
   void* parts;              // [unit, block, part, row_elements] dtype
   const uint32_t* largest;  // [unit]; null for no scaling
@@ -39,7 +40,9 @@ struct SplitArguments {
 template <typename Element>
 __global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const SplitArguments args) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
-  if (i >= args.unit_elements) return;
+  // Blocks and columns number less than 2^31 each; a unit's elements may be more.
+  const int64_t row = i / args.row_elements, column = i - row * args.row_elements;
+  if (row >= existing_blocks(args.geometry)) return;
   constexpr int kParts = kCentroidParts<Element>;
   float scale = 1.0f;
   if (args.largest != nullptr) {
@@ -49,7 +52,6 @@ __global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const Spli
     scale = __uint_as_float(static_cast<uint32_t>((shift > 127 ? 127 : (shift < -126 ? -126 : shift)) + 127) << 23);
   }
   float rest = args.centroids[blockIdx.y * args.unit_elements + i] * scale;
-  const int64_t row = i / args.row_elements, column = i % args.row_elements;
   Element* part = static_cast<Element*>(args.parts) +
                   (blockIdx.y * args.unit_elements + row * args.row_elements) * kParts + column;
 #pragma unroll
@@ -176,7 +178,7 @@ void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geomet
   centroids.largest = workspace.largest;
   centroids.is_by_unit = true;
   launch_centroids(params.problem.dtype, centroids, num_units, stream);
-  const SplitArguments args{workspace.centroids, workspace.parts, workspace.largest, plan.row_elements,
+  const SplitArguments args{geometry, workspace.centroids, workspace.parts, workspace.largest, plan.row_elements,
                             geometry.num_blocks * plan.row_elements};
   if (params.problem.dtype == Dtype::kBFloat16) split<BFloat16>(args, num_units, stream);
   if (params.problem.dtype == Dtype::kFloat16) split<Float16>(args, num_units, stream);

@@ -16,32 +16,32 @@ struct BlockListsOnDevice {
   int32_t* counts;        // [unit, chunk, block] int32: choices of each chunk of rows; then where the chunk's begin
   int32_t* list_starts;   // [unit, block + 1] int32: first entry of each block's list
   int32_t* item_starts;   // [unit, block + 1] int32: work items before each block's
+  int32_t* item_blocks;   // [unit, item] int32: the block of each work item
   int32_t* entries;       // [unit, row * top_k] int32: the lists, ascending within a block
   uint16_t* is_row_valid;  // [unit, row] uint16: the row's choices exist and differ
   int64_t num_chunks;     // of a unit
   int64_t num_rows;       // of a unit
+  int64_t most_items;     // of a unit: a bound taken from shapes
+  int32_t entries_per_item;
 };
 
 // Bytes per row and per unit that take_lists will need.
 int64_t list_row_bytes(const MobaProblem& problem);
 int64_t list_unit_bytes(const MobaProblem& problem);
+// Every list is cut into work items of entries_per_item entries.
 BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int64_t num_queries,
-                              WorkspaceCutter& cutter);
-
-// Work items of a unit at most: every list is cut into pieces of entries_per_item.
-int64_t most_items(const MobaProblem& problem, int64_t num_queries, int64_t entries_per_item);
+                              int64_t entries_per_item, WorkspaceCutter& cutter);
 
 struct LayoutArguments {
   MobaGeometry geometry;
   Wave wave;
   ConstTensor block_indices;  // [batch, query head, query, K] int32
   BlockListsOnDevice lists;
-  int32_t entries_per_item;
   bool are_cursors_shared = false;  // decided by build_block_lists
 };
 void build_block_lists(const LayoutArguments& arguments, cudaStream_t stream);
 
-// One work item: up to entries_per_item entries of one block's list.
+// One work item: up to lists.entries_per_item entries of one block's list.
 struct WorkItem {
   const int32_t* entries;  // [num_entries] int32: row * top_k + slot
   int32_t num_entries;
@@ -50,17 +50,16 @@ struct WorkItem {
 
 // False past the last item: grids are bounds taken from shapes.
 __device__ __forceinline__ bool find_work_item(const MobaGeometry& geometry, const BlockListsOnDevice& lists,
-                                               int64_t unit_in_wave, int32_t item_idx, int32_t entries_per_item,
-                                               WorkItem& item) {
+                                               int64_t unit_in_wave, int32_t item_idx, WorkItem& item) {
   const int64_t num_blocks = geometry.num_blocks;
   const int32_t* item_starts = lists.item_starts + unit_in_wave * (num_blocks + 1);
   const int32_t* list_starts = lists.list_starts + unit_in_wave * (num_blocks + 1);
   if (item_idx >= item_starts[num_blocks]) return false;
-  const int64_t block = last_start_up_to(item_starts, num_blocks + 1, item_idx);
-  const int32_t first = list_starts[block] + (item_idx - item_starts[block]) * entries_per_item;
+  const int64_t block = lists.item_blocks[unit_in_wave * lists.most_items + item_idx];
+  const int32_t first = list_starts[block] + (item_idx - item_starts[block]) * lists.entries_per_item;
   const int32_t left = list_starts[block + 1] - first;
   item.entries = lists.entries + unit_in_wave * lists.num_rows * geometry.top_k + first;
-  item.num_entries = left < entries_per_item ? left : entries_per_item;
+  item.num_entries = left < lists.entries_per_item ? left : lists.entries_per_item;
   item.block = key_block_on_device(geometry, block);
   return true;
 }

@@ -89,6 +89,8 @@ def _aligned(tensor: Tensor) -> Tensor:
 
     Itself where it is so already: a head_dim that is a multiple of 8 (float32: of 4), and strides that are.
     """
+    if tensor.numel() == 0:
+        return tensor
     per_row = ROW_BYTES // tensor.element_size()
     dim = tensor.size(-1)
     strides = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1)
@@ -100,8 +102,10 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _aligned_rows(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
-    """Address and strides of an aligned tensor. Strides of dimensions of size one lead nowhere: they count as 0."""
+    """Address and strides of an aligned tensor. Strides that lead nowhere count as 0."""
     address, *strides = rows_of(tensor, packed)
+    if tensor.numel() == 0:
+        return 0, 0, 0, 0
     sizes = (1, tensor.size(1), tensor.size(0)) if packed else tensor.shape[:3]
     batch, head, row = (stride if size > 1 else 0 for stride, size in zip(strides, sizes, strict=True))
     return address, batch, head, row
