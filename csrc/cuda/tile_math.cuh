@@ -19,13 +19,15 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Columns of a 16 x 8 block that one lane holds, and rows.
 constexpr int kBlockRows = 16;
 constexpr int kBlockColumns = 8;
-// Steps of 16 in depth that are laid out in a row: enough to overlap loads with products, few enough to spare registers.
+// Steps of 16 in depth that are laid out in a row: enough to overlap loads with products, few enough to spare
+// registers.
 constexpr int kDepthUnroll = 4;
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kLanes; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kLanes; }
 
-// c += A B^T.  A: rows first_a.. of `a` [.., depth]; B: rows first_b.. of `b` [.., depth], the first num_b of which count.
+// c += A B^T.  A: rows first_a.. of `a` [.., depth]; B: rows first_b.. of `b` [.., depth], the first num_b of which
+// count.
 template <typename TileA, typename TileB, int kM, int kN>
 __device__ __forceinline__ void multiply_by_rows(float (&c)[kM][kN][4], TileA& a, int first_a, TileB& b, int first_b,
                                                  int num_b, int depth) {
@@ -67,7 +69,8 @@ __device__ __forceinline__ void multiply_by_rows(float (&c)[kM][kN][4], TileA& a
       if (k * 16 >= depth) break;
       uint32_t left[kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) load_matrix_x4(left[m], a.chunk(first_a + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
+      for (int m = 0; m < kM; ++m)
+        load_matrix_x4(left[m], a.chunk(first_a + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
 #pragma unroll
       for (int n = 0; n < kN / 2; ++n) {
         if (n * 16 >= num_b) continue;
@@ -127,8 +130,8 @@ __device__ __forceinline__ void multiply_by_columns(float (&c)[kM][kN][4], TileA
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         if constexpr (kIsTransposed) {
-          load_matrix_x4_transposed(left[m], a.chunk(k * 16 + ((lane >> 4) << 3) + (lane & 7),
-                                                     (first_a + m * 16) / 8 + ((lane >> 3) & 1)));
+          load_matrix_x4_transposed(
+              left[m], a.chunk(k * 16 + ((lane >> 4) << 3) + (lane & 7), (first_a + m * 16) / 8 + ((lane >> 3) & 1)));
         } else {
           load_matrix_x4(left[m], a.chunk(first_a + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
         }

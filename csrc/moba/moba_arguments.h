@@ -18,7 +18,8 @@ inline int64_t integer_from(pybind11::handle item) {
 template <typename Tensor>
 Tensor tensor_from(const pybind11::tuple& fields) {
   require(fields.size() == 4, "a tensor is (address, batch stride, head stride, row stride)");
-  return {reinterpret_cast<void*>(integer_from(fields[0])), integer_from(fields[1]), integer_from(fields[2]), integer_from(fields[3])};
+  return {reinterpret_cast<void*>(integer_from(fields[0])), integer_from(fields[1]), integer_from(fields[2]),
+          integer_from(fields[3])};
 }
 
 // In the order of MobaProblem's fields.

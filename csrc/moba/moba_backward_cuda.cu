@@ -1,16 +1,16 @@
-// Block attention backward on CUDA: waves, the sums it starts from and the rounding it ends with. moba_backward_cuda.cuh
-// has the kernel that differentiates.
+// Block attention backward on CUDA: waves, the sums it starts from and the rounding it ends with.
+// moba_backward_cuda.cuh has the kernel that differentiates.
 //
 // Steps, per wave:
 //   1. block lists (moba_layout_cuda.cu);
 //   2. moba_row_terms: a warp takes a query's row, shift = dot(grad_out, out) - grad_lse;
 //   3. moba_attend_blocks_backward: float32 sums of all three gradients;
-//   4. moba_write_grad_query: a warp takes a query's row and rounds it, the deterministic way summing its slots in order;
-//   after a unit's last wave, 5. moba_write_grad_keys rounds the gradients of keys and values.
-#include "moba_backward_cuda.cuh"
-
+//   4. moba_write_grad_query: a warp takes a query's row and rounds it, the deterministic way summing its slots in
+//   order; after a unit's last wave, 5. moba_write_grad_keys rounds the gradients of keys and values.
 #include <algorithm>
 #include <cmath>
+
+#include "moba_backward_cuda.cuh"
 
 namespace topgather {
 
@@ -148,8 +148,8 @@ int64_t elements_of(int64_t dim) { return multiple_of(dim, 8); }
 WavePlan plan_backward(const MobaProblem& problem, bool is_deterministic) {
   const int64_t sums_per_row = is_deterministic ? problem.top_k : 1;
   const int64_t row_bytes = list_row_bytes(problem) + 4 + sums_per_row * elements_of(problem.head_dim) * 4;
-  const int64_t unit_bytes = list_unit_bytes(problem) +
-                             problem.key_len * (elements_of(problem.head_dim) + elements_of(problem.value_dim)) * 4;
+  const int64_t unit_bytes =
+      list_unit_bytes(problem) + problem.key_len * (elements_of(problem.head_dim) + elements_of(problem.value_dim)) * 4;
   const int64_t budget = workspace_budget(MobaWaveConfig::kBackwardBudget);
   const int64_t least = unit_bytes + std::min(budget, kLeastWaveBytes);
   return plan_waves(problem, {row_bytes, unit_bytes, std::max(budget, least)});
@@ -201,13 +201,12 @@ void write_grad_keys(const MobaProblem& problem, const MobaGeometry& geometry, i
                      const float* sums, const MutableTensor& grad, int64_t dim, cudaStream_t stream) {
   if (problem.key_len == 0 || dim == 0) return;
   const KeyRowArguments args{geometry, first_unit, static_cast<int32_t>(dim), static_cast<int32_t>(elements_of(dim)),
-                             sums, grad};
+                             sums,     grad};
   const cuda::LaunchShape shape{
       dim3(static_cast<unsigned>(divide_up(problem.key_len, kRowWarps)), static_cast<unsigned>(num_units)),
       dim3(kRowThreads), 0, stream};
-  with_element(problem.dtype, [&](auto element) {
-    cuda::launch(moba_write_grad_keys<decltype(element)>, shape, args);
-  });
+  with_element(problem.dtype,
+               [&](auto element) { cuda::launch(moba_write_grad_keys<decltype(element)>, shape, args); });
 }
 
 }  // namespace
@@ -234,7 +233,8 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
   const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
   const WorkspaceCutter wave_start = cutter;
   take_workspace(problem, is_deterministic, plan.units_per_wave, plan.queries_per_wave, cutter);
-  require(cutter.used() <= given.bytes, "moba_backward: the workspace is smaller than moba_backward_workspace_bytes says");
+  require(cutter.used() <= given.bytes,
+          "moba_backward: the workspace is smaller than moba_backward_workspace_bytes says");
   const int64_t key_elements = elements_of(problem.head_dim), value_elements = elements_of(problem.value_dim);
   for (int64_t wave_idx = 0; wave_idx < plan.num_waves(); ++wave_idx) {
     const Wave wave = plan.wave(problem, wave_idx);
@@ -266,9 +266,8 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       const cuda::LaunchShape row_shape{
           dim3(static_cast<unsigned>(divide_up(rows.num_rows, kRowWarps)), static_cast<unsigned>(wave.num_units)),
           dim3(kRowThreads), 0, stream};
-      with_element(problem.dtype, [&](auto element) {
-        cuda::launch(moba_row_terms<decltype(element)>, row_shape, rows);
-      });
+      with_element(problem.dtype,
+                   [&](auto element) { cuda::launch(moba_row_terms<decltype(element)>, row_shape, rows); });
       if (!is_deterministic) clear(workspace.grad_query, workspace.num_grad_query, stream);
 
       BackwardArguments args{};
@@ -294,9 +293,8 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       args.grad_key = workspace.grad_key;
       args.grad_value = workspace.grad_value;
       attend_backward(kernel, args, stream);
-      with_element(problem.dtype, [&](auto element) {
-        cuda::launch(moba_write_grad_query<decltype(element)>, row_shape, rows);
-      });
+      with_element(problem.dtype,
+                   [&](auto element) { cuda::launch(moba_write_grad_query<decltype(element)>, row_shape, rows); });
     }
     if (wave.first_query + wave.num_queries == problem.query_len) {
       const StageRange rounding("moba: gradients of keys");

@@ -19,16 +19,16 @@
 // All query heads of the group stand in the same lists: nothing is expanded.
 // Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. A scale
 // above 1 is multiplied in before, so that float16 does not lose what it would magnify; a smaller one after. Hidden
-// pairs weigh 0, and 0 x inf is NaN: a tile that hides keys and holds numbers that are not finite takes steps 4 and 5 in
-// plain arithmetic over visible pairs alone, straight to memory.
-// Ties do not arise. Determinism: sums over thread blocks are atomic additions of float32, in any order; the
-// deterministic way has one item a list, a place of its own for each entry's grad_query, and no atomics.
+// pairs weigh 0, and 0 x inf is NaN: a tile that hides keys and holds numbers that are not finite takes steps 4 and 5
+// in plain arithmetic over visible pairs alone, straight to memory. Ties do not arise. Determinism: sums over thread
+// blocks are atomic additions of float32, in any order; the deterministic way has one item a list, a place of its own
+// for each entry's grad_query, and no atomics.
 #pragma once
 
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "moba_cuda.h"
-#include "moba_stages_cuda.h"
+#include "moba_stages_cuda.cuh"
 
 namespace topgather {
 
@@ -208,8 +208,8 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
 // Where grad_query of an entry goes, in elements.
 __device__ __forceinline__ int64_t grad_query_row(const BackwardArguments& args, int64_t unit_in_wave, int32_t entry) {
   const int64_t rows_before = unit_in_wave * args.lists.num_rows;
-  const int64_t row = args.is_deterministic ? rows_before * args.geometry.top_k + entry
-                                            : rows_before + entry / args.geometry.top_k;
+  const int64_t row =
+      args.is_deterministic ? rows_before * args.geometry.top_k + entry : rows_before + entry / args.geometry.top_k;
   return row * args.key_elements;
 }
 
@@ -222,8 +222,8 @@ __device__ __forceinline__ void add_one(float* address, float value, bool is_det
   }
 }
 
-// Steps 4 and 5 over visible pairs alone, straight to memory. Rare and slow: a thread takes an element of a gradient at a
-// time and sums over the tile.
+// Steps 4 and 5 over visible pairs alone, straight to memory. Rare and slow: a thread takes an element of a gradient at
+// a time and sums over the tile.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void add_seen_pairs(const BackwardArguments& args, int64_t unit_in_wave, int64_t unit_key,
                                                int num_rows, int num_keys, int chunk,
@@ -397,8 +397,8 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
     // Tells all threads that the tile has been used and the next one may overwrite it.
     __syncthreads();
   }
-  backward::add_key_gradient(args.grad_key + unit_key * args.key_elements, args.key_elements, grad_key, args.gradient_scale,
-                             warp_key, num_keys, key_column, args.head_dim, args.is_deterministic);
+  backward::add_key_gradient(args.grad_key + unit_key * args.key_elements, args.key_elements, grad_key,
+                             args.gradient_scale, warp_key, num_keys, key_column, args.head_dim, args.is_deterministic);
   backward::add_key_gradient(args.grad_value + unit_key * args.value_elements, args.value_elements, grad_value, 1.0f,
                              warp_key, num_keys, key_column, args.value_dim, args.is_deterministic);
 }

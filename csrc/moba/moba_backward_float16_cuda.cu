@@ -3,7 +3,8 @@
 
 namespace topgather {
 
-const BackwardKernel kBackwardFloat16[3] = {backward_kernel<Float16, 64>(Dtype::kFloat16), backward_kernel<Float16, 128>(Dtype::kFloat16),
-                                       backward_kernel<Float16, 256>(Dtype::kFloat16)};
+const BackwardKernel kBackwardFloat16[3] = {backward_kernel<Float16, 64>(Dtype::kFloat16),
+                                            backward_kernel<Float16, 128>(Dtype::kFloat16),
+                                            backward_kernel<Float16, 256>(Dtype::kFloat16)};
 
 }  // namespace topgather

@@ -3,7 +3,8 @@
 
 namespace topgather {
 
-const BackwardKernel kBackwardFloat32[3] = {backward_kernel<float, 64>(Dtype::kFloat32), backward_kernel<float, 128>(Dtype::kFloat32),
-                                       backward_kernel<float, 256>(Dtype::kFloat32)};
+const BackwardKernel kBackwardFloat32[3] = {backward_kernel<float, 64>(Dtype::kFloat32),
+                                            backward_kernel<float, 128>(Dtype::kFloat32),
+                                            backward_kernel<float, 256>(Dtype::kFloat32)};
 
 }  // namespace topgather

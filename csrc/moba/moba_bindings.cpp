@@ -1,5 +1,5 @@
-// Block attention as Python sees it: addresses, sizes and strides in, nothing out. The CPU side; moba_cuda_bindings.cpp is
-// the other.
+// Block attention as Python sees it: addresses, sizes and strides in, nothing out. The CPU side; moba_cuda_bindings.cpp
+// is the other.
 #include <stdexcept>
 #include <string>
 
@@ -45,8 +45,8 @@ void bind_cpu(py::module_& module) {
   });
   module.def("moba_route_cpu",
              [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& block_indices) {
-               const MobaRouteParams params{problem_from(p), tensor_from<ConstTensor>(query), tensor_from<ConstTensor>(key),
-                                            tensor_from<MutableTensor>(block_indices)};
+               const MobaRouteParams params{problem_from(p), tensor_from<ConstTensor>(query),
+                                            tensor_from<ConstTensor>(key), tensor_from<MutableTensor>(block_indices)};
                const py::gil_scoped_release release;
                cpu_kernels().route(params);
              });

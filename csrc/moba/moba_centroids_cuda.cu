@@ -13,7 +13,7 @@
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "moba_cuda.h"
-#include "moba_stages_cuda.h"
+#include "moba_stages_cuda.cuh"
 
 namespace topgather {
 
@@ -119,7 +119,8 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
     const int64_t count = num_units - done < MobaWaveConfig::kMostUnits ? num_units - done : MobaWaveConfig::kMostUnits;
     CentroidArguments part = args;
     part.first_unit += done;
-    if (args.is_by_unit) part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.head_stride;
+    if (args.is_by_unit)
+      part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.head_stride;
     if (args.largest != nullptr) part.largest += done;
     const cuda::LaunchShape shape{dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)), dim3(kThreads),
                                   sizeof(SharedMemory), stream};

@@ -1,8 +1,8 @@
 // The tuning of block attention on CUDA, in one place: tile shapes by element type and head dimension, and how work and
 // memory are cut. Changing a number changes speed and the last bits of results, nothing else.
 //
-// Every tile fits the 99 KB of shared memory that the smallest supported processors (sm_86, sm_89, sm_120) give a thread
-// block, so one table serves all; docs/architecture.md counts the bytes.
+// Every tile fits the 99 KB of shared memory that the smallest supported processors (sm_86, sm_89, sm_120) give a
+// thread block, so one table serves all; docs/architecture.md counts the bytes.
 #pragma once
 
 #include <cstdint>
@@ -45,10 +45,13 @@ struct MobaForwardTiles {
   static constexpr int kWarps = kIsFloat && kHeadDim > 64 ? 2 : 4;
   static constexpr int kRowBlocks = kIsFloat || kHeadDim > 128 ? 1 : 2;  // of 16 queries, a warp
   // Keys and values on chip. Blocks up to this size are read once; larger ones once per round of query tiles.
-  static constexpr int kResidentKeys = kIsFloat ? (kHeadDim > 128 ? 16 : kHeadDim > 64 ? 64 : 128)
+  static constexpr int kResidentKeys = kIsFloat ? (kHeadDim > 128  ? 16
+                                                   : kHeadDim > 64 ? 64
+                                                                   : 128)
                                                 : (kHeadDim > 128 ? 64 : 128);
   static constexpr int kValueColumns = kIsFloat && kHeadDim > 128 ? 128 : kHeadDim;
-  static constexpr int kStepKeys = kIsFloat || kHeadDim > 128 ? 16 : (kHeadDim > 64 ? 32 : 64);  // scores held in registers at a time
+  static constexpr int kStepKeys =
+      kIsFloat || kHeadDim > 128 ? 16 : (kHeadDim > 64 ? 32 : 64);  // scores held in registers at a time
   static constexpr int kEntriesPerItem = 512;  // choices of one block that one thread block attends to
 };
 

@@ -1,7 +1,8 @@
 // The CUDA entry points of block attention. Absent from a build without CUDA.
 //
-// Everything is queued on the caller's stream; nothing waits for the device. Rows of query, key, value and grad_out must
-// start on 16-byte boundaries and hold whole multiples of 16 bytes, the part past head_dim or value_dim being zeros.
+// Everything is queued on the caller's stream; nothing waits for the device. Rows of query, key, value and grad_out
+// must start on 16-byte boundaries and hold whole multiples of 16 bytes, the part past head_dim or value_dim being
+// zeros.
 #pragma once
 
 #include "moba_params.h"

@@ -1,5 +1,5 @@
-// Block attention on CUDA as Python sees it: addresses, sizes and strides in, nothing out. Also compiled into the emulated
-// module of the tests, which checks every access of every kernel against the memory that is declared here.
+// Block attention on CUDA as Python sees it: addresses, sizes and strides in, nothing out. Also compiled into the
+// emulated module of the tests, which checks every access of every kernel against the memory that is declared here.
 #include <string>
 
 #include "../bindings.h"
@@ -40,8 +40,8 @@ class Extents {
            MemoryKind kind, int64_t granularity = 1) const {
     const int64_t batch = is_packed_problem(problem_) ? 1 : problem_.batch_size;
     if (tensor.data == nullptr || batch == 0 || heads == 0 || length == 0 || row_bytes == 0) return;
-    const int64_t last = (batch - 1) * tensor.batch_stride + (heads - 1) * tensor.head_stride +
-                         (length - 1) * tensor.row_stride;
+    const int64_t last =
+        (batch - 1) * tensor.batch_stride + (heads - 1) * tensor.head_stride + (length - 1) * tensor.row_stride;
     const int64_t whole_row = (row_bytes + granularity - 1) / granularity * granularity;
     memory_.add(tensor.data, static_cast<size_t>(last * element_bytes + whole_row), kind);
   }
@@ -85,21 +85,20 @@ CudaPlace place_from(int device, int64_t stream) { return {device, reinterpret_c
 }  // namespace
 
 void bind_moba_cuda(py::module_& module) {
-  module.def("moba_centroids_cuda",
-             [](const py::tuple& p, const py::tuple& key, const py::tuple& centroids, int device, int64_t stream) {
-               const CentroidParams params{problem_from(p), tensor_from<ConstTensor>(key),
-                                           tensor_from<MutableTensor>(centroids)};
-               const MobaProblem& problem = params.problem;
-               require_cuda_problem(problem);
-               const py::gil_scoped_release release;
-               DeclaredMemory memory;
-               const Extents extents(problem, memory);
-               const int64_t element = bytes_of(problem.dtype), row = problem.head_dim;
-               const int64_t num_blocks = (problem.key_len + problem.block_size - 1) / problem.block_size;
-               extents.add(params.key, problem.num_kv_heads, problem.key_len, row * element, element, MemoryKind::kInput);
-               extents.add(params.centroids, problem.num_kv_heads, num_blocks, row * 4, 4, MemoryKind::kOutput);
-               moba_centroids_cuda(params, place_from(device, stream));
-             });
+  module.def("moba_centroids_cuda", [](const py::tuple& p, const py::tuple& key, const py::tuple& centroids, int device,
+                                       int64_t stream) {
+    const CentroidParams params{problem_from(p), tensor_from<ConstTensor>(key), tensor_from<MutableTensor>(centroids)};
+    const MobaProblem& problem = params.problem;
+    require_cuda_problem(problem);
+    const py::gil_scoped_release release;
+    DeclaredMemory memory;
+    const Extents extents(problem, memory);
+    const int64_t element = bytes_of(problem.dtype), row = problem.head_dim;
+    const int64_t num_blocks = (problem.key_len + problem.block_size - 1) / problem.block_size;
+    extents.add(params.key, problem.num_kv_heads, problem.key_len, row * element, element, MemoryKind::kInput);
+    extents.add(params.centroids, problem.num_kv_heads, num_blocks, row * 4, 4, MemoryKind::kOutput);
+    moba_centroids_cuda(params, place_from(device, stream));
+  });
   module.def("moba_cuda_workspace_bytes", [](const std::string& kind, const py::tuple& p, int device) -> int64_t {
     const MobaProblem problem = problem_from(p);
     require_cuda_problem(problem);
@@ -110,25 +109,25 @@ void bind_moba_cuda(py::module_& module) {
     return moba_backward_workspace_bytes(problem, true);
   });
   module.def("moba_cuda_set_budget", &moba_cuda_set_budget);
-  module.def("moba_route_cuda", [](const py::tuple& p, const py::tuple& query, const py::tuple& key,
-                                   const py::tuple& block_indices, const py::tuple& workspace, int device,
-                                   int64_t stream) {
-    const MobaRouteParams params{problem_from(p), tensor_from<ConstTensor>(query), tensor_from<ConstTensor>(key),
-                                 tensor_from<MutableTensor>(block_indices)};
-    const MobaProblem& problem = params.problem;
-    const CudaWorkspace space = workspace_from(workspace);
-    require_cuda_problem(problem);
-    require_aligned(params.query, problem, "query must have rows on 16-byte boundaries");
-    require_aligned(params.key, problem, "key must have rows on 16-byte boundaries");
-    const py::gil_scoped_release release;
-    DeclaredMemory memory;
-    const Extents extents(problem, memory);
-    extents.input(params.query, problem.num_query_heads, problem.query_len, problem.head_dim);
-    extents.input(params.key, problem.num_kv_heads, problem.key_len, problem.head_dim);
-    extents.per_query(params.block_indices, problem.top_k);
-    memory.add(space.data, static_cast<size_t>(space.bytes), MemoryKind::kWorkspace);
-    moba_route_cuda(params, space, place_from(device, stream));
-  });
+  module.def("moba_route_cuda",
+             [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& block_indices,
+                const py::tuple& workspace, int device, int64_t stream) {
+               const MobaRouteParams params{problem_from(p), tensor_from<ConstTensor>(query),
+                                            tensor_from<ConstTensor>(key), tensor_from<MutableTensor>(block_indices)};
+               const MobaProblem& problem = params.problem;
+               const CudaWorkspace space = workspace_from(workspace);
+               require_cuda_problem(problem);
+               require_aligned(params.query, problem, "query must have rows on 16-byte boundaries");
+               require_aligned(params.key, problem, "key must have rows on 16-byte boundaries");
+               const py::gil_scoped_release release;
+               DeclaredMemory memory;
+               const Extents extents(problem, memory);
+               extents.input(params.query, problem.num_query_heads, problem.query_len, problem.head_dim);
+               extents.input(params.key, problem.num_kv_heads, problem.key_len, problem.head_dim);
+               extents.per_query(params.block_indices, problem.top_k);
+               memory.add(space.data, static_cast<size_t>(space.bytes), MemoryKind::kWorkspace);
+               moba_route_cuda(params, space, place_from(device, stream));
+             });
   module.def("moba_forward_cuda", [](const py::tuple& p, const py::tuple& query, const py::tuple& key,
                                      const py::tuple& value, const py::tuple& block_indices, const py::tuple& out,
                                      const py::tuple& lse, const py::tuple& workspace, int device, int64_t stream) {
@@ -157,50 +156,50 @@ void bind_moba_cuda(py::module_& module) {
     memory.add(space.data, static_cast<size_t>(space.bytes), MemoryKind::kWorkspace);
     moba_forward_cuda(params, space, place_from(device, stream));
   });
-  module.def("moba_backward_cuda", [](const py::tuple& p, const py::tuple& query, const py::tuple& key,
-                                      const py::tuple& value, const py::tuple& block_indices, const py::tuple& out,
-                                      const py::tuple& lse, const py::tuple& grad_out, const py::tuple& grad_lse,
-                                      const py::tuple& grad_query, const py::tuple& grad_key,
-                                      const py::tuple& grad_value, const py::tuple& workspace, bool is_deterministic,
-                                      int device, int64_t stream) {
-    const MobaBackwardParams params{problem_from(p),
-                                    tensor_from<ConstTensor>(query),
-                                    tensor_from<ConstTensor>(key),
-                                    tensor_from<ConstTensor>(value),
-                                    tensor_from<ConstTensor>(block_indices),
-                                    tensor_from<ConstTensor>(out),
-                                    tensor_from<ConstTensor>(lse),
-                                    tensor_from<ConstTensor>(grad_out),
-                                    tensor_from<ConstTensor>(grad_lse),
-                                    tensor_from<MutableTensor>(grad_query),
-                                    tensor_from<MutableTensor>(grad_key),
-                                    tensor_from<MutableTensor>(grad_value)};
-    const MobaProblem& problem = params.problem;
-    const CudaWorkspace space = workspace_from(workspace);
-    require_cuda_problem(problem);
-    require_aligned(params.query, problem, "query must have rows on 16-byte boundaries");
-    require_aligned(params.key, problem, "key must have rows on 16-byte boundaries");
-    require_aligned(params.value, problem, "value must have rows on 16-byte boundaries");
-    require_aligned(params.grad_out, problem, "grad_out must have rows on 16-byte boundaries");
-    const py::gil_scoped_release release;
-    DeclaredMemory memory;
-    const Extents extents(problem, memory);
-    const int64_t element = bytes_of(problem.dtype);
-    extents.input(params.query, problem.num_query_heads, problem.query_len, problem.head_dim);
-    extents.input(params.key, problem.num_kv_heads, problem.key_len, problem.head_dim);
-    extents.input(params.value, problem.num_kv_heads, problem.key_len, problem.value_dim);
-    extents.per_query(params.block_indices, problem.top_k);
-    extents.add(params.out, problem.num_query_heads, problem.query_len, problem.value_dim * element, element,
-                MemoryKind::kInput);
-    extents.per_query(params.lse, 1);
-    extents.input(params.grad_out, problem.num_query_heads, problem.query_len, problem.value_dim);
-    extents.per_query(params.grad_lse, 1);
-    extents.output(params.grad_query, problem.num_query_heads, problem.query_len, problem.head_dim);
-    extents.output(params.grad_key, problem.num_kv_heads, problem.key_len, problem.head_dim);
-    extents.output(params.grad_value, problem.num_kv_heads, problem.key_len, problem.value_dim);
-    memory.add(space.data, static_cast<size_t>(space.bytes), MemoryKind::kWorkspace);
-    moba_backward_cuda(params, space, is_deterministic, place_from(device, stream));
-  });
+  module.def(
+      "moba_backward_cuda",
+      [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& value,
+         const py::tuple& block_indices, const py::tuple& out, const py::tuple& lse, const py::tuple& grad_out,
+         const py::tuple& grad_lse, const py::tuple& grad_query, const py::tuple& grad_key, const py::tuple& grad_value,
+         const py::tuple& workspace, bool is_deterministic, int device, int64_t stream) {
+        const MobaBackwardParams params{problem_from(p),
+                                        tensor_from<ConstTensor>(query),
+                                        tensor_from<ConstTensor>(key),
+                                        tensor_from<ConstTensor>(value),
+                                        tensor_from<ConstTensor>(block_indices),
+                                        tensor_from<ConstTensor>(out),
+                                        tensor_from<ConstTensor>(lse),
+                                        tensor_from<ConstTensor>(grad_out),
+                                        tensor_from<ConstTensor>(grad_lse),
+                                        tensor_from<MutableTensor>(grad_query),
+                                        tensor_from<MutableTensor>(grad_key),
+                                        tensor_from<MutableTensor>(grad_value)};
+        const MobaProblem& problem = params.problem;
+        const CudaWorkspace space = workspace_from(workspace);
+        require_cuda_problem(problem);
+        require_aligned(params.query, problem, "query must have rows on 16-byte boundaries");
+        require_aligned(params.key, problem, "key must have rows on 16-byte boundaries");
+        require_aligned(params.value, problem, "value must have rows on 16-byte boundaries");
+        require_aligned(params.grad_out, problem, "grad_out must have rows on 16-byte boundaries");
+        const py::gil_scoped_release release;
+        DeclaredMemory memory;
+        const Extents extents(problem, memory);
+        const int64_t element = bytes_of(problem.dtype);
+        extents.input(params.query, problem.num_query_heads, problem.query_len, problem.head_dim);
+        extents.input(params.key, problem.num_kv_heads, problem.key_len, problem.head_dim);
+        extents.input(params.value, problem.num_kv_heads, problem.key_len, problem.value_dim);
+        extents.per_query(params.block_indices, problem.top_k);
+        extents.add(params.out, problem.num_query_heads, problem.query_len, problem.value_dim * element, element,
+                    MemoryKind::kInput);
+        extents.per_query(params.lse, 1);
+        extents.input(params.grad_out, problem.num_query_heads, problem.query_len, problem.value_dim);
+        extents.per_query(params.grad_lse, 1);
+        extents.output(params.grad_query, problem.num_query_heads, problem.query_len, problem.head_dim);
+        extents.output(params.grad_key, problem.num_kv_heads, problem.key_len, problem.head_dim);
+        extents.output(params.grad_value, problem.num_kv_heads, problem.key_len, problem.value_dim);
+        memory.add(space.data, static_cast<size_t>(space.bytes), MemoryKind::kWorkspace);
+        moba_backward_cuda(params, space, is_deterministic, place_from(device, stream));
+      });
 }
 
 }  // namespace topgather

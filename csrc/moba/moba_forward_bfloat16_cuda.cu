@@ -3,7 +3,8 @@
 
 namespace topgather {
 
-const ForwardKernel kForwardBFloat16[3] = {forward_kernel<BFloat16, 64>(Dtype::kBFloat16), forward_kernel<BFloat16, 128>(Dtype::kBFloat16),
-                                     forward_kernel<BFloat16, 256>(Dtype::kBFloat16)};
+const ForwardKernel kForwardBFloat16[3] = {forward_kernel<BFloat16, 64>(Dtype::kBFloat16),
+                                           forward_kernel<BFloat16, 128>(Dtype::kBFloat16),
+                                           forward_kernel<BFloat16, 256>(Dtype::kBFloat16)};
 
 }  // namespace topgather

@@ -1,13 +1,13 @@
-// Block attention forward on CUDA: waves, and the merging of a query's choices. moba_forward_cuda.cuh has the kernel that
-// attends.
+// Block attention forward on CUDA: waves, and the merging of a query's choices. moba_forward_cuda.cuh has the kernel
+// that attends.
 //
 // Steps, per wave:
 //   1. block lists (moba_layout_cuda.cu);
 //   2. moba_attend_blocks: a normalised partial output and its lse per choice;
 //   3. moba_merge_slots: a warp takes a query's row and combines its choices.
-#include "moba_forward_cuda.cuh"
-
 #include <algorithm>
+
+#include "moba_forward_cuda.cuh"
 
 namespace topgather {
 
@@ -25,17 +25,17 @@ struct MergeArguments {
   int64_t num_rows;  // of a unit
   int32_t value_dim;
   int32_t partial_elements;
-  ConstTensor block_indices;    // [batch, query head, query, K] int32
+  ConstTensor block_indices;     // [batch, query head, query, K] int32
   const uint16_t* is_row_valid;  // [unit, row] uint16
-  const void* partial_out;      // [unit, entry, partial_elements] dtype
-  const float* partial_lse;     // [unit, entry] float32, base 2
-  MutableTensor out;            // [batch, query head, query, V] dtype
-  MutableTensor lse;            // [batch, query head, query] float32
+  const void* partial_out;       // [unit, entry, partial_elements] dtype
+  const float* partial_lse;      // [unit, entry] float32, base 2
+  MutableTensor out;             // [batch, query head, query, V] dtype
+  MutableTensor lse;             // [batch, query head, query] float32
 };
 
-// A lane takes a slot while weights are made, 32 slots at a time, and neighbouring columns while they are applied, slot by
-// slot in order, so that the sum is the same every time. A row without a visible key: out 0, lse -inf. One all of whose
-// scores are -inf: NaN, as plain softmax. One whose choices are not valid: NaN.
+// A lane takes a slot while weights are made, 32 slots at a time, and neighbouring columns while they are applied, slot
+// by slot in order, so that the sum is the same every time. A row without a visible key: out 0, lse -inf. One all of
+// whose scores are -inf: NaN, as plain softmax. One whose choices are not valid: NaN.
 template <typename Element>
 __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots(const MergeArguments args) {
   constexpr int kPairs = 4;  // of columns a lane holds: 256 columns a warp
@@ -182,7 +182,8 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
   const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
   const WorkspaceCutter wave_start = cutter;
   take_workspace(problem, plan.units_per_wave, plan.queries_per_wave, cutter);
-  require(cutter.used() <= given.bytes, "moba_forward: the workspace is smaller than moba_forward_workspace_bytes says");
+  require(cutter.used() <= given.bytes,
+          "moba_forward: the workspace is smaller than moba_forward_workspace_bytes says");
   for (int64_t wave_idx = 0; wave_idx < plan.num_waves(); ++wave_idx) {
     const Wave wave = plan.wave(problem, wave_idx);
     WorkspaceCutter wave_cutter = wave_start;

@@ -1,4 +1,5 @@
-// Block attention forward on CUDA, key-stationary: a block's keys and values stay on chip, the queries that chose it come.
+// Block attention forward on CUDA, key-stationary: a block's keys and values stay on chip, the queries that chose it
+// come.
 //
 //   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
 //   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key))                                      [entry]
@@ -15,20 +16,20 @@
 //   4. running maximum and sum per row (online softmax);
 //   5. outputs += weights x values;
 //   6. divide, round to the element type, write partial and lse.
-// Where outputs would not fit the registers (float32, V > 128), the grid's third dimension takes kValueColumns columns of
-// values each, and scores are computed for each of them.
-// Blocks of more than kResidentKeys keys pass through shared memory once per round of tiles, all warps together.
-// Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
-// values. A hidden key weighs 0, and 0 x inf is NaN: an item that hides keys and whose values are not all finite takes its
-// entries one at a time, with the hidden keys' rows zeroed. A choice whose scores are all -inf leaves its outputs
-// undivided, with lse -inf; the maximum passes NaN on, so that inf and NaN scores can be told apart.
-// Ties do not arise. Determinism: an entry's arithmetic depends on its own row and block alone.
+// Where outputs would not fit the registers (float32, V > 128), the grid's third dimension takes kValueColumns columns
+// of values each, and scores are computed for each of them. Blocks of more than kResidentKeys keys pass through shared
+// memory once per round of tiles, all warps together. Numerics: scores, weights and sums in float32; weights are
+// rounded to a 16-bit element type before they meet the values. A hidden key weighs 0, and 0 x inf is NaN: an item that
+// hides keys and whose values are not all finite takes its entries one at a time, with the hidden keys' rows zeroed. A
+// choice whose scores are all -inf leaves its outputs undivided, with lse -inf; the maximum passes NaN on, so that inf
+// and NaN scores can be told apart. Ties do not arise. Determinism: an entry's arithmetic depends on its own row and
+// block alone.
 #pragma once
 
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "moba_cuda.h"
-#include "moba_stages_cuda.h"
+#include "moba_stages_cuda.cuh"
 
 namespace topgather {
 
@@ -74,8 +75,8 @@ using cuda::warp_id;
 
 // A tile of entries as a warp sees it: lane r knows row r.
 struct Rows {
-  int32_t entry;        // -1: the row is not there
-  int32_t num_visible;  // keys of the block; rows that are not there see all, so that they hide none
+  int32_t entry;         // -1: the row is not there
+  int32_t num_visible;   // keys of the block; rows that are not there see all, so that they hide none
   int64_t query_offset;  // of the query's row, in elements
 };
 
@@ -155,8 +156,8 @@ __device__ __forceinline__ void gather_queries_async(const ForwardArguments& arg
     const int i = first + lane_id();
     const bool is_there = i < Shared::kRowsPerWarp * used_chunks;
     const int row = is_there ? i / used_chunks : 0;
-    const uint64_t offset = static_cast<uint64_t>(__shfl_sync(kAllLanes, high, row)) << 32 |
-                            __shfl_sync(kAllLanes, low, row);
+    const uint64_t offset =
+        static_cast<uint64_t>(__shfl_sync(kAllLanes, high, row)) << 32 | __shfl_sync(kAllLanes, low, row);
     const int32_t entry = __shfl_sync(kAllLanes, rows.entry, row);
     if (is_there) {
       cuda::copy_chunk_async(shared.query, warp_id() * Shared::kRowsPerWarp + row, i % used_chunks,
@@ -174,7 +175,8 @@ __device__ __forceinline__ int32_t most_of_warp(int32_t value) {
   return value;
 }
 
-// What a warp carries through a tile: outputs [rows, V], and per row the running maximum and the lane's part of the sum.
+// What a warp carries through a tile: outputs [rows, V], and per row the running maximum and the lane's part of the
+// sum.
 template <int kRowBlocks, int kColumns>
 struct Running {
   float out[kRowBlocks][kColumns / 8][4];
@@ -192,8 +194,8 @@ struct Running {
 };
 
 template <typename Element, int kHeadDim>
-using RunningOf = Running<MobaForwardTiles<Element, kHeadDim>::kRowBlocks,
-                          MobaForwardTiles<Element, kHeadDim>::kValueColumns>;
+using RunningOf =
+    Running<MobaForwardTiles<Element, kHeadDim>::kRowBlocks, MobaForwardTiles<Element, kHeadDim>::kValueColumns>;
 
 // Step 3's mask: keys from num_visible on, counted from the block's start, are hidden from a row.
 template <int kRowBlocks, int kStepBlocks>
@@ -455,8 +457,7 @@ template <typename Element, int kHeadDim>
 constexpr ForwardKernel forward_kernel(Dtype dtype) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype, kHeadDim, Shared::Tiles::kEntriesPerItem,
-          [](const ForwardArguments& args, cudaStream_t stream) {
+  return {dtype, kHeadDim, Shared::Tiles::kEntriesPerItem, [](const ForwardArguments& args, cudaStream_t stream) {
             const int64_t num_panels = divide_up(args.value_dim, Shared::kValueColumns);
             const dim3 grid(static_cast<unsigned>(args.lists.most_items), static_cast<unsigned>(args.wave.num_units),
                             static_cast<unsigned>(num_panels > 0 ? num_panels : 1));

@@ -3,7 +3,8 @@
 
 namespace topgather {
 
-const ForwardKernel kForwardFloat16[3] = {forward_kernel<Float16, 64>(Dtype::kFloat16), forward_kernel<Float16, 128>(Dtype::kFloat16),
-                                     forward_kernel<Float16, 256>(Dtype::kFloat16)};
+const ForwardKernel kForwardFloat16[3] = {forward_kernel<Float16, 64>(Dtype::kFloat16),
+                                          forward_kernel<Float16, 128>(Dtype::kFloat16),
+                                          forward_kernel<Float16, 256>(Dtype::kFloat16)};
 
 }  // namespace topgather

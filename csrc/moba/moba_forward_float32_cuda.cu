@@ -3,7 +3,8 @@
 
 namespace topgather {
 
-const ForwardKernel kForwardFloat32[3] = {forward_kernel<float, 64>(Dtype::kFloat32), forward_kernel<float, 128>(Dtype::kFloat32),
-                                     forward_kernel<float, 256>(Dtype::kFloat32)};
+const ForwardKernel kForwardFloat32[3] = {forward_kernel<float, 64>(Dtype::kFloat32),
+                                          forward_kernel<float, 128>(Dtype::kFloat32),
+                                          forward_kernel<float, 256>(Dtype::kFloat32)};
 
 }  // namespace topgather

@@ -1,24 +1,26 @@
 // From query-major choices to key-major lists, by counting; and packed sequences put in order.
 //
-// For each unit of a wave: list_starts[j] .. list_starts[j + 1] delimit in `entries` the choices (row * top_k + slot) of
-// block j, ascending. A choice no key of which the query sees is left out, and so are all choices of a row that names a
-// block its sequence does not have, or one block twice. Nothing is sorted and nothing waits for the host.
+// For each unit of a wave: list_starts[j] .. list_starts[j + 1] delimit in `entries` the choices (row * top_k + slot)
+// of block j, ascending. A choice no key of which the query sees is left out, and so are all choices of a row that
+// names a block its sequence does not have, or one block twice. Nothing is sorted and nothing waits for the host.
 //
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
-//   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per (chunk, block);
+//   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per (chunk,
+//   block);
 //   2. moba_scan_chunks: a thread takes a block and turns its chunk counts into starts within the block's list;
 //   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks,
 //      and notes each item's block;
-//   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor per
+//   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor
+//   per
 //      block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the order
 //      of entries. Choices are read and judged several rows at a time.
 // Numerics: integers. Determinism: counts are sums of ones, everything else has a fixed order.
+#include <algorithm>
+
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "moba_cuda.h"
-#include "moba_stages_cuda.h"
-
-#include <algorithm>
+#include "moba_stages_cuda.cuh"
 
 namespace topgather {
 
@@ -34,7 +36,8 @@ constexpr int kRowsPerChunk = MobaLayoutConfig::kRowsPerChunk;
 constexpr int kFillWarps = MobaLayoutConfig::kChunksPerThreadBlock;
 }  // namespace
 
-// --- packed sequences --------------------------------------------------------------------------------------------------
+// --- packed sequences
+// --------------------------------------------------------------------------------------------------
 
 struct SequenceArguments {
   const int64_t* cu_seqlens_q;  // [num_sequences + 1] int64, as the user gave them
@@ -123,24 +126,25 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
   geometry.block_starts = starts[2];
   geometry.tile_starts = starts[3];
   if (starts[0] == nullptr) return geometry;
-  const SequenceArguments args{problem.cu_seqlens_q, problem.cu_seqlens_k, starts[0],          starts[1],
-                               starts[2],            starts[3],            problem.batch_size, problem.query_len,
-                               problem.key_len,      problem.block_size,   query_tile};
+  const SequenceArguments args{
+      problem.cu_seqlens_q, problem.cu_seqlens_k, starts[0],       starts[1],          starts[2], starts[3],
+      problem.batch_size,   problem.query_len,    problem.key_len, problem.block_size, query_tile};
   cuda::launch(moba_prepare_sequences, {dim3(1), dim3(kLanes), 0, stream}, args);
   return geometry;
 }
 
-// --- block lists -------------------------------------------------------------------------------------------------------
+// --- block lists
+// -------------------------------------------------------------------------------------------------------
 
 namespace {
 
-// Rows side by side in a warp, a lane a choice: as many whole rows as fit. With more than 32 slots, a row takes the warp
-// and its slots go by in rounds of 32.
+// Rows side by side in a warp, a lane a choice: as many whole rows as fit. With more than 32 slots, a row takes the
+// warp and its slots go by in rounds of 32.
 struct LaneRows {
   int rows_per_warp;
-  int row;          // of the lane, in the warp
-  int first_slot;   // of the lane
-  unsigned lanes;   // of the lane's row
+  int row;         // of the lane, in the warp
+  int first_slot;  // of the lane
+  unsigned lanes;  // of the lane's row
   bool is_used;
 };
 
@@ -187,7 +191,8 @@ __global__ void __launch_bounds__(kThreads, 1) moba_count_choices(const LayoutAr
     for (int slot = lanes.first_slot; slot < geometry.top_k; slot += kLanes) {
       const int32_t choice = mine.choices[slot];
       is_faulty = is_faulty || choice < -1 || choice >= mine.sequence.num_blocks;
-      for (int other = 0; other < slot; ++other) is_faulty = is_faulty || (choice >= 0 && mine.choices[other] == choice);
+      for (int other = 0; other < slot; ++other)
+        is_faulty = is_faulty || (choice >= 0 && mine.choices[other] == choice);
     }
   }
   const bool is_valid = (__ballot_sync(kAllLanes, is_faulty) & lanes.lanes) == 0;
@@ -372,11 +377,8 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
   const BlockListsOnDevice& lists = args.lists;
   const auto num_units = static_cast<unsigned>(args.wave.num_units);
   const int64_t num_blocks = args.geometry.num_blocks;
-  const auto grid = [](int64_t count, int64_t per_block) {
-    return static_cast<unsigned>(divide_up(count, per_block));
-  };
-  const size_t count_bytes =
-      static_cast<size_t>(args.wave.num_units * lists.num_chunks * num_blocks) * sizeof(int32_t);
+  const auto grid = [](int64_t count, int64_t per_block) { return static_cast<unsigned>(divide_up(count, per_block)); };
+  const size_t count_bytes = static_cast<size_t>(args.wave.num_units * lists.num_chunks * num_blocks) * sizeof(int32_t);
   cuda_require(cudaMemsetAsync(lists.counts, 0, count_bytes, stream), "clearing the counts of block lists");
   const int64_t rows_per_warp = std::max<int64_t>(kLanes / args.geometry.top_k, 1);
   cuda::launch(moba_count_choices,
@@ -390,7 +392,8 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
   fill.are_cursors_shared = cursor_bytes <= MobaLayoutConfig::kMostCursorBytes;
   cuda::launch(moba_fill_lists,
                {dim3(grid(lists.num_chunks, kFillWarps), num_units), dim3(kFillWarps * kLanes),
-                fill.are_cursors_shared ? static_cast<size_t>(cursor_bytes) : 0, stream}, fill);
+                fill.are_cursors_shared ? static_cast<size_t>(cursor_bytes) : 0, stream},
+               fill);
 }
 
 }  // namespace topgather

@@ -1,5 +1,5 @@
-// The choice of blocks on CUDA: centroids, their cutting into parts, and the launches. moba_route_cuda.cuh has the kernel
-// that scores and selects.
+// The choice of blocks on CUDA: centroids, their cutting into parts, and the launches. moba_route_cuda.cuh has the
+// kernel that scores and selects.
 //
 // Units are taken in steps, so that their centroids fit a bounded workspace. Steps, per unit step:
 //   1. centroids in float32 (moba_block_centroids);
@@ -7,9 +7,9 @@
 //   3. moba_route.
 // float16 reaches from 6e-8 to 65504 only: centroids are scaled by a power of two that brings the unit's largest to the
 // top of that range. Scores of a unit all scale alike, so that their order stays.
-#include "moba_route_cuda.cuh"
-
 #include <algorithm>
+
+#include "moba_route_cuda.cuh"
 
 namespace topgather {
 
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const Spli
     scale = __uint_as_float(static_cast<uint32_t>((shift > 127 ? 127 : (shift < -126 ? -126 : shift)) + 127) << 23);
   }
   float rest = args.centroids[blockIdx.y * args.unit_elements + i] * scale;
-  Element* part = static_cast<Element*>(args.parts) +
-                  (blockIdx.y * args.unit_elements + row * args.row_elements) * kParts + column;
+  Element* part =
+      static_cast<Element*>(args.parts) + (blockIdx.y * args.unit_elements + row * args.row_elements) * kParts + column;
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     const Element head = cuda::from_float<Element>(rest);
@@ -81,7 +81,8 @@ const RouteKernel& kernel_for(const MobaProblem& problem) {
 }
 
 int64_t parts_of(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? kCentroidParts<BFloat16> : (dtype == Dtype::kFloat16 ? kCentroidParts<Float16> : 0);
+  return dtype == Dtype::kBFloat16 ? kCentroidParts<BFloat16>
+                                   : (dtype == Dtype::kFloat16 ? kCentroidParts<Float16> : 0);
 }
 
 // Blocks kept by score: top_k, less the own block where causal, at most as many as there are.
@@ -116,8 +117,7 @@ RoutePlan plan_route(const MobaProblem& problem) {
   // Work is numbered in 31 bits.
   const int64_t most_by_index = INT32_MAX / (plan.num_tiles * heads_per_unit(problem));
   require(most_by_index >= 1, "moba_route: more than 2^31 - 1 tiles of queries in one key head");
-  plan.units_per_step = std::clamp<int64_t>(std::min(budget / unit_bytes, most_by_index), 1,
-                                            count_units(problem));
+  plan.units_per_step = std::clamp<int64_t>(std::min(budget / unit_bytes, most_by_index), 1, count_units(problem));
   const int64_t work = plan.num_tiles * plan.units_per_step * heads_per_unit(problem);
   plan.shared_bytes = plan.kernel->shared_bytes(plan.list_length);
   plan.are_lists_shared = plan.shared_bytes <= cuda::most_shared_bytes();
@@ -178,8 +178,8 @@ void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geomet
   centroids.largest = workspace.largest;
   centroids.is_by_unit = true;
   launch_centroids(params.problem.dtype, centroids, num_units, stream);
-  const SplitArguments args{geometry, workspace.centroids, workspace.parts, workspace.largest, plan.row_elements,
-                            geometry.num_blocks * plan.row_elements};
+  const SplitArguments args{geometry,          workspace.centroids, workspace.parts,
+                            workspace.largest, plan.row_elements,   geometry.num_blocks * plan.row_elements};
   if (params.problem.dtype == Dtype::kBFloat16) split<BFloat16>(args, num_units, stream);
   if (params.problem.dtype == Dtype::kFloat16) split<Float16>(args, num_units, stream);
 }

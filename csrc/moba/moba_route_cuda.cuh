@@ -1,4 +1,5 @@
-// The choice of blocks on CUDA: scores of query tiles against centroid tiles, kept on chip, and the best top_k of each row.
+// The choice of blocks on CUDA: scores of query tiles against centroid tiles, kept on chip, and the best top_k of each
+// row.
 //
 //   score_ij = dot(query_i, centroid_j)                              never written to global memory
 //   choice_i = own block and the top_k - 1 best before it (causal), or the top_k best of all
@@ -8,22 +9,22 @@
 //   1. the tile arrives in shared memory;
 //   2. each warp multiplies its rows with it and leaves the scores in shared memory, in the rows' order;
 //   3. members of a group, 8, 16 or 32 lanes by top_k, take a row, a score each: one comparison with the worst score
-//      kept; where any member's beats it, the group enters the scores that do, one at a time, into the row's sorted list;
+//      kept; where any member's beats it, the group enters the scores that do, one at a time, into the row's sorted
+//      list;
 //   last, 4. own block, ascending order, -1 for the rest, written out.
 // Numerics: scores must rank as float32 does. A 16-bit query times a centroid cut into kParts 16-bit numbers (three of
-// bfloat16, two of float16) sums products that are exact in float32; float32 takes plain multiply-adds. A score that comes
-// out NaN is computed once more in float32 from the uncut centroid, since inf times a part may be NaN where inf times
-// the whole is inf; what is NaN then ranks as +inf.
-// Ties: scores rank by value, then by lower block number, a total order, so that the order of insertion does not matter.
-// Empty lists hold (-inf, no block), which every block beats.
-// Determinism: a row's choice depends on its own row and the centroids alone.
+// bfloat16, two of float16) sums products that are exact in float32; float32 takes plain multiply-adds. A score that
+// comes out NaN is computed once more in float32 from the uncut centroid, since inf times a part may be NaN where inf
+// times the whole is inf; what is NaN then ranks as +inf. Ties: scores rank by value, then by lower block number, a
+// total order, so that the order of insertion does not matter. Empty lists hold (-inf, no block), which every block
+// beats. Determinism: a row's choice depends on its own row and the centroids alone.
 #pragma once
 
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/limits.h"
 #include "moba_cuda.h"
-#include "moba_stages_cuda.h"
+#include "moba_stages_cuda.cuh"
 
 namespace topgather {
 
@@ -272,11 +273,10 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
   constexpr int kParts = kCentroidParts<Element>;
   const int64_t num_list_entries = static_cast<int64_t>(Shared::kQueries) * args.list_length;
   float* shared_lists = reinterpret_cast<float*>(&shared + 1);
-  const route::Lists lists{
-      args.are_lists_shared ? shared_lists : args.list_scores + blockIdx.x * num_list_entries,
-      args.are_lists_shared ? reinterpret_cast<int32_t*>(shared_lists + num_list_entries)
-                            : args.list_blocks + blockIdx.x * num_list_entries,
-      args.list_length};
+  const route::Lists lists{args.are_lists_shared ? shared_lists : args.list_scores + blockIdx.x * num_list_entries,
+                           args.are_lists_shared ? reinterpret_cast<int32_t*>(shared_lists + num_list_entries)
+                                                 : args.list_blocks + blockIdx.x * num_list_entries,
+                           args.list_length};
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const int row_chunks = static_cast<int>(divide_up(args.head_dim, kPerChunk));
   const int used_chunks = static_cast<int>(divide_up(args.head_dim, 16)) * 16 / kPerChunk;
@@ -295,8 +295,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
     }
     const SequenceOnDevice sequence = sequence_on_device(geometry, sequence_idx);
     const int64_t first_query = tile * Shared::kQueries;
-    const Element* query_rows =
-        row_of<Element>(args.query, unit.batch_idx, head, sequence.first_query + first_query);
+    const Element* query_rows = row_of<Element>(args.query, unit.batch_idx, head, sequence.first_query + first_query);
 
     const int32_t most_visible = route::place_rows(geometry, sequence, first_query, shared);
     const bool needs_scores = args.list_length > 0 && most_visible > args.list_length;
@@ -310,18 +309,18 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       }
       const int64_t unit_block = unit_in_step * geometry.num_blocks + sequence.first_block;
       for (int32_t first_block = 0; first_block < most_visible; first_block += Shared::kCentroids) {
-        const int count = most_visible - first_block < Shared::kCentroids ? most_visible - first_block
-                                                                          : Shared::kCentroids;
-        const Element* parts = static_cast<const Element*>(args.parts) +
-                               (unit_block + first_block) * kParts * args.row_elements;
+        const int count =
+            most_visible - first_block < Shared::kCentroids ? most_visible - first_block : Shared::kCentroids;
+        const Element* parts =
+            static_cast<const Element*>(args.parts) + (unit_block + first_block) * kParts * args.row_elements;
         // Step 1: part by part, each part's rows together.
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           for (int i = threadIdx.x; i < Shared::kCentroids * used_chunks; i += Shared::kThreads) {
             const int row = i / used_chunks, chunk = i % used_chunks;
             cuda::copy_chunk_async(shared.centroids, part * Shared::kCentroids + row, chunk,
-                                   parts + (static_cast<int64_t>(row) * kParts + part) * args.row_elements,
-                                   used_chunks, row < count);
+                                   parts + (static_cast<int64_t>(row) * kParts + part) * args.row_elements, used_chunks,
+                                   row < count);
           }
         }
         cuda::copy_async_commit();
@@ -331,8 +330,8 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
         route::score_tile<Element, kHeadDim>(shared, args.head_dim, count);
         // Publishes the warp's scores to its lanes.
         __syncwarp();
-        route::select(args, shared, lists, query_rows,
-                      args.centroids + (unit_block + first_block) * args.row_elements, first_block, count);
+        route::select(args, shared, lists, query_rows, args.centroids + (unit_block + first_block) * args.row_elements,
+                      first_block, count);
         // Tells all warps that the centroids have been used and may be overwritten.
         __syncthreads();
       }
@@ -351,8 +350,8 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       if (needs_scores) {
         route::write_choices(lists, row, member, width, shared.own_block[row], geometry.top_k, choices);
       } else {
-        route::write_all(visible < args.list_length ? visible : args.list_length, member, width,
-                         shared.own_block[row], geometry.top_k, choices);
+        route::write_all(visible < args.list_length ? visible : args.list_length, member, width, shared.own_block[row],
+                         geometry.top_k, choices);
       }
     }
     // Tells all warps that lists and rows have been used and may be overwritten by the next tile's.

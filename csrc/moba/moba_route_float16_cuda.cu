@@ -3,7 +3,8 @@
 
 namespace topgather {
 
-const RouteKernel kRouteFloat16[3] = {route_kernel<Float16, 64>(Dtype::kFloat16), route_kernel<Float16, 128>(Dtype::kFloat16),
-                                 route_kernel<Float16, 256>(Dtype::kFloat16)};
+const RouteKernel kRouteFloat16[3] = {route_kernel<Float16, 64>(Dtype::kFloat16),
+                                      route_kernel<Float16, 128>(Dtype::kFloat16),
+                                      route_kernel<Float16, 256>(Dtype::kFloat16)};
 
 }  // namespace topgather

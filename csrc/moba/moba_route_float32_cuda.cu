@@ -3,7 +3,8 @@
 
 namespace topgather {
 
-const RouteKernel kRouteFloat32[3] = {route_kernel<float, 64>(Dtype::kFloat32), route_kernel<float, 128>(Dtype::kFloat32),
-                                 route_kernel<float, 256>(Dtype::kFloat32)};
+const RouteKernel kRouteFloat32[3] = {route_kernel<float, 64>(Dtype::kFloat32),
+                                      route_kernel<float, 128>(Dtype::kFloat32),
+                                      route_kernel<float, 256>(Dtype::kFloat32)};
 
 }  // namespace topgather

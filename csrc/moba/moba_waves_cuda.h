@@ -30,8 +30,8 @@ inline int64_t count_units(const MobaProblem& problem) {
 }
 inline int64_t heads_per_unit(const MobaProblem& problem) { return problem.num_query_heads / problem.num_kv_heads; }
 
-// What waves may take of the workspace, if not what MobaWaveConfig says; 0: as it says. For tests of many small waves and
-// for devices with little memory.
+// What waves may take of the workspace, if not what MobaWaveConfig says; 0: as it says. For tests of many small waves
+// and for devices with little memory.
 int64_t workspace_budget(int64_t configured);
 
 struct Wave {

@@ -40,7 +40,9 @@ def _largest_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def self_check() -> bool:
-    """Compare forward and backward with the float64 reference, per dtype and instruction set; True if all agree."""
+    """Compare forward and backward with the float64 reference, per dtype and instruction set, and on CUDA if there is
+    a device; True if all agree.
+    """
     in_use = _native.cpu_target()
     agrees = True
     started = time.perf_counter()
@@ -48,24 +50,32 @@ def self_check() -> bool:
         for target in _native.available_cpu_targets():
             _native.set_cpu_target(target)
             for dtype, tolerance in _TOLERANCES.items():
-                error = _check_once(dtype)
-                passed = error <= tolerance
-                agrees = agrees and passed
-                print(
-                    f"self-check       {target:<9} {str(dtype)[6:]:<9} largest relative error {error:.1e} "
-                    f"(allowed {tolerance:.1e}) {'ok' if passed else 'FAILED'}"
-                )
+                agrees = _check_and_report(target, dtype, tolerance, torch.device("cpu")) and agrees
     finally:
         _native.set_cpu_target(in_use)
+    if _native.has_cuda and torch.cuda.is_available():
+        for dtype, tolerance in _TOLERANCES.items():
+            name = torch.cuda.get_device_name()
+            agrees = _check_and_report(name, dtype, tolerance, torch.device("cuda")) and agrees
     print(f"self-check       {'passed' if agrees else 'FAILED'} in {time.perf_counter() - started:.1f} s")
     return agrees
 
 
-def _check_once(dtype: torch.dtype) -> float:
+def _check_and_report(name: str, dtype: torch.dtype, tolerance: float, device: torch.device) -> bool:
+    error = _check_once(dtype, device)
+    passed = error <= tolerance
+    print(
+        f"self-check       {name:<9} {str(dtype)[6:]:<9} largest relative error {error:.1e} "
+        f"(allowed {tolerance:.1e}) {'ok' if passed else 'FAILED'}"
+    )
+    return passed
+
+
+def _check_once(dtype: torch.dtype, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        return torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_()
 
     query, key, value = random(1, 4, 300, 64), random(1, 2, 300, 64), random(1, 2, 300, 48)
     routing = topgather.moba_route(query, key, block_size=64, top_k=3)

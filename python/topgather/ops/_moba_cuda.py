@@ -111,10 +111,9 @@ def _aligned_rows(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
     return address, batch, head, row
 
 
-def _workspace(kind: str, call: _Call, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def _workspace(kind: str, call: _Call, like: Tensor) -> Tensor:
     num_bytes = _native_module().moba_cuda_workspace_bytes(kind, call.fields, call.place[0])
-    workspace = like.new_empty(num_bytes, dtype=torch.uint8)
-    return workspace, (workspace.data_ptr(), num_bytes)
+    return like.new_empty(num_bytes, dtype=torch.uint8)
 
 
 # --- block_centroids ------------------------------------------------------------------------------------------------
@@ -148,13 +147,13 @@ def moba_route_cuda(
     packed = call.packed
     query, key = _aligned(query), _aligned(key)
     block_indices = query.new_empty((*lse_shape(query, packed), top_k), dtype=torch.int32)
-    workspace, space = _workspace("route", call, query)
+    workspace = _workspace("route", call, query)
     _native_module().moba_route_cuda(
         call.fields,
         _aligned_rows(query, packed),
         _aligned_rows(key, packed),
         per_head(block_indices, packed),
-        space,
+        (workspace.data_ptr(), workspace.numel()),
         *call.place,
     )
     return block_indices
@@ -188,7 +187,7 @@ def moba_attention_cuda(
     lse = query.new_empty(lse_shape(query, packed), dtype=sum_dtype(query.dtype))
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     block_indices = contiguous_rows(block_indices)
-    workspace, space = _workspace("forward", call, query)
+    workspace = _workspace("forward", call, query)
     _native_module().moba_forward_cuda(
         call.fields,
         _aligned_rows(query, packed),
@@ -197,7 +196,7 @@ def moba_attention_cuda(
         per_head(block_indices, packed),
         rows_of(out, packed),
         per_head(lse, packed),
-        space,
+        (workspace.data_ptr(), workspace.numel()),
         *call.place,
     )
     return out, lse
@@ -237,7 +236,7 @@ def moba_attention_backward_cuda(
     grad_out = _aligned(contiguous_rows(grad_out))
     out, block_indices, lse = contiguous_rows(out), contiguous_rows(block_indices), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    workspace, space = _workspace("backward_deterministic" if deterministic else "backward", call, query)
+    workspace = _workspace("backward_deterministic" if deterministic else "backward", call, query)
     _native_module().moba_backward_cuda(
         call.fields,
         _aligned_rows(query, packed),
@@ -251,7 +250,7 @@ def moba_attention_backward_cuda(
         rows_of(grad_query, packed),
         rows_of(grad_key, packed),
         rows_of(grad_value, packed),
-        space,
+        (workspace.data_ptr(), workspace.numel()),
         deterministic,
         *call.place,
     )

@@ -6,22 +6,22 @@
 
 namespace topgather {
 
-// The geometry of a problem; packed boundaries are put in order by a small kernel on `stream`. `query_tile` is the number
-// of queries that tile_starts counts by. With no memory behind the cutter nothing is launched.
+// The geometry of a problem; packed boundaries are put in order by a small kernel on `stream`. `query_tile` is the
+// number of queries that tile_starts counts by. With no memory behind the cutter nothing is launched.
 MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, WorkspaceCutter& cutter,
                               cudaStream_t stream);
 
 // Key-major lists of a wave's choices.
 struct BlockListsOnDevice {
-  int32_t* counts;        // [unit, chunk, block] int32: choices of each chunk of rows; then where the chunk's begin
-  int32_t* list_starts;   // [unit, block + 1] int32: first entry of each block's list
-  int32_t* item_starts;   // [unit, block + 1] int32: work items before each block's
-  int32_t* item_blocks;   // [unit, item] int32: the block of each work item
-  int32_t* entries;       // [unit, row * top_k] int32: the lists, ascending within a block
+  int32_t* counts;         // [unit, chunk, block] int32: choices of each chunk of rows; then where the chunk's begin
+  int32_t* list_starts;    // [unit, block + 1] int32: first entry of each block's list
+  int32_t* item_starts;    // [unit, block + 1] int32: work items before each block's
+  int32_t* item_blocks;    // [unit, item] int32: the block of each work item
+  int32_t* entries;        // [unit, row * top_k] int32: the lists, ascending within a block
   uint16_t* is_row_valid;  // [unit, row] uint16: the row's choices exist and differ
-  int64_t num_chunks;     // of a unit
-  int64_t num_rows;       // of a unit
-  int64_t most_items;     // of a unit: a bound taken from shapes
+  int64_t num_chunks;      // of a unit
+  int64_t num_rows;        // of a unit
+  int64_t most_items;      // of a unit: a bound taken from shapes
   int32_t entries_per_item;
 };
 
