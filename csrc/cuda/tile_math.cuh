@@ -195,6 +195,33 @@ __device__ __forceinline__ void store_pair(Tile& tile, int row, int column, floa
   }
 }
 
+// Results of a row lie in pairs over four lanes. Of two neighbouring 16 x 8 blocks, an even lane trades its pair of the
+// second for its neighbour's pair of the first: afterwards even lanes hold four columns in a row of the first block,
+// odd lanes of the second, and the four lanes' stores together fill whole sectors. All lanes of the warp take part.
+template <typename Pair>
+struct FourColumns {
+  Pair low;
+  Pair high;
+};
+template <typename Pair>
+__device__ __forceinline__ FourColumns<Pair> trade_pairs(const Pair& first, const Pair& second) {
+  const bool is_odd = lane_id() % 2 != 0;
+  if constexpr (sizeof(Pair) == 4) {
+    const Pair other = __shfl_xor_sync(kAllLanes, is_odd ? first : second, 1);
+    return {is_odd ? other : first, is_odd ? second : other};
+  } else {
+    const float x = __shfl_xor_sync(kAllLanes, is_odd ? first.x : second.x, 1);
+    const float y = __shfl_xor_sync(kAllLanes, is_odd ? first.y : second.y, 1);
+    const Pair other = make_float2(x, y);
+    return {is_odd ? other : first, is_odd ? second : other};
+  }
+}
+// The first of a lane's four columns, counted from the first block's.
+__device__ __forceinline__ int four_columns_start() {
+  const int t = lane_id() % 4;
+  return t % 2 * 8 + t / 2 * 4;
+}
+
 // Two neighbours of a row in global memory, the first at an even column of a row that starts on their boundary.
 template <typename Element>
 __device__ __forceinline__ float2 load_pair(const Element* address) {

@@ -143,7 +143,7 @@ struct BackwardWorkspace {
   int64_t num_grad_query;
 };
 
-int64_t elements_of(int64_t dim) { return multiple_of(dim, 8); }
+int64_t elements_of(int64_t dim) { return multiple_of(dim, 16); }
 
 WavePlan plan_backward(const MobaProblem& problem, bool is_deterministic) {
   const int64_t sums_per_row = is_deterministic ? problem.top_k : 1;

@@ -272,27 +272,33 @@ __device__ __forceinline__ void add_pair(float* address, float first, float seco
   }
 }
 
-// Step 5's end.
+// Step 5's end: four neighbouring sums of a row at a time. The first chunk of keys of the deterministic way finds
+// nothing to add to.
 template <typename Element, int kHeadDim, int kN>
 __device__ __forceinline__ void add_grad_query(const BackwardArguments& args, int64_t unit_in_wave,
                                                const BackwardSharedMemory<Element, kHeadDim>& shared, int first_row,
                                                int first_column, int chunk, const float (&sums)[1][kN][4]) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int g = lane_id() / 4;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int32_t entry = shared.entry[first_row + h * 8 + g];
-    if (entry < 0) continue;
-    float* grad = args.grad_query + grad_query_row(args, unit_in_wave, entry) + first_column;
+    float* grad = args.grad_query + grad_query_row(args, unit_in_wave, entry < 0 ? 0 : entry) + first_column +
+                  cuda::four_columns_start();
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const int column = n * 8 + 2 * t;
-      if (first_column + column >= args.head_dim) continue;
-      const float first = sums[0][n][2 * h] * args.gradient_scale, second = sums[0][n][2 * h + 1] * args.gradient_scale;
-      if (args.is_deterministic && chunk == 0) {
-        *reinterpret_cast<float2*>(grad + column) = make_float2(first, second);
-      } else {
-        add_pair(grad + column, first, second, args.is_deterministic);
+    for (int n = 0; n < kN; n += 2) {
+      if (first_column + n * 8 >= args.head_dim) continue;
+      const auto pairs = cuda::trade_pairs(make_float2(sums[0][n][2 * h], sums[0][n][2 * h + 1]),
+                                           make_float2(sums[0][n + 1][2 * h], sums[0][n + 1][2 * h + 1]));
+      if (entry < 0) continue;  // after the trade, which needs the whole warp
+      const float scale = args.gradient_scale;
+      float4 four = make_float4(pairs.low.x * scale, pairs.low.y * scale, pairs.high.x * scale, pairs.high.y * scale);
+      if (!args.is_deterministic) {
+        cuda::add_atomic_quad(grad + n * 8, four);
+        continue;
       }
+      float4& place = *reinterpret_cast<float4*>(grad + n * 8);
+      if (chunk > 0) four = make_float4(place.x + four.x, place.y + four.y, place.z + four.z, place.w + four.w);
+      place = four;
     }
   }
 }

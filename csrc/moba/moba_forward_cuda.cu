@@ -128,7 +128,7 @@ struct ForwardWorkspace {
   float* partial_lse;  // [unit, entry] float32
 };
 
-int64_t partial_elements_of(const MobaProblem& problem) { return multiple_of(problem.value_dim, 8); }
+int64_t partial_elements_of(const MobaProblem& problem) { return multiple_of(problem.value_dim, 16); }
 
 WavePlan plan_forward(const MobaProblem& problem) {
   const int64_t entry_bytes = partial_elements_of(problem) * element_bytes(problem.dtype) + 4;

@@ -340,22 +340,30 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
       const int32_t entry = __shfl_sync(kAllLanes, rows.entry, m * 16 + h * 8 + g);
       const float sum = cuda::sum_of_row(running.sum[m][h]);
       const float maximum = running.maximum[m][h];
-      if (entry < 0) continue;
+      const bool is_there = entry >= 0;
       const float factor = maximum == -INFINITY ? 1.0f : 1.0f / sum;
       const float lse = fabsf(maximum) < INFINITY ? maximum + log2f(sum) : maximum;
-      Element* out = static_cast<Element*>(args.partial_out) + (first_entry + entry) * args.partial_elements +
-                     first_value_column<Shared>();
+      Element* out = static_cast<Element*>(args.partial_out) +
+                     (first_entry + (is_there ? entry : 0)) * args.partial_elements + first_value_column<Shared>();
 #pragma unroll
-      for (int n = 0; n < Shared::kValueColumns / 8; ++n) {
+      for (int n = 0; n < Shared::kValueColumns / 8; n += 2) {
         if (n * 8 >= num_value_columns<Shared>(args)) continue;
-        const float first = running.out[m][n][2 * h] * factor, second = running.out[m][n][2 * h + 1] * factor;
+        float scaled[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scaled[e] = running.out[m][n + e / 2][2 * h + e % 2] * factor;
+        Element* four = out + n * 8 + cuda::four_columns_start();
         if constexpr (sizeof(Element) == 4) {
-          *reinterpret_cast<float2*>(out + n * 8 + 2 * t) = make_float2(first, second);
+          const auto pairs = cuda::trade_pairs(make_float2(scaled[0], scaled[1]), make_float2(scaled[2], scaled[3]));
+          if (is_there) {
+            *reinterpret_cast<float4*>(four) = make_float4(pairs.low.x, pairs.low.y, pairs.high.x, pairs.high.y);
+          }
         } else {
-          *reinterpret_cast<uint32_t*>(out + n * 8 + 2 * t) = cuda::pack2<Element>(first, second);
+          const auto pairs =
+              cuda::trade_pairs(cuda::pack2<Element>(scaled[0], scaled[1]), cuda::pack2<Element>(scaled[2], scaled[3]));
+          if (is_there) *reinterpret_cast<uint2*>(four) = make_uint2(pairs.low, pairs.high);
         }
       }
-      if (t == 0 && blockIdx.z == 0) args.partial_lse[first_entry + entry] = lse;
+      if (is_there && t == 0 && blockIdx.z == 0) args.partial_lse[first_entry + entry] = lse;
     }
   }
 }
