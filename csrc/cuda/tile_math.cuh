@@ -26,14 +26,15 @@ constexpr int kDepthUnroll = 4;
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kLanes; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kLanes; }
 
-// c += A B^T.  A: rows first_a.. of `a` [.., depth]; B: rows first_b.. of `b` [.., depth], the first num_b of which
-// count.
-template <typename TileA, typename TileB, int kM, int kN>
+// c += A B^T.  A: rows first_a.. of `a` [.., depth]; B: rows first_b.. of `b` [.., depth], num_b of which count.
+// kParts > 1: B is a sum of as many matrices, part_rows rows apart in `b`; 16-bit types only.
+template <int kParts = 1, typename TileA, typename TileB, int kM, int kN>
 __device__ __forceinline__ void multiply_by_rows(float (&c)[kM][kN][4], TileA& a, int first_a, TileB& b, int first_b,
-                                                 int num_b, int depth) {
+                                                 int num_b, int depth, int part_rows = 0) {
   using Element = std::remove_reference_t<decltype(a.elements[0])>;
   const int lane = lane_id();
   if constexpr (std::is_same_v<Element, float>) {
+    static_assert(kParts == 1, "float32 needs no parts");
     const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (int k = 0; k < depth; k += 4) {
@@ -69,17 +70,22 @@ __device__ __forceinline__ void multiply_by_rows(float (&c)[kM][kN][4], TileA& a
       if (k * 16 >= depth) break;
       uint32_t left[kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m) {
         load_matrix_x4(left[m], a.chunk(first_a + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
+      }
 #pragma unroll
-      for (int n = 0; n < kN / 2; ++n) {
-        if (n * 16 >= num_b) continue;
-        uint32_t right[4];
-        load_matrix_x4(right, b.chunk(first_b + n * 16 + (lane & 7) + ((lane >> 4) << 3), k * 2 + ((lane >> 3) & 1)));
+      for (int part = 0; part < kParts; ++part) {
+        const int row = first_b + part * part_rows + (lane & 7) + ((lane >> 4) << 3);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          multiply_accumulate<Element>(c[m][2 * n], left[m], right[0], right[1]);
-          multiply_accumulate<Element>(c[m][2 * n + 1], left[m], right[2], right[3]);
+        for (int n = 0; n < kN / 2; ++n) {
+          if (n * 16 >= num_b) continue;
+          uint32_t right[4];
+          load_matrix_x4(right, b.chunk(row + n * 16, k * 2 + ((lane >> 3) & 1)));
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            multiply_accumulate<Element>(c[m][2 * n], left[m], right[0], right[1]);
+            multiply_accumulate<Element>(c[m][2 * n + 1], left[m], right[2], right[3]);
+          }
         }
       }
     }

@@ -92,7 +92,8 @@ int64_t list_length_of(const MobaProblem& problem) {
 
 int64_t tiles_per_head(const MobaProblem& problem, int64_t queries_per_tile) {
   if (!is_packed(problem)) return divide_up(problem.query_len, queries_per_tile);
-  return problem.query_len / queries_per_tile + std::min(problem.batch_size, problem.query_len);
+  // At least one, that finds no sequence to belong to, where there are tokens but no sequences.
+  return std::max<int64_t>(problem.query_len / queries_per_tile + std::min(problem.batch_size, problem.query_len), 1);
 }
 
 struct RoutePlan {

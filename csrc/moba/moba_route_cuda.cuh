@@ -138,11 +138,8 @@ __device__ __forceinline__ void score_tile(RouteSharedMemory<Element, kHeadDim>&
   const int first_row = warp_id() * Shared::kRowsPerWarp;
   float scores[Tiles::kRowBlocks][Shared::kCentroids / 8][4];
   cuda::fill(scores, 0.0f);
-#pragma unroll
-  for (int part = kCentroidParts<Element> - 1; part >= 0; --part) {  // the small products first
-    cuda::multiply_by_rows(scores, shared.query, first_row, shared.centroids, part * Shared::kCentroids, count,
-                           head_dim);
-  }
+  cuda::multiply_by_rows<kCentroidParts<Element>>(scores, shared.query, first_row, shared.centroids, 0, count, head_dim,
+                                                  Shared::kCentroids);
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int m = 0; m < Tiles::kRowBlocks; ++m) {
@@ -209,8 +206,10 @@ __device__ __forceinline__ void select(const RouteArguments& args, Shared& share
   for (int first = 0; first < Shared::kRowsPerWarp; first += kLanes / width) {
     const int row = warp_id() * Shared::kRowsPerWarp + first + lane_id() / width;
     const int32_t visible = shared.num_visible[row];
-    const float* worst_score = lists.scores + static_cast<int64_t>(row) * lists.length + last_rank;
-    const int32_t* worst_block = lists.blocks + static_cast<int64_t>(row) * lists.length + last_rank;
+    const float* last_score = lists.scores + static_cast<int64_t>(row) * lists.length + last_rank;
+    const int32_t* last_block = lists.blocks + static_cast<int64_t>(row) * lists.length + last_rank;
+    float worst_score = *last_score;
+    int32_t worst_block = *last_block;
 #pragma unroll 1
     for (int column = member; column < Shared::kCentroids; column += width) {
       const int32_t block = static_cast<int32_t>(first_block) + column;
@@ -221,7 +220,7 @@ __device__ __forceinline__ void select(const RouteArguments& args, Shared& share
                             args.head_dim);
         score = isnan(score) ? INFINITY : score;
       }
-      bool passes = is_candidate && beats(score, block, *worst_score, *worst_block);
+      bool passes = is_candidate && beats(score, block, worst_score, worst_block);
       unsigned passing = __ballot_sync(kAllLanes, passes);
       while (passing != 0) {
         const unsigned of_group = passing >> first_lane & members;
@@ -229,7 +228,9 @@ __device__ __forceinline__ void select(const RouteArguments& args, Shared& share
         const float candidate_score = __shfl_sync(kAllLanes, score, source);
         const int32_t candidate_block = __shfl_sync(kAllLanes, block, source);
         insert(lists, row, member, width, of_group != 0, candidate_score, candidate_block);
-        passes = passes && source != lane_id() && beats(score, block, *worst_score, *worst_block);
+        worst_score = *last_score;
+        worst_block = *last_block;
+        passes = passes && source != lane_id() && beats(score, block, worst_score, worst_block);
         passing = __ballot_sync(kAllLanes, passes);
       }
     }

@@ -12,6 +12,7 @@ thread. What an instruction does is taken from the PTX ISA, independently of the
     machine.py       threads that diverge, meet again, wait and finish
     toolchain.py     nvcc, with its results kept by content
     replay.py        launches the emulator recorded, run once more from their PTX
+    instruction_cases.py, primitive_checks.py and primitives.cu   what tests/test_ptx.py holds it to
 """
 
 from .machine import launch

@@ -20,7 +20,7 @@ from . import arithmetic, conversions, loads_stores, warp
 from .decoder import SPECIAL_REGISTERS, Decoder, Execute, Lanes, Read, Write
 from .memory import AsyncCopies, Blocks, Memory, MemoryAccessError
 from .parser import Instruction, Kernel, Label
-from .scalar_types import TYPES, Array, PtxError
+from .scalar_types import TYPES, Array, PtxError, collecting_no_garbage
 
 WARP_SIZE = warp.WARP_SIZE
 MAX_THREADS_PER_BATCH = 8192
@@ -76,8 +76,9 @@ class Program:
 @cache
 def decode(kernel: Kernel) -> Program:
     """The kernel as steps, kept for the next launch."""
-    decoder = Decoder(kernel)
-    steps = [_decode_step(decoder, kernel, instruction) for instruction in kernel.instructions]
+    with collecting_no_garbage():
+        decoder = Decoder(kernel)
+        steps = [_decode_step(decoder, kernel, instruction) for instruction in kernel.instructions]
     steps.append(Step("the end of the program", "exit"))
     is_leader = [False] * len(steps)
     for label in kernel.labels.values():

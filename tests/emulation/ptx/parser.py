@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .scalar_types import TYPES, PtxError
+from .scalar_types import TYPES, PtxError, collecting_no_garbage
 
 # Where the state spaces begin. Shared memory starts neither at 0 nor on a rounder address than asked for, so that a
 # kernel that assumes so fails. In the generic space the upper four bits tell the spaces apart; addresses of the host's
@@ -140,7 +140,8 @@ class Module:
         if name not in self.kernels:
             if name not in self.functions or not self.functions[name].is_entry:
                 raise PtxError(f"no entry {name}; there are {', '.join(self.entries) or 'none'}")
-            self.kernels[name] = _Flattener(self, self.functions[name]).flatten()
+            with collecting_no_garbage():
+                self.kernels[name] = _Flattener(self, self.functions[name]).flatten()
         return self.kernels[name]
 
 
@@ -276,6 +277,7 @@ class _Scope:
     registers: dict[str, str] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+    operands: dict[str, Operand] = field(default_factory=dict)  # read before, which most were
 
 
 def _align(offset: int, align: int) -> int:
@@ -376,6 +378,7 @@ class _Flattener:
                 self._declare_registers(piece, scopes[-1])
             elif piece.startswith((".local", ".param", ".shared")):
                 variable = _parse_variable(piece)
+                scopes[-1].operands.clear()
                 if variable.space == "shared":
                     scopes[-1].addresses[variable.name] = self._shared_addresses[function.name, variable.name]
                 else:
@@ -396,6 +399,7 @@ class _Flattener:
             for each in names:
                 scope.registers[each] = self._fresh(each)
                 self._kernel.registers[scope.registers[each]] = found.group(1)
+        scope.operands.clear()
 
     def _emit(self, text: str, scopes: list[_Scope], depth: int, return_label: str | None) -> None:
         predicate = None
@@ -414,7 +418,8 @@ class _Flattener:
             self._kernel.instructions.append(Instruction(("bra",), (Label(return_label),), predicate, text))
         else:
             items = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+(?:\s*\|\s*[^,\s]+)?", rest)
-            operands = tuple(self._operand(item.strip(), scopes, text) for item in items)
+            known = scopes[-1].operands
+            operands = tuple(known.get(item) or self._operand(item, scopes, text) for item in items)
             self._kernel.instructions.append(Instruction(opcode, operands, predicate, text))
 
     def _inline(self, rest: str, text: str, scopes: list[_Scope], depth: int) -> None:
@@ -454,6 +459,11 @@ class _Flattener:
         raise PtxError(f"{name} is not declared: {text}")
 
     def _operand(self, item: str, scopes: list[_Scope], text: str) -> Operand:
+        operand = self._new_operand(item.strip(), scopes, text)
+        scopes[-1].operands[item] = operand
+        return operand
+
+    def _new_operand(self, item: str, scopes: list[_Scope], text: str) -> Operand:
         if item.startswith("{"):
             names = [name.strip() for name in item.strip("{}").split(",")]
             return Vector(tuple(None if name == "_" else self._simple(name, scopes, text) for name in names))

@@ -1,5 +1,5 @@
-// One small kernel a primitive of csrc/cuda/primitives.cuh, and one for the intrinsics that kernels use beside them. nvcc
-// makes PTX of it, the interpreter runs that, and tests/test_ptx.py knows in closed form what must come out.
+// One small kernel a primitive of csrc/cuda/primitives.cuh, and one for the intrinsics that kernels use beside them.
+// nvcc makes PTX of it, the interpreter runs that, and tests/test_ptx.py knows in closed form what must come out.
 //
 // Registers go to and from memory as they are, lane by lane: the layout of a fragment is the test's to know.
 #include <cstdint>
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(64) multiply_accumulate(const Arguments args) 
   float d[4];
   for (int i = 0; i < 4; ++i) a[i] = input_a<uint32_t>(args)[thread * 4 + i];
   for (int i = 0; i < 4; ++i) d[i] = output<float>(args)[thread * 4 + i];
-  cuda::multiply_accumulate<Element>(d, a, input_b<uint32_t>(args)[thread * 2], input_b<uint32_t>(args)[thread * 2 + 1]);
+  cuda::multiply_accumulate<Element>(d, a, input_b<uint32_t>(args)[thread * 2],
+                                     input_b<uint32_t>(args)[thread * 2 + 1]);
   for (int i = 0; i < 4; ++i) output<float>(args)[thread * 4 + i] = d[i];
 }
 

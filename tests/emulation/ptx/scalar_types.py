@@ -3,6 +3,9 @@
 bfloat16 has no numpy type: its values travel as float32 and are stored as the upper 16 bits.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +51,19 @@ def _scalar_types() -> dict[str, ScalarType]:
 
 
 TYPES = _scalar_types()
+
+
+@contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """For making many small objects that all stay: searching them for garbage takes longer than making them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
 
 ROUNDING_MODES = ("rn", "rz", "rm", "rp")
 
