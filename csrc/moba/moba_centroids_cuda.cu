@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
         if (fabsf(mean) < INFINITY) largest = fmaxf(largest, fabsf(mean));
       }
     }
-    // Tells the other groups that their sums have been read and the next panel may overwrite them.
-    __syncthreads();
+    // Several panels mean a single group, whose threads read their own sums alone: the next panel may overwrite them.
   }
   // Bits of non-negative floats order as the floats do.
   if (args.largest != nullptr && group == 0) cuda::max_atomic(args.largest + blockIdx.y, __float_as_uint(largest));

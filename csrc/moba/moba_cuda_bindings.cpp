@@ -102,6 +102,9 @@ void bind_moba_cuda(py::module_& module) {
   module.def("moba_cuda_workspace_bytes", [](const std::string& kind, const py::tuple& p, int device) -> int64_t {
     const MobaProblem problem = problem_from(p);
     require_cuda_problem(problem);
+    const py::gil_scoped_release release;
+    DeclaredMemory memory;  // nothing is touched, but another thread's emulated kernel must not be under way
+    memory.add(nullptr, 0, MemoryKind::kInput);
     if (kind == "route") return moba_route_workspace_bytes(problem, place_from(device, 0));
     if (kind == "forward") return moba_forward_workspace_bytes(problem);
     if (kind == "backward") return moba_backward_workspace_bytes(problem, false);

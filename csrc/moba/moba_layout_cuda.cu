@@ -362,7 +362,7 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
   lists.entries_per_item = static_cast<int32_t>(entries_per_item);
   // Every item but a list's last is full, and there are no more lists than blocks or choices.
   const int64_t num_entries = lists.num_rows * problem.top_k;
-  lists.most_items = num_entries / entries_per_item + std::min(num_blocks, num_entries);
+  lists.most_items = num_blocks > 0 ? num_entries / entries_per_item + std::min(num_blocks, num_entries) : 0;
   lists.counts = cutter.take<int32_t>(num_units * lists.num_chunks * num_blocks);
   lists.list_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
   lists.item_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
