@@ -3,31 +3,65 @@
 PYTHON ?= python3
 # Any torch from 2.6 on. For a CPU-only wheel or a certain CUDA version, name it here.
 TORCH ?= torch==2.13.0
+# "pypi" takes nvcc from NVIDIA's packages instead of the machine; docs/building.md.
+export TOPGATHER_CUDA_TOOLCHAIN
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP_INSTALL := $(RUN) -m pip install --quiet
+# Without build isolation, so that a build folder's objects serve the next build too.
+INSTALL_TOPGATHER := $(PIP_INSTALL) --no-build-isolation
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') \
            CMakeLists.txt pyproject.toml
 
-.PHONY: install demo test sanitize lint bench clean
+.PHONY: install demo test emulation kernels gpu sanitize lint bench clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.torch:
+$(VENV)/.tools:
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) --group build
+ifeq ($(TOPGATHER_CUDA_TOOLCHAIN),pypi)
+	$(PIP_INSTALL) --group cuda-toolchain
+endif
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(RUN) -m pip install --quiet ".[test,demo,bench]"
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(INSTALL_TOPGATHER) ".[test,demo,bench]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed pyproject.toml
+	$(INSTALL_TOPGATHER) ".[dev]"
 	touch $@
 
 demo: install
 	$(RUN) examples/byte_language_model.py --output demo.png
 
-test: install
+CONFIGURE := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+  -DPython_EXECUTABLE=$(abspath $(RUN))
+PYBIND11 = -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
+
+# The CUDA kernels once more, compiled for the CPU: tests/emulation.
+EMULATION := build/emulation
+emulation: install
+	$(CONFIGURE) $(PYBIND11) -S tests/emulation -B $(EMULATION)
+	$(VENV)/bin/cmake --build $(EMULATION)
+
+test: emulation
 	$(RUN) -m topgather
-	$(RUN) -m pytest -n 2 tests
+	TOPGATHER_EMULATION=$(EMULATION) $(RUN) -m pytest -n 2 tests
+
+# Registers, shared memory and spills of every kernel, from what the build left behind; writes docs/kernels.md.
+# KERNELS=--check compares instead.
+kernels: install
+	$(RUN) tools/kernel_table.py $(KERNELS)
+
+# The one call for a machine with a GPU: builds, tests, sanitizes, benchmarks and profiles with the packages of PYTHON,
+# offline, in under 9 minutes. Results are in OUT.
+OUT ?= build/gpu/results
+gpu:
+	$(PYTHON) tools/gpu.py --output $(OUT)
 
 # The native code once more, built with address and undefined-behaviour sanitizers, under the tests that reach every
 # kernel. Leaks are not looked for: the interpreter and torch never free what they own. libstdc++ is preloaded so that the
@@ -36,10 +70,7 @@ SANITIZED := build/sanitize
 SANITIZED_TESTS := $(addprefix tests/test_,block_centroids.py moba_routing.py moba_attention.py moba_varlen.py \
   moba_gradcheck.py cpu_targets.py determinism_threads.py bad_input.py)
 sanitize: install
-	$(RUN) -m pip install --quiet ".[dev]"
-	$(VENV)/bin/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
-	  -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package -DPython_EXECUTABLE=$(abspath $(RUN)) \
-	  -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) \
+	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
 	$(VENV)/bin/cmake --build $(SANITIZED)
 	$(VENV)/bin/cmake --install $(SANITIZED) --prefix $(SANITIZED)/package
@@ -49,12 +80,12 @@ sanitize: install
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(RUN) -m pytest -n 2 $(SANITIZED_TESTS)
 
-lint:
-	$(RUN) -m pip install --quiet ".[dev]"
+lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror \
+	  $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 bench: install
 	$(RUN) bench/moba.py

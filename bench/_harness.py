@@ -1,4 +1,4 @@
-"""What every benchmark shares: who ran it, interleaved timing, peak memory in a fresh process, JSON out.
+"""What every benchmark shares: who ran it, interleaved timing, peak memory, kernel times, JSON out.
 
 Timing interleaves the peers: each round times every candidate once, so noise from other processes falls on
 all of them alike, and a candidate's time is its least over the rounds, the run that was disturbed the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -35,8 +36,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def describe_run(device: torch.device) -> dict[str, Any]:
     """Machine, software and commit of this run, as they go into the JSON."""
+    cuda = _describe_cuda(device) if device.type == "cuda" else {}
     return {
         "device": device_name(device),
+        **cuda,
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu_target": tg._native.cpu_target(),
@@ -46,6 +49,24 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def _describe_cuda(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        driver = "unknown"
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": driver,
+        "torch_cuda": torch.version.cuda,
+        "toolkit": tg._native.cuda_toolkit(),
+        "cuda_architectures": tg._native.cuda_architectures(),
     }
 
 
@@ -69,11 +90,14 @@ def results_folder(device: torch.device) -> Path:
 
 
 def _commit() -> str:
-    """Hash of the checked-out commit, marked where the tree differs from it; "unknown" outside a checkout."""
+    """Hash of the checked-out commit, marked where the tree differs from it; ``COMMIT`` names it outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return os.environ.get("COMMIT", "unknown")
     if head.returncode != 0:
-        return "unknown"
+        return os.environ.get("COMMIT", "unknown")
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
     return head.stdout.strip() + ("+changes" if changed else "")
 
@@ -131,6 +155,83 @@ def time_interleaved(
             samples[name].append(time.perf_counter() - began)
             del result
     return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+def time_in_rounds(
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    budget_seconds: float,
+    sample_seconds: float = 2e-3,
+    max_rounds: int = 50,
+) -> dict[str, list[float]]:
+    """Seconds of one call of every candidate, once a round, on the device's own clock; at least one round.
+
+    For candidates that have been warmed up. Calls shorter than ``sample_seconds`` are timed several in a row, so
+    that what the host needs to start one hides behind the one before. A candidate leaves when the next sample would
+    take it past ``budget_seconds``.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    calls = dict.fromkeys(candidates, 1)
+    spent = dict.fromkeys(candidates, 0.0)
+    for round_idx in range(max_rounds):
+        for name, run in candidates.items():
+            taken = samples[name]
+            if round_idx > 0 and spent[name] + taken[-1] * calls[name] > budget_seconds:
+                continue
+            seconds = _time_calls(run, device, calls[name])
+            spent[name] += seconds * calls[name]
+            taken.append(seconds)
+            if round_idx == 0 and seconds < sample_seconds:
+                # The first sample only says how many calls make one.
+                calls[name] = max(2, math.ceil(sample_seconds / max(seconds, 1e-6)))
+                taken[0] = _time_calls(run, device, calls[name])
+    return samples
+
+
+def _time_calls(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds a call, by CUDA events where the device has them."""
+    synchronize(device)
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - began) / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def time_kernels(run: Callable[[], object], device: torch.device, calls: int = 5) -> list[dict[str, Any]]:
+    """Each kernel that a call launches: its name, launches and seconds a call, longest first. torch's profiler."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    run()
+    synchronize(device)
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in range(calls):
+            run()
+        synchronize(device)
+    kernels = []
+    for entry in profile.key_averages():
+        microseconds = entry.self_device_time_total if device.type == "cuda" else entry.self_cpu_time_total
+        if microseconds > 0:
+            name = short_kernel_name(entry.key)
+            kernels.append({"kernel": name, "launches": entry.count / calls, "seconds": microseconds / calls / 1e6})
+    return sorted(kernels, key=lambda kernel: -kernel["seconds"])
+
+
+def short_kernel_name(full_name: str) -> str:
+    """``moba_x<BFloat16>`` for ``void topgather::moba_x<topgather::BFloat16>(topgather::XArguments)``."""
+    short = re.sub(r"\(anonymous namespace\)::|\btopgather::|^void |\((?:int|bool|unsigned int)\)", "", full_name)
+    depth = 0
+    for i, character in enumerate(short):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            return short[:i]
+    return short
 
 
 def measure_gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:

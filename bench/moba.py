@@ -2,6 +2,7 @@
 
     python bench/moba.py              # a few minutes
     python bench/moba.py --quick      # a smoke run; its results are kept only where --output names a folder
+    python bench/moba.py --device cuda --seconds 240    # other peers and sizes: bench/gpu/moba_cuda.py
 
 Prints times, ratios against the targets, shares of the machine's matrix-product rate, the share of routing
 and the memory added at the peak; writes moba.json and moba.png to bench/results/<device>/. All peers run in
@@ -12,6 +13,7 @@ candidate.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import topgather as tg
@@ -40,6 +40,10 @@ from _harness import (
     time_interleaved,
     write_json,
 )
+
+with contextlib.suppress(ImportError):  # the CPU's tables need it; on a GPU lines are plain
+    from rich.console import Console
+    from rich.table import Table
 
 BATCH_SIZE, NUM_HEADS, HEAD_DIM, TOP_K = 1, 4, 64, 8
 FORWARD, BOTH = "forward", "forward+backward"
@@ -373,10 +377,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes only, under 20 seconds")
     parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--seconds", type=float, default=240.0, help="on a GPU: begin nothing after (default: 240)")
+    parser.add_argument("--call-limit", type=float, default=5.0, help="on a GPU: most seconds a peer's call may take")
     parser.add_argument("--output", type=Path, help="folder for moba.json and moba.png")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cuda" and options.measure_memory is None:
+        from gpu.moba_cuda import main_on_cuda
+
+        raise SystemExit(main_on_cuda(device, options))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.measure_memory is not None:

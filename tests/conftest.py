@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Read when torch is first imported: on a busy machine its idle threads would otherwise spin against each
 # other, and thousands of small problems take ten times as long.
@@ -12,6 +13,8 @@ import torch
 from hypothesis import settings
 
 import topgather as tg
+from devices import CUDA_KINDS, KINDS, schedule_of, select
+from emulated import emulated_cuda
 
 # Derandomised: two runs of the suite on the same commit must agree. Bounded by each test's max_examples.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
@@ -21,15 +24,69 @@ NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // NUM_WORKERS))
 
 
-def available_devices() -> list[str]:
-    """Devices whose kernels this build has and this machine can run."""
-    return ["cpu"]
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers of this suite: `-m gpu` selects what runs on a GPU, `-k emulated_cuda` what the emulator runs."""
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+    config.addinivalue_line("markers", "emulator: needs what only the emulator shows, such as a record of launches")
 
 
-@pytest.fixture(params=available_devices())
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device in turn: all of them run the same cases."""
-    return torch.device(request.param)
+@pytest.hookimpl(tryfirst=True)  # before -k: what a rule leaves out does not depend on what else is asked for
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the rules of ``devices.py`` say."""
+    items[:], left_out = select(items)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+
+
+def kind_parameters(kinds: list[str]) -> list[Any]:
+    return [pytest.param(kind, marks=pytest.mark.gpu if kind == "cuda" else ()) for kind in kinds]
+
+
+@pytest.fixture(params=kind_parameters(KINDS))
+def device_kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of device in turn: all of them run the same cases."""
+    return request.param
+
+
+@pytest.fixture(params=kind_parameters(CUDA_KINDS))
+def cuda_kind(request: pytest.FixtureRequest) -> str:
+    """The kinds that run CUDA kernels, for what holds of them alone."""
+    return request.param
+
+
+def device_of(kind: str, request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    if kind == "emulated_cuda":
+        schedule = schedule_of(f"{request.path.name}::{request.node.name}")
+        print(f"emulated with {schedule}")
+        with emulated_cuda(checked=True, **schedule):
+            yield torch.device("cpu")
+    else:
+        yield torch.device(kind)
+
+
+@pytest.fixture
+def device(device_kind: str, request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test puts its tensors; under ``emulated_cuda`` the CPU, whose ops then run the CUDA kernels."""
+    yield from device_of(device_kind, request)
+
+
+@pytest.fixture
+def cuda_device(cuda_kind: str, request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The same for the kinds that run CUDA kernels."""
+    yield from device_of(cuda_kind, request)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Gradients are the same bits from call to call, for tests that compare bits."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Memory that is not touched must stay so in test_large_offsets.py.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.fixture(autouse=True)

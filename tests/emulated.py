@@ -16,7 +16,7 @@ import torch
 
 from topgather.ops import _moba_cuda
 
-FOLDER = os.environ.get("TOPGATHER_EMULATION")
+FOLDER = os.environ.get("TOPGATHER_EMULATION") or None
 
 
 def is_built() -> bool:

@@ -4,6 +4,7 @@ The checks raise AssertionError; ``test_helpers.py`` plants wrong data and deman
 """
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -137,6 +138,7 @@ def run_attention(
     grad_lse: Tensor,
     case: AttentionCase,
     routing: "tg.BlockRouting | None" = None,
+    deterministic: bool | None = None,
 ) -> AttentionResult:
     """Forward and backward of the op under test."""
     out, lse = tg.moba_attention(
@@ -149,6 +151,7 @@ def run_attention(
         scale=case.scale,
         return_lse=True,
         routing=routing,
+        deterministic=deterministic,
     )
     gradients = torch.autograd.grad((out, lse), (query, key, value), (grad_out, grad_lse))
     return AttentionResult(out.detach(), lse.detach(), *gradients)
@@ -306,7 +309,12 @@ def assert_attention_close(
 
 
 def check_attention(
-    case: AttentionCase, dtype: torch.dtype, device: torch.device, layout: str = "contiguous", seed: int = 0
+    case: AttentionCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: str = "contiguous",
+    seed: int = 0,
+    deterministic: bool | None = None,
 ) -> AttentionResult:
     """Route, attend and differentiate a random problem; check the choice, then every result on it."""
     inputs = make_inputs(case, dtype, device, seed, layout)
@@ -314,9 +322,108 @@ def check_attention(
     query, key, _ = (tensor.detach() for tensor in inputs)
     routing = tg.moba_route(query, key, case.block_size, case.top_k, case.is_causal)
     assert_routing_contract(routing.block_indices, query, key, case.block_size, case.top_k, case.is_causal)
-    result = run_attention(*inputs, *gradients, case)
+    result = run_attention(*inputs, *gradients, case, deterministic=deterministic)
     assert_attention_close(result, inputs, gradients, routing.block_indices, case)
     return result
+
+
+class Packed:
+    """A packed problem, and each sequence's dense part of any packed tensor."""
+
+    def __init__(
+        self,
+        lengths: tuple[list[int], list[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        head_dim: int = 16,
+        value_dim: int = 12,
+        cu_dtype: torch.dtype = torch.int32,
+    ) -> None:
+        self.lengths_q, self.lengths_k = lengths
+        self.starts_q = list(accumulate(self.lengths_q, initial=0))
+        self.starts_k = list(accumulate(self.lengths_k, initial=0))
+        total_q, total_k = self.starts_q[-1], self.starts_k[-1]
+        self.query = random_tensor((total_q, num_heads, head_dim), dtype, device, 0).requires_grad_()
+        self.key = random_tensor((total_k, num_kv_heads, head_dim), dtype, device, 1).requires_grad_()
+        self.value = random_tensor((total_k, num_kv_heads, value_dim), dtype, device, 2).requires_grad_()
+        self.grad_out = random_tensor((total_q, num_heads, value_dim), dtype, device, 3)
+        self.grad_lse = random_tensor((num_heads, total_q), accumulation_dtype(dtype), device, 4)
+        self.cu_seqlens = (
+            torch.tensor(self.starts_q, dtype=cu_dtype, device=device),
+            torch.tensor(self.starts_k, dtype=cu_dtype, device=device),
+            max(self.lengths_q, default=0),
+            max(self.lengths_k, default=0),
+        )
+        self.dims = (num_heads, num_kv_heads, head_dim, value_dim)
+
+    def case(self, seq_idx: int, block_size: int, top_k: int, is_causal: bool) -> AttentionCase:
+        num_heads, num_kv_heads, head_dim, value_dim = self.dims
+        query_len, key_len = self.lengths_q[seq_idx], self.lengths_k[seq_idx]
+        return AttentionCase(
+            1, num_heads, num_kv_heads, query_len, key_len, head_dim, value_dim, block_size, top_k, is_causal
+        )
+
+    def tokens(self, tensor: Tensor, seq_idx: int, of_key: bool = False) -> Tensor:
+        """``[total, H, D]`` to ``[1, H, N, D]``."""
+        starts = self.starts_k if of_key else self.starts_q
+        return tensor[starts[seq_idx] : starts[seq_idx + 1]].transpose(0, 1)[None]
+
+    def columns(self, tensor: Tensor, seq_idx: int) -> Tensor:
+        """``[H, total, ...]`` to ``[1, H, N, ...]``."""
+        return tensor[:, self.starts_q[seq_idx] : self.starts_q[seq_idx + 1]][None]
+
+    def run(
+        self,
+        block_size: int,
+        top_k: int | None,
+        is_causal: bool,
+        routing: "tg.BlockRouting | None" = None,
+        deterministic: bool | None = None,
+    ) -> AttentionResult:
+        out, lse = tg.moba_attention_varlen(
+            self.query,
+            self.key,
+            self.value,
+            *self.cu_seqlens,
+            block_size=block_size,
+            top_k=top_k,
+            is_causal=is_causal,
+            return_lse=True,
+            routing=routing,
+            deterministic=deterministic,
+        )
+        leaves = (self.query, self.key, self.value)
+        gradients = torch.autograd.grad((out, lse), leaves, (self.grad_out, self.grad_lse))
+        return AttentionResult(out.detach(), lse.detach(), *gradients)
+
+    def check(
+        self, result: AttentionResult, block_indices: Tensor, block_size: int, top_k: int, is_causal: bool
+    ) -> None:
+        """Every sequence's part of every result, against the oracle on that sequence alone."""
+        total_q, num_heads, value_dim = self.grad_out.shape
+        assert result.out.shape == (total_q, num_heads, value_dim) and result.lse.shape == (
+            num_heads,
+            total_q,
+        )
+        for seq_idx in range(len(self.lengths_q)):
+            part = AttentionResult(
+                self.tokens(result.out, seq_idx),
+                self.columns(result.lse, seq_idx),
+                self.tokens(result.d_query, seq_idx),
+                self.tokens(result.d_key, seq_idx, of_key=True),
+                self.tokens(result.d_value, seq_idx, of_key=True),
+            )
+            inputs = (
+                self.tokens(self.query, seq_idx),
+                self.tokens(self.key, seq_idx, of_key=True),
+                self.tokens(self.value, seq_idx, of_key=True),
+            )
+            gradients = (self.tokens(self.grad_out, seq_idx), self.columns(self.grad_lse, seq_idx))
+            indices = self.columns(block_indices, seq_idx)
+            assert_attention_close(part, inputs, gradients, indices, self.case(seq_idx, block_size, top_k, is_causal))
 
 
 def eligible_blocks(query_len: int, key_len: int, block_size: int, is_causal: bool) -> tuple[Tensor, Tensor]:

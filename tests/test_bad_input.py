@@ -1,4 +1,8 @@
-"""Every argument of every public function, given wrong: an error that names the argument."""
+"""Every argument of every public function, given wrong: an error that names the argument.
+
+What only the content of a tensor shows (a routing's blocks, boundaries of sequences) raises on the CPU alone; CUDA does
+not wait for it. ``test_cuda_contract.py`` has what happens there instead.
+"""
 
 import re
 from collections.abc import Callable
@@ -15,6 +19,7 @@ TYPE = (TypeError,)
 VALUE = (ValueError,)
 EITHER = (TypeError, ValueError)
 RANGE = (ValueError, IndexError)
+CPU = torch.device("cpu")
 
 
 def dense_arguments() -> dict[str, Any]:
@@ -73,10 +78,22 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = 
 }
 
 
-def refuse(function: str, change: Change, named: str, exceptions: tuple[type[Exception], ...]) -> None:
+def arguments_of(function: str, device: torch.device) -> dict[str, Any]:
+    """Good arguments, on ``device``."""
+    arguments = FUNCTIONS[function][1]()
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+
+
+def refuse(
+    function: str,
+    change: Change,
+    named: str,
+    exceptions: tuple[type[Exception], ...],
+    device: torch.device = CPU,
+) -> None:
     """The call fails with one of ``exceptions``, whose message has one of ``named`` (a|b) as a whole word."""
-    call, make_arguments = FUNCTIONS[function]
-    arguments = make_arguments()
+    call = FUNCTIONS[function][0]
+    arguments = arguments_of(function, device)
     call(**arguments)
     change(arguments)
     with pytest.raises(exceptions) as info:
@@ -103,79 +120,79 @@ TENSORS = [
 
 @pytest.mark.parametrize(("function", "name"), TENSORS)
 @pytest.mark.parametrize("wrong", [None, 3.0, [[1.0]], "query"], ids=repr)
-def test_not_a_tensor(function: str, name: str, wrong: Any) -> None:
-    refuse(function, put(name, wrong), name, TYPE)
+def test_not_a_tensor(function: str, name: str, wrong: Any, device: torch.device) -> None:
+    refuse(function, put(name, wrong), name, TYPE, device)
 
 
 @pytest.mark.parametrize(("function", "name"), TENSORS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype(function: str, name: str, dtype: torch.dtype) -> None:
-    refuse(function, alter(name, lambda tensor: tensor.to(dtype)), "query|key|value|" + name, EITHER)
+def test_unsupported_dtype(function: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    refuse(function, alter(name, lambda tensor: tensor.to(dtype)), "query|key|value|" + name, EITHER, device)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype_throughout(function: str, dtype: torch.dtype) -> None:
+def test_unsupported_dtype_throughout(function: str, dtype: torch.dtype, device: torch.device) -> None:
     def change(arguments: dict[str, Any]) -> None:
         for name in {"query", "key", "value"} & set(arguments):
             arguments[name] = arguments[name].to(dtype)
 
-    refuse(function, change, "query|key|value", EITHER)
+    refuse(function, change, "query|key|value", EITHER, device)
 
 
 @pytest.mark.parametrize(("function", "name"), [pair for pair in TENSORS if pair[0] != "block_centroids"])
-def test_mixed_dtypes(function: str, name: str) -> None:
-    refuse(function, alter(name, Tensor.bfloat16), name, EITHER)
+def test_mixed_dtypes(function: str, name: str, device: torch.device) -> None:
+    refuse(function, alter(name, Tensor.bfloat16), name, EITHER, device)
 
 
 @pytest.mark.parametrize(("function", "name"), TENSORS)
-def test_wrong_number_of_dimensions(function: str, name: str) -> None:
-    refuse(function, alter(name, lambda tensor: tensor[0]), name, VALUE)
-    refuse(function, alter(name, lambda tensor: tensor[None]), name, VALUE)
-    refuse(function, put(name, torch.tensor(1.0)), name, VALUE)
+def test_wrong_number_of_dimensions(function: str, name: str, device: torch.device) -> None:
+    refuse(function, alter(name, lambda tensor: tensor[0]), name, VALUE, device)
+    refuse(function, alter(name, lambda tensor: tensor[None]), name, VALUE, device)
+    refuse(function, put(name, torch.tensor(1.0)), name, VALUE, device)
 
 
 @pytest.mark.parametrize(("function", "name"), TENSORS)
-def test_last_dimension_not_contiguous(function: str, name: str) -> None:
+def test_last_dimension_not_contiguous(function: str, name: str, device: torch.device) -> None:
     def spread(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(2, dim=-1)[..., ::2]
 
-    refuse(function, alter(name, spread), name, VALUE)
-    refuse(function, alter(name, lambda tensor: tensor[..., :1].expand(tensor.shape)), name, VALUE)
+    refuse(function, alter(name, spread), name, VALUE, device)
+    refuse(function, alter(name, lambda tensor: tensor[..., :1].expand(tensor.shape)), name, VALUE, device)
 
 
 @pytest.mark.parametrize(("function", "name"), [pair for pair in TENSORS if pair[0] != "block_centroids"])
-def test_mixed_devices(function: str, name: str) -> None:
-    refuse(function, alter(name, lambda tensor: tensor.to("meta")), name + "|device", EITHER)
+def test_mixed_devices(function: str, name: str, device: torch.device) -> None:
+    refuse(function, alter(name, lambda tensor: tensor.to("meta")), name + "|device", EITHER, device)
 
 
 @pytest.mark.parametrize(("function", "name"), TENSORS)
-def test_sparse_layout(function: str, name: str) -> None:
-    refuse(function, alter(name, Tensor.to_sparse), name, EITHER)
+def test_sparse_layout(function: str, name: str, device: torch.device) -> None:
+    refuse(function, alter(name, Tensor.to_sparse), name, EITHER, device)
 
 
 @pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen"])
-def test_shapes_that_do_not_fit(function: str) -> None:
+def test_shapes_that_do_not_fit(function: str, device: torch.device) -> None:
     heads = -2 if function.endswith("varlen") else -3
-    refuse(function, alter("query", lambda query: query.narrow(heads, 0, 3)), "query|key", VALUE)
-    refuse(function, alter("key", lambda key: key.narrow(heads, 0, 0)), "query|key", VALUE)
-    refuse(function, alter("query", lambda query: query[..., :7]), "query|key", VALUE)
-    refuse(function, alter("key", lambda key: key[..., :7]), "query|key", VALUE)
+    refuse(function, alter("query", lambda query: query.narrow(heads, 0, 3)), "query|key", VALUE, device)
+    refuse(function, alter("key", lambda key: key.narrow(heads, 0, 0)), "query|key", VALUE, device)
+    refuse(function, alter("query", lambda query: query[..., :7]), "query|key", VALUE, device)
+    refuse(function, alter("key", lambda key: key[..., :7]), "query|key", VALUE, device)
 
     def no_columns(arguments: dict[str, Any]) -> None:
         arguments["query"], arguments["key"] = arguments["query"][..., :0], arguments["key"][..., :0]
 
-    refuse(function, no_columns, "query|key", VALUE)
+    refuse(function, no_columns, "query|key", VALUE, device)
     if "varlen" not in function:
-        refuse(function, alter("query", lambda query: query[:1]), "query|key", VALUE)
-        refuse(function, alter("key", lambda key: key[:1]), "query|key", VALUE)
+        refuse(function, alter("query", lambda query: query[:1]), "query|key", VALUE, device)
+        refuse(function, alter("key", lambda key: key[:1]), "query|key", VALUE, device)
     if "attention" in function:
         tokens = 0 if function.endswith("varlen") else 2
-        refuse(function, alter("value", lambda value: value.narrow(tokens, 0, 20)), "value", VALUE)
-        refuse(function, alter("value", lambda value: value.narrow(heads, 0, 1)), "value", VALUE)
-        refuse(function, alter("key", lambda key: key.narrow(heads, 0, 1)), "key|value", VALUE)
+        refuse(function, alter("value", lambda value: value.narrow(tokens, 0, 20)), "value", VALUE, device)
+        refuse(function, alter("value", lambda value: value.narrow(heads, 0, 1)), "value", VALUE, device)
+        refuse(function, alter("key", lambda key: key.narrow(heads, 0, 1)), "key|value", VALUE, device)
     if function == "moba_attention":
-        refuse(function, alter("value", lambda value: value[:1]), "value", VALUE)
+        refuse(function, alter("value", lambda value: value[:1]), "value", VALUE, device)
 
 
 INTEGERS = [
@@ -188,28 +205,29 @@ INTEGERS = [
 
 @pytest.mark.parametrize(("function", "name"), INTEGERS)
 @pytest.mark.parametrize("wrong", [1.5, 8.0, True, "8", [8], torch.tensor(8.0)], ids=repr)
-def test_integer_of_the_wrong_type(function: str, name: str, wrong: Any) -> None:
-    refuse(function, put(name, wrong), name, TYPE)
+def test_integer_of_the_wrong_type(function: str, name: str, wrong: Any, device: torch.device) -> None:
+    refuse(function, put(name, wrong), name, TYPE, device)
 
 
 @pytest.mark.parametrize(("function", "name"), INTEGERS)
 @pytest.mark.parametrize("wrong", [0, -1, -(2**63), -(2**70)])
-def test_integer_too_small(function: str, name: str, wrong: int) -> None:
-    refuse(function, put(name, wrong), name, VALUE)
+def test_integer_too_small(function: str, name: str, wrong: int, device: torch.device) -> None:
+    # A maximum of 0 is too small for these sequences only: see test_max_seqlen_too_small.
+    wrong = -2 if name.startswith("max_seqlen") and wrong == 0 else wrong
+    refuse(function, put(name, wrong), name, VALUE, device)
 
 
 @pytest.mark.parametrize(("function", "name"), INTEGERS)
 @pytest.mark.parametrize("wrong", [2**31, 2**63 - 1, 2**64, 2**70])
-def test_integer_too_large(function: str, name: str, wrong: int) -> None:
-    refuse(function, put(name, wrong), name, VALUE)
+def test_integer_too_large(function: str, name: str, wrong: int, device: torch.device) -> None:
+    refuse(function, put(name, wrong), name, VALUE, device)
 
 
 @pytest.mark.parametrize("function", [function for function, name in INTEGERS if name == "block_size"])
 @pytest.mark.parametrize("block_size", [2**20, 2**31 - 1])
-def test_huge_block_size_is_one_block(function: str, block_size: int) -> None:
+def test_huge_block_size_is_one_block(function: str, block_size: int, device: torch.device) -> None:
     """Never a wrong answer from overflow: the result of one block that holds all keys."""
-    call, make_arguments = FUNCTIONS[function]
-    arguments = make_arguments()
+    call, arguments = FUNCTIONS[function][0], arguments_of(function, device)
     expected = call(**{**arguments, "block_size": 24})
     actual = call(**{**arguments, "block_size": block_size})
     if isinstance(expected, tg.BlockRouting):
@@ -219,40 +237,39 @@ def test_huge_block_size_is_one_block(function: str, block_size: int) -> None:
 
 @pytest.mark.parametrize("function", [function for function in FUNCTIONS if function != "block_centroids"])
 @pytest.mark.parametrize("wrong", [1, 0, None, "yes", torch.tensor(True)], ids=repr)
-def test_is_causal_of_the_wrong_type(function: str, wrong: Any) -> None:
-    refuse(function, put("is_causal", wrong), "is_causal", TYPE)
+def test_is_causal_of_the_wrong_type(function: str, wrong: Any, device: torch.device) -> None:
+    refuse(function, put("is_causal", wrong), "is_causal", TYPE, device)
 
 
 @pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen"])
 @pytest.mark.parametrize("wrong", [1, None, "yes"], ids=repr)
-def test_return_lse_of_the_wrong_type(function: str, wrong: Any) -> None:
-    refuse(function, put("return_lse", wrong), "return_lse", TYPE)
+def test_return_lse_of_the_wrong_type(function: str, wrong: Any, device: torch.device) -> None:
+    refuse(function, put("return_lse", wrong), "return_lse", TYPE, device)
 
 
 @pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen"])
-def test_scale(function: str) -> None:
+def test_scale(function: str, device: torch.device) -> None:
     for wrong in ("1", True, [1.0], torch.ones(2), 1j):
-        refuse(function, put("scale", wrong), "scale", TYPE)
+        refuse(function, put("scale", wrong), "scale", TYPE, device)
     for wrong in (float("nan"), float("inf"), -float("inf")):
-        refuse(function, put("scale", wrong), "scale", VALUE)
-    refuse(function, put("scale", 10**400), "scale", VALUE)
+        refuse(function, put("scale", wrong), "scale", VALUE, device)
+    refuse(function, put("scale", 10**400), "scale", VALUE, device)
 
 
 @pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen"])
-def test_neither_or_contradicting_top_k_and_routing(function: str) -> None:
-    refuse(function, put("top_k", None), "top_k|routing", EITHER)
+def test_neither_or_contradicting_top_k_and_routing(function: str, device: torch.device) -> None:
+    refuse(function, put("top_k", None), "top_k|routing", EITHER, device)
 
     def contradict(arguments: dict[str, Any]) -> None:
-        arguments["routing"] = good_routing(function)
+        arguments["routing"] = good_routing(function, device)
         arguments["top_k"] = 3
 
-    refuse(function, contradict, "top_k", VALUE)
+    refuse(function, contradict, "top_k", VALUE, device)
 
 
-def good_routing(function: str) -> "tg.BlockRouting":
+def good_routing(function: str, device: torch.device = CPU) -> "tg.BlockRouting":
     name = "moba_route_varlen" if function.endswith("varlen") else "moba_route"
-    call, make_arguments = FUNCTIONS[name]
-    routing = call(**make_arguments())
+    routing = FUNCTIONS[name][0](**arguments_of(name, device))
     assert isinstance(routing, tg.BlockRouting)
     return routing
 
@@ -260,12 +277,18 @@ def good_routing(function: str) -> "tg.BlockRouting":
 ROUTED = ["moba_attention", "moba_attention_varlen"]
 
 
-def attend_routed(function: str, alter_indices: Callable[[Tensor], Any], block_size: Any, is_causal: bool) -> None:
+def attend_routed(
+    function: str,
+    alter_indices: Callable[[Tensor], Any],
+    block_size: Any,
+    is_causal: bool,
+    device: torch.device = CPU,
+) -> None:
     """Construct a BlockRouting of altered indices, and use it: an error may come from either."""
-    call, make_arguments = FUNCTIONS[function]
-    indices = alter_indices(good_routing(function).block_indices.clone())
+    indices = alter_indices(good_routing(function, device).block_indices.clone())
     routing = tg.BlockRouting(indices, block_size)
-    call(**{**make_arguments(), "top_k": None, "is_causal": is_causal, "routing": routing})
+    arguments = arguments_of(function, device)
+    FUNCTIONS[function][0](**{**arguments, "top_k": None, "is_causal": is_causal, "routing": routing})
 
 
 def refuse_routing(
@@ -275,10 +298,11 @@ def refuse_routing(
     named: str = "block_indices|routing",
     block_size: Any = 8,
     is_causal: bool = True,
+    device: torch.device = CPU,
 ) -> None:
-    attend_routed(function, lambda indices: indices, 8, is_causal)
+    attend_routed(function, lambda indices: indices, 8, is_causal, device)
     with pytest.raises(exceptions) as info:
-        attend_routed(function, alter_indices, block_size, is_causal)
+        attend_routed(function, alter_indices, block_size, is_causal, device)
     assert type(info.value) in (TypeError, ValueError, IndexError)
     assert re.search(rf"\b({named})\b", str(info.value)), f"does not name {named}: {info.value}"
 
@@ -332,35 +356,35 @@ def test_routing_with_duplicates(function: str) -> None:
 
 
 @pytest.mark.parametrize("function", ROUTED)
-def test_routing_of_the_wrong_kind(function: str) -> None:
+def test_routing_of_the_wrong_kind(function: str, device: torch.device) -> None:
     def put_routing(wrong: Any) -> Change:
         return lambda arguments: arguments.update(top_k=None, routing=wrong)
 
-    for wrong in (good_routing(function).block_indices, "blocks", 3, (1, 2)):
-        refuse(function, put_routing(wrong), "routing", TYPE)
+    for wrong in (good_routing(function, device).block_indices, "blocks", 3, (1, 2)):
+        refuse(function, put_routing(wrong), "routing", TYPE, device)
     for dtype in (torch.int64, torch.int16, torch.float32, torch.bool):
-        refuse_routing(function, lambda indices, dtype=dtype: indices.to(dtype), EITHER)
-    refuse_routing(function, lambda indices: indices.tolist(), TYPE)
-    refuse_routing(function, lambda indices: indices.to("meta"), EITHER, "block_indices|routing|device")
+        refuse_routing(function, lambda indices, dtype=dtype: indices.to(dtype), EITHER, device=device)
+    refuse_routing(function, lambda indices: indices.tolist(), TYPE, device=device)
+    refuse_routing(function, lambda indices: indices.to("meta"), EITHER, "block_indices|routing|device", device=device)
 
 
 @pytest.mark.parametrize("function", ROUTED)
-def test_routing_of_the_wrong_shape(function: str) -> None:
-    refuse_routing(function, lambda indices: indices[0], VALUE)
-    refuse_routing(function, lambda indices: indices[None], VALUE)
-    refuse_routing(function, lambda indices: indices[1:], VALUE)
-    refuse_routing(function, lambda indices: indices[..., 1:, :], VALUE)
-    refuse_routing(function, lambda indices: indices[..., 0], VALUE)
-    refuse_routing(function, lambda indices: indices[..., :0], VALUE)
-    refuse_routing(function, lambda indices: indices.repeat_interleave(2, dim=0), VALUE)
+def test_routing_of_the_wrong_shape(function: str, device: torch.device) -> None:
+    refuse_routing(function, lambda indices: indices[0], VALUE, device=device)
+    refuse_routing(function, lambda indices: indices[None], VALUE, device=device)
+    refuse_routing(function, lambda indices: indices[1:], VALUE, device=device)
+    refuse_routing(function, lambda indices: indices[..., 1:, :], VALUE, device=device)
+    refuse_routing(function, lambda indices: indices[..., 0], VALUE, device=device)
+    refuse_routing(function, lambda indices: indices[..., :0], VALUE, device=device)
+    refuse_routing(function, lambda indices: indices.repeat_interleave(2, dim=0), VALUE, device=device)
 
 
 @pytest.mark.parametrize("function", ROUTED)
-def test_routing_of_another_block_size(function: str) -> None:
-    refuse_routing(function, lambda indices: indices, VALUE, "block_size", block_size=16)
-    refuse_routing(function, lambda indices: indices, VALUE, "block_size", block_size=0)
-    refuse_routing(function, lambda indices: indices, TYPE, "block_size", block_size=8.0)
-    refuse_routing(function, lambda indices: indices, TYPE, "block_size", block_size=True)
+def test_routing_of_another_block_size(function: str, device: torch.device) -> None:
+    refuse_routing(function, lambda indices: indices, VALUE, "block_size", block_size=16, device=device)
+    refuse_routing(function, lambda indices: indices, VALUE, "block_size", block_size=0, device=device)
+    refuse_routing(function, lambda indices: indices, TYPE, "block_size", block_size=8.0, device=device)
+    refuse_routing(function, lambda indices: indices, TYPE, "block_size", block_size=True, device=device)
 
 
 def test_routing_is_frozen() -> None:
@@ -372,47 +396,59 @@ def test_routing_is_frozen() -> None:
 PACKED = ["moba_attention_varlen", "moba_route_varlen"]
 
 
+def put_numbers(name: str, *values: int) -> Change:
+    """Boundaries, on the device of those they replace."""
+    return lambda arguments: arguments.update(
+        {name: torch.tensor(values, dtype=torch.int32, device=arguments[name].device)}
+    )
+
+
 @pytest.mark.parametrize("function", PACKED)
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
-def test_cu_seqlens(function: str, name: str) -> None:
-    def numbers(*values: int) -> Change:
-        return put(name, torch.tensor(values, dtype=torch.int32))
-
+def test_cu_seqlens_of_the_wrong_kind(function: str, name: str, device: torch.device) -> None:
     total = 20 if name.endswith("q") else 24
     for wrong_kind in ([0, 12, 12, total], None, 3):
-        refuse(function, put(name, wrong_kind), name, TYPE)
+        refuse(function, put(name, wrong_kind), name, TYPE, device)
     for dtype in (torch.float32, torch.int16, torch.uint8, torch.bool):
-        refuse(function, alter(name, lambda cu, dtype=dtype: cu.to(dtype)), name, EITHER)
-    refuse(function, numbers(1, 12, 12, total), name, VALUE)
-    refuse(function, numbers(-1, 12, 12, total), name, VALUE)
-    refuse(function, numbers(0, 12, 11, total), name, VALUE)
-    refuse(function, numbers(0, 12, -5, total), name, VALUE)
-    refuse(function, numbers(0, 12, 12, total - 1), name, VALUE)
-    refuse(function, numbers(0, 12, 12, total + 1), name, VALUE)
-    refuse(function, numbers(0, 2**31 - 1, 12, total), name, VALUE)
-    refuse(function, numbers(0, 12, total), "cu_seqlens_q|cu_seqlens_k", VALUE)
-    refuse(function, numbers(0, 12, 12, 12, total), "cu_seqlens_q|cu_seqlens_k", VALUE)
-    refuse(function, numbers(), name, VALUE)
-    refuse(function, put(name, torch.tensor(0, dtype=torch.int32)), name, VALUE)
-    refuse(function, alter(name, lambda cu: cu[None]), name, VALUE)
-    refuse(function, alter(name, lambda cu: cu.to("meta")), name + "|device", EITHER)
-    big = torch.tensor([0, 12, 2**40, total])
-    refuse(function, put(name, big), name, VALUE)
-    refuse(function, put(name, torch.tensor([0, 12, -(2**32) + 12, total])), name, VALUE)
+        refuse(function, alter(name, lambda cu, dtype=dtype: cu.to(dtype)), name, EITHER, device)
+    refuse(function, put_numbers(name, 0, 12, total), "cu_seqlens_q|cu_seqlens_k", VALUE, device)
+    refuse(function, put_numbers(name, 0, 12, 12, 12, total), "cu_seqlens_q|cu_seqlens_k", VALUE, device)
+    refuse(function, put_numbers(name), name, VALUE, device)
+    refuse(function, put(name, torch.tensor(0, dtype=torch.int32)), name, VALUE, device)
+    refuse(function, alter(name, lambda cu: cu[None]), name, VALUE, device)
+    refuse(function, alter(name, lambda cu: cu.to("meta")), name + "|device", EITHER, device)
+
+
+@pytest.mark.parametrize("function", PACKED)
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k"])
+def test_cu_seqlens_that_do_not_delimit_the_tokens(function: str, name: str) -> None:
+    total = 20 if name.endswith("q") else 24
+    for wrong in (
+        (1, 12, 12, total),
+        (-1, 12, 12, total),
+        (0, 12, 11, total),
+        (0, 12, -5, total),
+        (0, 12, 12, total - 1),
+        (0, 12, 12, total + 1),
+        (0, 2**31 - 1, 12, total),
+    ):
+        refuse(function, put_numbers(name, *wrong), name, VALUE)
+    for number in (2**40, -(2**32) + 12):
+        refuse(function, put(name, torch.tensor([0, 12, number, total])), name, VALUE)
 
 
 @pytest.mark.parametrize("function", PACKED)
 @pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_k"])
 def test_max_seqlen_too_small(function: str, name: str) -> None:
-    for wrong in (11, 1):
+    for wrong in (11, 1, 0):
         refuse(function, put(name, wrong), name, VALUE)
 
 
-def test_strided_cu_seqlens_work() -> None:
+def test_strided_cu_seqlens_work(device: torch.device) -> None:
     """Not an error, and not misread: every other element of a longer tensor."""
-    arguments = varlen_arguments()
+    arguments = arguments_of("moba_attention_varlen", device)
     expected = tg.moba_attention_varlen(**arguments)
-    spread = torch.tensor([0, 99, 12, 99, 12, 99, 20, 99], dtype=torch.int32)[::2]
+    spread = torch.tensor([0, 99, 12, 99, 12, 99, 20, 99], dtype=torch.int32, device=device)[::2]
     arguments["cu_seqlens_q"] = spread
     assert torch.equal(tg.moba_attention_varlen(**arguments), expected)
 
@@ -426,9 +462,10 @@ def test_unknown_and_missing_arguments() -> None:
         assert function
 
 
-def test_registered_ops_check_too() -> None:
+def test_registered_ops_check_too(device: torch.device) -> None:
     """Calling torch.ops.topgather past the public functions still gives an error, never a crash."""
-    query, key, value = (dense_arguments()[name] for name in ("query", "key", "value"))
+    arguments = arguments_of("moba_attention", device)
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
     ops = torch.ops.topgather
     good = ops.moba_route(query, key, 8, 2, True)
     wrong_calls: list[Callable[[], Any]] = [
@@ -438,7 +475,6 @@ def test_registered_ops_check_too() -> None:
         lambda: ops.moba_route(query, key, 8, 0, True),
         lambda: ops.moba_route(query, key[..., :7], 8, 2, True),
         lambda: ops.moba_attention(query, key, value, good.long(), 8, True, 0.5),
-        lambda: ops.moba_attention(query, key, value, good + 7, 8, True, 0.5),
         lambda: ops.moba_attention(query, key, value, good[:1], 8, True, 0.5),
         lambda: ops.moba_attention(query, key, value, good, -8, True, 0.5),
         lambda: ops.moba_attention(query, key, value[:, :, :5], good, 8, True, 0.5),
@@ -449,8 +485,9 @@ def test_registered_ops_check_too() -> None:
         assert call_idx >= 0
 
 
-def test_registered_backward_checks_too() -> None:
-    query, key, value = (dense_arguments()[name] for name in ("query", "key", "value"))
+def test_registered_backward_checks_too(device: torch.device) -> None:
+    arguments = arguments_of("moba_attention", device)
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
     ops = torch.ops.topgather
     good = ops.moba_route(query, key, 8, 2, True)
     out, lse = ops.moba_attention(query, key, value, good, 8, True, 0.5)
@@ -463,11 +500,21 @@ def test_registered_backward_checks_too() -> None:
         (1, lse.double()),
         (5, out[..., :3]),
         (6, lse[..., 1:]),
-        (7, good + 7),
         (7, good[..., 1:, :]),
         (8, 0),
     ):
-        arguments = list(right)
-        arguments[argument_idx] = wrong
+        changed = list(right)
+        changed[argument_idx] = wrong
         with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)):
-            ops.moba_attention_backward(*arguments)
+            ops.moba_attention_backward(*changed)
+
+
+def test_registered_ops_check_the_routing_too() -> None:
+    query, key, value = (dense_arguments()[name] for name in ("query", "key", "value"))
+    ops = torch.ops.topgather
+    good = ops.moba_route(query, key, 8, 2, True)
+    out, lse = ops.moba_attention(query, key, value, good, 8, True, 0.5)
+    with pytest.raises((ValueError, IndexError)):
+        ops.moba_attention(query, key, value, good + 7, 8, True, 0.5)
+    with pytest.raises((ValueError, IndexError)):
+        ops.moba_attention_backward(out, lse, query, key, value, out, lse, good + 7, 8, True, 0.5)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import topgather as tg
+from devices import widest_dtype
 from helpers import DTYPES, assert_bitwise_equal
 
 BOUNDARIES = [0, 40, 40, 75]
@@ -28,6 +29,7 @@ def assert_same_call(actual: Tensor, expected: Tensor, inputs: list[Tensor]) -> 
         assert_bitwise_equal("gradient", left, right)
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 def test_flash_moba_varlen_func(causal: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -40,6 +42,7 @@ def test_flash_moba_varlen_func(causal: bool, dtype: torch.dtype, device: torch.
         assert_same_call(actual, expected, inputs)
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moba_attn_varlen(dtype: torch.dtype, device: torch.device) -> None:
     inputs, cu_seqlens = packed(dtype, device)
@@ -48,9 +51,9 @@ def test_moba_attn_varlen(dtype: torch.dtype, device: torch.device) -> None:
     assert_same_call(actual, expected, inputs)
 
 
-def test_top_k_of_one_attends_to_the_own_block(device: torch.device) -> None:
+def test_top_k_of_one_attends_to_the_own_block(device: torch.device, device_kind: str) -> None:
     """The one difference from the original, which runs full attention there; its docstring says so."""
-    inputs, cu_seqlens = packed(torch.float64, device)
+    inputs, cu_seqlens = packed(widest_dtype(device_kind), device)
     out = tg.compat.moba_attn_varlen(*inputs, cu_seqlens, 40, 20, 1)
     query, key, value = (tensor[:20].transpose(0, 1)[None] for tensor in inputs)
     own = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -61,8 +64,8 @@ def test_top_k_of_one_attends_to_the_own_block(device: torch.device) -> None:
     assert "full attention" in (tg.compat.moba_attn_varlen.__doc__ or "")
 
 
-def test_enough_chunks_equal_full_attention(device: torch.device) -> None:
-    inputs, cu_seqlens = packed(torch.float64, device)
+def test_enough_chunks_equal_full_attention(device: torch.device, device_kind: str) -> None:
+    inputs, cu_seqlens = packed(widest_dtype(device_kind), device)
     out = tg.compat.moba_attn_varlen(*inputs, cu_seqlens, 40, 8, 5)
     for start, end in ((0, 40), (40, 75)):
         query, key, value = (tensor[start:end].transpose(0, 1)[None] for tensor in inputs)

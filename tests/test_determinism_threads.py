@@ -1,4 +1,7 @@
-"""The same bits from run to run, for any number of threads, from several Python threads, and after a fork."""
+"""The same bits from run to run, for any number of threads, from several Python threads, and after a fork.
+
+Numbers of threads and forks concern the CPU alone; ``test_cuda_contract.py`` has what CUDA promises.
+"""
 
 import os
 import signal
@@ -14,6 +17,7 @@ from torch import Tensor
 import topgather as tg
 from helpers import AttentionCase, assert_bitwise_equal, make_gradients, make_inputs, run_attention
 
+CPU = torch.device("cpu")
 NUM_THREADS = [1, 2, 3, 5]
 CASES = [
     AttentionCase(batch=2, num_heads=6, num_kv_heads=2, query_len=700, head_dim=64, block_size=32, top_k=4),
@@ -53,27 +57,26 @@ def assert_all_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bits_do_not_depend_on_the_number_of_threads(
-    case: AttentionCase, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_bits_do_not_depend_on_the_number_of_threads(case: AttentionCase, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
-    expected = everything(case, dtype, device)
+    expected = everything(case, dtype, CPU)
     for num_threads in NUM_THREADS:
         torch.set_num_threads(num_threads)
         for run_idx in range(3):
-            assert_all_equal(everything(case, dtype, device), expected, f"{num_threads} threads, run {run_idx}")
+            assert_all_equal(everything(case, dtype, CPU), expected, f"{num_threads} threads, run {run_idx}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_varlen_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, device: torch.device) -> None:
+def test_varlen_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
-    expected = everything_varlen(dtype, device)
+    expected = everything_varlen(dtype, CPU)
     for num_threads in NUM_THREADS:
         torch.set_num_threads(num_threads)
         for run_idx in range(2):
-            assert_all_equal(everything_varlen(dtype, device), expected, f"{num_threads} threads, run {run_idx}")
+            assert_all_equal(everything_varlen(dtype, CPU), expected, f"{num_threads} threads, run {run_idx}")
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_concurrent_calls_give_the_same_bits(num_threads: int, device: torch.device) -> None:
     """Six Python threads at once, each on another problem, each several times."""
@@ -94,11 +97,11 @@ def test_concurrent_calls_give_the_same_bits(num_threads: int, device: torch.dev
                 assert_all_equal(result, expected[seed], f"seed {seed}, run {run_idx}")
 
 
-def test_the_lock_is_released_while_a_kernel_runs(device: torch.device) -> None:
+def test_the_lock_is_released_while_a_kernel_runs() -> None:
     """A second Python thread makes progress during one long call."""
     torch.set_num_threads(1)
     case = AttentionCase(num_heads=4, query_len=6000, head_dim=64, block_size=64, top_k=8)
-    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, device)]
+    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, CPU)]
 
     def timed_call() -> tuple[float, float]:
         start = time.perf_counter()
@@ -147,8 +150,7 @@ def test_a_forked_child_can_call(num_threads: int) -> None:
     """
     torch.set_num_threads(num_threads)
     case = AttentionCase(num_heads=4, query_len=500, head_dim=32, block_size=32, top_k=3)
-    cpu = torch.device("cpu")
-    query, key, value = (tensor.detach() for tensor in make_inputs(case, torch.float32, cpu))
+    query, key, value = (tensor.detach() for tensor in make_inputs(case, torch.float32, CPU))
     expected = tg.moba_attention(query, key, value, block_size=32, top_k=3).numpy()
 
     def work() -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import topgather as tg
+from emulated import emulated_cuda
 from helpers import (
     AttentionCase,
     assert_attention_close,
@@ -22,21 +23,45 @@ from helpers import (
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched")
 PAST = 2**31 + 2**20
+# Whole multiples of 16 bytes: rows on CUDA are then read where they are, not from an aligned copy.
+TOKEN_STRIDE = PAST // 38 // 8 * 8
 NUM_ELEMENTS = 2 * PAST + 2**20
 CASE = AttentionCase(batch=2, num_heads=2, query_len=40, head_dim=16, block_size=8, top_k=2)
 SHAPE = (2, 2, 40, 16)
 STRIDES = {
     "batch": (PAST, 40 * 16, 16, 1),
     "head": (2 * 40 * 16, PAST, 16, 1),
-    "token": (16, 32, PAST // 38, 1),
+    "token": (16, 32, TOKEN_STRIDE, 1),
     "storage_offset": (2 * 40 * 16, 40 * 16, 16, 1),
 }
 
 
-@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
-def storage(request: pytest.FixtureRequest) -> Iterator[Tensor]:
+@pytest.fixture
+def device(device_kind: str) -> Iterator[torch.device]:
+    """As everywhere, but the emulator does not check accesses: it would keep books on all 9 GiB."""
+    if device_kind == "emulated_cuda":
+        with emulated_cuda(checked=False, order="random", cp_async="mixed"):
+            yield torch.device("cpu")
+    else:
+        yield torch.device(device_kind)
+
+
+@pytest.fixture(scope="module")
+def storages() -> dict[tuple[str, torch.dtype], Tensor]:
+    """What the tests of this file have in common, by device and dtype."""
+    return {}
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
+def storage(
+    request: pytest.FixtureRequest, device: torch.device, storages: dict[tuple[str, torch.dtype], Tensor]
+) -> Tensor:
+    place = (device.type, request.param)
     try:
-        yield torch.empty(NUM_ELEMENTS, dtype=request.param)
+        if place not in storages:
+            storages.clear()
+            storages[place] = torch.empty(NUM_ELEMENTS, dtype=request.param, device=device)
+        return storages[place]
     except RuntimeError:
         pytest.skip("the system does not lend 9 GiB of untouched memory")
 
@@ -51,12 +76,12 @@ def spread(tensor: Tensor, storage: Tensor, kind: str, shift: int) -> Tensor:
     return view
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("which", ["query", "key", "value", "grad_out", "all"])
 @pytest.mark.parametrize("kind", STRIDES)
 def test_attention(kind: str, which: str, storage: Tensor) -> None:
-    cpu = torch.device("cpu")
-    plain = make_inputs(CASE, storage.dtype, cpu)
-    grad_out, grad_lse = make_gradients(CASE, storage.dtype, cpu, 0)
+    plain = make_inputs(CASE, storage.dtype, storage.device)
+    grad_out, grad_lse = make_gradients(CASE, storage.dtype, storage.device, 0)
     expected = run_attention(*plain, grad_out, grad_lse, CASE)
     block_indices = tg.moba_route(plain[0], plain[1], CASE.block_size, CASE.top_k).block_indices
     assert_attention_close(expected, plain, (grad_out, grad_lse), block_indices, CASE)
@@ -76,7 +101,7 @@ def test_attention(kind: str, which: str, storage: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", STRIDES)
 def test_routing_and_centroids(kind: str, storage: Tensor) -> None:
-    query, key, _ = (tensor.detach() for tensor in make_inputs(CASE, storage.dtype, torch.device("cpu")))
+    query, key, _ = (tensor.detach() for tensor in make_inputs(CASE, storage.dtype, storage.device))
     far_query, far_key = spread(query, storage, kind, 0), spread(key, storage, kind, 4096)
     routing = tg.moba_route(query, key, CASE.block_size, CASE.top_k)
     for pair in ((far_query, key), (query, far_key), (far_query, far_key)):
@@ -87,13 +112,12 @@ def test_routing_and_centroids(kind: str, storage: Tensor) -> None:
 
 def test_varlen_token_stride(storage: Tensor) -> None:
     """Packed tokens 2^26 elements apart."""
-    token_stride = PAST // 38
-    plain = [torch.randn(40, heads, 16).to(storage.dtype) for heads in (4, 2, 2)]
-    cu_seqlens = torch.tensor([0, 13, 40], dtype=torch.int32)
+    plain = [torch.randn(40, heads, 16, device=storage.device).to(storage.dtype) for heads in (4, 2, 2)]
+    cu_seqlens = torch.tensor([0, 13, 40], dtype=torch.int32, device=storage.device)
     arguments = (cu_seqlens, cu_seqlens, 27, 27, 8, 2)
     far = []
     for shift, tensor in enumerate(plain):
-        view = storage.as_strided(tensor.shape, (token_stride, 16, 1), 4096 * shift)
+        view = storage.as_strided(tensor.shape, (TOKEN_STRIDE, 16, 1), 4096 * shift)
         far.append(view.copy_(tensor))
     assert_bitwise_equal(
         "out", tg.moba_attention_varlen(*far, *arguments), tg.moba_attention_varlen(*plain, *arguments)

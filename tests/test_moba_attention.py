@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import topgather as tg
+from devices import widest_dtype
 from helpers import (
     DTYPES,
     LAYOUTS,
@@ -103,6 +104,7 @@ def test_long_enough_to_be_split(
         AttentionCase(num_heads=1, query_len=70_000, key_len=5, head_dim=2, block_size=3, is_causal=False),
         AttentionCase(num_heads=1, query_len=5, key_len=70_000, head_dim=4, block_size=66_000),
         AttentionCase(batch=70, num_heads=33, num_kv_heads=11, query_len=9, head_dim=2, block_size=4),
+        AttentionCase(batch=3000, num_heads=11, query_len=3, head_dim=2, block_size=2),
     ],
     ids=str,
 )
@@ -119,6 +121,7 @@ def test_layouts_against_reference(head_dim: int, layout: str, dtype: torch.dtyp
     check_attention(case, dtype, device, layout)
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_any_layout(dtype: torch.dtype, device: torch.device) -> None:
     """grad_out arrives transposed, expanded (from a sum) or with a stride in its last dimension."""
@@ -167,22 +170,35 @@ def test_enough_blocks_equals_dense_attention(
     dense = scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True)
     gradients = torch.autograd.grad(dense, leaves, grad_out.double())
     all_blocks = torch.arange(10, device=device).expand(2, 4, query_len, 10)
-    magnitudes = attention_magnitudes(*inputs, grad_out, grad_lse, all_blocks, case)
-    length = case.head_dim * 2 + key_len + 2 * query_len
     expected = dict(zip(("out", "d_query", "d_key", "d_value"), (dense.detach(), *gradients), strict=True))
+    assert_close_to_dense(result.tensors(), expected, inputs, (grad_out, grad_lse), all_blocks, case)
+
+
+def assert_close_to_dense(
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    block_indices: Tensor,
+    case: AttentionCase,
+) -> None:
+    """The results named in ``expected``, which another implementation made in float64, up to the table's tolerance."""
+    magnitudes = attention_magnitudes(*inputs, *gradients, block_indices, case)
+    length = case.head_dim * 2 + case.keys + 2 * case.query_len
     for name, tensor in expected.items():
-        tolerance = TOLERANCES["moba_attention", name]
-        actual, magnitude = result.tensors()[name], magnitudes.by_name[name]
-        assert_close(name, actual, tensor, magnitude, tolerance, dtype, length, magnitudes.score_factor)
+        tolerance, magnitude = TOLERANCES["moba_attention", name], magnitudes.by_name[name]
+        assert_close(name, actual[name], tensor, magnitude, tolerance, inputs[0].dtype, length, magnitudes.score_factor)
 
 
-def test_top_k_one_is_own_block_attention(device: torch.device) -> None:
+def test_top_k_one_is_own_block_attention(device: torch.device, device_kind: str) -> None:
     case = AttentionCase(query_len=64, top_k=1)
-    query, key, value = (tensor.detach() for tensor in make_inputs(case, torch.float64, device))
-    out = tg.moba_attention(query, key, value, block_size=16, top_k=1)
-    blocks = (tensor.unflatten(2, (4, 16)) for tensor in (query, key, value))
+    inputs = make_inputs(case, widest_dtype(device_kind), device)
+    out = tg.moba_attention(*(tensor.detach() for tensor in inputs), block_size=16, top_k=1)
+    blocks = (tensor.detach().double().unflatten(2, (4, 16)) for tensor in inputs)
     own = scaled_dot_product_attention(*blocks, is_causal=True).flatten(2, 3)
-    torch.testing.assert_close(out, own, rtol=1e-13, atol=1e-13)
+    own_block = (torch.arange(64, device=device) // 16)[:, None].expand(1, 2, 64, 1)
+    gradients = make_gradients(case, inputs[0].dtype, device, 0)
+    assert_close_to_dense({"out": out}, {"out": own}, inputs, gradients, own_block, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -313,14 +329,15 @@ def test_users_own_routing(case: AttentionCase, is_causal: bool, dtype: torch.dt
     run_routed(case, dtype, device, random_routing(case, device, 0))
 
 
-def test_causal_mask_holds_under_any_routing(device: torch.device) -> None:
+def test_causal_mask_holds_under_any_routing(device: torch.device, device_kind: str) -> None:
     """Every block chosen by every query: causal attention, because later tokens contribute nothing."""
     case = AttentionCase(query_len=50, block_size=8, top_k=7)
+    dtype = widest_dtype(device_kind)
     every = torch.arange(7, dtype=torch.int32, device=device).flip(0).expand(1, 2, 50, 7).contiguous()
-    result = run_routed(case, torch.float64, device, tg.BlockRouting(every, 8))
-    query, key, value = make_inputs(case, torch.float64, device)
-    dense = scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(result.out, dense.detach(), rtol=1e-12, atol=1e-12)
+    result = run_routed(case, dtype, device, tg.BlockRouting(every, 8))
+    inputs, gradients = make_inputs(case, dtype, device), make_gradients(case, dtype, device, 0)
+    dense = scaled_dot_product_attention(*(tensor.detach().double() for tensor in inputs), is_causal=True)
+    assert_close_to_dense(result.tensors(), {"out": dense}, inputs, gradients, every, case)
 
 
 def test_routing_of_unused_slots_alone(device: torch.device) -> None:
@@ -331,6 +348,7 @@ def test_routing_of_unused_slots_alone(device: torch.device) -> None:
     assert all((tensor == 0).all() for tensor in (result.d_query, result.d_key, result.d_value))
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("slots", ["strided", "expanded"])
 def test_routing_of_any_strides(slots: str, device: torch.device) -> None:
     """block_indices need not be contiguous: a view gives the bits of its copy."""

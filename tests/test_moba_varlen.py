@@ -1,22 +1,12 @@
 """Packed sequences: every result equals the dense problem of each sequence alone."""
 
-from itertools import accumulate
-
 import pytest
 import torch
 from torch import Tensor
 
 import topgather as tg
-from helpers import (
-    DTYPES,
-    AttentionCase,
-    AttentionResult,
-    assert_attention_close,
-    assert_bitwise_equal,
-    assert_routing_contract,
-    random_tensor,
-)
-from tolerances import accumulation_dtype
+from devices import widest_dtype
+from helpers import DTYPES, Packed, assert_bitwise_equal, assert_routing_contract
 
 LENGTHS = {
     "equal": ([40, 40, 40], [40, 40, 40]),
@@ -32,99 +22,7 @@ LENGTHS = {
 }
 
 
-class Packed:
-    """A packed problem, and each sequence's dense part of any packed tensor."""
-
-    def __init__(
-        self,
-        lengths: tuple[list[int], list[int]],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        num_heads: int = 4,
-        num_kv_heads: int = 2,
-        head_dim: int = 16,
-        value_dim: int = 12,
-        cu_dtype: torch.dtype = torch.int32,
-    ) -> None:
-        self.lengths_q, self.lengths_k = lengths
-        self.starts_q = list(accumulate(self.lengths_q, initial=0))
-        self.starts_k = list(accumulate(self.lengths_k, initial=0))
-        total_q, total_k = self.starts_q[-1], self.starts_k[-1]
-        self.query = random_tensor((total_q, num_heads, head_dim), dtype, device, 0).requires_grad_()
-        self.key = random_tensor((total_k, num_kv_heads, head_dim), dtype, device, 1).requires_grad_()
-        self.value = random_tensor((total_k, num_kv_heads, value_dim), dtype, device, 2).requires_grad_()
-        self.grad_out = random_tensor((total_q, num_heads, value_dim), dtype, device, 3)
-        self.grad_lse = random_tensor((num_heads, total_q), accumulation_dtype(dtype), device, 4)
-        self.cu_seqlens = (
-            torch.tensor(self.starts_q, dtype=cu_dtype, device=device),
-            torch.tensor(self.starts_k, dtype=cu_dtype, device=device),
-            max(self.lengths_q, default=0),
-            max(self.lengths_k, default=0),
-        )
-        self.dims = (num_heads, num_kv_heads, head_dim, value_dim)
-
-    def case(self, seq_idx: int, block_size: int, top_k: int, is_causal: bool) -> AttentionCase:
-        num_heads, num_kv_heads, head_dim, value_dim = self.dims
-        query_len, key_len = self.lengths_q[seq_idx], self.lengths_k[seq_idx]
-        return AttentionCase(
-            1, num_heads, num_kv_heads, query_len, key_len, head_dim, value_dim, block_size, top_k, is_causal
-        )
-
-    def tokens(self, tensor: Tensor, seq_idx: int, of_key: bool = False) -> Tensor:
-        """``[total, H, D]`` to ``[1, H, N, D]``."""
-        starts = self.starts_k if of_key else self.starts_q
-        return tensor[starts[seq_idx] : starts[seq_idx + 1]].transpose(0, 1)[None]
-
-    def columns(self, tensor: Tensor, seq_idx: int) -> Tensor:
-        """``[H, total, ...]`` to ``[1, H, N, ...]``."""
-        return tensor[:, self.starts_q[seq_idx] : self.starts_q[seq_idx + 1]][None]
-
-    def run(
-        self, block_size: int, top_k: int | None, is_causal: bool, routing: "tg.BlockRouting | None" = None
-    ) -> AttentionResult:
-        out, lse = tg.moba_attention_varlen(
-            self.query,
-            self.key,
-            self.value,
-            *self.cu_seqlens,
-            block_size=block_size,
-            top_k=top_k,
-            is_causal=is_causal,
-            return_lse=True,
-            routing=routing,
-        )
-        leaves = (self.query, self.key, self.value)
-        gradients = torch.autograd.grad((out, lse), leaves, (self.grad_out, self.grad_lse))
-        return AttentionResult(out.detach(), lse.detach(), *gradients)
-
-    def check(
-        self, result: AttentionResult, block_indices: Tensor, block_size: int, top_k: int, is_causal: bool
-    ) -> None:
-        """Every sequence's part of every result, against the oracle on that sequence alone."""
-        total_q, num_heads, value_dim = self.grad_out.shape
-        assert result.out.shape == (total_q, num_heads, value_dim) and result.lse.shape == (
-            num_heads,
-            total_q,
-        )
-        for seq_idx in range(len(self.lengths_q)):
-            part = AttentionResult(
-                self.tokens(result.out, seq_idx),
-                self.columns(result.lse, seq_idx),
-                self.tokens(result.d_query, seq_idx),
-                self.tokens(result.d_key, seq_idx, of_key=True),
-                self.tokens(result.d_value, seq_idx, of_key=True),
-            )
-            inputs = (
-                self.tokens(self.query, seq_idx),
-                self.tokens(self.key, seq_idx, of_key=True),
-                self.tokens(self.value, seq_idx, of_key=True),
-            )
-            gradients = (self.tokens(self.grad_out, seq_idx), self.columns(self.grad_lse, seq_idx))
-            indices = self.columns(block_indices, seq_idx)
-            assert_attention_close(part, inputs, gradients, indices, self.case(seq_idx, block_size, top_k, is_causal))
-
-
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(("block_size", "top_k"), [(8, 3), (13, 2), (128, 1)])
@@ -162,6 +60,7 @@ def test_long_enough_to_be_split(dtype: torch.dtype, device: torch.device) -> No
     packed.check(packed.run(300, 3, True), block_indices, 300, 3, True)
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_sequences_do_not_leak_into_each_other(device: torch.device) -> None:
     """NaN and inf all over one sequence leave its neighbours' bits as they were."""
     packed = Packed(([30, 41, 22], [30, 41, 22]), torch.float32, device)
@@ -177,6 +76,7 @@ def test_sequences_do_not_leak_into_each_other(device: torch.device) -> None:
             assert_bitwise_equal(name, tensor[where], clean.tensors()[name][where])
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])
 def test_cu_seqlens_dtypes_and_loose_maxima(cu_dtype: torch.dtype, device: torch.device) -> None:
     """int32 and int64 give the same bits, and so do larger max_seqlen values than needed."""
@@ -188,6 +88,7 @@ def test_cu_seqlens_dtypes_and_loose_maxima(cu_dtype: torch.dtype, device: torch
         assert_bitwise_equal(name, tensor, expected.tensors()[name])
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_views_of_a_fused_projection(device: torch.device) -> None:
     """query, key and value cut from one ``[total, Hq + 2 * Hkv, D]`` tensor give the bits of their copies."""
     lengths = ([25, 40], [25, 40])
@@ -200,9 +101,9 @@ def test_views_of_a_fused_projection(device: torch.device) -> None:
         assert_bitwise_equal(name, tensor, expected.tensors()[name])
 
 
-def test_users_own_routing(device: torch.device) -> None:
+def test_users_own_routing(device: torch.device, device_kind: str) -> None:
     """Block numbers count from each sequence's start, in any order, with -1 anywhere."""
-    packed = Packed(([30, 50], [30, 50]), torch.float64, device)
+    packed = Packed(([30, 50], [30, 50]), widest_dtype(device_kind), device)
     generator = torch.Generator().manual_seed(0)
     parts = []
     for length in packed.lengths_k:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import topgather as tg
+from devices import widest_dtype
 
 
 def heads(projected: Tensor, num_heads: int) -> Tensor:
@@ -30,8 +31,14 @@ def by_hand(layer: "tg.nn.MobaAttention", x: Tensor) -> Tensor:
 @pytest.mark.parametrize("head_dim", [None, 5])
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_dense_attention_where_all_blocks_are_chosen(
-    bias: bool, head_dim: int | None, num_kv_heads: int | None, is_causal: bool, device: torch.device
+    bias: bool,
+    head_dim: int | None,
+    num_kv_heads: int | None,
+    is_causal: bool,
+    device: torch.device,
+    device_kind: str,
 ) -> None:
+    dtype = widest_dtype(device_kind)
     layer = tg.nn.MobaAttention(
         24,
         4,
@@ -42,9 +49,9 @@ def test_equals_dense_attention_where_all_blocks_are_chosen(
         bias=bias,
         is_causal=is_causal,
         device=device,
-        dtype=torch.float64,
+        dtype=dtype,
     )
-    x = torch.randn(2, 33, 24, dtype=torch.float64, device=device, requires_grad=True)
+    x = torch.randn(2, 33, 24, dtype=dtype, device=device, requires_grad=True)
     out, expected = layer(x), by_hand(layer, x)
     torch.testing.assert_close(out, expected)
     wanted = [x, *layer.parameters()]

@@ -92,6 +92,7 @@ def test_signatures() -> None:
         "scale": None,
         "return_lse": False,
         "routing": None,
+        "deterministic": None,
     }
     route = {"block_size": 128, "top_k": 8, "is_causal": True}
     assert defaults == {

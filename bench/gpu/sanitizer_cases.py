@@ -1,0 +1,126 @@
+"""Every CUDA kernel once or more on small problems, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool racecheck python bench/gpu/sanitizer_cases.py
+
+Sizes are odd on purpose: short last blocks, rows that end inside a vector, sequences of unequal length. Each case is
+compared with the reference, so that a run also says whether the sanitizer watched something that worked. A sanitized
+kernel runs some hundred times slower, so the sizes stay small; set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or an access past
+the end of a tensor lands in torch's own pool and is not seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+import topgather as tg
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Largest error relative to the largest entry: only gross faults matter here, tests/tolerances.py has the fine ones."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem."""
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    num_tokens: int
+    block_size: int
+    top_k: int
+    num_heads: int = 2
+    num_kv_heads: int = 1
+    is_causal: bool = True
+    is_deterministic: bool = False
+    is_packed: bool = False
+
+
+CASES = (
+    Case(torch.bfloat16, 64, 64, 300, 64, 3),
+    Case(torch.bfloat16, 128, 128, 300, 128, 2, is_deterministic=True),
+    Case(torch.float16, 72, 40, 203, 32, 4),
+    Case(torch.float16, 256, 256, 130, 16, 8, is_causal=False),
+    Case(torch.float32, 64, 64, 203, 48, 2),
+    Case(torch.float32, 128, 96, 150, 64, 2, is_deterministic=True),
+    Case(torch.float32, 256, 256, 100, 32, 3),
+    Case(torch.bfloat16, 16, 16, 520, 16, 33, num_heads=1),
+    Case(torch.bfloat16, 64, 64, 1200, 16, 70, num_heads=1),
+    Case(torch.bfloat16, 128, 128, 301, 64, 3, is_packed=True),
+    Case(torch.float16, 64, 64, 301, 32, 3, is_packed=True, is_deterministic=True),
+)
+
+
+def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
+    """query, key, value ``[1, H, N, D]``, leaves of the graph, and grad_out."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(num_heads: int, depth: int) -> Tensor:
+        return torch.randn(1, num_heads, case.num_tokens, depth, generator=generator).to(device, case.dtype)
+
+    query, key = random(case.num_heads, case.head_dim), random(case.num_kv_heads, case.head_dim)
+    value, grad_out = random(case.num_kv_heads, case.value_dim), random(case.num_heads, case.value_dim)
+    return [query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), grad_out]
+
+
+def bounds_of(case: Case) -> list[int]:
+    """Where the sequences of a packed case start and end; one of them is empty."""
+    return [0, 1, 1, case.num_tokens // 3, case.num_tokens] if case.is_packed else [0, case.num_tokens]
+
+
+def run_case(case: Case, device: torch.device) -> list[Tensor]:
+    """``out`` and the gradients of query, key and value."""
+    *leaves, grad_out = inputs_of(case, device)
+    options = {"block_size": case.block_size, "top_k": case.top_k, "is_causal": case.is_causal}
+    if case.is_packed:
+        bounds = torch.tensor(bounds_of(case), dtype=torch.int32, device=device)
+        longest = int(bounds.diff().max())
+        packed = [leaf[0].transpose(0, 1) for leaf in leaves]
+        out = tg.moba_attention_varlen(*packed, bounds, bounds, longest, longest, **options)
+        out = out.transpose(0, 1)[None]
+    else:
+        out = tg.moba_attention(*leaves, **options)
+    return [out, *torch.autograd.grad(out, leaves, grad_out)]
+
+
+def expected_of(case: Case, device: torch.device) -> list[Tensor]:
+    """The same from the float64 reference, a sequence at a time, over the blocks that topgather chose."""
+    *leaves, grad_out = inputs_of(case, device)
+    outs = []
+    bounds = bounds_of(case)
+    for start, end in pairwise(bounds):
+        if start == end:
+            continue
+        query, key, value = (leaf[:, :, start:end] for leaf in leaves)
+        options = {"block_size": case.block_size, "is_causal": case.is_causal}
+        blocks = tg.moba_route(query.detach(), key.detach(), top_k=case.top_k, **options).block_indices
+        outs.append(tg.reference.moba_attention(query, key, value, blocks, **options)[0])
+    out = torch.cat(outs, dim=2)
+    return [out, *torch.autograd.grad(out, leaves, grad_out.double())]
+
+
+def main() -> int:
+    """Run every case; returns 0 if all agree with the reference."""
+    device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    num_failed = 0
+    for case in CASES:
+        torch.use_deterministic_algorithms(case.is_deterministic)
+        actual = run_case(case, device)
+        torch.use_deterministic_algorithms(False)
+        error = max(
+            ((got.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+            for got, wanted in zip(actual, expected_of(case, device), strict=True)
+        )
+        agrees = error <= TOLERANCES[case.dtype]
+        num_failed += not agrees
+        print(f"{'ok' if agrees else 'FAILED'}: error {error:.1e}, {case}", flush=True)
+    print(f"{len(CASES) - num_failed} of {len(CASES)} cases agree with the reference")
+    return 1 if num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

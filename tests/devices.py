@@ -1,0 +1,138 @@
+"""The kinds of device the tests run on, and which tests run on which.
+
+``cpu``            the CPU kernels;
+``emulated_cuda``  the CUDA kernels, run on CPU tensors by the emulator in ``tests/emulation``, every access checked;
+``cuda``           the CUDA kernels on a GPU.
+
+The same cases run on all three. What is left out is left out by a rule of this file, never by a skip inside a test:
+
+1. a kind that this run does not have (no ``TOPGATHER_EMULATION``, no GPU), or that a test is not marked for;
+2. float64 on CUDA, where no kernel takes it; ``test_bad_input.py`` sees it refused;
+3. on the emulator, some ten thousand times slower than a GPU, the tests of ``NOT_EMULATED``, each with its reason and
+   the smaller test that stands in for it;
+4. on the emulator, of the tests of ``THINNED``, every n-th diagonal of the table of parameters: the items whose
+   parameters' positions add up to a multiple of n. With n of 3, every combination of the other parameters keeps one of
+   the three dtypes, each in turn.
+"""
+
+import random
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+
+import emulated
+import topgather as tg
+
+KINDS = ["cpu", "emulated_cuda", "cuda"]
+CUDA_KINDS = ["emulated_cuda", "cuda"]
+
+# Why not, and what stands in.
+HYPOTHESIS = "hundreds of examples"
+NOT_EMULATED: dict[str, tuple[str, str]] = {
+    "test_moba_attention.py::test_counts_past_16_bits": ("minutes", "test_more_of_everything"),
+    "test_moba_varlen.py::test_many_short_sequences_beside_a_long_one": (
+        "minutes",
+        "test_short_sequences_beside_a_long_one",
+    ),
+    "test_moba_hypothesis.py::test_attention_equals_the_oracle": (HYPOTHESIS, "test_random_problems"),
+    "test_moba_hypothesis.py::test_routing_keeps_its_contract": (HYPOTHESIS, "test_random_problems"),
+    "test_moba_hypothesis.py::test_routing_of_any_scores_is_exact": (HYPOTHESIS, "test_nan_and_inf_scores"),
+    "test_moba_hypothesis.py::test_any_users_routing": (HYPOTHESIS, "test_random_problems"),
+    "test_moba_hypothesis.py::test_varlen_equals_dense": (HYPOTHESIS, "test_random_packed_problems"),
+    "test_moba_hypothesis.py::test_nonfinite_masks_equal_the_oracle": (
+        HYPOTHESIS,
+        "test_nonfinite_inputs_reach_exactly_the_queries_that_see_them",
+    ),
+    "test_moba_hypothesis.py::test_centroids": (HYPOTHESIS, "test_values_and_gradients"),
+    "test_moba_torch_integration.py::test_compile_by_inductor": (
+        "the code it compiles around the op is the CPU's",
+        "test_compile_without_graph_break",
+    ),
+    "test_nn.py::test_it_learns": ("40 steps", "test_equals_dense_attention_where_all_blocks_are_chosen"),
+}
+THINNED: dict[str, int] = {
+    "test_moba_attention.py::test_long_enough_to_be_split": 2,
+    "test_moba_attention.py::test_against_reference": 3,
+    "test_moba_routing.py::test_contract_on_random_scores": 3,
+    "test_moba_routing.py::test_tie_rule_on_exact_scores": 3,
+    "test_moba_varlen.py::test_equals_each_sequence_alone": 3,
+    "test_cuda_contract.py::test_faulty_rows_are_nan_and_their_neighbours_keep_their_bits": 3,
+    "test_cuda_contract.py::test_boundaries_that_do_not_delimit_the_tokens": 3,
+}
+
+
+def is_available(kind: str) -> bool:
+    """Whether this run can use devices of this kind."""
+    if kind == "emulated_cuda":
+        return emulated.is_built()
+    return kind == "cpu" or (torch.cuda.is_available() and bool(tg._native.has_cuda))
+
+
+def widest_dtype(kind: str) -> torch.dtype:
+    """float64, and float32 on CUDA: for tests that want as few roundings as can be had."""
+    return torch.float64 if kind == "cpu" else torch.float32
+
+
+def schedule_of(test_id: str) -> dict[str, Any]:
+    """How the emulator orders threads and lands asynchronous copies in this test: the same in every run."""
+    draw = random.Random(crc32(test_id.encode()))
+    return {
+        "order": draw.choice(["ascending", "descending", "random"]),
+        "cp_async": draw.choice(["at_wait", "at_issue", "mixed"]),
+        "seed": draw.randrange(2**31),
+        "shared_limit": draw.choice([99, 227]) * 1024,
+        "compute_capability": draw.choice([80, 90, 120]),
+    }
+
+
+def name_of(item: pytest.Item) -> str:
+    return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+
+
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None else callspec.params
+
+
+def is_there(item: pytest.Item) -> bool:
+    """Whether this run has the device, its kernels take the dtype, and the emulator is up to the test."""
+    if item.get_closest_marker("gpu") is not None and not is_available("cuda"):
+        return False
+    parameters = parameters_of(item)
+    kind = parameters.get("device_kind", parameters.get("cuda_kind", "cpu"))
+    if not is_available(kind):
+        return False
+    if kind == "cuda" and item.get_closest_marker("emulator") is not None:
+        return False
+    if kind in CUDA_KINDS and any(value is torch.float64 for value in parameters.values()):
+        return False
+    return kind != "emulated_cuda" or name_of(item) not in NOT_EMULATED
+
+
+def is_on_diagonal(item: pytest.Item, values: dict[str, list[Any]]) -> bool:
+    """``values`` has every parameter's values, in the order they are met."""
+    parameters = parameters_of(item)
+    if "emulated_cuda" not in (parameters.get("device_kind"), parameters.get("cuda_kind")):
+        return True
+    positions = (values[name].index(value) for name, value in parameters.items() if not name.endswith("_kind"))
+    return sum(positions) % THINNED[name_of(item)] == 0
+
+
+def select(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """The items that the rules above let run, and those left out."""
+    values: dict[str, dict[str, list[Any]]] = {name: {} for name in THINNED}
+    for item in items:
+        if name_of(item) in THINNED:
+            for name, value in parameters_of(item).items():
+                known = values[name_of(item)].setdefault(name, [])
+                if value not in known:
+                    known.append(value)
+    selected: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        thinned = values.get(name_of(item))
+        runs = is_there(item) and (thinned is None or is_on_diagonal(item, thinned))
+        (selected if runs else left_out).append(item)
+    return selected, left_out
