@@ -655,16 +655,36 @@ def test_workspace_is_bounded(kind: str, dtype: torch.dtype, native: Any, cuda_d
 
 @pytest.mark.parametrize("budget", [0, 100_000, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_workspace_that_was_asked_for_is_enough(
+def test_workspace_is_the_same_each_time_it_is_asked_for(
     kind: str, budget: int, native: Any, cuda_device: torch.device
 ) -> None:
-    """Asked for twice, the same; and a workspace one byte smaller is refused before anything runs."""
     native.moba_cuda_set_budget(budget)
     fields = problem_fields(torch.bfloat16, 2, 4, 2, 300, 3)
     size = native.moba_cuda_workspace_bytes(kind, fields, cuda_device.index or 0)
     assert size == native.moba_cuda_workspace_bytes(kind, fields, cuda_device.index or 0) > 0
     with pytest.raises(ValueError, match="kind of workspace"):
         native.moba_cuda_workspace_bytes("sideways", fields, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_workspace_one_byte_smaller_is_refused(
+    kind: str, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = AttentionCase(query_len=100, top_k=3)
+    inputs = make_inputs(case, torch.bfloat16, cuda_device)
+    gradients = make_gradients(case, torch.bfloat16, cuda_device, 0)
+    whole = _moba_cuda._workspace
+    asked_for = []
+
+    def smaller(asked: str, *arguments: Any) -> Tensor:
+        asked_for.append(asked)
+        workspace = whole(asked, *arguments)
+        return workspace[:-1] if asked == kind else workspace
+
+    monkeypatch.setattr(_moba_cuda, "_workspace", smaller)
+    with pytest.raises(ValueError, match="workspace is smaller"):
+        run_attention(*inputs, *gradients, case, deterministic=kind == "backward_deterministic")
+    assert asked_for[-1] == kind
 
 
 # --- several Python threads, through the emulator --------------------------------------------------------------------
