@@ -5,9 +5,7 @@ graphs or a second device is in ``test_cuda_runtime.py``; ``test_no_waits.py`` l
 """
 
 import random
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -685,28 +683,3 @@ def test_a_workspace_one_byte_smaller_is_refused(
     with pytest.raises(ValueError, match="workspace is smaller"):
         run_attention(*inputs, *gradients, case, deterministic=kind == "backward_deterministic")
     assert asked_for[-1] == kind
-
-
-# --- several Python threads, through the emulator --------------------------------------------------------------------
-
-
-@pytest.mark.emulator
-def test_the_lock_is_released_while_kernels_run(cuda_device: torch.device) -> None:
-    """A second Python thread makes progress during one long call of the bindings."""
-    case = AttentionCase(num_heads=2, query_len=300, head_dim=32, block_size=32, top_k=4)
-    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, cuda_device)]
-
-    def timed_call() -> tuple[float, float]:
-        start = time.perf_counter()
-        tg.moba_attention(*inputs, block_size=32, top_k=4)
-        return start, time.perf_counter()
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(timed_call)
-        ticks = []
-        while not future.done():
-            ticks.append(time.perf_counter())
-            time.sleep(0.0005)
-        start, end = future.result()
-    middle = [tick for tick in ticks if start + 0.25 * (end - start) < tick < end - 0.25 * (end - start)]
-    assert middle, f"{len(ticks)} ticks, none in the middle half of a call of {end - start:.3f} s"

@@ -165,3 +165,25 @@ def test_a_forked_child_can_call(num_threads: int) -> None:
 def test_fork_helper_reports_failures() -> None:
     assert run_in_fork(lambda: False) == 1
     assert run_in_fork(lambda: time.sleep(60) is None, timeout_s=0.2) == -signal.SIGKILL
+
+
+@pytest.mark.emulator
+def test_the_lock_is_released_while_kernels_run(cuda_device: torch.device) -> None:
+    """A second Python thread makes progress during one long call of the bindings."""
+    case = AttentionCase(num_heads=2, query_len=300, head_dim=32, block_size=32, top_k=4)
+    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, cuda_device)]
+
+    def timed_call() -> tuple[float, float]:
+        start = time.perf_counter()
+        tg.moba_attention(*inputs, block_size=32, top_k=4)
+        return start, time.perf_counter()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(timed_call)
+        ticks = []
+        while not future.done():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+        start, end = future.result()
+    middle = [tick for tick in ticks if start + 0.25 * (end - start) < tick < end - 0.25 * (end - start)]
+    assert middle, f"{len(ticks)} ticks, none in the middle half of a call of {end - start:.3f} s"

@@ -85,10 +85,17 @@ def read_build(folder: Path) -> Build:
         report = Path(compiled + ".ptxas")
         if not report.exists():
             raise FileNotFoundError(f"{report} is missing: build first")
-        kernels += parse_report(report.read_text())
+        # nvcc compiles architectures side by side, and they are reported as they finish.
+        kernels += sorted(parse_report(report.read_text()), key=lambda entry: (entry.kernel, order_of(entry)))
     names = demangle({entry.kernel for entry in kernels})
     renamed = [Resources(**{**vars(entry), "kernel": names[entry.kernel]}) for entry in kernels]
     return Build(toolkit, architectures, renamed)
+
+
+def order_of(entry: Resources) -> tuple[int, str]:
+    """Architectures by their number."""
+    number = re.search(r"\d+", entry.architecture)
+    return (int(number[0]) if number else 0, entry.architecture)
 
 
 def demangle(names: Iterable[str]) -> dict[str, str]:
@@ -117,7 +124,7 @@ def shorten(full_name: str) -> str:
 
 def format_table(build: Build) -> str:
     """The table in Markdown: a row a kernel, its registers by architecture."""
-    architectures = list(dict.fromkeys(entry.architecture for entry in build.kernels))
+    architectures = list(dict.fromkeys(entry.architecture for entry in sorted(build.kernels, key=order_of)))
     lines = [
         f"| kernel | {' | '.join(architectures)} | static shared memory | stack | spills |",
         "|---" * (len(architectures) + 1) + "|---|---|---|",
