@@ -3,13 +3,16 @@
     python tools/kernel_table.py            # prints the table and writes docs/kernels.md
     python tools/kernel_table.py --check    # prints it and fails where docs/kernels.md says otherwise
 
-Reads what the build left behind (:mod:`ptxas_report`), so it compiles nothing. Fails where a kernel spills registers
+Reads what the build left behind (:mod:`ptxas_report`), so it compiles nothing; dynamic shared memory, which ptxas does
+not know, the built module tells. Fails where a kernel spills registers
 or keeps an array in local memory: the build fails on both already, this is the second line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -22,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BUILD_FACTS = "cuda_kernels.txt"
 """Written by CMake into the build folder: the toolkit's version, the architectures, then one object a line."""
+DTYPES = {0: "float32", 2: "bfloat16", 3: "float16"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Build:
     toolkit: str
     architectures: str
     kernels: list[Resources]
+    launches: list[tuple[str, int, int, int, int]]
+    """Kernel, dtype code, largest head_dim, threads, bytes of dynamic shared memory: what ptxas does not know."""
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
@@ -89,7 +95,19 @@ def read_build(folder: Path) -> Build:
         kernels += sorted(parse_report(report.read_text()), key=lambda entry: (entry.kernel, order_of(entry)))
     names = demangle({entry.kernel for entry in kernels})
     renamed = [Resources(**{**vars(entry), "kernel": names[entry.kernel]}) for entry in kernels]
-    return Build(toolkit, architectures, renamed)
+    return Build(toolkit, architectures, renamed, read_launches(folder))
+
+
+def read_launches(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """What the built module says of its launches; nothing where there is none, or none for this interpreter."""
+    for path in sorted(folder.glob("_native*.so")):
+        spec = importlib.util.spec_from_file_location("_native", path)
+        if spec is not None and spec.loader is not None:
+            with contextlib.suppress(ImportError):
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                return list(module.moba_cuda_kernel_facts())
+    return []
 
 
 def order_of(entry: Resources) -> tuple[int, str]:
@@ -150,15 +168,25 @@ def _bytes(sizes: Iterable[int]) -> str:
     return f"{max(sizes)} B"
 
 
+def format_launches(build: Build) -> str:
+    """Threads and dynamic shared memory of the large kernels' thread blocks."""
+    lines = ["| kernel | dtype | head_dim up to | threads | dynamic shared memory |", "|---|---|---|---|---|"]
+    for name, dtype, head_dim, threads, shared in build.launches:
+        lines.append(f"| `{name}` | {DTYPES[dtype]} | {head_dim} | {threads} | {shared} B |")
+    return "\n".join(lines) + "\n"
+
+
 def format_document(build: Build) -> str:
     """docs/kernels.md."""
     return (
         "# CUDA kernels: what each takes\n\n"
         "Written by `make kernels` from what ptxas says while building; CI fails where it is out of date. Registers a\n"
-        "thread, by architecture; the largest static shared memory, stack and spills of any architecture. Dynamic\n"
-        "shared memory is set at launch and not known to the compiler.\n\n"
+        "thread, by architecture; the largest static shared memory, stack and spills of any architecture.\n\n"
         f"Toolkit {build.toolkit}, architectures {build.architectures}.\n\n"
-        f"{format_table(build)}"
+        f"{format_table(build)}\n"
+        "Thread blocks of the kernels that ask for shared memory at launch, on every architecture (at most 101376 B,\n"
+        "what sm_86, sm_89 and sm_120 give; the router's with its lists for top_k = 8):\n\n"
+        f"{format_launches(build)}"
     )
 
 

@@ -306,4 +306,14 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
   }
 }
 
+void add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
+  for (const auto* table : {kBackwardBFloat16, kBackwardFloat16, kBackwardFloat32}) {
+    for (int i = 0; i < 3; ++i) {
+      const BackwardKernel& kernel = table[i];
+      facts.push_back(
+          {"moba_attend_blocks_backward", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+    }
+  }
+}
+
 }  // namespace topgather

@@ -412,6 +412,8 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
 struct BackwardKernel {
   Dtype dtype;
   int64_t most_head_dim;  // and value_dim
+  int64_t threads;
+  int64_t shared_bytes;
   int64_t entries_per_item;
   int64_t keys_per_chunk;
   void (*launch)(const BackwardArguments& args, cudaStream_t stream);
@@ -421,7 +423,12 @@ template <typename Element, int kHeadDim>
 constexpr BackwardKernel backward_kernel(Dtype dtype) {
   using Shared = BackwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype, kHeadDim, Shared::Tiles::kEntriesPerItem, Shared::kKeys,
+  return {dtype,
+          kHeadDim,
+          Shared::kThreads,
+          sizeof(Shared),
+          Shared::Tiles::kEntriesPerItem,
+          Shared::kKeys,
           [](const BackwardArguments& args, cudaStream_t stream) {
             const dim3 grid(static_cast<unsigned>(args.lists.most_items * args.num_chunks),
                             static_cast<unsigned>(args.wave.num_units));

@@ -5,9 +5,21 @@
 // zeros.
 #pragma once
 
+#include <vector>
+
 #include "moba_params.h"
 
 namespace topgather {
+
+// What the large kernels take of a multiprocessor beside registers, for the table in docs/kernels.md.
+struct CudaKernelFacts {
+  const char* name;
+  Dtype dtype;
+  int64_t most_head_dim;
+  int64_t threads;
+  int64_t shared_bytes;  // dynamic, a thread block; the router's with lists for top_k = 8
+};
+std::vector<CudaKernelFacts> moba_cuda_kernel_facts();
 
 struct CudaPlace {
   int device;

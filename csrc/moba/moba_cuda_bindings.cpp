@@ -112,6 +112,14 @@ void bind_moba_cuda(py::module_& module) {
     return moba_backward_workspace_bytes(problem, true);
   });
   module.def("moba_cuda_set_budget", &moba_cuda_set_budget);
+  module.def("moba_cuda_kernel_facts", [] {
+    py::list rows;
+    for (const CudaKernelFacts& facts : moba_cuda_kernel_facts()) {
+      rows.append(py::make_tuple(facts.name, static_cast<int>(facts.dtype), facts.most_head_dim, facts.threads,
+                                 facts.shared_bytes));
+    }
+    return rows;
+  });
   module.def("moba_route_cuda",
              [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& block_indices,
                 const py::tuple& workspace, int device, int64_t stream) {

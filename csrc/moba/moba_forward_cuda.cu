@@ -214,4 +214,13 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
   }
 }
 
+void add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
+  for (const auto* table : {kForwardBFloat16, kForwardFloat16, kForwardFloat32}) {
+    for (int i = 0; i < 3; ++i) {
+      const ForwardKernel& kernel = table[i];
+      facts.push_back({"moba_attend_blocks", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+    }
+  }
+}
+
 }  // namespace topgather

@@ -457,6 +457,8 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
 struct ForwardKernel {
   Dtype dtype;
   int64_t most_head_dim;  // and value_dim
+  int64_t threads;
+  int64_t shared_bytes;
   int64_t entries_per_item;
   void (*launch)(const ForwardArguments& args, cudaStream_t stream);
 };
@@ -465,7 +467,12 @@ template <typename Element, int kHeadDim>
 constexpr ForwardKernel forward_kernel(Dtype dtype) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype, kHeadDim, Shared::Tiles::kEntriesPerItem, [](const ForwardArguments& args, cudaStream_t stream) {
+  return {dtype,
+          kHeadDim,
+          Shared::kThreads,
+          sizeof(Shared),
+          Shared::Tiles::kEntriesPerItem,
+          [](const ForwardArguments& args, cudaStream_t stream) {
             const int64_t num_panels = divide_up(args.value_dim, Shared::kValueColumns);
             const dim3 grid(static_cast<unsigned>(args.lists.most_items), static_cast<unsigned>(args.wave.num_units),
                             static_cast<unsigned>(num_panels > 0 ? num_panels : 1));

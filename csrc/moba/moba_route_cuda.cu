@@ -239,4 +239,14 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
   }
 }
 
+void add_route_kernel_facts(std::vector<CudaKernelFacts>& facts) {
+  for (const auto* table : {kRouteBFloat16, kRouteFloat16, kRouteFloat32}) {
+    for (int i = 0; i < 3; ++i) {
+      const RouteKernel& kernel = table[i];
+      facts.push_back({"moba_route", kernel.dtype, kernel.most_head_dim, kernel.threads,
+                       static_cast<int64_t>(kernel.shared_bytes(8))});
+    }
+  }
+}
+
 }  // namespace topgather

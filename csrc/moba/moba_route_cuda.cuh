@@ -364,6 +364,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
 struct RouteKernel {
   Dtype dtype;
   int64_t most_head_dim;
+  int64_t threads;
   int64_t queries_per_tile;
   size_t (*shared_bytes)(int64_t list_length);
   void (*launch)(const RouteArguments& args, int64_t num_thread_blocks, size_t shared_bytes, cudaStream_t stream);
@@ -372,7 +373,11 @@ struct RouteKernel {
 template <typename Element, int kHeadDim>
 constexpr RouteKernel route_kernel(Dtype dtype) {
   using Shared = RouteSharedMemory<Element, kHeadDim>;
-  return {dtype, kHeadDim, Shared::kQueries, &Shared::bytes_with_lists,
+  return {dtype,
+          kHeadDim,
+          Shared::kThreads,
+          Shared::kQueries,
+          &Shared::bytes_with_lists,
           [](const RouteArguments& args, int64_t num_thread_blocks, size_t shared_bytes, cudaStream_t stream) {
             cuda::launch(moba_route<Element, kHeadDim>,
                          {dim3(static_cast<unsigned>(num_thread_blocks)), dim3(Shared::kThreads), shared_bytes, stream},

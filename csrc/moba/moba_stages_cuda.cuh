@@ -1,6 +1,7 @@
 // Stages that several CUDA ops of block attention share: geometry of packed sequences, block lists.
 #pragma once
 
+#include "moba_cuda.h"
 #include "moba_geometry_cuda.cuh"
 #include "moba_waves_cuda.h"
 
@@ -89,5 +90,10 @@ __device__ __forceinline__ WaveRow wave_row(const MobaGeometry& geometry, const 
   const uint32_t query = static_cast<uint32_t>(row) - head_in_group * static_cast<uint32_t>(wave.num_queries);
   return {wave.first_query + query, unit.kv_head * geometry.group + head_in_group};
 }
+
+// Each op's part of moba_cuda_kernel_facts.
+void add_route_kernel_facts(std::vector<CudaKernelFacts>& facts);
+void add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts);
+void add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts);
 
 }  // namespace topgather

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "moba_cuda.h"
+#include "moba_stages_cuda.cuh"
 
 namespace topgather {
 
@@ -36,6 +37,14 @@ WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand) {
   const int64_t even = multiple_of(divide_up(problem.query_len, num_steps), 64);
   queries = even < queries ? even : queries;
   return {1, queries, num_units, divide_up(problem.query_len, queries)};
+}
+
+std::vector<CudaKernelFacts> moba_cuda_kernel_facts() {
+  std::vector<CudaKernelFacts> facts;
+  add_route_kernel_facts(facts);
+  add_forward_kernel_facts(facts);
+  add_backward_kernel_facts(facts);
+  return facts;
 }
 
 }  // namespace topgather
