@@ -97,15 +97,13 @@ def test_concurrent_calls_give_the_same_bits(num_threads: int, device: torch.dev
                 assert_all_equal(result, expected[seed], f"seed {seed}, run {run_idx}")
 
 
-def test_the_lock_is_released_while_a_kernel_runs() -> None:
+def assert_lock_is_released(case: AttentionCase, device: torch.device) -> None:
     """A second Python thread makes progress during one long call."""
-    torch.set_num_threads(1)
-    case = AttentionCase(num_heads=4, query_len=6000, head_dim=64, block_size=64, top_k=8)
-    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, CPU)]
+    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, device)]
 
     def timed_call() -> tuple[float, float]:
         start = time.perf_counter()
-        tg.moba_attention(*inputs, block_size=64, top_k=8)
+        tg.moba_attention(*inputs, block_size=case.block_size, top_k=case.top_k)
         return start, time.perf_counter()
 
     with ThreadPoolExecutor(1) as pool:
@@ -118,6 +116,17 @@ def test_the_lock_is_released_while_a_kernel_runs() -> None:
     # Had the call held the lock, no tick could fall well inside it.
     middle = [tick for tick in ticks if start + 0.25 * (end - start) < tick < end - 0.25 * (end - start)]
     assert middle, f"{len(ticks)} ticks, none in the middle half of a call of {end - start:.3f} s"
+
+
+def test_the_lock_is_released_while_a_kernel_runs() -> None:
+    torch.set_num_threads(1)
+    assert_lock_is_released(AttentionCase(num_heads=4, query_len=6000, head_dim=64, block_size=64, top_k=8), CPU)
+
+
+@pytest.mark.emulator
+def test_the_lock_is_released_while_an_emulated_kernel_runs(cuda_device: torch.device) -> None:
+    case = AttentionCase(num_heads=2, query_len=300, head_dim=32, block_size=32, top_k=4)
+    assert_lock_is_released(case, cuda_device)
 
 
 def run_in_fork(work: Callable[[], bool], timeout_s: float = 60.0) -> int:
@@ -165,25 +174,3 @@ def test_a_forked_child_can_call(num_threads: int) -> None:
 def test_fork_helper_reports_failures() -> None:
     assert run_in_fork(lambda: False) == 1
     assert run_in_fork(lambda: time.sleep(60) is None, timeout_s=0.2) == -signal.SIGKILL
-
-
-@pytest.mark.emulator
-def test_the_lock_is_released_while_kernels_run(cuda_device: torch.device) -> None:
-    """A second Python thread makes progress during one long call of the bindings."""
-    case = AttentionCase(num_heads=2, query_len=300, head_dim=32, block_size=32, top_k=4)
-    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, cuda_device)]
-
-    def timed_call() -> tuple[float, float]:
-        start = time.perf_counter()
-        tg.moba_attention(*inputs, block_size=32, top_k=4)
-        return start, time.perf_counter()
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(timed_call)
-        ticks = []
-        while not future.done():
-            ticks.append(time.perf_counter())
-            time.sleep(0.0005)
-        start, end = future.result()
-    middle = [tick for tick in ticks if start + 0.25 * (end - start) < tick < end - 0.25 * (end - start)]
-    assert middle, f"{len(ticks)} ticks, none in the middle half of a call of {end - start:.3f} s"

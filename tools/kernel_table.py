@@ -4,8 +4,8 @@
     python tools/kernel_table.py --check    # prints it and fails where docs/kernels.md says otherwise
 
 Reads what the build left behind (:mod:`ptxas_report`), so it compiles nothing; dynamic shared memory, which ptxas does
-not know, the built module tells. Fails where a kernel spills registers
-or keeps an array in local memory: the build fails on both already, this is the second line.
+not know, the built module tells. Fails where a kernel spills registers or keeps an array in local memory: the build
+fails on both already, this is the second line.
 """
 
 from __future__ import annotations
@@ -76,11 +76,12 @@ def parse_report(text: str) -> Iterator[Resources]:
 
 
 def find_build() -> Path:
-    """The build under ``build/`` that was configured last."""
-    builds = sorted((ROOT / "build").glob(f"*/{BUILD_FACTS}"), key=lambda path: path.stat().st_mtime)
-    if not builds:
+    """The build under ``build/`` for the most architectures, of several the one configured last."""
+    builds = (ROOT / "build").glob(f"*/{BUILD_FACTS}")
+    found = max(builds, key=lambda path: (len(path.read_text().splitlines()[1]), path.stat().st_mtime), default=None)
+    if found is None:
         raise FileNotFoundError("no build with CUDA under build/: `make install` makes one where a toolkit is found")
-    return builds[-1].parent
+    return found.parent
 
 
 def read_build(folder: Path) -> Build:
@@ -213,7 +214,9 @@ def check_document(build: Build, document: Path) -> str | None:
 def main() -> int:
     """Print the table, write or check the document; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, help="build folder (default: the one configured last under build/)")
+    parser.add_argument(
+        "--build", type=Path, help="build folder (default: the one under build/ for the most architectures)"
+    )
     parser.add_argument("--output", type=Path, default=DOCUMENT, help="the document (default: docs/kernels.md)")
     parser.add_argument("--check", action="store_true", help="compare the document instead of writing it")
     options = parser.parse_args()
