@@ -54,4 +54,34 @@ inline MobaProblem problem_from(const pybind11::tuple& fields) {
   return result;
 }
 
+// In the order of the structs' fields.
+inline MobaForwardParams forward_params_from(const pybind11::tuple& problem, const pybind11::tuple& query,
+                                             const pybind11::tuple& key, const pybind11::tuple& value,
+                                             const pybind11::tuple& block_indices, const pybind11::tuple& out,
+                                             const pybind11::tuple& lse) {
+  return {problem_from(problem),           tensor_from<ConstTensor>(query),         tensor_from<ConstTensor>(key),
+          tensor_from<ConstTensor>(value), tensor_from<ConstTensor>(block_indices), tensor_from<MutableTensor>(out),
+          tensor_from<MutableTensor>(lse)};
+}
+
+inline MobaBackwardParams backward_params_from(const pybind11::tuple& problem, const pybind11::tuple& query,
+                                               const pybind11::tuple& key, const pybind11::tuple& value,
+                                               const pybind11::tuple& block_indices, const pybind11::tuple& out,
+                                               const pybind11::tuple& lse, const pybind11::tuple& grad_out,
+                                               const pybind11::tuple& grad_lse, const pybind11::tuple& grad_query,
+                                               const pybind11::tuple& grad_key, const pybind11::tuple& grad_value) {
+  return {problem_from(problem),
+          tensor_from<ConstTensor>(query),
+          tensor_from<ConstTensor>(key),
+          tensor_from<ConstTensor>(value),
+          tensor_from<ConstTensor>(block_indices),
+          tensor_from<ConstTensor>(out),
+          tensor_from<ConstTensor>(lse),
+          tensor_from<ConstTensor>(grad_out),
+          tensor_from<ConstTensor>(grad_lse),
+          tensor_from<MutableTensor>(grad_query),
+          tensor_from<MutableTensor>(grad_key),
+          tensor_from<MutableTensor>(grad_value)};
+}
+
 }  // namespace topgather

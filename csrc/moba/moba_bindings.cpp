@@ -53,13 +53,7 @@ void bind_cpu(py::module_& module) {
   module.def("moba_forward_cpu",
              [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& value,
                 const py::tuple& block_indices, const py::tuple& out, const py::tuple& lse) {
-               const MobaForwardParams params{problem_from(p),
-                                              tensor_from<ConstTensor>(query),
-                                              tensor_from<ConstTensor>(key),
-                                              tensor_from<ConstTensor>(value),
-                                              tensor_from<ConstTensor>(block_indices),
-                                              tensor_from<MutableTensor>(out),
-                                              tensor_from<MutableTensor>(lse)};
+               const MobaForwardParams params = forward_params_from(p, query, key, value, block_indices, out, lse);
                const py::gil_scoped_release release;
                cpu_kernels().forward(params);
              });
@@ -68,18 +62,8 @@ void bind_cpu(py::module_& module) {
                 const py::tuple& block_indices, const py::tuple& out, const py::tuple& lse, const py::tuple& grad_out,
                 const py::tuple& grad_lse, const py::tuple& grad_query, const py::tuple& grad_key,
                 const py::tuple& grad_value) {
-               const MobaBackwardParams params{problem_from(p),
-                                               tensor_from<ConstTensor>(query),
-                                               tensor_from<ConstTensor>(key),
-                                               tensor_from<ConstTensor>(value),
-                                               tensor_from<ConstTensor>(block_indices),
-                                               tensor_from<ConstTensor>(out),
-                                               tensor_from<ConstTensor>(lse),
-                                               tensor_from<ConstTensor>(grad_out),
-                                               tensor_from<ConstTensor>(grad_lse),
-                                               tensor_from<MutableTensor>(grad_query),
-                                               tensor_from<MutableTensor>(grad_key),
-                                               tensor_from<MutableTensor>(grad_value)};
+               const MobaBackwardParams params = backward_params_from(
+                   p, query, key, value, block_indices, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value);
                const py::gil_scoped_release release;
                cpu_kernels().backward(params);
              });
