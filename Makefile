@@ -89,6 +89,7 @@ lint: $(VENV)/.dev
 
 bench: install
 	$(RUN) bench/moba.py
+	$(RUN) bench/memory.py
 
 clean:
 	rm -rf $(VENV) build

@@ -28,4 +28,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_toolkit", &cuda_toolkit);
   module.def("cuda_devices", &cuda_devices);
   bind_moba(module);
+  bind_memory(module);
 }

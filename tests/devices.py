@@ -50,6 +50,14 @@ NOT_EMULATED: dict[str, tuple[str, str]] = {
         "the code it compiles around the op is the CPU's",
         "test_compile_without_graph_break",
     ),
+    "test_memory_hypothesis.py::test_search_keeps_its_contract": (HYPOTHESIS, "test_every_list_length_of_the_search"),
+    "test_memory_hypothesis.py::test_search_among_any_scores_is_exact": (HYPOTHESIS, "test_ties_go_to_the_lower_index"),
+    "test_memory_hypothesis.py::test_search_among_scores_that_are_not_finite": (HYPOTHESIS, "test_nan_and_inf"),
+    "test_memory_hypothesis.py::test_lookups_equal_the_oracle": (HYPOTHESIS, "test_layouts"),
+    "test_memory_torch_integration.py::test_compile_by_inductor": (
+        "the code it compiles around the ops is the CPU's",
+        "test_compile_without_graph_break",
+    ),
     "test_nn.py::test_it_learns": ("40 steps", "test_equals_dense_attention_where_all_blocks_are_chosen"),
 }
 THINNED: dict[str, int] = {
@@ -60,6 +68,17 @@ THINNED: dict[str, int] = {
     "test_moba_varlen.py::test_equals_each_sequence_alone": 3,
     "test_cuda_contract.py::test_faulty_rows_are_nan_and_their_neighbours_keep_their_bits": 3,
     "test_cuda_contract.py::test_boundaries_that_do_not_delimit_the_tokens": 3,
+    "test_memory_topk.py::test_against_all_pairs": 3,
+    "test_memory_topk.py::test_layouts": 3,
+    "test_memory_topk.py::test_ties_go_to_the_lower_index": 3,
+    "test_memory_topk.py::test_nan_and_inf": 3,
+    "test_memory_lookup.py::test_lookup_against_reference": 3,
+    "test_memory_lookup.py::test_experts_against_reference": 3,
+    "test_memory_lookup.py::test_dot_against_reference": 3,
+    "test_memory_lookup.py::test_runs_of_thousands_of_entries": 2,
+    "test_memory_lookup.py::test_layouts": 3,
+    "test_memory_lookup.py::test_empty": 3,
+    "test_memory_sparse.py::test_subsets_of_gradients_of_experts": 3,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from topgather.ops import _moba_cuda
+from topgather.ops import _cuda
 
 FOLDER = os.environ.get("TOPGATHER_EMULATION") or None
 
@@ -40,18 +40,18 @@ def emulated_cuda(checked: bool = True, **options: Any) -> Iterator[Any]:
     """
     module = native(checked)
     before = module.set_options(**options)
-    replaced = {"_native_module": _moba_cuda._native_module, "_place": _moba_cuda._place}
-    _moba_cuda._native_module = lambda: module
-    _moba_cuda._place = lambda device: (0, 0)
+    replaced = {"native_module": _cuda.native_module, "place": _cuda.place}
+    _cuda.native_module = lambda: module
+    _cuda.place = lambda device: (0, 0)
     overrides = torch.library.Library("topgather", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # replacing a kernel is the point
-            for name, kernel in _moba_cuda.KERNELS.items():
+            for name, kernel in _cuda.KERNELS.items():
                 overrides.impl(name, kernel, "CPU", allow_override=True)
         yield module
     finally:
         overrides._destroy()
         for name, value in replaced.items():
-            setattr(_moba_cuda, name, value)
+            setattr(_cuda, name, value)
         module.set_options(**before)

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,18 @@ from helpers import (
     make_inputs,
     run_attention,
 )
+from planted_bug import (
+    BEFORE_WAIT,
+    DIVERGENT,
+    OUT_OF_BOUNDS,
+    OVERWRITTEN,
+    RACE,
+    READ_OUT_OF_BOUNDS,
+    UNINITIALIZED,
+    UNPUBLISHED,
+    PlantedBug,
+)
+from planted_bugs_memory import MEMORY_BUGS, MEMORY_CASES, MEMORY_UNITS
 from test_moba_varlen import Packed
 from topgather import reference
 
@@ -162,27 +174,16 @@ CASES: dict[str, Callable[[], Any]] = {
     "routing long lists": routing_long_lists_case,
     "routing ties": routing_ties_case,
     "centroids": centroids_case,
+    **MEMORY_CASES,
 }
 
 
 # --- bugs -------------------------------------------------------------------------------------------------------------
 
-# What a case finds: the assertion of a result, or the emulator's report.
 WRONG_OUT = "AssertionError: out"
 WRONG_LSE = "AssertionError: lse"
 WRONG_GRADIENT = "AssertionError: d_"
 WRONG_CHOICE = "AssertionError: block_indices"
-RACE = "RuntimeError: RACE"
-UNINITIALIZED = "RuntimeError: UNINITIALIZED read"
-# Past a tensor's end lies what the allocator put there: nothing declared, or an output that nobody has written yet.
-READ_OUT_OF_BOUNDS = "RuntimeError: (OUT OF BOUNDS global access, a read|UNINITIALIZED read of global memory)"
-OUT_OF_BOUNDS = "RuntimeError: OUT OF BOUNDS"
-BEFORE_WAIT = "RuntimeError: (READ|WRITE).* before its wait"
-DIVERGENT = "RuntimeError: (DIVERGENT|DEADLOCK)"
-# What a barrier fails to publish is, to another thread, unordered, not there yet, or still on its way; what it fails to
-# protect is overwritten by a store or by a copy on its way.
-UNPUBLISHED = f"{RACE}: read after write|{UNINITIALIZED}|{BEFORE_WAIT}"
-OVERWRITTEN = f"{RACE}|{BEFORE_WAIT}"
 
 LAYOUT = "moba/moba_layout_cuda.cu"
 FORWARD = "moba/moba_forward_cuda.cuh"
@@ -206,34 +207,9 @@ UNITS = {
     GEOMETRY: ["moba_layout_cuda.cu", "moba_forward_cuda.cu", "moba_forward_bfloat16_cuda.cu"],
     TILE_MATH: ["moba_forward_bfloat16_cuda.cu"],
     SHARED_TILE: ["moba_forward_bfloat16_cuda.cu"],
+    **MEMORY_UNITS,
 }
 FORWARD_FLOAT32 = ["moba_forward_float32_cuda.cu"]
-
-
-@dataclass(frozen=True)
-class PlantedBug:
-    """``text`` of ``file`` becomes ``replacement``, and ``case`` must find what the pattern ``finding`` describes.
-
-    ``text`` must occur once. Where its lines break does not matter, nor what is comment: ``// Note. call();`` is found
-    where the note stands above the call.
-    """
-
-    name: str
-    file: str
-    text: str
-    replacement: str
-    case: str
-    finding: str
-    units: list[str] | None = None
-
-    def __str__(self) -> str:
-        """Test id."""
-        return self.name
-
-    @property
-    def compiled(self) -> list[str]:
-        """The files of ``csrc/moba`` to compile."""
-        return self.units or UNITS.get(self.file, [Path(self.file).name])
 
 
 # fmt: off
@@ -436,10 +412,15 @@ CHOICES = [
 
 # fmt: on
 
-BUGS = [*BARRIERS, *COPIES_AND_ATOMICS, *LISTS, *ARITHMETIC, *CHOICES]
+BUGS = [*BARRIERS, *COPIES_AND_ATOMICS, *LISTS, *ARITHMETIC, *CHOICES, *MEMORY_BUGS]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
+
+
+def units_of(bug: PlantedBug) -> list[str]:
+    """The files of ``csrc`` to compile."""
+    return bug.units or UNITS.get(bug.file, [Path(bug.file).name])
 
 
 def planted(bug: PlantedBug, source: str) -> str:
@@ -468,9 +449,9 @@ def build(bug: PlantedBug, emulation: Path, folder: Path) -> None:
     path.write_text(planted(bug, path.read_text()))
     commands = commands_of(emulation)
     link = commands[MODULE].replace(f"-o {MODULE}", f"-o {shlex.quote(str(folder / MODULE))}")
-    for unit in bug.compiled:
+    for unit in units_of(bug):
         # No case has a head dimension over 64: the kernels for 128 and 256 would be compiled in vain.
-        unit_path = sources / "moba" / unit
+        (unit_path,) = sources.glob(f"*/{unit}")
         unit_path.write_text(re.sub(r"(_kernel<\w+, )(?:128|256)>", r"\g<1>64>", unit_path.read_text()))
         output = next(name for name in commands if "kernels_checked" in name and name.endswith(f"/{unit}.o"))
         words = [word.replace(str(SOURCES), str(sources)) for word in shlex.split(commands[output])]

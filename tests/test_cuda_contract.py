@@ -28,7 +28,7 @@ from helpers import (
     run_attention,
 )
 from topgather import reference
-from topgather.ops import _moba_cuda
+from topgather.ops import _cuda, _moba_cuda
 
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WAYS = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
@@ -43,7 +43,7 @@ SCHEDULES: list[dict[str, Any]] = [
 @pytest.fixture
 def native(cuda_device: torch.device) -> Iterator[Any]:
     """The module that holds the kernels, its budget for waves put back."""
-    module = _moba_cuda._native_module()
+    module = _cuda.native_module()
     before = module.moba_cuda_set_budget(0)
     module.moba_cuda_set_budget(before)
     yield module

@@ -137,13 +137,15 @@ def test_sanitizer_cases_agree_with_the_reference(
     cases = load("sanitizer_cases")
     monkeypatch.setattr(sys, "argv", ["sanitizer_cases.py", "cpu"])
     assert cases.main() == 0
-    assert f"{len(cases.CASES)} of {len(cases.CASES)} cases agree" in capsys.readouterr().out
+    num_cases = len(cases.CASES) + len(cases.MEMORY_CASES)
+    assert f"{num_cases} of {num_cases} cases agree" in capsys.readouterr().out
 
 
 def test_profile_cases_run() -> None:
-    calls = load("profile_cases").make_calls(CPU, num_tokens=256)
+    calls = load("profile_cases").make_calls(CPU, num_tokens=256, num_keys=16)
     assert calls["forward"]().shape == (1, 4, 256, 128)
     assert len(calls["backward"]()) == 3
+    assert len(calls["memory"]()) == 3
 
 
 # --- tools/gpu.py -------------------------------------------------------------------------------------------
@@ -204,6 +206,8 @@ def test_steps_go_on_whatever_became_of_the_others(
         "racecheck": "failed",
         "synccheck": "passed",
         "benchmark": "passed",
+        "memory benchmark": "passed",
+        "ncu memory": "failed",
         "ncu forward": "failed",
         "ncu backward": "failed",
     }

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE_SOURCES = [
     *sorted((ROOT / "csrc").rglob("*_cuda*")),
     *sorted((ROOT / "csrc" / "cuda").glob("*")),
-    ROOT / "python" / "topgather" / "ops" / "_moba_cuda.py",
+    *sorted((ROOT / "python" / "topgather" / "ops").glob("*_cuda.py")),
 ]
 WAITS = re.compile(
     r"\.(item|cpu|tolist|numpy|nonzero|synchronize|is_nonzero)\(|"

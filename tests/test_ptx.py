@@ -16,14 +16,13 @@ import pytest
 import torch
 
 from emulation.ptx import PtxError, launch, parse_module
+from emulation.ptx.cases import Case, MemoryCase, MobaCase, ProductKeyCase, record
 from emulation.ptx.instruction_cases import CASES, InstructionCase, run_case
 from emulation.ptx.primitive_checks import CHECKS, Kernels
 from emulation.ptx.replay import (
     FLOAT_TYPES,
-    Case,
     PtxOfKernels,
     RecordedLaunch,
-    Recorder,
     ReplayedLaunch,
     differences,
     emulation_folder,
@@ -369,14 +368,21 @@ def test_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
-KERNEL_CASES = [
-    *(Case(dtype) for dtype in FLOAT_TYPES),
+KERNEL_CASES: list[Case] = [
+    *(MobaCase(dtype) for dtype in FLOAT_TYPES),
     *(
-        Case(dtype, value_dim=40, lengths=(30, 0, 50), is_causal=False, is_deterministic=True, num_kv_heads=2)
+        MobaCase(dtype, value_dim=40, lengths=(30, 0, 50), is_causal=False, is_deterministic=True, num_kv_heads=2)
         for dtype in FLOAT_TYPES
     ),
-    *(Case(dtype, head_dim=128, value_dim=96, num_tokens=50) for dtype in FLOAT_TYPES),
-    *(Case(dtype, head_dim=256, value_dim=200, num_tokens=40, is_causal=False) for dtype in FLOAT_TYPES),
+    *(MobaCase(dtype, head_dim=128, value_dim=96, num_tokens=50) for dtype in FLOAT_TYPES),
+    *(MobaCase(dtype, head_dim=256, value_dim=200, num_tokens=40, is_causal=False) for dtype in FLOAT_TYPES),
+    *(ProductKeyCase(dtype) for dtype in FLOAT_TYPES),
+    *(ProductKeyCase(dtype, num_tokens=5, num_heads=1, num_keys=70, half_dim=16, top_k=50) for dtype in FLOAT_TYPES),
+    *(MemoryCase(dtype) for dtype in FLOAT_TYPES),
+    *(MemoryCase(dtype, row_dim=33, num_rows=9, num_tokens=5) for dtype in FLOAT_TYPES),
+    *(MemoryCase(dtype, row_dim=264 * 4 // dtype.itemsize, num_tokens=3, bag_size=9) for dtype in FLOAT_TYPES),
+    # A run that fills two stretches of pieces.
+    MemoryCase(torch.float32, row_dim=3, num_tokens=257, bag_size=128, hot=0.9, is_forward=False),
 ]
 
 
@@ -393,17 +399,11 @@ def ptx_of_kernels() -> PtxOfKernels:
     return PtxOfKernels(kernel_sources())
 
 
-def record(module: ModuleType, case: Case) -> Recorder:
-    recorder = Recorder(module, case)
-    recorder.run()
-    return recorder
-
-
 @needs_nvcc
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
 def test_kernels(emulated: ModuleType, case: Case) -> None:
     recorder = record(emulated, case)
-    assert len(recorder.launches) >= 12
+    assert len(recorder.launches) >= case.least_launches
     found = []
     for recorded in recorder.launches:
         try:

@@ -14,13 +14,22 @@ import pytest
 import torch
 
 import topgather as tg
+import topgather.distributed
 
-FUNCTIONS = ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen", "block_centroids"]
+MOBA_FUNCTIONS = ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen", "block_centroids"]
+MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup"]
+FUNCTIONS = [*MOBA_FUNCTIONS, *MEMORY_FUNCTIONS]
+SOURCES = {
+    **{name: ["2502.13189"] for name in MOBA_FUNCTIONS},
+    "product_key_topk": ["2412.09764", "1907.05242"],
+    "memory_lookup": ["2412.09764"],
+    "expert_lookup": ["2407.04153", "2412.09764"],
+}
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package."""
-    modules: list[ModuleType] = [tg, tg.reference, tg.compat, tg.nn]
+    modules: list[ModuleType] = [tg, tg.reference, tg.compat, tg.nn, topgather.distributed]
     for module in modules:
         for name in module.__all__:
             found = getattr(module, name)
@@ -72,7 +81,7 @@ def test_annotations_are_complete(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstrings_cite_their_source_and_errors(name: str) -> None:
     text = getattr(tg, name).__doc__
-    assert "2502.13189" in text and "Raises" in text and "Returns" in text
+    assert all(source in text for source in SOURCES[name]) and "Raises" in text and "Returns" in text
 
 
 def test_signatures() -> None:
@@ -101,11 +110,16 @@ def test_signatures() -> None:
         "moba_route": route,
         "moba_route_varlen": route,
         "block_centroids": {"block_size": 128},
+        "product_key_topk": {},
+        "memory_lookup": {"sparse_grad": False},
+        "expert_lookup": {"activation": "gelu", "sparse_grad": False},
     }
 
 
 def test_ops_are_registered() -> None:
-    for name in ("block_centroids", "moba_route", "moba_attention", "moba_attention_backward"):
+    moba = ["block_centroids", "moba_route", "moba_attention", "moba_attention_backward"]
+    memory = ["product_key_topk", "memory_lookup", "memory_dot", "memory_backward", "memory_backward_sparse"]
+    for name in [*moba, *memory]:
         assert str(getattr(torch.ops.topgather, name).default._schema).startswith(f"topgather::{name}(")
 
 

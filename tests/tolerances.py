@@ -96,6 +96,67 @@ TOLERANCES = {
         accumulation=2,
         reason="the result is rounded once; the recomputed weights may be rounded to the storage dtype",
     ),
+    ("product_key_topk", "scores"): Tolerance(
+        storage=0,
+        accumulation=8,
+        reason="two dot products in float32 (float64 for float64) and their sum, stored so; the margin must hold for "
+        "every one of n * n pairs, hence twice the factor",
+    ),
+    ("product_key_topk", "d_query"): Tolerance(
+        storage=1,
+        accumulation=4,
+        reason="a sum over top_k keys, rounded once",
+    ),
+    ("product_key_topk", "d_keys"): Tolerance(
+        storage=1,
+        accumulation=4,
+        reason="a sum over all that chose the key, rounded once",
+    ),
+    ("memory_lookup", "out"): Tolerance(
+        storage=1,
+        accumulation=4,
+        reason="a weighted sum in float32, rounded once",
+    ),
+    ("memory_lookup", "d_values"): Tolerance(
+        storage=1,
+        accumulation=4,
+        reason="a sum over the entries that name the row, pieces of it added in float32, rounded once",
+    ),
+    ("memory_lookup", "d_weights"): Tolerance(
+        storage=1,
+        accumulation=4,
+        reason="a dot product in float32, rounded to the dtype of weights",
+    ),
+    ("memory_dot", "out"): Tolerance(
+        storage=0,
+        accumulation=4,
+        reason="a dot product, stored in the dtype it is summed in",
+    ),
+    ("expert_lookup", "out"): Tolerance(
+        storage=1,
+        accumulation=8,
+        reason="a dot product, an activation that rounds a few times itself, a weighted sum; in float32, rounded once",
+    ),
+    ("expert_lookup", "d_x"): Tolerance(
+        storage=1,
+        accumulation=8,
+        reason="two dot products in float32, the activation's slope, a weighted sum, rounded once",
+    ),
+    ("expert_lookup", "d_values_in"): Tolerance(
+        storage=1,
+        accumulation=8,
+        reason="as d_x, summed over the entries that name the row",
+    ),
+    ("expert_lookup", "d_values"): Tolerance(
+        storage=1,
+        accumulation=8,
+        reason="as out, summed over the entries that name the row",
+    ),
+    ("expert_lookup", "d_weights"): Tolerance(
+        storage=1,
+        accumulation=8,
+        reason="a dot product times the activation of another, rounded to the dtype of weights",
+    ),
 }
 
 

@@ -8,8 +8,8 @@ interpreter that runs this script must have torch, pybind11, cmake, ninja, numpy
 matplotlib. Every step has a time limit and goes on whatever became of the others; without a GPU those that need one say
 so.
 
-Leaves in the output folder: summary.md and summary.json, log.txt (everything the steps printed), moba.json and moba.png
-(the benchmark), kernels.json (ncu).
+Leaves in the output folder: summary.md and summary.json, log.txt (everything the steps printed), moba and memory, .json
+and .png (the benchmarks), kernels.json (ncu).
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ EMULATION = BUILD / "emulation"
 TOTAL_SECONDS = 525.0
 EMULATION_SECONDS = 150.0
 """With less left, a machine with a GPU does not begin with the emulation."""
+BENCHMARKS = ("moba", "memory")
+RESULTS = (
+    *("summary.md", "summary.json", "log.txt", "kernels.json"),
+    *(f"{name}.{suffix}" for name in BENCHMARKS for suffix in ("json", "png")),
+)
+PROFILED = ("forward", "backward", "memory")
+"""What bench/gpu/profile_cases.py can be asked for."""
 MODULES = ("torch", "pybind11", "numpy", "pytest", "xdist", "hypothesis", "matplotlib")
 
 PASSED, FAILED, TIMED_OUT, NO_GPU, NOT_RUN = "passed", "failed", "timed out", "no GPU", "not run"
@@ -163,7 +170,7 @@ class Session:
         self.began = time.monotonic()
         self.steps: list[Step] = []
         output.mkdir(parents=True, exist_ok=True)
-        for name in ("summary.md", "summary.json", "log.txt", "moba.json", "moba.png", "kernels.json"):
+        for name in RESULTS:
             (output / name).unlink(missing_ok=True)
 
     @property
@@ -316,7 +323,7 @@ def sanitize(session: Session) -> None:
     script = [session.machine.python, str(ROOT / "bench" / "gpu" / "sanitizer_cases.py")]
 
     def watch(name: str) -> tuple[list[str], Outcome]:
-        command = [sanitizer, "--tool", name, "--error-exitcode", "9", "--kernel-name", "kns=moba", *script]
+        command = [sanitizer, "--tool", name, "--error-exitcode", "9", "--kernel-name", "kns=topgather", *script]
         outcome = run_command(command, environment, limit)
         if outcome.status == FAILED and re.search(r"kernel-name|unrecogni[sz]ed option|Invalid", outcome.output):
             command = [sanitizer, "--tool", name, "--error-exitcode", "9", *script]
@@ -333,11 +340,13 @@ def sanitize(session: Session) -> None:
 
 
 def benchmark(session: Session) -> None:
-    """bench/moba.py: moba.json and moba.png."""
-    seconds = max(20.0, min(130.0, session.seconds_left - 80.0))
-    command = [session.machine.python, "bench/moba.py", "--device", "cuda", "--seconds", f"{seconds:.0f}"]
-    command += ["--output", str(session.output)]
+    """bench/moba.py and bench/memory.py, each with its JSON and its picture."""
+    seconds = max(20.0, min(110.0, session.seconds_left - 130.0))
+    options = ["--device", "cuda", "--output", str(session.output)]
+    command = [session.machine.python, "bench/moba.py", *options, "--seconds", f"{seconds:.0f}"]
     session.run("benchmark", command, seconds + 30.0, judge_by(r"N=65536 .*topgather 128|FAILED|Error"))
+    command = [session.machine.python, "bench/memory.py", *options]
+    session.run("memory benchmark", command, 60.0, judge_by(r"Targets:|Error"))
 
 
 def judge_profile(outcome: Outcome) -> tuple[str, str]:
@@ -349,10 +358,10 @@ def judge_profile(outcome: Outcome) -> tuple[str, str]:
 
 
 def profile(session: Session) -> None:
-    """Ncu over one forward and one backward: kernels.json."""
+    """Ncu over one call of each kind: kernels.json."""
     ncu = session.machine.tool("ncu")
     kernels: list[dict[str, object]] = []
-    for direction in ("forward", "backward"):
+    for direction in PROFILED:
         name = f"ncu {direction}"
         if ncu is None:
             session.report(Step(name, NOT_RUN, detail="ncu not found"))
@@ -387,7 +396,7 @@ GPU_STEPS: dict[str, Callable[[Session], None]] = {
     "tests on the GPU": test_on_gpu,
     "memcheck, racecheck, synccheck": sanitize,
     "benchmark": benchmark,
-    "ncu forward and backward": profile,
+    "ncu": profile,
 }
 
 

@@ -107,7 +107,8 @@ def read_launches(folder: Path) -> list[tuple[str, int, int, int, int]]:
             with contextlib.suppress(ImportError):
                 module = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
-                return list(module.moba_cuda_kernel_facts())
+                facts = [getattr(module, name) for name in sorted(dir(module)) if name.endswith("_cuda_kernel_facts")]
+                return [row for of_op in facts for row in of_op()]
     return []
 
 
@@ -173,7 +174,7 @@ def format_launches(build: Build) -> str:
     """Threads and dynamic shared memory of the large kernels' thread blocks."""
     lines = ["| kernel | dtype | head_dim up to | threads | dynamic shared memory |", "|---|---|---|---|---|"]
     for name, dtype, head_dim, threads, shared in build.launches:
-        lines.append(f"| `{name}` | {DTYPES[dtype]} | {head_dim} | {threads} | {shared} B |")
+        lines.append(f"| `{name}` | {DTYPES[dtype]} | {head_dim or '-'} | {threads} | {shared} B |")
     return "\n".join(lines) + "\n"
 
 

@@ -55,6 +55,28 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class MemoryCase:
+    """Top-k over product keys, a lookup of what it chose, and all gradients."""
+
+    dtype: torch.dtype
+    num_tokens: int
+    num_heads: int
+    num_keys: int
+    head_dim: int
+    top_k: int
+    row_dim: int
+
+
+MEMORY_CASES = (
+    MemoryCase(torch.bfloat16, 70, 2, 33, 128, 8, 136),
+    MemoryCase(torch.float16, 33, 1, 20, 34, 40, 77),
+    MemoryCase(torch.float32, 40, 2, 65, 512, 33, 260),
+    MemoryCase(torch.float32, 300, 1, 2, 16, 4, 5),  # four rows in all: each is in every bag
+    MemoryCase(torch.bfloat16, 9, 1, 40, 256, 128, 1032),
+)
+
+
 def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
     """query, key, value ``[1, H, N, D]``, leaves of the graph, and grad_out."""
     generator = torch.Generator().manual_seed(0)
@@ -103,22 +125,51 @@ def expected_of(case: Case, device: torch.device) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, leaves, grad_out.double())]
 
 
+def memory_results(case: MemoryCase, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """What topgather and the reference make of it: scores, hidden, out and the gradients of every input."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, case.dtype).requires_grad_()
+
+    query = random(case.num_tokens, case.num_heads, case.head_dim)
+    keys = random(case.num_heads, 2, case.num_keys, case.head_dim // 2)
+    values, x = random(case.num_keys**2, case.row_dim), random(case.num_tokens, case.row_dim)
+    leaves = [query, keys, values, x]
+    scores, indices = tg.product_key_topk(query, keys, case.top_k)
+    bags = indices.flatten(1)
+    out = tg.memory_lookup(values, bags, scores.flatten(1) / case.head_dim)
+    experts = tg.expert_lookup(x, values, values, bags, torch.ones_like(bags, dtype=case.dtype), "identity")
+    actual = [scores, out, experts, *torch.autograd.grad([scores.sum(), out.sum(), experts.sum()], leaves)]
+
+    scores = tg.reference.product_key_scores(query, keys).gather(-1, indices)
+    out = tg.reference.memory_lookup(values, bags, scores.flatten(1) / case.head_dim)
+    experts = tg.reference.expert_lookup(x, values, values, bags, torch.ones_like(bags), "identity")
+    expected = [scores, out, experts, *torch.autograd.grad([scores.sum(), out.sum(), experts.sum()], leaves)]
+    return actual, expected
+
+
 def main() -> int:
     """Run every case; returns 0 if all agree with the reference."""
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     num_failed = 0
-    for case in CASES:
-        torch.use_deterministic_algorithms(case.is_deterministic)
-        actual = run_case(case, device)
-        torch.use_deterministic_algorithms(False)
+    for case in (*CASES, *MEMORY_CASES):
+        if isinstance(case, MemoryCase):
+            actual, expected = memory_results(case, device)
+        else:
+            torch.use_deterministic_algorithms(case.is_deterministic)
+            actual = run_case(case, device)
+            torch.use_deterministic_algorithms(False)
+            expected = expected_of(case, device)
         error = max(
             ((got.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
-            for got, wanted in zip(actual, expected_of(case, device), strict=True)
+            for got, wanted in zip(actual, expected, strict=True)
         )
         agrees = error <= TOLERANCES[case.dtype]
         num_failed += not agrees
         print(f"{'ok' if agrees else 'FAILED'}: error {error:.1e}, {case}", flush=True)
-    print(f"{len(CASES) - num_failed} of {len(CASES)} cases agree with the reference")
+    num_cases = len(CASES) + len(MEMORY_CASES)
+    print(f"{num_cases - num_failed} of {num_cases} cases agree with the reference")
     return 1 if num_failed else 0
 
 

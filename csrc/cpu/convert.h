@@ -100,16 +100,16 @@ inline void transpose_in_registers(Vector<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// tile[d * tile_row + i] = factor * source[row_idx[i] * row_stride + d], for i < count and d < depth. Columns from
-// count to the next whole vector repeat the last row, so that they hold nothing that was not in the input.
-template <typename Storage>
-inline void gather_transposed(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
-                              int64_t depth, ComputeOf<Storage> factor, ComputeOf<Storage>* tile, int64_t tile_row) {
+// tile[d * tile_row + i] = factor * row_of(i)[d], for i < count and d < depth. Columns from count to the next whole
+// vector repeat the last row, so that they hold nothing that was not in the input.
+template <typename Storage, typename RowOf>
+inline void gather_rows_transposed(const RowOf& row_of, int64_t count, int64_t depth, ComputeOf<Storage> factor,
+                                   ComputeOf<Storage>* tile, int64_t tile_row) {
   using T = ComputeOf<Storage>;
   constexpr int kWidth = kLanes<T>;
   for (int64_t first = 0; first < count; first += kWidth) {
     const Storage* rows[kWidth];
-    for (int i = 0; i < kWidth; ++i) rows[i] = source + row_idx[min64(first + i, count - 1)] * row_stride;
+    for (int i = 0; i < kWidth; ++i) rows[i] = row_of(min64(first + i, count - 1));
     int64_t d = 0;
     for (; d + kWidth <= depth; d += kWidth) {
       Vector<T> block[kWidth];
@@ -123,6 +123,14 @@ inline void gather_transposed(const Storage* source, int64_t row_stride, const i
       for (int i = 0; i < kWidth; ++i) tile[d * tile_row + first + i] = to_compute(rows[i][d]) * factor;
     }
   }
+}
+
+// The same of source's rows row_idx[i].
+template <typename Storage>
+inline void gather_transposed(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
+                              int64_t depth, ComputeOf<Storage> factor, ComputeOf<Storage>* tile, int64_t tile_row) {
+  gather_rows_transposed<Storage>([&](int64_t i) { return source + row_idx[i] * row_stride; }, count, depth, factor,
+                                  tile, tile_row);
 }
 
 // Scattered rows are too irregular for the hardware to foresee.

@@ -1,8 +1,9 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
-// All: asking whether any lane of a mask is set. AVX-512: scaling by a power of two. AMX: the matrix unit of recent
-// x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32.
-// B comes as pairs: one 32-bit word holds two consecutive depths of one column.
+// All: asking whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by a
+// power of two. AMX: the matrix unit of recent x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B
+// [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one 32-bit word holds two consecutive depths of one
+// column.
 #pragma once
 
 #include "convert.h"
@@ -31,6 +32,37 @@ inline bool any_lane(const Mask& mask) {
   int64_t joined = 0;
   for (int i = 0; i < kVectorBytes / 8; ++i) joined |= words[i];
   return joined != 0;
+#endif
+}
+
+// Appends the scores that are not below `bound`, NaN among them, and their positions to two lists, in lane order;
+// returns how many. A whole vector may be written to each.
+template <typename T>
+inline int64_t append_not_below(const Vector<T>& scores, T bound, const IntegerVector<T>& positions, T* score_list,
+                                typename VectorTraits<T>::IntegerElement* position_list) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512 source = bit_cast<__m512>(scores);
+    const __mmask16 kept = _mm512_cmp_ps_mask(source, _mm512_set1_ps(bound), _CMP_NLT_UQ);
+    store<T>(score_list, _mm512_maskz_compress_ps(kept, source));
+    store(position_list, _mm512_maskz_compress_epi32(kept, bit_cast<__m512i>(positions)));
+    return __builtin_popcount(kept);
+  } else {
+    const __m512d source = bit_cast<__m512d>(scores);
+    const __mmask8 kept = _mm512_cmp_pd_mask(source, _mm512_set1_pd(bound), _CMP_NLT_UQ);
+    store<T>(score_list, _mm512_maskz_compress_pd(kept, source));
+    store(position_list, _mm512_maskz_compress_epi64(kept, bit_cast<__m512i>(positions)));
+    return __builtin_popcount(kept);
+  }
+#else
+  const IntegerVector<T> below = scores < broadcast(bound);
+  int64_t count = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    score_list[count] = scores[lane];
+    position_list[count] = positions[lane];
+    count += 1 + below[lane];
+  }
+  return count;
 #endif
 }
 

@@ -4,15 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include "../common/checks.h"
+#include "../common/python_arguments.h"
 #include "moba_params.h"
 
 namespace topgather {
-
-inline int64_t integer_from(pybind11::handle item) {
-  const long long value = PyLong_AsLongLong(item.ptr());
-  if (value == -1 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
-  return value;
-}
 
 // (address, batch stride, head stride, row stride)
 template <typename Tensor>

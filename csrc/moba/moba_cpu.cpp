@@ -1,23 +1,13 @@
 // One instruction set's entry points. Compiled once per target; see CMakeLists.txt for the flags of each.
 #include "moba_cpu.h"
 
+#include "../cpu/dispatch.h"
 #include "moba_backward_cpu.h"
 #include "moba_forward_cpu.h"
 #include "moba_route_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
-
-// Calls visit with a value of the storage type that `dtype` stands for.
-template <typename Visit>
-void with_storage(Dtype dtype, const Visit& visit) {
-  switch (dtype) {
-    case Dtype::kFloat32: return visit(float{});
-    case Dtype::kFloat64: return visit(double{});
-    case Dtype::kBFloat16: return visit(BFloat16{});
-    case Dtype::kFloat16: return visit(Float16{});
-  }
-}
 
 void centroids(const CentroidParams& params) {
   with_storage(params.problem.dtype, [&](auto storage) {

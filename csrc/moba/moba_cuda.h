@@ -7,30 +7,13 @@
 
 #include <vector>
 
+#include "../cuda/place.h"
 #include "moba_params.h"
 
 namespace topgather {
 
-// What the large kernels take of a multiprocessor beside registers, for the table in docs/kernels.md.
-struct CudaKernelFacts {
-  const char* name;
-  Dtype dtype;
-  int64_t most_head_dim;
-  int64_t threads;
-  int64_t shared_bytes;  // dynamic, a thread block; the router's with lists for top_k = 8
-};
+// With the router's shared memory at lists for top_k = 8.
 std::vector<CudaKernelFacts> moba_cuda_kernel_facts();
-
-struct CudaPlace {
-  int device;
-  void* stream;  // cudaStream_t of the caller
-};
-
-// Memory on the device that an op may use while it runs.
-struct CudaWorkspace {
-  void* data;     // [bytes] uint8, 256-byte aligned
-  int64_t bytes;  // at least what the op's workspace function says
-};
 
 // Dense problems only; float32, bfloat16 and float16 keys, float32 centroids. No workspace.
 void moba_centroids_cuda(const CentroidParams& params, const CudaPlace& place);

@@ -26,29 +26,13 @@
 #include "../common/parallel.h"
 #include "../cpu/convert.h"
 #include "../cpu/math.h"
+#include "../cpu/scratch.h"
 #include "../cpu/tile_gemm.h"
 #include "moba_cpu.h"
 #include "moba_forward_amx.h"
 #include "moba_layout.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
-
-// Hands out pieces of a worker's scratch; with no memory behind it, it only counts.
-class ScratchCutter {
- public:
-  explicit ScratchCutter(unsigned char* base) : base_(base) {}
-  template <typename T>
-  T* take(int64_t count) {
-    unsigned char* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* base_;
-  int64_t used_ = 0;
-};
 
 // How many of a block's keys, from first_key on, each query of a tile may see; all of them where not causal.
 struct TileVisibility {

@@ -7,10 +7,13 @@ from ._environment import apply_environment
 from .ops import (
     BlockRouting,
     block_centroids,
+    expert_lookup,
+    memory_lookup,
     moba_attention,
     moba_attention_varlen,
     moba_route,
     moba_route_varlen,
+    product_key_topk,
 )
 
 from . import compat, nn, reference  # isort: skip  these build on the ops
@@ -23,10 +26,13 @@ __all__ = [
     "BlockRouting",
     "block_centroids",
     "compat",
+    "expert_lookup",
+    "memory_lookup",
     "moba_attention",
     "moba_attention_varlen",
     "moba_route",
     "moba_route_varlen",
     "nn",
+    "product_key_topk",
     "reference",
 ]

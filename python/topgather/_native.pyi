@@ -1,4 +1,4 @@
-"""Compiled kernels. Addresses and strides in, nothing out: see csrc/moba/moba_params.h for what each tuple holds."""
+"""Compiled kernels. Addresses and strides in, nothing out: what tuples hold is in csrc/*/*_arguments.h."""
 
 from typing import Any
 
@@ -90,3 +90,43 @@ def moba_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+
+_Rows = tuple[int, int]
+
+def product_key_topk_cpu(fields: tuple[int, ...], /) -> None: ...
+def product_key_topk_cuda(fields: tuple[int, ...], device: int, stream: int, /) -> None: ...
+def memory_lookup_cpu(problem: _Problem, values: _Rows, indices: int, weights: int, out: int, /) -> None: ...
+def memory_lookup_cuda(
+    problem: _Problem, values: _Rows, indices: int, weights: int, out: int, device: int, stream: int, /
+) -> None: ...
+def memory_dot_cpu(problem: _Problem, values: _Rows, indices: int, x: _Rows, out: int, /) -> None: ...
+def memory_dot_cuda(
+    problem: _Problem, values: _Rows, indices: int, x: _Rows, out: int, device: int, stream: int, /
+) -> None: ...
+def memory_backward_workspace_bytes(problem: _Problem, /) -> int: ...
+def memory_backward_cpu(
+    problem: _Problem,
+    values: _Rows,
+    sorted_entries: tuple[int, int, int],
+    weights: int,
+    grad_out: _Rows,
+    num_targets: int,
+    grad_rows: int,
+    grad_weights: int,
+    /,
+) -> None: ...
+def memory_backward_cuda(
+    problem: _Problem,
+    values: _Rows,
+    sorted_entries: tuple[int, int, int],
+    weights: int,
+    grad_out: _Rows,
+    num_targets: int,
+    grad_rows: int,
+    grad_weights: int,
+    workspace: _Workspace,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def memory_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...

@@ -1,20 +1,14 @@
 // The emulated stand-ins for topgather._native: the CUDA entry points, and the emulator's controls. One object serves
 // both modules; they differ in what they are linked with.
+#include "bindings.h"
 #include "runtime/bindings.h"
-
-#if defined(TOPGATHER_EMULATION_HAVE_MOBA)
-namespace topgather {
-void bind_moba_cuda(pybind11::module_& module);
-}
-#endif
 
 namespace {
 
 void fill(pybind11::module_& module, bool is_checked) {
   topgather::emulation::bind_emulation(module, is_checked);
-#if defined(TOPGATHER_EMULATION_HAVE_MOBA)
   topgather::bind_moba_cuda(module);
-#endif
+  topgather::bind_memory_cuda(module);
 }
 
 }  // namespace

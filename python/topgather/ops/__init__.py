@@ -1,5 +1,6 @@
 """The ops: checks, registration and autograd, one module an op."""
 
+from .memory import expert_lookup, memory_lookup, product_key_topk
 from .moba import (
     BlockRouting,
     block_centroids,
@@ -12,8 +13,11 @@ from .moba import (
 __all__ = [
     "BlockRouting",
     "block_centroids",
+    "expert_lookup",
+    "memory_lookup",
     "moba_attention",
     "moba_attention_varlen",
     "moba_route",
     "moba_route_varlen",
+    "product_key_topk",
 ]

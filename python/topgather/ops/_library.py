@@ -16,7 +16,15 @@ from torch import Tensor
 
 library = torch.library.Library("topgather", "DEF")
 
-_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# The numbers that the native side knows dtypes by (csrc/common/dtype.h).
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, sums, centroids and lse: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def define(schema: str) -> None:
@@ -39,20 +47,29 @@ def register_autocast(name: str, num_inputs: int) -> None:
 
     float64 tensors are left alone, as torch does; so are tensors of other devices.
     """
+
+    def cast_first(device_type: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        dtype = torch.get_autocast_dtype(device_type)
+        return (*(_cast(arg, device_type, dtype) for arg in args[:num_inputs]), *args[num_inputs:])
+
+    register_autocast_rule(name, cast_first)
+
+
+def register_autocast_rule(name: str, cast: Callable[[str, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+    """Make the op run on what ``cast`` makes of a device type and its arguments where autocast is on."""
     op = getattr(torch.ops.topgather, name).default
 
     def kernel_for(device_type: str, key: str) -> Callable[..., Any]:
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def kernel(*args: Any, **kwargs: Any) -> Any:
-            dtype = torch.get_autocast_dtype(device_type)
-            inputs = [_cast(arg, device_type, dtype) for arg in args[:num_inputs]]
+            cast_args = cast(device_type, args)
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return op(*inputs, *args[num_inputs:], **kwargs)
+                return op(*cast_args, **kwargs)
 
         return kernel
 
-    for device_type, key in _AUTOCAST_KEYS.items():
+    for device_type, key in AUTOCAST_KEYS.items():
         library.impl(name, kernel_for(device_type, key), key)
 
 

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native
 from . import _checks as checks
-from ._library import library
+from . import _cuda
+from ._library import DTYPE_CODES, sum_dtype
 from ._moba_kernels import (
-    DTYPE_CODES,
     Sizes,
     centroid_call,
     check_backward,
@@ -25,24 +24,9 @@ from ._moba_kernels import (
     lse_shape,
     per_head,
     rows_of,
-    sum_dtype,
 )
 
 MOST_HEAD_DIM = 256
-# Asynchronous copies move 16 bytes at a time.
-ROW_BYTES = 16
-
-
-def _native_module() -> Any:
-    """The module that holds the kernels; the tests put the emulated one in its place."""
-    if not _native.has_cuda:
-        raise RuntimeError("tensors are on a CUDA device, but this build of topgather has no CUDA kernels")
-    return _native
-
-
-def _place(device: torch.device) -> tuple[int, int]:
-    """Device number and the caller's stream, as kernels take them."""
-    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 class _Call(NamedTuple):
@@ -81,24 +65,7 @@ def _call(
     bounds = [None if bound is None else bound.to(torch.int64).contiguous() for bound in (cu_seqlens_q, cu_seqlens_k)]
     addresses = [0 if bound is None else bound.data_ptr() for bound in bounds]
     fields = (DTYPE_CODES[query.dtype], *sizes, block_size, top_k, is_causal, scale, *addresses, 1)
-    return _Call(sizes, fields, bounds[0] is not None, _place(query.device), tuple(bounds))
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The same values with rows on 16-byte boundaries, padded with zeros to whole multiples of 16 bytes.
-
-    Itself where it is so already: a head_dim that is a multiple of 8 (float32: of 4), and strides that are.
-    """
-    if tensor.numel() == 0:
-        return tensor
-    per_row = ROW_BYTES // tensor.element_size()
-    dim = tensor.size(-1)
-    strides = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1)
-    if dim % per_row == 0 and tensor.data_ptr() % ROW_BYTES == 0 and all(stride % per_row == 0 for stride in strides):
-        return tensor
-    padded = tensor.new_zeros((*tensor.shape[:-1], -(-dim // per_row) * per_row))
-    padded[..., :dim].copy_(tensor)
-    return padded
+    return _Call(sizes, fields, bounds[0] is not None, _cuda.place(query.device), tuple(bounds))
 
 
 def _aligned_rows(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
@@ -112,7 +79,7 @@ def _aligned_rows(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
 
 
 def _workspace(kind: str, call: _Call, like: Tensor) -> Tensor:
-    num_bytes = _native_module().moba_cuda_workspace_bytes(kind, call.fields, call.place[0])
+    num_bytes = _cuda.native_module().moba_cuda_workspace_bytes(kind, call.fields, call.place[0])
     return like.new_empty(num_bytes, dtype=torch.uint8)
 
 
@@ -123,7 +90,7 @@ def block_centroids_cuda(key: Tensor, block_size: int) -> Tensor:
     """CUDA kernel of ``topgather::block_centroids``."""
     _check_cuda(key.dtype)
     centroids, arguments = centroid_call(key, block_size)
-    _native_module().moba_centroids_cuda(*arguments, *_place(key.device))
+    _cuda.native_module().moba_centroids_cuda(*arguments, *_cuda.place(key.device))
     return centroids
 
 
@@ -145,10 +112,10 @@ def moba_route_cuda(
     checks.check_count("top_k", top_k)
     call = _call(query, key, None, None, block_size, top_k, is_causal, 1.0, cu_seqlens_q, cu_seqlens_k)
     packed = call.packed
-    query, key = _aligned(query), _aligned(key)
+    query, key = _cuda.aligned(query), _cuda.aligned(key)
     block_indices = query.new_empty((*lse_shape(query, packed), top_k), dtype=torch.int32)
     workspace = _workspace("route", call, query)
-    _native_module().moba_route_cuda(
+    _cuda.native_module().moba_route_cuda(
         call.fields,
         _aligned_rows(query, packed),
         _aligned_rows(key, packed),
@@ -185,10 +152,10 @@ def moba_attention_cuda(
     packed = call.packed
     out = empty_like_rows(query, call.sizes.value_dim)
     lse = query.new_empty(lse_shape(query, packed), dtype=sum_dtype(query.dtype))
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    query, key, value = _cuda.aligned(query), _cuda.aligned(key), _cuda.aligned(value)
     block_indices = contiguous_rows(block_indices)
     workspace = _workspace("forward", call, query)
-    _native_module().moba_forward_cuda(
+    _cuda.native_module().moba_forward_cuda(
         call.fields,
         _aligned_rows(query, packed),
         _aligned_rows(key, packed),
@@ -232,12 +199,12 @@ def moba_attention_backward_cuda(
     grad_query = empty_like_rows(query, query.size(-1))
     grad_key = empty_like_rows(key, key.size(-1))
     grad_value = empty_like_rows(value, value.size(-1))
-    query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    grad_out = _aligned(contiguous_rows(grad_out))
+    query, key, value = _cuda.aligned(query), _cuda.aligned(key), _cuda.aligned(value)
+    grad_out = _cuda.aligned(contiguous_rows(grad_out))
     out, block_indices, lse = contiguous_rows(out), contiguous_rows(block_indices), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     workspace = _workspace("backward_deterministic" if deterministic else "backward", call, query)
-    _native_module().moba_backward_cuda(
+    _cuda.native_module().moba_backward_cuda(
         call.fields,
         _aligned_rows(query, packed),
         _aligned_rows(key, packed),
@@ -257,11 +224,11 @@ def moba_attention_backward_cuda(
     return grad_query, grad_key, grad_value
 
 
-KERNELS = {
-    "block_centroids": block_centroids_cuda,
-    "moba_route": moba_route_cuda,
-    "moba_attention": moba_attention_cuda,
-    "moba_attention_backward": moba_attention_backward_cuda,
-}
-for _name, _kernel in KERNELS.items():
-    library.impl(_name, _kernel, "CUDA")
+_cuda.register_kernels(
+    {
+        "block_centroids": block_centroids_cuda,
+        "moba_route": moba_route_cuda,
+        "moba_attention": moba_attention_cuda,
+        "moba_attention_backward": moba_attention_backward_cuda,
+    }
+)

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from .. import _native
 from . import _checks as checks
-from ._library import below_autograd, define, library, register_autocast, register_fake
-
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from ._library import DTYPE_CODES, below_autograd, define, library, register_autocast, register_fake, sum_dtype
 
 _SEQUENCES = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 define("block_centroids(Tensor key, SymInt block_size) -> Tensor")
@@ -42,11 +40,6 @@ class Sizes(NamedTuple):
     key_len: int
     head_dim: int
     value_dim: int
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, sums, centroids and lse: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor) -> None:

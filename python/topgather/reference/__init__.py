@@ -4,6 +4,16 @@ Written for clarity, not speed: dense masks, quadratic memory, ordinary autograd
 the compiled module, and run on any device torch runs on.
 """
 
+from .memory import expert_lookup, memory_lookup, product_key_scores, product_key_topk
 from .moba import block_centroids, block_scores, moba_attention, moba_route
 
-__all__ = ["block_centroids", "block_scores", "moba_attention", "moba_route"]
+__all__ = [
+    "block_centroids",
+    "block_scores",
+    "expert_lookup",
+    "memory_lookup",
+    "moba_attention",
+    "moba_route",
+    "product_key_scores",
+    "product_key_topk",
+]

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from . import Kernel, Module, parse_module
 from .machine import run
@@ -27,7 +26,6 @@ Array = NDArray[Any]
 
 # A region holds one of these, or in the workspace anything.
 FLOAT_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 
 # Of the larger of the two values, and again in units of 1, the size of the values in the cases here. The two sides
 # contract and order sums differently and have their own exp2: a few dozen roundings of float32, and a 16-bit result may
@@ -102,108 +100,15 @@ def take_recording(module: ModuleType) -> list[RecordedLaunch]:
     ]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A small problem. ``boundaries`` packs sequences of these lengths, which must sum to the number of tokens."""
-
-    dtype: torch.dtype
-    head_dim: int = 64
-    value_dim: int = 64
-    num_tokens: int = 80
-    block_size: int = 32
-    top_k: int = 2
-    is_causal: bool = True
-    lengths: tuple[int, ...] = ()
-    num_heads: int = 2
-    num_kv_heads: int = 1
-    is_deterministic: bool = False
-
-    def __str__(self) -> str:
-        parts = [FLOAT_TYPES[self.dtype], f"{self.head_dim}x{self.value_dim}", "causal" if self.is_causal else "full"]
-        return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.is_deterministic)
-
-
-class Recorder:
-    """Runs the entry points of the emulated module on one case and keeps every launch."""
-
-    def __init__(self, module: ModuleType, case: Case) -> None:
-        self._module, self._case = module, case
-        self.launches: list[RecordedLaunch] = []
-        self.types: dict[int, str] = {}  # what is stored at an address; workspaces are not listed
-        self._kept: list[Tensor] = []
-
-    def _new(self, heads: int, dim: int, dtype: torch.dtype, fill: str) -> Tensor:
-        shape = (1, heads, self._case.num_tokens, dim)
-        tensor = torch.randn(shape).to(dtype) if fill == "random" else torch.zeros(shape, dtype=dtype)
-        self._kept.append(tensor)
-        self.types[tensor.data_ptr()] = FLOAT_TYPES.get(dtype, "int32")
-        return tensor
-
-    def _problem(self) -> tuple[Any, ...]:
-        case = self._case
-        boundaries = [0, 0]
-        if case.lengths:
-            starts = torch.tensor([0, *np.cumsum(case.lengths)], dtype=torch.int64)
-            self._kept += [starts, starts.clone()]
-            boundaries = [each.data_ptr() for each in self._kept[-2:]]
-        sizes = (len(case.lengths) or 1, case.num_heads, case.num_kv_heads, case.num_tokens, case.num_tokens)
-        scale = case.head_dim**-0.5
-        return (
-            DTYPE_CODES[case.dtype],
-            *sizes,
-            case.head_dim,
-            case.value_dim,
-            case.block_size,
-            case.top_k,
-            case.is_causal,
-            scale,
-            *boundaries,
-            1,
-        )
-
-    def _call(self, kind: str, entry_point: str, problem: tuple[Any, ...], tensors: list[Tensor], *more: Any) -> None:
-        num_bytes = self._module.moba_cuda_workspace_bytes(kind, problem, 0)
-        workspace = torch.zeros(max(num_bytes, 1), dtype=torch.uint8)
-        self._kept.append(workspace)
-        rows = [(tensor.data_ptr(), *tensor.stride()[:3]) for tensor in tensors]
-        self._module.start_recording()
-        getattr(self._module, entry_point)(problem, *rows, (workspace.data_ptr(), num_bytes), *more, 0, 0)
-        self.launches += take_recording(self._module)
-
-    def run(self) -> None:
-        """Centroids, routing, forward and backward."""
-        torch.manual_seed(1)
-        case = self._case
-        problem = self._problem()
-        heads, kv_heads, dtype = case.num_heads, case.num_kv_heads, case.dtype
-        query = self._new(heads, case.head_dim, dtype, "random")
-        key = self._new(kv_heads, case.head_dim, dtype, "random")
-        value = self._new(kv_heads, case.value_dim, dtype, "random")
-        block_indices = self._new(heads, case.top_k, torch.int32, "zeros")
-        out = self._new(heads, case.value_dim, dtype, "zeros")
-        lse = self._new(heads, 1, torch.float32, "zeros")
-        self._call("route", "moba_route_cuda", problem, [query, key, block_indices])
-        self._call("forward", "moba_forward_cuda", problem, [query, key, value, block_indices, out, lse])
-        saved = [query, key, value, block_indices, out, lse]
-        incoming = [self._new(heads, case.value_dim, dtype, "random"), self._new(heads, 1, torch.float32, "random")]
-        gradients = [
-            self._new(heads, case.head_dim, dtype, "zeros"),
-            self._new(kv_heads, case.head_dim, dtype, "zeros"),
-            self._new(kv_heads, case.value_dim, dtype, "zeros"),
-        ]
-        kind = "backward_deterministic" if case.is_deterministic else "backward"
-        self._call(kind, "moba_backward_cuda", problem, saved + incoming + gradients, case.is_deterministic)
-
-
 def kernel_sources() -> list[Path]:
     """The files that hold the project's kernels."""
-    return sorted(SOURCES.glob("moba/*_cuda.cu"))
+    return sorted(SOURCES.glob("*/*_cuda.cu"))
 
 
 def global_functions() -> set[str]:
     """Names of all kernels, from the text of the sources."""
     names: set[str] = set()
-    for path in [*kernel_sources(), *SOURCES.glob("moba/*.cuh")]:
+    for path in [*kernel_sources(), *SOURCES.glob("*/*.cuh")]:
         names |= set(re.findall(r"__global__[^;{]*?\b(\w+)\(const \w+ args\)", path.read_text()))
     return names
 

@@ -1,0 +1,468 @@
+// Gradients of lookup and dot on CUDA, over entries sorted by row.
+//
+//   grad_rows[target] = sum over a row's entries of weights_tk * grad_out_t       [num_targets, W]
+//   grad_weights_tk   = dot(values[row], grad_out_t)                              [T, K], where it is asked for
+//
+// Sorted entries are cut into pieces of kEntriesPerPiece. The entries of one row form a run; most runs lie within a
+// piece, a row that everyone wants runs through thousands. Who owns what: a group of 8, 16 or 32 lanes, as wide as a
+// row needs, walks one piece for one slab of columns at a time; the slabs of a piece go round the warps of a thread
+// block. Steps, a kernel each after rows have been set to zero:
+//   1. memory_backward_pieces: walks a piece in order. A run that lies within the piece is written to grad_rows; what
+//      began in an earlier piece goes to the piece's head sum, what goes on in the next to its tail sum. Products with
+//      values are added over columns, the slabs meet in shared memory;
+//   2. memory_backward_stretches: where a run fills an aligned stretch of kPiecesPerStretch pieces, adds their heads up
+//      into the tail sum of the stretch's first piece, which no run needs: a run that fills a piece has no tail there;
+//   3. memory_backward_runs: the piece in which a long run begins adds its tail, heads up to the next stretch, sums of
+//      stretches, and the heads left over, and writes the row.
+// Memory of 16-bit types: 2 W bytes for each row of grad_rows to be set to zero; for each run 2 W bytes written and,
+// with grad_weights, 2 W read; for each entry 2 W bytes of grad_out, which stays in the second-level cache while T W
+// does, and 20 bytes of its own. Head and tail sums add 16 W bytes at most for 128 entries.
+// Numerics: float32 products and sums, rounded once. No ties. Rows of no entry are zero. An entry whose row is num_rows
+// had an index outside the table: no row gets it, and its grad_weights is NaN.
+// Determinism: every sum has an order fixed by sorted positions, shapes and alignment.
+#include "memory_config_cuda.h"
+#include "memory_cuda.h"
+#include "memory_kernel_facts.h"
+#include "memory_rows_cuda.cuh"
+
+namespace topgather {
+
+using cuda::kAllLanes;
+using cuda::kLanes;
+using cuda::lane_id;
+using cuda::warp_id;
+
+namespace {
+constexpr int kThreads = MemoryBackwardCudaConfig::kThreads;
+constexpr int kMostWarps = kThreads / kLanes;
+constexpr int kBlocksPerProcessor = MemoryBackwardCudaConfig::kBlocksPerProcessor;
+constexpr int kEntriesPerPiece = MemoryBackwardCudaConfig::kEntriesPerPiece;
+constexpr int kEntriesInFlight = MemoryBackwardCudaConfig::kEntriesInFlight;
+constexpr int kPiecesPerStretch = MemoryBackwardCudaConfig::kPiecesPerStretch;
+constexpr int kPiecesInFlight = MemoryBackwardCudaConfig::kPiecesInFlight;
+constexpr int kMostGroups = kLanes / kLeastLanesPerRow;
+static_assert(kEntriesPerPiece % kLanes == 0, "pieces are read in whole rounds of any group");
+static_assert(kEntriesInFlight == 4, "lanes' sums are added four at a time");
+}  // namespace
+
+struct MemoryBackwardArguments {
+  RowShape shape;
+  uint32_t bag_size;
+  int32_t num_rows;
+  int32_t num_entries;
+  int32_t num_pieces;
+  int32_t warps_per_piece;  // that the slabs of a piece go round
+  const void* values;       // [num_rows, W] dtype; null where grad_weights is
+  int64_t values_stride;
+  const int64_t* order;        // [T * K] int64
+  const int32_t* sorted_rows;  // [T * K] int32
+  const int32_t* targets;      // [T * K] int32
+  const float* weights;        // [T, K] float32
+  const void* grad_out;        // [T, W] dtype
+  int64_t grad_out_stride;
+  void* grad_rows;      // [num_targets, W] dtype
+  float* grad_weights;  // [T, K] float32, or null
+  float* sums;          // [num_pieces, 2, W] float32: head and tail of each piece
+};
+
+namespace {
+
+constexpr int32_t kNoRow = -1;
+
+// Of a group that walks a piece, in one round: products of every entry with values, added over a slab's columns.
+struct SharedMemory {
+  float dots[kMostWarps][kMostGroups][kEntriesPerPiece];
+};
+
+// The row of sorted entry `position`, kNoRow where there is no such entry or it has none.
+__device__ __forceinline__ int32_t row_at(const MemoryBackwardArguments& args, int64_t position) {
+  if (position < 0 || position >= args.num_entries) return kNoRow;
+  const int32_t row = args.sorted_rows[position];
+  return row >= 0 && row < args.num_rows ? row : kNoRow;
+}
+
+__device__ __forceinline__ float* head_sum(const MemoryBackwardArguments& args, int64_t piece) {
+  return args.sums + 2 * piece * args.shape.row_dim;
+}
+__device__ __forceinline__ float* tail_sum(const MemoryBackwardArguments& args, int64_t piece) {
+  return args.sums + (2 * piece + 1) * args.shape.row_dim;
+}
+
+struct Entry {
+  int32_t row = kNoRow;
+  int32_t target = 0;
+  int32_t token = 0;
+  float weight = 0.0f;
+};
+
+__device__ __forceinline__ Entry read_entry(const MemoryBackwardArguments& args, int64_t position) {
+  Entry entry;
+  entry.row = row_at(args, position);
+  if (entry.row == kNoRow) return entry;
+  const int64_t place = args.order[position];
+  entry.target = args.targets[position];
+  entry.token = static_cast<int32_t>(static_cast<uint32_t>(place) / args.bag_size);
+  entry.weight = args.weights[place];
+  return entry;
+}
+
+// A piece as the group that walks it sees it.
+struct Piece {
+  int32_t idx;
+  int64_t first;       // sorted position
+  int32_t row_before;  // of the entry before the piece, of the entry after it
+  int32_t row_after;
+};
+
+// Where the sum of a run goes, as far as it lies in the piece.
+template <typename Element, int kVector>
+__device__ __forceinline__ void write_run(const MemoryBackwardArguments& args, const Piece& piece,
+                                          const LaneColumns<Element, kVector>& columns, int32_t row, int32_t target,
+                                          const float (&sums)[LaneColumns<Element, kVector>::kCount]) {
+  if (row == kNoRow) return;
+  if (row == piece.row_before) {
+    columns.store_float32(head_sum(args, piece.idx), sums);
+  } else if (row == piece.row_after) {
+    columns.store_float32(tail_sum(args, piece.idx), sums);
+  } else {
+    Element* grad_rows = static_cast<Element*>(args.grad_rows);
+    columns.store(grad_rows + target * static_cast<int64_t>(args.shape.row_dim), sums);
+  }
+}
+
+// One slab of a piece. `dots` are the group's own.
+template <typename Element, int kVector>
+__device__ __forceinline__ void walk_piece(const MemoryBackwardArguments& args, const Piece& piece, int slab,
+                                           bool is_first_slab, float* dots) {
+  using Columns = LaneColumns<Element, kVector>;
+  const int lanes_per_row = args.shape.lanes_per_row;
+  const int lane_in_row = lane_id() % lanes_per_row;
+  const Columns columns(args.shape, slab, lane_in_row);
+  const Element* values = static_cast<const Element*>(args.values);
+  const Element* grad_out = static_cast<const Element*>(args.grad_out);
+  const bool has_values = args.grad_weights != nullptr;
+  float sums[Columns::kCount] = {};
+  typename Columns::Part value_part;  // of the run's row
+  int32_t run_row = kNoRow, run_target = 0;
+  Entry next = read_entry(args, piece.first + lane_in_row);
+  for (int first = 0; first < kEntriesPerPiece; first += lanes_per_row) {
+    const Entry mine = next;
+    if (first + lanes_per_row < kEntriesPerPiece) {
+      next = read_entry(args, piece.first + first + lanes_per_row + lane_in_row);
+    }
+#pragma unroll 1
+    for (int e = 0; e < lanes_per_row; e += kEntriesInFlight) {
+      int32_t rows[kEntriesInFlight];
+      typename Columns::Part grad_parts[kEntriesInFlight], value_parts[kEntriesInFlight];
+#pragma unroll
+      for (int i = 0; i < kEntriesInFlight; ++i) {
+        rows[i] = __shfl_sync(kAllLanes, mine.row, e + i, lanes_per_row);
+        const int32_t token = __shfl_sync(kAllLanes, mine.token, e + i, lanes_per_row);
+        const bool is_new_row = rows[i] != (i == 0 ? run_row : rows[i - 1]);
+        columns.load(grad_out + token * args.grad_out_stride, rows[i] != kNoRow, grad_parts[i]);
+        columns.load(values + rows[i] * args.values_stride, has_values && is_new_row && rows[i] != kNoRow,
+                     value_parts[i]);
+      }
+      float products[kEntriesInFlight];
+#pragma unroll
+      for (int i = 0; i < kEntriesInFlight; ++i) {
+        const int32_t target = __shfl_sync(kAllLanes, mine.target, e + i, lanes_per_row);
+        const float weight = __shfl_sync(kAllLanes, mine.weight, e + i, lanes_per_row);
+        if (rows[i] != run_row) {
+          write_run(args, piece, columns, run_row, run_target, sums);
+          run_row = rows[i];
+          run_target = target;
+          value_part = value_parts[i];
+#pragma unroll
+          for (int c = 0; c < Columns::kCount; ++c) sums[c] = 0.0f;
+        }
+        float grad[Columns::kCount], value[Columns::kCount];
+        unpack(grad_parts[i], grad);
+        unpack(value_part, value);
+        products[i] = 0.0f;
+#pragma unroll
+        for (int c = 0; c < Columns::kCount; ++c) {
+          sums[c] = fmaf(weight, grad[c], sums[c]);
+          products[i] = fmaf(value[c], grad[c], products[i]);
+        }
+      }
+      if (has_values) {
+        const float dot = sum_over_lanes(products, lanes_per_row);
+        if (lane_in_row < kEntriesInFlight) {
+          float& total = dots[first + e + lane_in_row];
+          total = is_first_slab ? dot : total + dot;
+        }
+      }
+    }
+  }
+  write_run(args, piece, columns, run_row, run_target, sums);
+}
+
+}  // namespace
+
+// Step 1.
+template <typename Element, int kVector>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    memory_backward_pieces(const MemoryBackwardArguments args) {
+  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(cuda::dynamic_shared_memory());
+  const int lanes_per_row = args.shape.lanes_per_row;
+  const int groups = kLanes / lanes_per_row;
+  const int warps_per_piece = args.warps_per_piece;
+  const int pieces_abreast = static_cast<int>(blockDim.x) / kLanes / warps_per_piece;  // warps with a piece a group
+  const int warp_of_piece = warp_id() % warps_per_piece;
+  const int group = lane_id() / lanes_per_row;
+  const int64_t first_piece = static_cast<int64_t>(blockIdx.x) * pieces_abreast * groups;
+  Piece piece;
+  piece.idx = static_cast<int32_t>(first_piece) + warp_id() / warps_per_piece * groups + group;
+  piece.first = static_cast<int64_t>(piece.idx) * kEntriesPerPiece;
+  piece.row_before = row_at(args, piece.first - 1);
+  piece.row_after = row_at(args, piece.first + kEntriesPerPiece);
+  for (int slab = warp_of_piece; slab < args.shape.num_slabs; slab += warps_per_piece) {
+    walk_piece<Element, kVector>(args, piece, slab, slab == warp_of_piece, shared.dots[warp_id()][group]);
+  }
+  if (args.grad_weights == nullptr) return;  // the whole thread block
+  // Publishes every warp's products to the thread block.
+  __syncthreads();
+  const int num_entries = pieces_abreast * groups * kEntriesPerPiece;
+  for (int e = static_cast<int>(threadIdx.x); e < num_entries; e += static_cast<int>(blockDim.x)) {
+    const int64_t position = first_piece * kEntriesPerPiece + e;
+    if (position >= args.num_entries) break;
+    const int piece_in_block = e / kEntriesPerPiece;
+    const int first_warp = piece_in_block / groups * warps_per_piece;
+    float dot = 0.0f;
+    for (int w = 0; w < warps_per_piece; ++w) {
+      dot += shared.dots[first_warp + w][piece_in_block % groups][e % kEntriesPerPiece];
+    }
+    args.grad_weights[args.order[position]] = row_at(args, position) == kNoRow ? not_a_number() : dot;
+  }
+}
+
+namespace {
+
+// A warp's columns of rows of sums.
+constexpr int kSumColumns = 4;  // of a lane, a warp's width apart
+constexpr int kSumSlab = kSumColumns * kLanes;
+
+struct SumTask {
+  int32_t idx;  // of a piece or stretch
+  int first_column;
+};
+
+__device__ __forceinline__ SumTask sum_task(const MemoryBackwardArguments& args, uint32_t warp) {
+  const uint32_t num_slabs = (static_cast<uint32_t>(args.shape.row_dim) + kSumSlab - 1) / kSumSlab;
+  const uint32_t idx = warp / num_slabs;
+  return {static_cast<int32_t>(idx), static_cast<int>(warp - idx * num_slabs) * kSumSlab + lane_id()};
+}
+
+// Adds the rows sums[first], sums[first + step], .. in order, several under way at once.
+__device__ __forceinline__ void add_sums(const float* sums, int64_t step, int count, int first_column, int row_dim,
+                                         float (&totals)[kSumColumns]) {
+#pragma unroll 1
+  for (int first = 0; first < count; first += kPiecesInFlight) {
+    float terms[kPiecesInFlight][kSumColumns];
+#pragma unroll
+    for (int i = 0; i < kPiecesInFlight; ++i) {
+#pragma unroll
+      for (int c = 0; c < kSumColumns; ++c) {
+        const int column = first_column + c * kLanes;
+        terms[i][c] = first + i < count && column < row_dim ? sums[(first + i) * step + column] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPiecesInFlight; ++i) {
+#pragma unroll
+      for (int c = 0; c < kSumColumns; ++c) totals[c] += terms[i][c];
+    }
+  }
+}
+
+// How many of `most` positions first, first + step, .. lie in the run of `row`, one after the other.
+__device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args, int64_t first, int64_t step, int most,
+                                            int32_t row) {
+  int count = 0;
+  while (count < most) {
+    const int mine = count + lane_id();
+    const bool is_in_run = mine < most && row_at(args, first + mine * step) == row;
+    const unsigned outside = ~__ballot_sync(kAllLanes, is_in_run);
+    if (outside != 0) return count + __ffs(static_cast<int>(outside)) - 1;
+    count += kLanes;
+  }
+  return count;
+}
+
+}  // namespace
+
+// Step 2. Stretches are counted from the second: no run reaches into the first from before.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    memory_backward_stretches(const MemoryBackwardArguments args) {
+  const SumTask task = sum_task(args, blockIdx.x * kMostWarps + static_cast<uint32_t>(warp_id()));
+  const int64_t first_piece = (static_cast<int64_t>(task.idx) + 1) * kPiecesPerStretch;
+  if (first_piece + kPiecesPerStretch > args.num_pieces) return;  // whole warps, and nothing is done by the block
+  const int32_t row = row_at(args, first_piece * kEntriesPerPiece - 1);
+  if (row == kNoRow || row_at(args, (first_piece + kPiecesPerStretch) * kEntriesPerPiece - 1) != row) return;
+  const int row_dim = args.shape.row_dim;
+  float totals[kSumColumns] = {};
+  add_sums(head_sum(args, first_piece), 2 * static_cast<int64_t>(row_dim), kPiecesPerStretch, task.first_column,
+           row_dim, totals);
+  float* sum = tail_sum(args, first_piece);
+#pragma unroll
+  for (int c = 0; c < kSumColumns; ++c) {
+    const int column = task.first_column + c * kLanes;
+    if (column < row_dim) sum[column] = totals[c];
+  }
+}
+
+// Step 3.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    memory_backward_runs(const MemoryBackwardArguments args) {
+  const SumTask task = sum_task(args, blockIdx.x * kMostWarps + static_cast<uint32_t>(warp_id()));
+  if (task.idx >= args.num_pieces - 1) return;  // whole warps, and nothing is done by the block
+  const int64_t begin = task.idx;
+  const int64_t last_entry = (begin + 1) * kEntriesPerPiece - 1;
+  const int32_t row = row_at(args, last_entry);
+  if (row == kNoRow || row_at(args, last_entry + 1) != row) return;  // no run goes on in the next piece
+  if (row_at(args, begin * kEntriesPerPiece - 1) == row) return;     // it began in an earlier one
+  const int row_dim = args.shape.row_dim;
+  const int64_t sum_step = 2 * static_cast<int64_t>(row_dim);
+  float totals[kSumColumns] = {};
+  add_sums(tail_sum(args, begin), sum_step, 1, task.first_column, row_dim, totals);
+
+  const auto add_heads = [&](int64_t first_piece, int64_t end_piece) {
+    const int most = static_cast<int>(end_piece - first_piece);
+    const int count = count_in_run(args, first_piece * kEntriesPerPiece, kEntriesPerPiece, most, row);
+    add_sums(head_sum(args, first_piece), sum_step, count, task.first_column, row_dim, totals);
+    return count == most;
+  };
+  // Heads up to the next stretch.
+  const int64_t num_pieces = args.num_pieces;
+  int64_t piece = begin + 1;
+  const int64_t next_stretch = (piece + kPiecesPerStretch - 1) / kPiecesPerStretch * kPiecesPerStretch;
+  bool goes_on = add_heads(piece, next_stretch < num_pieces ? next_stretch : num_pieces);
+  piece = next_stretch;
+  if (goes_on && piece < num_pieces) {
+    // Stretches that the run fills: their last entries are the run's.
+    const int whole_stretches = static_cast<int>((num_pieces - piece) / kPiecesPerStretch);
+    const int count = count_in_run(args, (piece + kPiecesPerStretch) * kEntriesPerPiece - 1,
+                                   kPiecesPerStretch * kEntriesPerPiece, whole_stretches, row);
+    add_sums(tail_sum(args, piece), kPiecesPerStretch * sum_step, count, task.first_column, row_dim, totals);
+    piece += static_cast<int64_t>(count) * kPiecesPerStretch;
+    // Heads of the stretch in which it ends.
+    const int64_t end = piece + kPiecesPerStretch < num_pieces ? piece + kPiecesPerStretch : num_pieces;
+    if (piece < end) add_heads(piece, end);
+  }
+
+  Element* grad_row = static_cast<Element*>(args.grad_rows) + args.targets[last_entry] * static_cast<int64_t>(row_dim);
+#pragma unroll
+  for (int c = 0; c < kSumColumns; ++c) {
+    const int column = task.first_column + c * kLanes;
+    if (column < row_dim) grad_row[column] = cuda::from_float<Element>(totals[c]);
+  }
+}
+
+namespace {
+
+int64_t num_pieces_of(const MemoryProblem& problem) {
+  return (problem.num_entries() + kEntriesPerPiece - 1) / kEntriesPerPiece;
+}
+
+int64_t dot_bytes(int64_t warps) {
+  return warps * static_cast<int64_t>(sizeof(float)) * kMostGroups * kEntriesPerPiece;
+}
+
+template <typename Element, int kVector>
+void launch_pieces(MemoryBackwardArguments args, int64_t row_dim, cudaStream_t stream) {
+  args.shape = row_shape<kVector>(row_dim);
+  args.warps_per_piece = args.shape.num_slabs < kMostWarps ? args.shape.num_slabs : kMostWarps;
+  const int pieces_abreast = kMostWarps / args.warps_per_piece;
+  const int warps = pieces_abreast * args.warps_per_piece;
+  const int pieces = pieces_abreast * (kLanes / args.shape.lanes_per_row);
+  cuda::launch(memory_backward_pieces<Element, kVector>,
+               {dim3(static_cast<unsigned>((args.num_pieces + pieces - 1) / pieces)), dim3(warps * kLanes),
+                static_cast<size_t>(dot_bytes(warps)), stream},
+               args);
+}
+
+template <typename Element>
+void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments args, cudaStream_t stream) {
+  const int64_t row_dim = params.problem.row_dim;
+  const void* values = args.values;
+  if (has_vector_rows<Element>(values, args.values_stride, row_dim) &&
+      has_vector_rows<Element>(args.grad_out, args.grad_out_stride, row_dim) &&
+      has_vector_rows<Element>(args.grad_rows, row_dim, row_dim)) {
+    launch_pieces<Element, kElementsPerVector<Element>>(args, row_dim, stream);
+  } else {
+    launch_pieces<Element, 1>(args, row_dim, stream);
+  }
+  if (args.num_pieces < 2 || row_dim == 0) return;
+  args.shape.row_dim = static_cast<int32_t>(row_dim);
+  const int64_t slabs = (row_dim + kSumSlab - 1) / kSumSlab;
+  const auto shape_for = [&](int64_t count) {
+    require(count * slabs <= INT32_MAX, "too many entries for one launch of memory_backward");
+    return cuda::LaunchShape{dim3(static_cast<unsigned>((count * slabs + kMostWarps - 1) / kMostWarps)), dim3(kThreads),
+                             0, stream};
+  };
+  const int64_t num_stretches = args.num_pieces / kPiecesPerStretch;
+  if (num_stretches > 1) cuda::launch(memory_backward_stretches, shape_for(num_stretches - 1), args);
+  cuda::launch(memory_backward_runs<Element>, shape_for(args.num_pieces - 1), args);
+}
+
+}  // namespace
+
+int64_t memory_backward_workspace_bytes(const MemoryProblem& problem) {
+  const int64_t num_pieces = num_pieces_of(problem);
+  return num_pieces < 2 ? 0 : num_pieces * 2 * problem.row_dim * static_cast<int64_t>(sizeof(float));
+}
+
+void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
+  const MemoryProblem& problem = params.problem;
+  require(problem.num_entries() <= INT32_MAX - kEntriesPerPiece, "memory_backward: at most 2^31 - 129 entries on CUDA");
+  require(workspace.bytes >= memory_backward_workspace_bytes(problem), "memory_backward: the workspace is too small");
+  const DeviceGuard guard(place.device);
+  const StageRange range("memory: backward");
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  const int64_t element_bytes = problem.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes;
+  if (grad_bytes > 0) {
+    cuda_require(cudaMemsetAsync(params.grad_rows, 0, static_cast<size_t>(grad_bytes), stream),
+                 "clearing gradients of rows");
+  }
+  if (problem.num_entries() == 0 || (problem.row_dim == 0 && params.grad_weights == nullptr)) return;
+  MemoryBackwardArguments args{};
+  args.bag_size = static_cast<uint32_t>(problem.bag_size);
+  args.num_rows = static_cast<int32_t>(problem.num_rows);
+  args.num_entries = static_cast<int32_t>(problem.num_entries());
+  args.num_pieces = static_cast<int32_t>(num_pieces_of(problem));
+  args.values = params.grad_weights == nullptr ? nullptr : params.values;
+  args.values_stride = params.values_stride;
+  args.order = params.order;
+  args.sorted_rows = params.sorted_rows;
+  args.targets = params.targets;
+  args.weights = static_cast<const float*>(params.weights);
+  args.grad_out = params.grad_out;
+  args.grad_out_stride = params.grad_out_stride;
+  args.grad_rows = params.grad_rows;
+  args.grad_weights = static_cast<float*>(params.grad_weights);
+  args.sums = static_cast<float*>(workspace.data);
+  switch (problem.dtype) {
+    case Dtype::kFloat32: return backward_for<float>(params, args, stream);
+    case Dtype::kBFloat16: return backward_for<BFloat16>(params, args, stream);
+    case Dtype::kFloat16: return backward_for<Float16>(params, args, stream);
+    default: require(false, "memory_backward on CUDA takes float32, bfloat16 and float16, not float64");
+  }
+}
+
+void add_memory_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    facts.push_back({"memory_backward_pieces", dtype, 0, kThreads, dot_bytes(kMostWarps)});
+  }
+}
+
+std::vector<CudaKernelFacts> memory_cuda_kernel_facts() {
+  std::vector<CudaKernelFacts> facts;
+  add_product_key_kernel_facts(facts);
+  add_memory_backward_kernel_facts(facts);
+  return facts;
+}
+
+}  // namespace topgather

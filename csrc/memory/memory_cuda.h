@@ -1,0 +1,32 @@
+// The CUDA entry points of memory layers. Absent from a build without CUDA.
+//
+// Everything is queued on the caller's stream; nothing waits for the device. An index outside [0, num_rows) is never
+// followed: it makes its token's out, or its own dot product, NaN.
+#pragma once
+
+#include <vector>
+
+#include "../cuda/place.h"
+#include "memory_params.h"
+
+namespace topgather {
+
+std::vector<CudaKernelFacts> memory_cuda_kernel_facts();
+
+// Of the sizes that kernels take; others raise std::invalid_argument. float32, bfloat16 and float16.
+constexpr int64_t kProductKeyMostHalfDim = 256;
+constexpr int64_t kProductKeyMostTopK = 128;
+
+// query, keys: rows start on 16-byte boundaries and hold whole multiples of 16 bytes, the part past half_dim being
+// zeros. top_k <= num_keys is not needed, top_k <= num_keys^2 is.
+void product_key_topk_cuda(const ProductKeyParams& params, const CudaPlace& place);
+
+// Any alignment; 16-byte loads where rows allow them.
+void memory_lookup_cuda(const MemoryLookupParams& params, const CudaPlace& place);
+void memory_dot_cuda(const MemoryDotParams& params, const CudaPlace& place);
+
+// The same bits every time.
+int64_t memory_backward_workspace_bytes(const MemoryProblem& problem);
+void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
+
+}  // namespace topgather

@@ -1,0 +1,338 @@
+"""Memory pools whose table is sharded over a group of processes, by its columns.
+
+:class:`MemoryColwise` is a style for torch's own ``parallelize_module``. The table becomes a DTensor sharded over the
+value width, so that optimizers, ``fully_shard`` over a data-parallel axis and ``torch.distributed.checkpoint`` take it
+as any other parameter::
+
+    mesh = init_device_mesh("cuda", (num_replicas, group_size), mesh_dim_names=("replicas", "memory"))
+    parallelize_module(model, mesh["memory"], {"layers.*.memory.pool": MemoryColwise()})
+    fully_shard(model.pool, mesh=mesh["replicas"])  # where there are replicas: the rows of each shard over them
+    fully_shard(model, mesh=mesh_of_all_ranks, ignored_params={model.pool.values})  # everything else, if wished
+
+Importing topgather does not import this module; ``import topgather.distributed`` does.
+
+Every rank of the group brings tokens of its own, as many as it has: for everything but the table the group is one more
+data-parallel axis. One lookup takes these steps:
+
+1. the numbers of tokens are gathered, one small message, which a GPU waits for (not with ``equal_token_counts``);
+2. indices, as int32, and weights are gathered: every rank then has those of all the group's tokens;
+3. every rank sums its own columns for all of these tokens with :func:`topgather.memory_lookup`;
+4. an all-to-all brings each rank all the columns of its own tokens.
+
+Backward runs the same steps from the last to the first: an all-to-all of the rows' gradients, the gradients of the
+local columns and of all weights, an all-to-all of the latter. A rank has only part of a weight's dot product; the
+parts are added by the token's rank, in the order of ranks and in the dtype of the sums. No gradient of the table is
+sent within the group.
+
+What one token with K entries and rows of W numbers costs in a group of G ranks, in bytes sent, where ``s`` is the size
+of a number of the table and ``w`` that of a weight (a sum is 4 bytes, or 8 for float64):
+
+========  =====================================  ==========================
+..        entries                                row
+========  =====================================  ==========================
+forward   ``(G - 1) * K * (4 + w)``              ``(G - 1) / G * W * s``
+backward  ``(G - 1) * K * 4``                    ``(G - 1) / G * W * s``
+========  =====================================  ==========================
+
+In step 2 ranks with fewer tokens than the one with the most send padding up to as many. From then on each rank holds
+``K`` entries of all the group's tokens, and ``W / G`` columns of their rows: where ranks have equally many tokens, as
+many numbers as its own tokens' full rows.
+
+Scale of gradients. All are those of one process that has all the group's tokens and whose loss is the **sum** of the
+ranks' losses. Data parallelism averages instead: a parameter that DDP or FSDP averages over N ranks gets 1 / N of the
+gradient of the summed loss. The table is already summed over the G ranks of its group, and ``fully_shard`` over the
+D = N / G replicas divides by D only (with one replica, by nothing). So where every rank's loss is the mean over its own
+tokens, the table's gradient is G times that of the mean over all ranks. Adam does not see the factor, but for its
+epsilon; SGD, weight decay added to gradients, and clipping by norm do. What takes it out, once, after the last backward
+pass and before clipping and the optimizer::
+
+    pool.values.grad.div_(group_size)
+
+All ranks of a group must run the same lookups, forward and backward, in the same order, one with no tokens too (with
+``[0, K]`` indices), or the others wait for it. An index out of range raises on all ranks, wherever it would alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from .nn.memory import MemoryPool
+from .ops import _checks as checks
+from .ops import memory_lookup
+from .ops._library import DTYPE_CODES, sum_dtype
+from .ops._memory_kernels import check_indices, check_weights
+
+__all__ = ["MemoryColwise", "ShardedMemoryPool"]
+
+# The newer name of the same.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class MemoryColwise(ParallelStyle):
+    """Shards the table of a :class:`topgather.nn.MemoryPool` by its columns, for ``parallelize_module``.
+
+    The pool becomes a :class:`ShardedMemoryPool` in place: called with the same arguments, with the tokens of this rank
+    alone, it returns their full rows. Its ``values`` become a DTensor sharded over dimension 1, split as
+    ``torch.chunk`` splits: the width need not be a multiple of the group, and ranks at its end may have no column.
+    Rank 0's table is what is sharded, as with torch's own styles (``src_data_rank`` of ``parallelize_module``). A table
+    too large for one device is made on the ``meta`` device, sharded, and then given memory with ``to_empty`` and
+    numbers with ``reset_parameters`` or a checkpoint. On the CPU ``reset_parameters`` draws each shard from its rank's
+    own generator: seed ranks differently for that.
+
+    A plan may name a pool, or a layer with a submodule ``pool``, which stands for that. A pool shared by several
+    layers may be named by each. ``fully_shard`` comes after, over another axis of the same mesh.
+
+    Args:
+        equal_token_counts: promises that in every call all ranks of the group have the same number of tokens. They
+            then tell each other nothing beforehand, and a GPU is not waited for. If the promise is broken, the ranks
+            may wait for each other forever.
+
+    Example::
+
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(model, mesh, {"memory.pool": MemoryColwise()})
+
+    Raises:
+        TypeError: from ``parallelize_module``, for a module that is not a pool as ``topgather.nn`` makes it.
+        ValueError: from ``parallelize_module``, for a mesh that is not one-dimensional, a table that is sharded
+            already, or a pool with ``sparse_grad``: a DTensor holds no sparse gradient.
+    """
+
+    def __init__(self, *, equal_token_counts: bool = False) -> None:
+        super().__init__()
+        checks.check_flag("equal_token_counts", equal_token_counts)
+        self.equal_token_counts = equal_token_counts
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(equal_token_counts={self.equal_token_counts})"
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """What ``parallelize_module`` calls."""
+        pool = module if isinstance(module, MemoryPool) else getattr(module, "pool", None)
+        if not isinstance(pool, MemoryPool):
+            raise TypeError(
+                f"MemoryColwise shards a topgather.nn.MemoryPool or a layer with one as its pool, "
+                f"got {type(module).__name__}"
+            )
+        if device_mesh.ndim != 1:
+            raise ValueError(f"device_mesh must have one dimension, such as mesh['memory'], got {device_mesh}")
+        values: Tensor = pool.values
+        if isinstance(values, DTensor):
+            if isinstance(pool, ShardedMemoryPool) and values.device_mesh == device_mesh:
+                return module
+            raise ValueError(
+                f"the pool's values are sharded already, over {values.device_mesh}; "
+                f"apply MemoryColwise once, and before fully_shard"
+            )
+        if type(pool) is not MemoryPool:
+            raise TypeError(f"the pool must be a MemoryPool itself, not of a derived class, got {type(pool).__name__}")
+        if pool.sparse_grad:
+            raise ValueError("the pool must have sparse_grad=False: a DTensor holds no sparse gradient")
+        sharded = _shard_columns(values, device_mesh, getattr(self, "src_data_rank", 0))
+        pool.register_parameter("values", nn.Parameter(sharded, requires_grad=values.requires_grad))
+        # As fully_shard does: a class of its own has no state that a copy or a state dict could miss.
+        pool.__class__ = ShardedMemoryPool
+        cast(ShardedMemoryPool, pool).equal_token_counts = self.equal_token_counts
+        return module
+
+
+class ShardedMemoryPool(MemoryPool):
+    """A memory pool whose ``values`` are a DTensor sharded by columns: what :class:`MemoryColwise` makes of a pool.
+
+    It is not made by calling it, though it has the arguments of its base: ``num_keys``, ``value_dim``, ``sparse_grad``,
+    ``device`` and ``dtype``.
+    """
+
+    equal_token_counts: bool = False
+
+    # Collectives and counts that only a run knows: torch.compile leaves this to eager mode, and fuses what is around.
+    @torch.compiler.disable
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """Rows of this rank's tokens; ``indices [T, K]``, ``weights [T, K]`` to ``[T, value_dim]``.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype, or ``values`` that are no DTensor.
+            ValueError: a wrong shape or device, ``values`` that are not sharded by columns alone, or entries per token,
+                dtypes or need of a gradient that differ within the group.
+            IndexError: an index of any rank that is out of range, as in :func:`topgather.memory_lookup`.
+        """
+        values = _sharded_by_columns(self.values)
+        local_values = values.to_local()
+        checks.check_tensor("indices", indices)
+        checks.check_tensor("weights", weights)
+        is_cast = torch.is_autocast_enabled(weights.device.type) and weights.is_floating_point()
+        if is_cast and weights.dtype != values.dtype:
+            weights = weights.to(sum_dtype(values.dtype))
+        check_indices(indices, local_values)
+        check_weights(weights, indices, local_values)
+
+        layout = _make_layout(values, indices, weights, self.equal_token_counts)
+        # Every row has a number of 31 bits; what names no row must not become one that does.
+        rows = _gather_tokens(indices.clamp(-1, values.size(0)).to(torch.int32), layout)
+        all_weights = _GatherWeights.apply(weights, layout, sum_dtype(values.dtype))
+        columns = memory_lookup(local_values, rows, all_weights)
+        out: Tensor = _ExchangeColumns.apply(columns, layout)
+        return out
+
+
+def _shard_columns(values: Tensor, device_mesh: DeviceMesh, src_data_rank: int | None) -> DTensor:
+    # The argument is younger than the oldest torch that topgather takes.
+    options = {} if src_data_rank == 0 else {"src_data_rank": src_data_rank}
+    sharded = distribute_tensor(values.detach(), device_mesh, [Shard(1)], **options)
+    local = sharded.to_local().detach()
+    if local.untyped_storage().nbytes() == local.nbytes:
+        return sharded
+    # Where the split is uneven, narrow shards come as views of memory as wide as the widest.
+    local = local.clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        local, device_mesh, [Shard(1)], run_check=False, shape=values.shape, stride=values.stride()
+    )
+
+
+def _sharded_by_columns(values: Tensor) -> DTensor:
+    """``values``, checked."""
+    if not isinstance(values, DTensor):
+        raise TypeError(f"values of a ShardedMemoryPool must be a DTensor, got {type(values).__name__}")
+    if tuple(values.placements) != (Shard(1),):
+        raise ValueError(
+            f"values must be sharded by columns alone where they are looked up, got {values.placements} over "
+            f"{values.device_mesh}; if fully_shard has cut the rows too, call the module that it was applied to"
+        )
+    return values
+
+
+# --- who has what ---------------------------------------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """How tokens and columns are spread over the ranks of a group."""
+
+    group: dist.ProcessGroup
+    rank: int
+    token_counts: list[int]
+    column_counts: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of this rank."""
+        return self.token_counts[self.rank]
+
+    @property
+    def num_columns(self) -> int:
+        """Of this rank."""
+        return self.column_counts[self.rank]
+
+
+def _make_layout(values: DTensor, indices: Tensor, weights: Tensor, equal_token_counts: bool) -> _Layout:
+    group, rank = values.device_mesh.get_group(), values.device_mesh.get_local_rank()
+    num_ranks, width = dist.get_world_size(group), values.size(1)
+    # As torch.chunk splits, and DTensor with it.
+    most_columns = -(-width // num_ranks)
+    column_counts = [max(0, min(most_columns, width - rank * most_columns)) for rank in range(num_ranks)]
+    if equal_token_counts:
+        token_counts = [indices.size(0)] * num_ranks
+    else:
+        token_counts = _exchange_token_counts(indices, weights, group)
+    return _Layout(group, rank, token_counts, column_counts)
+
+
+def _exchange_token_counts(indices: Tensor, weights: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """Tokens of each rank. What would make ranks wait for messages that others never send raises here, on all."""
+    needs_grad = torch.is_grad_enabled() and weights.requires_grad
+    facts = [indices.size(0), indices.size(1), DTYPE_CODES[weights.dtype], int(needs_grad)]
+    mine = torch.tensor(facts, dtype=torch.int64, device=indices.device)
+    gathered = mine.new_empty(dist.get_world_size(group) * len(facts))
+    _all_gather(gathered, mine, group=group)
+    token_counts, *others = (list(column) for column in zip(*gathered.view(-1, len(facts)).tolist(), strict=True))
+    meanings = ("entries per token", "dtype of weights (by its code)", "need of a gradient for weights")
+    for meaning, column in zip(meanings, others, strict=True):
+        if len(set(column)) > 1:
+            raise ValueError(f"all ranks of the group must have the same {meaning}, got {column} by rank")
+    return token_counts
+
+
+# --- what is sent ---------------------------------------------------------------------------------------------------
+
+
+def _gather_tokens(entries: Tensor, layout: _Layout) -> Tensor:
+    """``[T, K]`` of every rank to ``[tokens of the group, K]`` on all, in the order of ranks."""
+    num_entries, most_tokens = entries.size(1), max(layout.token_counts)
+    if num_entries == 0 or most_tokens == 0:
+        return entries.new_empty((sum(layout.token_counts), num_entries))
+    # Collectives of unequal parts are not to be had on every backend.
+    padded = F.pad(entries, (0, 0, 0, most_tokens - layout.num_tokens)).contiguous()
+    gathered = entries.new_empty((len(layout.token_counts) * most_tokens, num_entries))
+    _all_gather(gathered, padded, group=layout.group)
+    if min(layout.token_counts) == most_tokens:
+        return gathered
+    parts = gathered.split(most_tokens)
+    return torch.cat([part[:count] for part, count in zip(parts, layout.token_counts, strict=True)])
+
+
+def _all_to_all(sent: Tensor, sent_sizes: list[int], received_sizes: list[int], layout: _Layout) -> Tensor:
+    """Flat parts to each rank against flat parts from each."""
+    received = sent.new_empty(sum(received_sizes))
+    dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=layout.group)
+    return received
+
+
+class _GatherWeights(torch.autograd.Function):
+    """Weights of this rank's tokens to those of all tokens, in the dtype of sums; gradients come home and are added."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, layout: _Layout, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.layout, ctx.dtype = layout, weights.dtype
+        return _gather_tokens(weights, layout).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layout, num_entries = ctx.layout, grad.size(1)
+        num_ranks = len(layout.token_counts)
+        if grad.numel() == 0:
+            return grad.new_zeros((layout.num_tokens, num_entries), dtype=ctx.dtype), None, None
+        sent_sizes = [count * num_entries for count in layout.token_counts]
+        received_sizes = [layout.num_tokens * num_entries] * num_ranks
+        received = _all_to_all(grad.reshape(-1), sent_sizes, received_sizes, layout)
+        parts = received.view(num_ranks, layout.num_tokens, num_entries)
+        return parts.sum(dim=0).to(ctx.dtype), None, None
+
+
+class _ExchangeColumns(torch.autograd.Function):
+    """This rank's columns of all tokens to all columns of this rank's tokens; backward the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, layout: _Layout) -> Tensor:  # type: ignore[override]
+        ctx.layout = layout
+        num_tokens = layout.num_tokens
+        if sum(layout.token_counts) == 0:
+            return columns.new_empty((0, sum(layout.column_counts)))
+        sent_sizes = [count * layout.num_columns for count in layout.token_counts]
+        received_sizes = [num_tokens * count for count in layout.column_counts]
+        received = _all_to_all(columns.reshape(-1), sent_sizes, received_sizes, layout)
+        parts = zip(received.split(received_sizes), layout.column_counts, strict=True)
+        return torch.cat([part.view(num_tokens, count) for part, count in parts], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        layout = ctx.layout
+        num_tokens, num_all_tokens = layout.num_tokens, sum(layout.token_counts)
+        if num_all_tokens == 0:
+            return grad.new_empty((0, layout.num_columns)), None
+        sent_sizes = [num_tokens * count for count in layout.column_counts]
+        received_sizes = [count * layout.num_columns for count in layout.token_counts]
+        sent = grad.new_empty(grad.numel())
+        for target, part in zip(sent.split(sent_sizes), grad.split(layout.column_counts, dim=1), strict=True):
+            target.view(part.shape).copy_(part)
+        received = _all_to_all(sent, sent_sizes, received_sizes, layout)
+        return received.view(num_all_tokens, layout.num_columns), None

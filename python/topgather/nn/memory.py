@@ -1,0 +1,674 @@
+"""Memory layers: a table of values looked up by product keys, and experts of one neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import _checks as checks
+from ..ops import expert_lookup, memory_lookup, product_key_topk
+from ..ops._memory_kernels import MOST_KEYS
+from ..ops.memory import ACTIVATIONS
+
+QUERY_NORMS = ("batch", "rms")
+
+# Use is counted in whole units of a weight of 1, so that its sums are exact, the same in any order, and left alone
+# where a module is converted to another dtype.
+UNITS_PER_WEIGHT = 2**30
+
+
+class MemoryPool(nn.Module):
+    """The table of values of memory layers, made once and handed to every layer that shares it (Memory Layers at Scale,
+    arXiv 2412.09764, section 3).
+
+    Args:
+        num_keys: keys of a half; the table has ``num_keys ** 2`` rows, one for each pair. From 1 to 46340.
+        value_dim: channels of a row.
+        sparse_grad: whether ``values`` gets a sparse gradient, over the touched rows alone, for
+            ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table.
+        device: where the table is created; torch's default if None.
+        dtype: of the table; torch's default if None.
+
+    Attributes:
+        values: ``[num_keys ** 2, value_dim]``, at first normal with a standard deviation of ``value_dim ** -0.5``.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a size out of range.
+    """
+
+    def __init__(
+        self,
+        num_keys: int,
+        value_dim: int,
+        sparse_grad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_num_keys(num_keys)
+        checks.check_count("value_dim", value_dim)
+        checks.check_flag("sparse_grad", sparse_grad)
+        self.num_keys = num_keys
+        self.value_dim = value_dim
+        self.sparse_grad = sparse_grad
+        self.values = nn.Parameter(torch.empty(num_keys**2, value_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw ``values`` anew."""
+        nn.init.normal_(self.values, std=self.value_dim**-0.5)
+
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums of rows, ``[T, value_dim]``, for ``indices`` and ``weights [T, K]``: ``memory_lookup``."""
+        return memory_lookup(self.values, indices, weights, self.sparse_grad)
+
+    def extra_repr(self) -> str:
+        """The table's options, as ``print`` shows them."""
+        return f"num_keys={self.num_keys}, value_dim={self.value_dim}, sparse_grad={self.sparse_grad}"
+
+
+@dataclass(frozen=True)
+class MemoryUsage:
+    """How evenly a layer used its rows, as arXiv 1907.05242 reports it.
+
+    Args:
+        share_touched: share of the rows that were looked up at least once, from 0 to 1.
+        kl_divergence: Kullback-Leibler divergence, in nats, of the use of rows from even use. The use of a row is the
+            sum of the softmax weights it was looked up with. 0 where all rows are used alike, the log of the number of
+            rows where one row has all use, NaN where nothing was looked up.
+        num_lookups: rows looked up, ``num_heads * top_k`` for each token.
+    """
+
+    share_touched: float
+    kl_divergence: float
+    num_lookups: int
+
+
+class _ProductKeyLayer(nn.Module):
+    """What the layers share: queries, product keys, the choice of rows and the count of their use."""
+
+    keys: nn.Parameter
+    usage_units: Tensor | None
+    usage_lookups: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_keys: int,
+        num_heads: int,
+        top_k: int,
+        key_dim: int,
+        query_norm: str | None,
+        key_norm: bool,
+        value_dropout: float,
+        bias: bool,
+        track_usage: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        checks.check_count("dim", dim)
+        checks.check_count("num_heads", num_heads)
+        checks.check_count("top_k", top_k)
+        checks.check_count("key_dim", key_dim)
+        if top_k > num_keys**2:
+            raise ValueError(f"top_k must be at most num_keys squared, {num_keys**2}, got {top_k}")
+        if key_dim % 2 != 0:
+            raise ValueError(f"key_dim must be even, got {key_dim}")
+        if query_norm is not None and not isinstance(query_norm, str):
+            raise TypeError(f"query_norm must be a str or None, got {query_norm!r} of type {type(query_norm).__name__}")
+        if query_norm not in (None, *QUERY_NORMS):
+            raise ValueError(f"query_norm must be one of {', '.join(QUERY_NORMS)} or None, got {query_norm!r}")
+        checks.check_flag("key_norm", key_norm)
+        _check_number("value_dropout", value_dropout)
+        if not 0 <= value_dropout < 1:
+            raise ValueError(f"value_dropout must be at least 0 and below 1, got {value_dropout}")
+        checks.check_flag("bias", bias)
+        checks.check_flag("track_usage", track_usage)
+
+        self.dim = dim
+        self.num_keys = num_keys
+        self.num_heads = num_heads
+        self.top_k = top_k
+        self.key_dim = key_dim
+        self.key_norm = key_norm
+        self.value_dropout = value_dropout
+        self.query_proj = nn.Linear(dim, num_heads * key_dim, bias=bias, device=device, dtype=dtype)
+        self.query_norm: nn.Module | None = None
+        if query_norm == "batch":
+            self.query_norm = nn.BatchNorm1d(num_heads * key_dim, device=device, dtype=dtype)
+        elif query_norm == "rms":
+            self.query_norm = nn.RMSNorm(key_dim // 2, device=device, dtype=dtype)
+        self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim // 2, device=device, dtype=dtype))
+        self.register_buffer("usage_units", None, persistent=False)
+        self.register_buffer("usage_lookups", None, persistent=False)
+        self.track_usage = track_usage
+
+    def _reset_retrieval(self) -> None:
+        self.query_proj.reset_parameters()
+        nn.init.xavier_uniform_(self.query_proj.weight)
+        if isinstance(self.query_norm, (nn.BatchNorm1d, nn.RMSNorm)):
+            self.query_norm.reset_parameters()
+        bound = self.key_dim**-0.5
+        nn.init.uniform_(self.keys, -bound, bound)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """``x [..., dim]``, checked, as ``[T, dim]``."""
+        checks.check_tensor("x", x)
+        if x.ndim < 1:
+            raise ValueError(f"x must have at least 1 dimension [..., dim], got shape {tuple(x.shape)}")
+        checks.check_size("x", x, x.ndim - 1, self.dim, "dim of the layer")
+        return x.reshape(-1, self.dim)
+
+    def _choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and weights of each token's bag, ``[T, num_heads * top_k]``: the heads' bags side by side."""
+        query: Tensor = self.query_proj(tokens)
+        keys: Tensor = self.keys
+        # Batch statistics of no tokens would be NaN, and stay so.
+        if isinstance(self.query_norm, nn.BatchNorm1d) and tokens.size(0) > 0:
+            query = self.query_norm(query)
+        query = query.unflatten(-1, (self.num_heads, self.key_dim))
+        if isinstance(self.query_norm, nn.RMSNorm):
+            halves = query.unflatten(-1, (2, self.key_dim // 2))
+            query = self.query_norm(halves.to(self.query_norm.weight.dtype)).flatten(-2)
+        if self.key_norm:
+            keys = F.normalize(keys, dim=-1)
+        scores, indices = product_key_topk(query, keys, self.top_k)
+        weights = scores.softmax(dim=-1)
+        indices, weights = indices.flatten(1), weights.flatten(1)
+        if self.usage_units is not None:
+            self._count(indices, weights)
+        return indices, weights
+
+    @property
+    def track_usage(self) -> bool:
+        """Whether lookups are counted for ``usage()``. Turned on, the layer holds 8 bytes for each row."""
+        return self.usage_units is not None
+
+    @track_usage.setter
+    def track_usage(self, is_tracked: bool) -> None:
+        checks.check_flag("track_usage", is_tracked)
+        if is_tracked == self.track_usage:
+            return
+        self.usage_units = self.usage_lookups = None
+        if is_tracked:
+            self.usage_units = torch.zeros(self.num_keys**2, dtype=torch.int64, device=self.keys.device)
+            self.usage_lookups = torch.zeros((), dtype=torch.int64, device=self.keys.device)
+
+    @torch.no_grad()
+    def _count(self, indices: Tensor, weights: Tensor) -> None:
+        assert self.usage_units is not None and self.usage_lookups is not None
+        # A weight too small for a unit counts as one: the row was touched.
+        units = (weights.detach() * UNITS_PER_WEIGHT).to(torch.int64).clamp(min=1)
+        self.usage_units.index_add_(0, indices.flatten(), units.flatten())
+        self.usage_lookups.add_(indices.numel())
+
+    def usage(self) -> MemoryUsage:
+        """How evenly rows were used since the layer was made, ``track_usage`` was set or ``reset_usage`` was called.
+
+        Every forward counts, in training and evaluation. Waits for the device; counting itself does not.
+
+        Raises:
+            RuntimeError: ``track_usage`` is off.
+        """
+        if self.usage_units is None or self.usage_lookups is None:
+            raise RuntimeError("usage is not recorded: set track_usage = True first")
+        num_lookups = int(self.usage_lookups)
+        if num_lookups == 0:
+            return MemoryUsage(0.0, float("nan"), 0)
+        share_touched = float((self.usage_units > 0).double().mean())
+        use = self.usage_units.double() / self.usage_units.sum()
+        entropy = torch.special.entr(use).sum()
+        most_entropy = torch.tensor(float(self.usage_units.numel()), dtype=torch.float64).log()
+        return MemoryUsage(share_touched, max(0.0, float(most_entropy) - float(entropy)), num_lookups)
+
+    def reset_usage(self) -> None:
+        """Forget what ``usage`` counted so far."""
+        if self.usage_units is not None and self.usage_lookups is not None:
+            self.usage_units.zero_()
+            self.usage_lookups.zero_()
+
+    def _reference_targets(self) -> dict[str, Tensor]:
+        """The published names of what all layers have."""
+        if isinstance(self.query_norm, nn.RMSNorm) or self.key_norm:
+            raise ValueError('the published layer has no query_norm="rms" and no key_norm to load into')
+        targets: dict[str, Tensor] = {"keys": self.keys}
+        targets |= _linear_targets("query_proj.query_mlps.0", self.query_proj)
+        if isinstance(self.query_norm, nn.BatchNorm1d):
+            for name, tensor in self.query_norm.state_dict(keep_vars=True).items():
+                targets[f"query_proj.query_mlps.1.{name}"] = tensor
+        return targets
+
+    def _retrieval_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, top_k={self.top_k}, key_dim={self.key_dim}, "
+            f"key_norm={self.key_norm}, value_dropout={self.value_dropout}"
+        )
+
+
+class ProductKeyMemory(_ProductKeyLayer):
+    """A memory layer: product keys choose rows of a table, whose weighted sum is the output (Memory Layers at Scale,
+    arXiv 2412.09764, section 3; product keys, arXiv 1907.05242).
+
+    Takes the place of a feed-forward layer, ``x [..., dim]`` to ``[..., out_dim]``. Each head turns a token into a
+    query, finds the ``top_k`` best of ``num_keys ** 2`` keys, and weighs them by a softmax over their scores, in
+    float32. The heads' rows are summed, to ``y [..., value_dim]``. Then
+
+        gated (Memory+)    ``value_proj(y * silu(swilu_projection(x)))``
+        not gated          ``value_proj(y)``, or ``y`` where there is no ``value_proj``
+
+    Args:
+        dim: channels of the input.
+        pool: the table of values. Layers that are given the same pool share it, and its gradients add up; each layer
+            has keys of its own.
+        num_heads: rows are chosen by so many queries.
+        top_k: rows per head, from 1 to ``pool.num_keys ** 2``.
+        key_dim: channels of a query, even: each half of it meets the half keys of one set.
+        gated: whether the output is gated by the input (Memory+).
+        query_norm: ``"batch"`` normalises queries over the batch, as arXiv 1907.05242 does: rows are then used more
+            evenly. In training it needs at least 2 tokens. ``"rms"`` divides each half of a query by its root mean
+            square and multiplies it by a learnt scale; by halves, for each half ranks half keys of its own. None leaves
+            queries as they are.
+        key_norm: whether each half key is scaled to length 1. Together with ``query_norm="rms"`` this is the
+            query-key normalisation that arXiv 2412.09764 turns to where training large memories is not stable.
+        value_dropout: probability with which a channel of ``y`` is dropped in training.
+        out_dim: channels of the output; ``dim`` if None.
+        has_value_proj: whether a ``value_proj`` follows. If None, where ``gated`` or where ``pool.value_dim`` is not
+            ``out_dim``; neither works without one.
+        bias: whether the projections add a bias, as the published layer's do.
+        track_usage: whether lookups are counted for :meth:`usage`. An attribute too, to be switched at any time.
+        device: where the parameters are created; torch's default if None.
+        dtype: of the parameters; torch's default if None.
+
+    Keys are at first uniform within ``key_dim ** -0.5`` of 0, queries' weights Xavier uniform, and those of the other
+    projections normal with the inverse root of their inputs as standard deviation, all as published. Values want a
+    learning rate of their own: see :func:`memory_parameter_groups`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a size out of range, an odd ``key_dim``, an unknown ``query_norm``, or ``has_value_proj=False``
+            where a ``value_proj`` is needed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        pool: MemoryPool,
+        num_heads: int = 4,
+        top_k: int = 32,
+        key_dim: int = 512,
+        gated: bool = True,
+        query_norm: str | None = None,
+        key_norm: bool = False,
+        value_dropout: float = 0.0,
+        out_dim: int | None = None,
+        has_value_proj: bool | None = None,
+        bias: bool = True,
+        track_usage: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(pool, MemoryPool):
+            raise TypeError(f"pool must be a topgather.nn.MemoryPool, got {type(pool).__name__}")
+        super().__init__(
+            dim,
+            pool.num_keys,
+            num_heads,
+            top_k,
+            key_dim,
+            query_norm,
+            key_norm,
+            value_dropout,
+            bias,
+            track_usage,
+            device,
+            dtype,
+        )
+        checks.check_flag("gated", gated)
+        if out_dim is None:
+            out_dim = dim
+        checks.check_count("out_dim", out_dim)
+        needs_value_proj = gated or pool.value_dim != out_dim
+        if has_value_proj is None:
+            has_value_proj = needs_value_proj
+        checks.check_flag("has_value_proj", has_value_proj)
+        if needs_value_proj and not has_value_proj:
+            raise ValueError(
+                f"has_value_proj must be True where gated, or where pool.value_dim, {pool.value_dim}, "
+                f"is not out_dim, {out_dim}"
+            )
+
+        self.out_dim = out_dim
+        self.gated = gated
+        self.pool = pool
+        self.swilu_projection: nn.Linear | None = None
+        self.value_proj: nn.Linear | None = None
+        if gated:
+            self.swilu_projection = nn.Linear(dim, pool.value_dim, bias=bias, device=device, dtype=dtype)
+        if has_value_proj:
+            self.value_proj = nn.Linear(pool.value_dim, out_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew but those of the pool, which has a ``reset_parameters`` of its own."""
+        self._reset_retrieval()
+        for proj in (self.swilu_projection, self.value_proj):
+            if proj is not None:
+                proj.reset_parameters()
+                nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read the memory for each token of ``x [..., dim]``; returns ``[..., out_dim]``.
+
+        Under autocast the output has the autocast dtype where there is a ``value_proj``, else that of ``x``.
+
+        Raises:
+            TypeError: ``x`` is not a tensor.
+            ValueError: the last dimension of ``x`` is not ``dim``.
+        """
+        tokens = self._tokens(x)
+        indices, weights = self._choose(tokens)
+        out: Tensor = self.pool(indices, weights).to(x.dtype)
+        out = F.dropout(out, self.value_dropout, self.training)
+        if self.swilu_projection is not None:
+            out = out * F.silu(self.swilu_projection(tokens))
+        if self.value_proj is not None:
+            out = self.value_proj(out)
+        return out.view(*x.shape[:-1], self.out_dim)
+
+    def load_reference_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Copy in the parameters of the layer published with arXiv 2412.09764, by their names there.
+
+        ========================================  =====================================================
+        name                                      shape
+        ========================================  =====================================================
+        ``keys``                                  ``[num_heads * 2 * num_keys, key_dim / 2]``, or ``[num_heads, 2,
+                                                  num_keys, key_dim / 2]``
+        ``values.weight``                         ``[num_keys ** 2, value_dim]``; may be absent, where another layer
+                                                  has the shared pool's
+        ``query_proj.query_mlps.0.weight, bias``  ``[num_heads * key_dim, dim]``, ``[num_heads * key_dim]``
+        ``query_proj.query_mlps.1.*``             the entries of an ``nn.BatchNorm1d``, with ``query_norm="batch"``
+        ``swilu_projection.weight, bias``         ``[value_dim, dim]``, ``[value_dim]``, where gated
+        ``value_proj.weight, bias``               ``[out_dim, value_dim]``, ``[out_dim]``, where there is one
+        ========================================  =====================================================
+
+        Args:
+            state_dict: tensors by name, for example of a whole model.
+            prefix: what stands before the names above, a final dot included. Other entries are passed over.
+
+        Raises:
+            TypeError: ``state_dict`` is not a mapping to tensors or ``prefix`` not a str.
+            ValueError: names are missing or unknown (all are listed), a shape is wrong, or the layer has a norm that
+                the published one has not. Nothing is copied then.
+        """
+        targets = self._reference_targets()
+        targets["values.weight"] = self.pool.values
+        if self.swilu_projection is not None:
+            targets |= _linear_targets("swilu_projection", self.swilu_projection)
+        if self.value_proj is not None:
+            targets |= _linear_targets("value_proj", self.value_proj)
+        _copy_reference(targets, state_dict, prefix, may_miss=("values.weight",))
+
+    def extra_repr(self) -> str:
+        """The layer's options, as ``print`` shows them."""
+        return f"{self._retrieval_repr()}, gated={self.gated}, out_dim={self.out_dim}"
+
+
+class PeerMemory(_ProductKeyLayer):
+    """A layer of experts of one hidden neuron, chosen by product keys (PEER, arXiv 2407.04153, section 2; the PEER
+    variant of arXiv 2412.09764).
+
+    Takes the place of a feed-forward layer, ``x [..., dim]`` to ``[..., dim]``: the sum over the chosen experts ``i``
+    of all heads of ``weight_i * activation(dot(x, values_in[i])) * values_out[i]``, with a softmax over each head's
+    ``top_k`` scores, in float32, as weights.
+
+    Args:
+        dim: channels of the input and the output.
+        num_keys: keys of a half; there are ``num_keys ** 2`` experts. From 1 to 46340.
+        num_heads: experts are chosen by so many queries.
+        top_k: experts per head, from 1 to ``num_keys ** 2``.
+        key_dim: channels of a query, even: each half of it meets the half keys of one set.
+        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        query_norm: ``"batch"``, as arXiv 2407.04153 has it, ``"rms"`` or None: see :class:`ProductKeyMemory`.
+        key_norm: whether each half key is scaled to length 1: see :class:`ProductKeyMemory`.
+        value_dropout: probability with which a channel of the output is dropped in training.
+        bias: whether the queries' projection adds a bias.
+        sparse_grad: whether both tables get sparse gradients: see :class:`MemoryPool`.
+        track_usage: whether lookups are counted for :meth:`usage`. An attribute too, to be switched at any time.
+        device: where the parameters are created; torch's default if None.
+        dtype: of the parameters; torch's default if None.
+
+    Attributes:
+        values_in: ``[num_keys ** 2, dim]``, the weights into each expert's neuron.
+        values_out: ``[num_keys ** 2, dim]``, the weights out of it. Both are at first normal with a standard deviation
+            of ``dim ** -0.5``, all else as in :class:`ProductKeyMemory`. To share experts between layers, assign
+            ``other.values_in = layer.values_in`` and ``values_out`` likewise.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a size out of range, an odd ``key_dim``, an unknown ``activation`` or ``query_norm``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_keys: int,
+        num_heads: int = 8,
+        top_k: int = 16,
+        key_dim: int = 128,
+        activation: str = "gelu",
+        query_norm: str | None = None,
+        key_norm: bool = False,
+        value_dropout: float = 0.0,
+        bias: bool = True,
+        sparse_grad: bool = False,
+        track_usage: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_num_keys(num_keys)
+        super().__init__(
+            dim,
+            num_keys,
+            num_heads,
+            top_k,
+            key_dim,
+            query_norm,
+            key_norm,
+            value_dropout,
+            bias,
+            track_usage,
+            device,
+            dtype,
+        )
+        if not isinstance(activation, str):
+            raise TypeError(f"activation must be a str, got {activation!r} of type {type(activation).__name__}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        checks.check_flag("sparse_grad", sparse_grad)
+        self.activation = activation
+        self.sparse_grad = sparse_grad
+        self.values_in = nn.Parameter(torch.empty(num_keys**2, dim, device=device, dtype=dtype))
+        self.values_out = nn.Parameter(torch.empty(num_keys**2, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        self._reset_retrieval()
+        nn.init.normal_(self.values_in, std=self.dim**-0.5)
+        nn.init.normal_(self.values_out, std=self.dim**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run each token of ``x [..., dim]`` through its experts; returns ``[..., dim]`` in the dtype of ``x``.
+
+        Raises:
+            TypeError: ``x`` is not a tensor.
+            ValueError: the last dimension of ``x`` is not ``dim``.
+        """
+        tokens = self._tokens(x)
+        indices, weights = self._choose(tokens)
+        out = expert_lookup(
+            tokens, self.values_in, self.values_out, indices, weights, self.activation, self.sparse_grad
+        ).to(x.dtype)
+        return F.dropout(out, self.value_dropout, self.training).view(x.shape)
+
+    def load_reference_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Copy in the parameters of the PEER variant published with arXiv 2412.09764, by their names there.
+
+        ``keys`` and ``query_proj.query_mlps.*`` are those of :meth:`ProductKeyMemory.load_reference_state_dict`,
+        ``values_u.weight`` is ``values_in`` and ``values_v.weight`` is ``values_out``. Both may be absent, where
+        another layer has the shared tables. Entries of ``value_proj`` and ``swilu_projection``, which the published
+        variant has without using them, are passed over.
+
+        Args:
+            state_dict: tensors by name, for example of a whole model.
+            prefix: what stands before the names above, a final dot included. Other entries are passed over.
+
+        Raises:
+            TypeError: ``state_dict`` is not a mapping to tensors or ``prefix`` not a str.
+            ValueError: names are missing or unknown (all are listed), a shape is wrong, or the layer has a norm that
+                the published one has not. Nothing is copied then.
+        """
+        targets = self._reference_targets()
+        targets["values_u.weight"] = self.values_in
+        targets["values_v.weight"] = self.values_out
+        unused = [f"{proj}.{name}" for proj in ("value_proj", "swilu_projection") for name in ("weight", "bias")]
+        _copy_reference(targets, state_dict, prefix, may_miss=("values_u.weight", "values_v.weight"), unused=unused)
+
+    def extra_repr(self) -> str:
+        """The layer's options, as ``print`` shows them."""
+        return (
+            f"{self._retrieval_repr()}, num_keys={self.num_keys}, activation={self.activation}, "
+            f"sparse_grad={self.sparse_grad}"
+        )
+
+
+def memory_parameter_groups(
+    model: nn.Module,
+    lr: float,
+    values_lr: float = 1e-3,
+    keys_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Optimizer groups for a model with memory layers.
+
+    A row of a table is touched by few tokens of a batch, so tables bear, and want, a higher learning rate than the
+    rest, one that does not fall: the code published with arXiv 2412.09764 has a constant 1e-3. Weight decay would
+    shrink rows that a batch does not touch, so tables have none.
+
+    Args:
+        model: any module; its memory layers are found wherever they are.
+        lr: learning rate of all other parameters.
+        values_lr: learning rate of :attr:`MemoryPool.values` and of PEER's ``values_in`` and ``values_out``.
+        keys_lr: learning rate of the layers' product keys; ``lr`` if None.
+        weight_decay: of all parameters but the tables.
+
+    Returns:
+        Three groups, each a dict with ``name``, ``params``, ``lr`` and ``weight_decay``: ``"rest"``, ``"keys"`` and
+        ``"values"``, in this order. A parameter stands in one group, once, however many layers share it; frozen ones
+        are left out, and a group may be empty.
+
+    Raises:
+        TypeError: ``model`` is not a module or a rate not a number.
+        ValueError: a rate below 0.
+
+    With dense gradients the groups go to one optimizer, and a schedule leaves the last group as it is::
+
+        groups = tg.nn.memory_parameter_groups(model, lr=3e-4, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(groups)
+        decay = lambda step: 1 - step / num_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [decay, decay, lambda step: 1.0])
+
+    With ``sparse_grad=True`` the tables have an optimizer of their own::
+
+        rest, keys, values = tg.nn.memory_parameter_groups(model, lr=3e-4, weight_decay=0.1)
+        optimizers = [
+            torch.optim.AdamW([rest, keys]),
+            torch.optim.SparseAdam(values["params"], lr=values["lr"]),
+        ]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    keys_lr = lr if keys_lr is None else keys_lr
+    rates = {"lr": lr, "values_lr": values_lr, "keys_lr": keys_lr, "weight_decay": weight_decay}
+    for name, rate in rates.items():
+        _check_number(name, rate)
+        if not rate >= 0:
+            raise ValueError(f"{name} must be at least 0, got {rate}")
+
+    group_of: dict[Tensor, str] = {}
+    for module in model.modules():
+        if isinstance(module, MemoryPool):
+            group_of[module.values] = "values"
+        elif isinstance(module, PeerMemory):
+            group_of[module.values_in] = group_of[module.values_out] = "values"
+        if isinstance(module, _ProductKeyLayer):
+            group_of[module.keys] = "keys"
+    params: dict[str, list[nn.Parameter]] = {"rest": [], "keys": [], "values": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            params[group_of.get(parameter, "rest")].append(parameter)
+    return [
+        {"name": "rest", "params": params["rest"], "lr": lr, "weight_decay": weight_decay},
+        {"name": "keys", "params": params["keys"], "lr": keys_lr, "weight_decay": weight_decay},
+        {"name": "values", "params": params["values"], "lr": values_lr, "weight_decay": 0.0},
+    ]
+
+
+def _check_num_keys(num_keys: Any) -> None:
+    checks.check_count("num_keys", num_keys)
+    if num_keys > MOST_KEYS:
+        raise ValueError(f"num_keys must be at most {MOST_KEYS}, got {num_keys}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
+
+
+def _linear_targets(name: str, linear: nn.Linear) -> dict[str, Tensor]:
+    """The parameters of a projection under their published names."""
+    return {f"{name}.{part}": tensor for part, tensor in linear.named_parameters()}
+
+
+def _copy_reference(
+    targets: Mapping[str, Tensor],
+    state_dict: Mapping[str, Tensor],
+    prefix: str,
+    may_miss: Collection[str],
+    unused: Collection[str] = (),
+) -> None:
+    """Copy the entries of ``state_dict`` into ``targets``, all or none."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
+    found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    missing = [name for name in targets if name not in found and name not in may_miss]
+    unknown = [name for name in found if name not in targets and name not in unused]
+    if missing or unknown:
+        complaints = [
+            f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
+        ]
+        raise ValueError(f"state_dict does not fit the layer under prefix {prefix!r}: {'; '.join(complaints)}")
+    copies: list[tuple[Tensor, Tensor]] = []
+    for name, target in targets.items():
+        if name not in found:
+            continue
+        tensor = checks.check_tensor(f"state_dict[{prefix + name!r}]", found[name])
+        if name == "keys" and tensor.ndim == 2 and tensor.shape == target.flatten(0, 2).shape:
+            tensor = tensor.view_as(target)
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"state_dict[{prefix + name!r}] must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}"
+            )
+        copies.append((target, tensor))
+    with torch.no_grad():
+        for target, tensor in copies:
+            target.copy_(tensor)

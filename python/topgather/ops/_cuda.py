@@ -1,0 +1,54 @@
+"""What the CUDA kernels of every op need: their module, the caller's device and stream, aligned rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ._library import library
+
+# Asynchronous copies move 16 bytes at a time.
+ROW_BYTES = 16
+
+# Every kernel of the dispatcher's CUDA key, by op; the tests' emulator takes them from here.
+KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+def register_kernels(kernels: dict[str, Callable[..., Any]]) -> None:
+    """Hand kernels to the dispatcher's CUDA key."""
+    for name, kernel in kernels.items():
+        library.impl(name, kernel, "CUDA")
+    KERNELS.update(kernels)
+
+
+def native_module() -> Any:
+    """The module that holds the kernels; the tests put the emulated one in its place."""
+    if not _native.has_cuda:
+        raise RuntimeError("tensors are on a CUDA device, but this build of topgather has no CUDA kernels")
+    return _native
+
+
+def place(device: torch.device) -> tuple[int, int]:
+    """Device number and the caller's stream, as kernels take them."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The same values with rows on 16-byte boundaries, padded with zeros to whole multiples of 16 bytes.
+
+    Itself where it is so already: a last dimension that is a multiple of 8 (float32: of 4), and strides that are.
+    """
+    if tensor.numel() == 0:
+        return tensor
+    per_row = ROW_BYTES // tensor.element_size()
+    dim = tensor.size(-1)
+    strides = (stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1)
+    if dim % per_row == 0 and tensor.data_ptr() % ROW_BYTES == 0 and all(stride % per_row == 0 for stride in strides):
+        return tensor
+    padded = tensor.new_zeros((*tensor.shape[:-1], -(-dim // per_row) * per_row))
+    padded[..., :dim].copy_(tensor)
+    return padded

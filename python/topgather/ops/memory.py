@@ -1,0 +1,148 @@
+"""Memory layers: product-key top-k, weighted sums of table rows, experts of one neuron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks as checks
+from . import _memory_cuda, _memory_kernels  # noqa: F401  register torch.ops.topgather
+from ._library import AUTOCAST_KEYS
+from ._memory_kernels import check_indices, check_table, check_token_rows, check_weights
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "identity": lambda hidden: hidden,
+}
+
+
+def product_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` best of ``n * n`` keys that are pairs of ``n`` and ``n`` (Memory Layers at Scale, arXiv 2412.09764,
+    section 3; product keys, arXiv 1907.05242, section 3.2).
+
+    The key of pair ``(i, j)`` scores ``dot(query[:D/2], keys[h, 0, i]) + dot(query[D/2:], keys[h, 1, j])``. All pairs
+    are ranked, exactly, though few are looked at: a pair can only be among the best where fewer than ``top_k`` pairs of
+    better halves stand above it.
+
+    Args:
+        query: ``[T, H, D]`` for T tokens and H heads; float32, bfloat16, float16, or float64 (CPU only). ``D`` is even.
+            Any strides with a contiguous last dimension.
+        keys: ``[H, 2, n, D / 2]`` of the same dtype, ``n`` from 1 to 46340: two sets of half keys for each head.
+        top_k: keys per token and head, from 1 to ``n * n``.
+
+    Returns:
+        ``scores [T, H, top_k]``, float32 (float64 for float64), descending, differentiable with respect to query and
+        keys; ``indices [T, H, top_k]`` int64, ``i * n + j``, distinct. Of equal scores the lower index comes first, as
+        far as float32 tells them apart. A NaN half score ranks as +inf and a sum of opposite infinities as -inf.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, stride or device, or ``top_k`` out of range.
+
+    On CUDA a fused kernel takes ``D`` up to 512 and ``top_k`` up to 128 and writes no scores but the result; beyond
+    that torch's own ops do the same, a chunk of tokens at a time, and the last bits of a token's scores may depend on
+    how many tokens there are.
+    """
+    checks.check_tensor("query", query)
+    checks.check_tensor("keys", keys)
+    checks.check_count("top_k", top_k)
+    scores, indices = torch.ops.topgather.product_key_topk.default(query, keys, top_k)
+    return scores, indices
+
+
+def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool = False) -> Tensor:
+    """Weighted sums of table rows, ``out_t = sum_k weights[t, k] * values[indices[t, k]]`` (Memory Layers at Scale,
+    arXiv 2412.09764, section 3.2): a weighted embedding bag that differentiates both its table and its weights.
+
+    Args:
+        values: ``[rows, W]``, float32, bfloat16, float16, or float64 (CPU only); any width, any stride of rows.
+        indices: ``[T, K]`` int64 or int32. A row may stand several times in a bag.
+        weights: ``[T, K]``, of the dtype of ``values`` or float32 (float64 for float64). Sums run in float32.
+        sparse_grad: whether ``values`` gets a sparse gradient, coalesced, over the touched rows alone, for
+            ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table. Otherwise a
+            dense one.
+
+    Returns:
+        ``[T, W]`` in the dtype of ``values``, differentiable with respect to ``values`` and ``weights``, once. Results
+        and gradients are the same bits every time, on every device.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, stride or device.
+        IndexError: an index below 0 or not below ``rows``. On CUDA what a tensor holds is not waited for: such an index
+            is not followed and makes its token's row of the result NaN, and no row's gradient; set
+            ``TOPGATHER_CHECK_INDICES=1`` to have it raised there too. A sparse gradient on CUDA waits once for the
+            number of touched rows.
+
+    Under ``torch.autocast`` the table keeps its dtype: casting it whole would cost more than the lookup.
+    """
+    checks.check_tensor("values", values)
+    checks.check_tensor("indices", indices)
+    checks.check_tensor("weights", weights)
+    checks.check_flag("sparse_grad", sparse_grad)
+    out: Tensor = torch.ops.topgather.memory_lookup.default(values, indices, weights, sparse_grad)
+    return out
+
+
+def expert_lookup(
+    x: Tensor,
+    values_in: Tensor,
+    values_out: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    activation: str = "gelu",
+    sparse_grad: bool = False,
+) -> Tensor:
+    """Experts of one hidden neuron, ``out_t = sum_k weights[t, k] * act(dot(x_t, values_in[i])) * values_out[i]`` with
+    ``i`` = ``indices[t, k]`` (PEER, arXiv 2407.04153, section 2; the PEER variant of arXiv 2412.09764).
+
+    Rows are read where they lie: nothing of the size ``[T, K, D]`` or ``[T, K, W]`` is made, only ``[T, K]`` numbers.
+
+    Args:
+        x: ``[T, D]``, float32, bfloat16, float16, or float64 (CPU only).
+        values_in: ``[rows, D]`` of the same dtype: the weights into each expert's neuron.
+        values_out: ``[rows, W]`` of the same dtype: the weights out of it.
+        indices: ``[T, K]`` int64 or int32.
+        weights: ``[T, K]``, of the tables' dtype or float32 (float64 for float64).
+        activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
+        sparse_grad: whether both tables get sparse gradients, as in :func:`memory_lookup`.
+
+    Returns:
+        ``[T, W]`` in the tables' dtype, differentiable with respect to ``x``, both tables and ``weights``, once.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, stride, device or activation.
+        IndexError: as in :func:`memory_lookup`.
+    """
+    for name, tensor in (("x", x), ("values_in", values_in), ("values_out", values_out)):
+        checks.check_tensor(name, tensor)
+    checks.check_tensor("indices", indices)
+    checks.check_tensor("weights", weights)
+    checks.check_flag("sparse_grad", sparse_grad)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_experts(x, values_in, values_out, indices, weights)
+    hidden = torch.ops.topgather.memory_dot.default(values_in, indices, x, sparse_grad)
+    gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
+    out: Tensor = torch.ops.topgather.memory_lookup.default(values_out, indices, gates, sparse_grad)
+    return out
+
+
+def _check_experts(x: Tensor, values_in: Tensor, values_out: Tensor, indices: Tensor, weights: Tensor) -> None:
+    check_table("values_in", values_in)
+    check_table("values_out", values_out)
+    checks.check_same_dtype("values_out", values_out, "values_in", values_in)
+    checks.check_same_device("values_out", values_out, "values_in", values_in)
+    checks.check_size("values_out", values_out, 0, values_in.size(0), "rows of values_in")
+    check_indices(indices, values_in, "values_in")
+    # Autocast brings what varies by token to the tables' dtype.
+    device_type = x.device.type
+    if not (device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)):
+        check_token_rows("x", x, indices, values_in, "values_in")
+        check_weights(weights, indices, values_in, "values_in")

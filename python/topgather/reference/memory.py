@@ -1,0 +1,100 @@
+"""Memory layers in plain float64 PyTorch.
+
+Sources: Memory Layers at Scale, arXiv 2412.09764, section 3; product keys, arXiv 1907.05242, section 3.2; PEER, arXiv
+2407.04153, section 2. Where the papers leave room (ties, non-finite scores), the rules stated below are the contract.
+
+Notation used in every docstring: T tokens, H heads, n keys of a half, D head dimension of a query, K entries of a
+token, W width of a row.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["expert_lookup", "memory_lookup", "product_key_scores", "product_key_topk"]
+
+
+def product_key_scores(query: Tensor, keys: Tensor) -> Tensor:
+    """Score of every one of the ``n * n`` keys: ``dot(query[:D/2], keys[h, 0, i]) + dot(query[D/2:], keys[h, 1, j])``.
+
+    Args:
+        query: ``[T, H, D]``, any floating dtype.
+        keys: ``[H, 2, n, D / 2]``.
+
+    Returns:
+        float64 ``[T, H, n * n]``, pair ``(i, j)`` at ``i * n + j``. Differentiable.
+    """
+    halves = query.double().unflatten(-1, (2, keys.shape[-1]))
+    half_scores = torch.einsum("thsd,hsnd->thsn", halves, keys.double())
+    return (half_scores[:, :, 0, :, None] + half_scores[:, :, 1, None, :]).flatten(2)
+
+
+def product_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` best of all ``n * n`` keys (arXiv 2412.09764, section 3.1), by looking at every one.
+
+    Three separate promises:
+
+    Membership. The ``top_k`` highest scores of all pairs. A NaN half score ranks as +inf; a sum of opposite infinities
+    ranks as -inf. Indices never repeat.
+
+    Ties. Of equal scores, the lower index ``i * n + j`` is preferred.
+
+    Order. Scores descend; of equal ones the lower index comes first.
+
+    Args:
+        query: ``[T, H, D]``, any floating dtype.
+        keys: ``[H, 2, n, D / 2]``.
+        top_k: keys per token and head, 1 to ``n * n``.
+
+    Returns:
+        float64 ``scores [T, H, top_k]``, differentiable, and int64 ``indices [T, H, top_k]``.
+    """
+    halves = query.double().unflatten(-1, (2, keys.shape[-1]))
+    half_scores = torch.einsum("thsd,hsnd->thsn", halves, keys.double())
+    ranked_halves = torch.where(half_scores.isnan(), torch.inf, half_scores)
+    ranking = (ranked_halves[:, :, 0, :, None] + ranked_halves[:, :, 1, None, :]).flatten(2)
+    ranking = torch.where(ranking.isnan(), -torch.inf, ranking)
+    indices = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return product_key_scores(query, keys).gather(-1, indices), indices
+
+
+def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of table rows, ``sum_k weights[t, k] * values[indices[t, k]]`` (arXiv 2412.09764, section 3.2).
+
+    Args:
+        values: ``[rows, W]``, any floating dtype.
+        indices: ``[T, K]``, integers from 0 to ``rows - 1``; a row may stand several times in a bag.
+        weights: ``[T, K]``, any floating dtype.
+
+    Returns:
+        float64 ``[T, W]``, differentiable.
+    """
+    return (values.double()[indices.long()] * weights.double().unsqueeze(-1)).sum(dim=1)
+
+
+def expert_lookup(
+    x: Tensor, values_in: Tensor, values_out: Tensor, indices: Tensor, weights: Tensor, activation: str = "gelu"
+) -> Tensor:
+    """Experts of one neuron, ``sum_k weights * act(dot(x, values_in[i])) * values_out[i]`` (PEER, arXiv 2407.04153).
+
+    Args:
+        x: ``[T, D]``, any floating dtype.
+        values_in: ``[rows, D]``.
+        values_out: ``[rows, W]``.
+        indices: ``[T, K]``, integers from 0 to ``rows - 1``.
+        weights: ``[T, K]``.
+        activation: ``"gelu"``, ``"relu"``, ``"silu"`` or ``"identity"``.
+
+    Returns:
+        float64 ``[T, W]``, differentiable.
+    """
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "gelu": F.gelu,
+        "relu": F.relu,
+        "silu": F.silu,
+        "identity": torch.clone,
+    }
+    hidden = (values_in.double()[indices.long()] * x.double().unsqueeze(1)).sum(dim=-1)
+    return memory_lookup(values_out, indices, functions[activation](hidden) * weights.double())

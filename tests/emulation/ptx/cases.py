@@ -1,0 +1,221 @@
+"""Small problems of every op, run by the emulated module while it records its launches."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Recorder:
+    """Runs entry points of the emulated module and keeps every launch."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.launches: list[RecordedLaunch] = []
+        self.types: dict[int, str] = {}  # what is stored at an address; workspaces are not listed
+        self._kept: list[Tensor] = []
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, whose memory stays where it is for as long as the recorder lives."""
+        self._kept.append(tensor)
+        self.types[tensor.data_ptr()] = FLOAT_TYPES.get(tensor.dtype, "int32")
+        return tensor
+
+    def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of normal numbers."""
+        return self.keep(torch.randn(shape).to(dtype))
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros."""
+        return self.keep(torch.zeros(shape, dtype=dtype))
+
+    def workspace(self, num_bytes: int) -> tuple[int, int]:
+        """Address and size of memory that a call may use."""
+        self._kept.append(torch.zeros(max(num_bytes, 1), dtype=torch.uint8))
+        return self._kept[-1].data_ptr(), num_bytes
+
+    def call(self, entry_point: str, *arguments: Any) -> None:
+        """Run an entry point on device 0 and the default stream."""
+        self.module.start_recording()
+        getattr(self.module, entry_point)(*arguments, 0, 0)
+        self.launches += take_recording(self.module)
+
+
+@dataclass(frozen=True)
+class MobaCase:
+    """Routing, forward and backward of block attention.
+
+    ``lengths`` packs sequences of these lengths, which must sum to the number of tokens.
+    """
+
+    dtype: torch.dtype
+    head_dim: int = 64
+    value_dim: int = 64
+    num_tokens: int = 80
+    block_size: int = 32
+    top_k: int = 2
+    is_causal: bool = True
+    lengths: tuple[int, ...] = ()
+    num_heads: int = 2
+    num_kv_heads: int = 1
+    is_deterministic: bool = False
+
+    least_launches = 12
+
+    def __str__(self) -> str:
+        parts = [FLOAT_TYPES[self.dtype], f"{self.head_dim}x{self.value_dim}", "causal" if self.is_causal else "full"]
+        return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.is_deterministic)
+
+    def _problem(self, recorder: Recorder) -> tuple[Any, ...]:
+        boundaries = [0, 0]
+        if self.lengths:
+            starts = torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64)
+            boundaries = [recorder.keep(each).data_ptr() for each in (starts, starts.clone())]
+        sizes = (len(self.lengths) or 1, self.num_heads, self.num_kv_heads, self.num_tokens, self.num_tokens)
+        return (
+            DTYPE_CODES[self.dtype],
+            *sizes,
+            self.head_dim,
+            self.value_dim,
+            self.block_size,
+            self.top_k,
+            self.is_causal,
+            self.head_dim**-0.5,
+            *boundaries,
+            1,
+        )
+
+    def run(self, recorder: Recorder) -> None:
+        """Centroids, routing, forward and backward."""
+        problem = self._problem(recorder)
+        heads, kv_heads, dtype = self.num_heads, self.num_kv_heads, self.dtype
+
+        def call(kind: str, entry_point: str, tensors: list[Tensor], *more: Any) -> None:
+            workspace = recorder.workspace(recorder.module.moba_cuda_workspace_bytes(kind, problem, 0))
+            rows = [(tensor.data_ptr(), *tensor.stride()[:3]) for tensor in tensors]
+            recorder.call(entry_point, problem, *rows, workspace, *more)
+
+        def random(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+            return recorder.random(1, heads, self.num_tokens, dim, dtype=dtype)
+
+        def zeros(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+            return recorder.zeros(1, heads, self.num_tokens, dim, dtype=dtype)
+
+        query = random(heads, self.head_dim, dtype)
+        key = random(kv_heads, self.head_dim, dtype)
+        value = random(kv_heads, self.value_dim, dtype)
+        block_indices = zeros(heads, self.top_k, torch.int32)
+        out = zeros(heads, self.value_dim, dtype)
+        lse = zeros(heads, 1, torch.float32)
+        call("route", "moba_route_cuda", [query, key, block_indices])
+        call("forward", "moba_forward_cuda", [query, key, value, block_indices, out, lse])
+        saved = [query, key, value, block_indices, out, lse]
+        incoming = [random(heads, self.value_dim, dtype), random(heads, 1, torch.float32)]
+        gradients = [
+            zeros(heads, self.head_dim, dtype),
+            zeros(kv_heads, self.head_dim, dtype),
+            zeros(kv_heads, self.value_dim, dtype),
+        ]
+        kind = "backward_deterministic" if self.is_deterministic else "backward"
+        call(kind, "moba_backward_cuda", saved + incoming + gradients, self.is_deterministic)
+
+
+@dataclass(frozen=True)
+class ProductKeyCase:
+    """The best pairs of product keys. ``half_dim`` fills rows of whole multiples of 16 bytes."""
+
+    dtype: torch.dtype
+    num_tokens: int = 20
+    num_heads: int = 2
+    num_keys: int = 40
+    half_dim: int = 48
+    top_k: int = 8
+
+    least_launches = 1
+
+    def __str__(self) -> str:
+        return f"product_keys-{FLOAT_TYPES[self.dtype]}-{self.num_keys}x{self.half_dim}-top{self.top_k}"
+
+    def run(self, recorder: Recorder) -> None:
+        """Scores and indices."""
+        heads, keys, dim, count = self.num_heads, self.num_keys, self.half_dim, self.num_tokens * self.num_heads
+        query = recorder.random(self.num_tokens, heads, 2 * dim, dtype=self.dtype)
+        table = recorder.random(heads, 2, keys, dim, dtype=self.dtype)
+        scores = recorder.zeros(count, self.top_k, dtype=torch.float32)
+        indices = recorder.zeros(count, self.top_k, dtype=torch.int64)
+        recorder.call(
+            "product_key_topk_cuda",
+            (
+                *(DTYPE_CODES[self.dtype], self.num_tokens, heads, keys, dim, self.top_k, 1),
+                *(query.data_ptr(), *query.stride()[:2], table.data_ptr(), *table.stride()[:3]),
+                *(scores.data_ptr(), indices.data_ptr()),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """Lookup, dot and their backward. A share of the entries, ``hot``, wants row 1; some indices name no row."""
+
+    dtype: torch.dtype
+    row_dim: int = 80
+    num_rows: int = 50
+    num_tokens: int = 7
+    bag_size: int = 40
+    hot: float = 0.5
+    is_forward: bool = True
+
+    least_launches = 2
+
+    def __str__(self) -> str:
+        return f"memory-{FLOAT_TYPES[self.dtype]}-{self.row_dim}-{self.num_tokens}x{self.bag_size}"
+
+    def run(self, recorder: Recorder) -> None:
+        """Forward where it is wanted, and backward with gradients of rows and weights."""
+        rows, dim, tokens, entries = self.num_rows, self.row_dim, self.num_tokens, self.bag_size
+        problem = (DTYPE_CODES[self.dtype], rows, dim, tokens, entries, 1)
+        indices = torch.randint(rows, (tokens, entries)).masked_fill(torch.rand(tokens, entries) < self.hot, 1)
+        indices = recorder.keep(indices.masked_fill(torch.rand(tokens, entries) < 0.01, rows))
+        values = recorder.random(rows, dim, dtype=self.dtype)
+        x = recorder.random(tokens, dim, dtype=self.dtype)
+        weights = recorder.random(tokens, entries, dtype=torch.float32)
+        table, x_rows = (values.data_ptr(), dim), (x.data_ptr(), dim)
+        if self.is_forward:
+            out = recorder.zeros(tokens, dim, dtype=self.dtype)
+            recorder.call("memory_lookup_cuda", problem, table, indices.data_ptr(), weights.data_ptr(), out.data_ptr())
+            dots = recorder.zeros(tokens, entries, dtype=torch.float32)
+            recorder.call("memory_dot_cuda", problem, table, indices.data_ptr(), x_rows, dots.data_ptr())
+        sorted_rows, order = torch.sort(indices.flatten().to(torch.int32), stable=True)
+        grad_values = recorder.zeros(rows, dim, dtype=self.dtype)
+        grad_weights = recorder.zeros(tokens, entries, dtype=torch.float32)
+        sorted_rows, order = recorder.keep(sorted_rows), recorder.keep(order)
+        recorder.call(
+            "memory_backward_cuda",
+            problem,
+            table,
+            (order.data_ptr(), sorted_rows.data_ptr(), sorted_rows.data_ptr()),
+            weights.data_ptr(),
+            x_rows,
+            rows,
+            grad_values.data_ptr(),
+            grad_weights.data_ptr(),
+            recorder.workspace(recorder.module.memory_backward_workspace_bytes(problem)),
+        )
+
+
+Case = MobaCase | ProductKeyCase | MemoryCase
+
+
+def record(module: ModuleType, case: Case) -> Recorder:
+    """Every launch of the case."""
+    torch.manual_seed(1)
+    recorder = Recorder(module)
+    case.run(recorder)
+    return recorder
