@@ -68,7 +68,8 @@ gpu:
 # sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
 SANITIZED_TESTS := $(addprefix tests/test_,block_centroids.py moba_routing.py moba_attention.py moba_varlen.py \
-  moba_gradcheck.py cpu_targets.py determinism_threads.py bad_input.py)
+  moba_gradcheck.py cpu_targets.py determinism_threads.py bad_input.py memory_topk.py memory_lookup.py memory_sparse.py \
+  memory_gradcheck.py memory_cpu_targets.py memory_determinism.py memory_bad_input.py)
 sanitize: install
 	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined

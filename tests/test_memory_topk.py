@@ -165,9 +165,7 @@ def test_float32_tells_apart_what_the_dtype_does_not(dtype: torch.dtype, device:
     assert_exact(query, keys, 100)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("top_k", [8, 140])
-def test_every_row_depends_on_its_own_query_alone(top_k: int, dtype: torch.dtype, device: torch.device) -> None:
+def assert_every_row_depends_on_its_own_query_alone(top_k: int, dtype: torch.dtype, device: torch.device) -> None:
     """The same bits among other tokens, other heads, and tokens that are NaN."""
     query, keys = (t.detach() for t in make_topk_inputs(TopkCase(num_tokens=37, num_heads=3), dtype, device))
     scores, indices = tg.product_key_topk(query, keys, top_k)
@@ -184,6 +182,17 @@ def test_every_row_depends_on_its_own_query_alone(top_k: int, dtype: torch.dtype
     beside = tg.product_key_topk(disturbed, keys, top_k)
     assert_bitwise_equal("scores beside NaN", beside[0][1::2], scores[1::2])
     assert_bitwise_equal("indices beside NaN", beside[1][1::2], indices[1::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_depends_on_its_own_query_alone(dtype: torch.dtype, device: torch.device) -> None:
+    assert_every_row_depends_on_its_own_query_alone(8, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_of_many_choices_depends_on_its_own_query_alone(dtype: torch.dtype) -> None:
+    """On the CPU: on CUDA torch's matrix product, which takes over here, makes no such promise."""
+    assert_every_row_depends_on_its_own_query_alone(140, dtype, torch.device("cpu"))
 
 
 def test_a_smaller_top_k_is_the_beginning_of_a_larger(device: torch.device) -> None:
