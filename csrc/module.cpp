@@ -29,4 +29,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_devices", &cuda_devices);
   bind_moba(module);
   bind_memory(module);
+  bind_grid(module);
 }

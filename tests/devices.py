@@ -58,6 +58,19 @@ NOT_EMULATED: dict[str, tuple[str, str]] = {
         "the code it compiles around the ops is the CPU's",
         "test_compile_without_graph_break",
     ),
+    "test_grid_hypothesis.py::test_attention_equals_the_oracle": (HYPOTHESIS, "test_layouts"),
+    "test_grid_hypothesis.py::test_nonfinite_masks_equal_the_oracle": (
+        HYPOTHESIS,
+        "test_a_token_that_is_not_finite_reaches_exactly_its_group",
+    ),
+    "test_grid_hypothesis.py::test_grid_size_bounds_the_tokens_of_a_group": (
+        HYPOTHESIS,
+        "test_grid_size_is_another_way_to_say_stride",
+    ),
+    "test_grid_torch_integration.py::test_compile_by_inductor": (
+        "the code it compiles around the op is the CPU's",
+        "test_compile_without_graph_break",
+    ),
     "test_nn.py::test_it_learns": ("40 steps", "test_equals_dense_attention_where_all_blocks_are_chosen"),
 }
 THINNED: dict[str, int] = {
@@ -79,6 +92,17 @@ THINNED: dict[str, int] = {
     "test_memory_lookup.py::test_layouts": 3,
     "test_memory_lookup.py::test_empty": 3,
     "test_memory_sparse.py::test_subsets_of_gradients_of_experts": 3,
+    "test_grid_attention.py::test_against_reference": 3,
+    "test_grid_attention.py::test_large_groups": 3,
+    "test_grid_attention.py::test_scale": 3,
+    "test_grid_attention.py::test_equals_masked_dense_attention": 2,
+    "test_grid_attention.py::test_layouts": 3,
+    "test_grid_attention.py::test_empty": 3,
+    "test_grid_attention.py::test_a_token_that_is_not_finite_reaches_exactly_its_group": 3,
+    "test_grid_torch_integration.py::test_opcheck": 2,
+    "test_grid_cuda_contract.py::test_every_size_of_a_group": 3,
+    "test_grid_cuda_contract.py::test_every_tile_shape": 3,
+    "test_grid_cuda_contract.py::test_more_groups_than_pieces_of_a_sum": 3,
 }
 
 

@@ -44,6 +44,7 @@ from planted_bug import (
     UNPUBLISHED,
     PlantedBug,
 )
+from planted_bugs_grid import GRID_BUGS, GRID_CASES, GRID_UNITS
 from planted_bugs_memory import MEMORY_BUGS, MEMORY_CASES, MEMORY_UNITS
 from test_moba_varlen import Packed
 from topgather import reference
@@ -175,6 +176,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "routing ties": routing_ties_case,
     "centroids": centroids_case,
     **MEMORY_CASES,
+    **GRID_CASES,
 }
 
 
@@ -208,6 +210,7 @@ UNITS = {
     TILE_MATH: ["moba_forward_bfloat16_cuda.cu"],
     SHARED_TILE: ["moba_forward_bfloat16_cuda.cu"],
     **MEMORY_UNITS,
+    **GRID_UNITS,
 }
 FORWARD_FLOAT32 = ["moba_forward_float32_cuda.cu"]
 
@@ -412,7 +415,7 @@ CHOICES = [
 
 # fmt: on
 
-BUGS = [*BARRIERS, *COPIES_AND_ATOMICS, *LISTS, *ARITHMETIC, *CHOICES, *MEMORY_BUGS]
+BUGS = [*BARRIERS, *COPIES_AND_ATOMICS, *LISTS, *ARITHMETIC, *CHOICES, *MEMORY_BUGS, *GRID_BUGS]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from emulation.ptx import PtxError, launch, parse_module
-from emulation.ptx.cases import Case, MemoryCase, MobaCase, ProductKeyCase, record
+from emulation.ptx.cases import Case, GridCase, MemoryCase, MobaCase, ProductKeyCase, record
 from emulation.ptx.instruction_cases import CASES, InstructionCase, run_case
 from emulation.ptx.primitive_checks import CHECKS, Kernels
 from emulation.ptx.replay import (
@@ -383,6 +383,9 @@ KERNEL_CASES: list[Case] = [
     *(MemoryCase(dtype, row_dim=264 * 4 // dtype.itemsize, num_tokens=3, bag_size=9) for dtype in FLOAT_TYPES),
     # A run that fills two stretches of pieces.
     MemoryCase(torch.float32, row_dim=3, num_tokens=257, bag_size=128, hot=0.9, is_forward=False),
+    *(GridCase(dtype) for dtype in FLOAT_TYPES),
+    *(GridCase(dtype, head_dim=24, size=(1, 70), stride=(1, 1), batch=1, has_bias=False) for dtype in FLOAT_TYPES),
+    *(GridCase(dtype, head_dim=72, size=(5, 9), stride=(3, 2), batch=1) for dtype in FLOAT_TYPES),
 ]
 
 

@@ -18,18 +18,21 @@ import topgather.distributed
 
 MOBA_FUNCTIONS = ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen", "block_centroids"]
 MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup"]
-FUNCTIONS = [*MOBA_FUNCTIONS, *MEMORY_FUNCTIONS]
+GRID_FUNCTIONS = ["grid_attention", "window_attention"]
+FUNCTIONS = [*MOBA_FUNCTIONS, *MEMORY_FUNCTIONS, *GRID_FUNCTIONS]
 SOURCES = {
     **{name: ["2502.13189"] for name in MOBA_FUNCTIONS},
     "product_key_topk": ["2412.09764", "1907.05242"],
     "memory_lookup": ["2412.09764"],
     "expert_lookup": ["2407.04153", "2412.09764"],
+    "grid_attention": ["2412.14598", "2204.01697"],
+    "window_attention": ["2103.14030", "2412.14598"],
 }
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package."""
-    modules: list[ModuleType] = [tg, tg.reference, tg.compat, tg.nn, topgather.distributed]
+    modules: list[ModuleType] = [tg, tg.reference, tg.compat, tg.nn, tg.models, topgather.distributed]
     for module in modules:
         for name in module.__all__:
             found = getattr(module, name)
@@ -113,13 +116,15 @@ def test_signatures() -> None:
         "product_key_topk": {},
         "memory_lookup": {"sparse_grad": False},
         "expert_lookup": {"activation": "gelu", "sparse_grad": False},
+        "grid_attention": {"grid_size": None, "stride": None, "bias": None, "scale": None},
+        "window_attention": {"bias": None, "scale": None},
     }
 
 
 def test_ops_are_registered() -> None:
     moba = ["block_centroids", "moba_route", "moba_attention", "moba_attention_backward"]
     memory = ["product_key_topk", "memory_lookup", "memory_dot", "memory_backward", "memory_backward_sparse"]
-    for name in [*moba, *memory]:
+    for name in [*moba, *memory, "grid_attention", "grid_attention_backward"]:
         assert str(getattr(torch.ops.topgather, name).default._schema).startswith(f"topgather::{name}(")
 
 

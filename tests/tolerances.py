@@ -157,6 +157,36 @@ TOLERANCES = {
         accumulation=8,
         reason="a dot product times the activation of another, rounded to the dtype of weights",
     ),
+    ("grid_attention", "out"): Tolerance(
+        storage=4,
+        accumulation=2,
+        reason="as moba_attention: rounded once, and the weights may be for the product with value",
+    ),
+    ("grid_attention", "lse"): Tolerance(
+        storage=0,
+        accumulation=1,
+        reason="as moba_attention: summed and stored in float32 (float64 for float64)",
+    ),
+    ("grid_attention", "d_query"): Tolerance(
+        storage=4,
+        accumulation=1,
+        reason="as moba_attention: the result, the weights, the score gradients and the saved out may each be rounded",
+    ),
+    ("grid_attention", "d_key"): Tolerance(
+        storage=4,
+        accumulation=1,
+        reason="as d_query: the same score gradients, summed over the group's queries",
+    ),
+    ("grid_attention", "d_value"): Tolerance(
+        storage=4,
+        accumulation=2,
+        reason="as moba_attention: the result is rounded once; the recomputed weights may be",
+    ),
+    ("grid_attention", "d_bias"): Tolerance(
+        storage=4,
+        accumulation=1,
+        reason="as d_query: the same score gradients, summed over batch and groups; rounded to the dtype of bias",
+    ),
 }
 
 

@@ -137,7 +137,10 @@ struct MemoryBackward {
     }
     static_assert(kEntriesPerPass == 4);
     switch (last - first) {
-      case 3: add_pass<kDots, 3>(first, is_first, sums); break;
+      case 3:
+        add_pass<kDots, 2>(first, is_first, sums);
+        add_pass<kDots, 1>(first + 2, false, sums);
+        break;
       case 2: add_pass<kDots, 2>(first, is_first, sums); break;
       case 1: add_pass<kDots, 1>(first, is_first, sums); break;
       default: break;

@@ -13,10 +13,8 @@ const MemoryCpuKernels& cpu_kernels() {
   switch (cpu_target()) {
 #if defined(TOPGATHER_HAVE_X86_TARGETS)
     case CpuTarget::kAvx2: return avx2::kMemoryCpuKernels;
+    case CpuTarget::kAmx:  // nothing here multiplies on the matrix unit
     case CpuTarget::kAvx512: return avx512::kMemoryCpuKernels;
-#if defined(TOPGATHER_HAVE_AMX)
-    case CpuTarget::kAmx: return amx::kMemoryCpuKernels;
-#endif
 #endif
     default: return baseline::kMemoryCpuKernels;
   }

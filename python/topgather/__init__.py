@@ -8,15 +8,17 @@ from .ops import (
     BlockRouting,
     block_centroids,
     expert_lookup,
+    grid_attention,
     memory_lookup,
     moba_attention,
     moba_attention_varlen,
     moba_route,
     moba_route_varlen,
     product_key_topk,
+    window_attention,
 )
 
-from . import compat, nn, reference  # isort: skip  these build on the ops
+from . import compat, models, nn, reference  # isort: skip  these build on the ops
 
 __version__ = "0.1.0"
 
@@ -27,12 +29,15 @@ __all__ = [
     "block_centroids",
     "compat",
     "expert_lookup",
+    "grid_attention",
     "memory_lookup",
     "moba_attention",
     "moba_attention_varlen",
     "moba_route",
     "moba_route_varlen",
+    "models",
     "nn",
     "product_key_topk",
     "reference",
+    "window_attention",
 ]

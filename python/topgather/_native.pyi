@@ -129,4 +129,45 @@ def memory_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+
+_Image = tuple[int, ...]
+
+def grid_forward_cpu(
+    problem: _Problem, query: _Image, key: _Image, value: _Image, bias: int, out: _Image, lse: int, /
+) -> None: ...
+def grid_backward_cpu(
+    problem: _Problem,
+    inputs: tuple[_Image, ...],
+    bias: int,
+    lse: int,
+    gradients: tuple[_Image, ...],
+    grad_bias: int,
+    /,
+) -> None: ...
 def memory_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...
+def grid_forward_cuda(
+    problem: _Problem,
+    query: _Image,
+    key: _Image,
+    value: _Image,
+    bias: int,
+    out: _Image,
+    lse: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def grid_backward_workspace_bytes(problem: _Problem, needs_grad_bias: bool, /) -> int: ...
+def grid_backward_cuda(
+    problem: _Problem,
+    inputs: tuple[_Image, ...],
+    bias: int,
+    lse: int,
+    gradients: tuple[_Image, ...],
+    grad_bias: int,
+    workspace: tuple[int, int],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def grid_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...

@@ -9,6 +9,7 @@ void fill(pybind11::module_& module, bool is_checked) {
   topgather::emulation::bind_emulation(module, is_checked);
   topgather::bind_moba_cuda(module);
   topgather::bind_memory_cuda(module);
+  topgather::bind_grid_cuda(module);
 }
 
 }  // namespace

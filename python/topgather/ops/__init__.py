@@ -1,5 +1,6 @@
 """The ops: checks, registration and autograd, one module an op."""
 
+from .grid import grid_attention, window_attention
 from .memory import expert_lookup, memory_lookup, product_key_topk
 from .moba import (
     BlockRouting,
@@ -14,10 +15,12 @@ __all__ = [
     "BlockRouting",
     "block_centroids",
     "expert_lookup",
+    "grid_attention",
     "memory_lookup",
     "moba_attention",
     "moba_attention_varlen",
     "moba_route",
     "moba_route_varlen",
     "product_key_topk",
+    "window_attention",
 ]

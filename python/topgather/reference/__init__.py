@@ -4,6 +4,7 @@ Written for clarity, not speed: dense masks, quadratic memory, ordinary autograd
 the compiled module, and run on any device torch runs on.
 """
 
+from .grid import grid_attention, grid_groups, window_attention, window_groups
 from .memory import expert_lookup, memory_lookup, product_key_scores, product_key_topk
 from .moba import block_centroids, block_scores, moba_attention, moba_route
 
@@ -11,9 +12,13 @@ __all__ = [
     "block_centroids",
     "block_scores",
     "expert_lookup",
+    "grid_attention",
+    "grid_groups",
     "memory_lookup",
     "moba_attention",
     "moba_route",
     "product_key_scores",
     "product_key_topk",
+    "window_attention",
+    "window_groups",
 ]

@@ -210,7 +210,61 @@ class MemoryCase:
         )
 
 
-Case = MobaCase | ProductKeyCase | MemoryCase
+@dataclass(frozen=True)
+class GridCase:
+    """Grid attention forward and backward. ``head_dim`` fills rows of whole multiples of 16 bytes."""
+
+    dtype: torch.dtype
+    head_dim: int = 40
+    size: tuple[int, int] = (7, 9)
+    stride: tuple[int, int] = (2, 2)
+    batch: int = 2
+    num_heads: int = 2
+    has_bias: bool = True
+
+    @property
+    def least_launches(self) -> int:
+        """One forward, three backward, and with a bias one or two for its gradient."""
+        return 5 if self.has_bias else 4
+
+    def __str__(self) -> str:
+        rows, columns = self.size
+        parts = ["grid", FLOAT_TYPES[self.dtype], f"{rows}x{columns}", f"stride{self.stride[0]}x{self.stride[1]}"]
+        return "-".join(parts + [str(self.head_dim)] + ["bias"] * self.has_bias)
+
+    def run(self, recorder: Recorder) -> None:
+        """Outputs and every gradient."""
+        heads, shape = self.num_heads, (self.batch, self.num_heads, *self.size, self.head_dim)
+        axes = [
+            (size, min(step, size), 1, step, -(-size // step))
+            for size, step in zip(self.size, self.stride, strict=True)
+        ]
+        problem = (DTYPE_CODES[self.dtype], self.batch, heads, self.head_dim, *axes, self.head_dim**-0.5, 1)
+        group = axes[0][4] * axes[1][4]
+
+        def image_of(tensor: Tensor) -> tuple[int, ...]:
+            return (tensor.data_ptr(), *tensor.stride()[:4])
+
+        query, key, value = (recorder.random(*shape, dtype=self.dtype) for _ in range(3))
+        bias = recorder.random(heads, group, group, dtype=torch.float32).data_ptr() if self.has_bias else 0
+        out = recorder.zeros(*shape, dtype=self.dtype)
+        lse = recorder.zeros(*shape[:4], dtype=torch.float32).data_ptr()
+        inputs = [image_of(tensor) for tensor in (query, key, value)]
+        recorder.call("grid_forward_cuda", problem, *inputs, bias, image_of(out), lse)
+        incoming = [image_of(out), image_of(recorder.random(*shape, dtype=self.dtype))]
+        recorder.call(
+            "grid_backward_cuda",
+            problem,
+            (*inputs, *incoming),
+            bias,
+            lse,
+            tuple(image_of(recorder.zeros(*shape, dtype=self.dtype)) for _ in range(3)),
+            recorder.zeros(heads, group, group, dtype=torch.float32).data_ptr() if self.has_bias else 0,
+            recorder.workspace(recorder.module.grid_backward_workspace_bytes(problem, self.has_bias)),
+        )
+
+
+Case = MobaCase | ProductKeyCase | MemoryCase | GridCase
 
 
 def record(module: ModuleType, case: Case) -> Recorder:

@@ -1,0 +1,297 @@
+// Grid and window attention backward on the CPU: each group alone, weights recomputed.
+//
+//   weight_it      = exp(scale * dot(query_i, key_t) + bias_it - lse_i)
+//   delta_i        = dot(grad_out_i, out_i)
+//   grad_value_t   = sum_i weight_it grad_out_i
+//   grad_score_it  = weight_it (dot(grad_out_i, value_t) - delta_i)
+//   grad_query_i   = scale * sum_t grad_score_it key_t
+//   grad_key_t     = scale * sum_i grad_score_it query_i
+//   grad_bias_it   = sum over batch and groups of grad_score_it
+//
+// Who owns what: a token is in one group, so a group of a head owns its rows of every gradient: nothing is shared but
+// grad_bias. A task is a few groups of heads one after the other, or, with a grad_bias, an equal share of one head's
+// groups; each task sums grad_bias on its own, and the tasks' sums are added in order at the end. Memory is asked for
+// in advance as in the forward. Steps per group:
+//   1. keys, values, queries and grad_out to dense scratch; delta and lse;
+//   per tile of queries, per tile of keys:
+//   2. scores and products of values with grad_out, both [keys, queries]; weights and gradients of scores in their
+//      place;
+//   3. grad_value and grad_key of the tile's keys, grad_query of its queries, grad_bias;
+//   last, 4. scale, convert, write.
+// Numerics: as the forward. Determinism: a task's arithmetic depends on shapes alone.
+#pragma once
+
+#include "grid_forward_cpu.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+template <typename Storage>
+struct GridBackwardTask {
+  using T = ComputeOf<Storage>;
+  static constexpr int64_t kTileQueries = GridConfig::kTileQueries;
+  static constexpr int64_t kTileKeys = GridConfig::kTileKeys;
+  static constexpr int64_t kStepsPerTile = 6;
+
+  const GridBackwardParams& params;
+  const TransposedBias<T>& bias;
+  int64_t padded_dim;
+
+  T* keys;                             // [G, padded D]
+  T* values;                           // [G, padded D]
+  T* grad_keys;                        // [G, padded D]
+  T* grad_values;                      // [G, padded D]
+  T* query_columns;                    // [D, kTileQueries], scaled
+  T* grad_out_columns;                 // [D, kTileQueries]
+  T* query_rows;                       // [kTileQueries, padded D]
+  T* grad_out_rows;                    // [kTileQueries, padded D]
+  T* grad_query_rows;                  // [kTileQueries, padded D]
+  T* weights;                          // [kTileKeys, kTileQueries]
+  T* grad_scores;                      // [kTileKeys, kTileQueries]
+  T* lse_base2;                        // [kTileQueries]
+  T* delta;                            // [kTileQueries]
+  int32_t* bias_indices;               // [G]
+  TokensAhead<const Storage, 5> next;  // of the group that follows
+  TokensAhead<Storage, 3> written;     // of this one
+  int64_t num_asked = 0;               // tokens that each step asks for
+
+  GridBackwardTask(const GridBackwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
+      : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
+    const int64_t most_tokens = p.problem.most_tokens();
+    for (T** rows : {&keys, &values, &grad_keys, &grad_values}) *rows = scratch.take<T>(most_tokens * padded_dim);
+    for (T** columns : {&query_columns, &grad_out_columns}) *columns = scratch.take<T>(padded_dim * kTileQueries);
+    for (T** rows : {&query_rows, &grad_out_rows, &grad_query_rows}) *rows = scratch.take<T>(padded_dim * kTileQueries);
+    for (T** tile : {&weights, &grad_scores}) *tile = scratch.take<T>(kTileKeys * kTileQueries);
+    for (T** numbers : {&lse_base2, &delta}) *numbers = scratch.take<T>(kTileQueries);
+    bias_indices = scratch.take<int32_t>(most_tokens);
+  }
+
+  // Step 1 for a tile of queries.
+  void gather_queries(const Group& group, int64_t first, int64_t count) {
+    const GridProblem& problem = params.problem;
+    const int64_t depth = problem.head_dim;
+    const auto queries = rows_in<const Storage>(problem, params.query, group);
+    const auto grad_outs = rows_in<const Storage>(problem, params.grad_out, group);
+    gather_tokens<Storage>(queries, group, first, first + count, depth, padded_dim, query_rows);
+    gather_tokens<Storage>(grad_outs, group, first, first + count, depth, padded_dim, grad_out_rows);
+    gather_token_columns<Storage>(queries, group, first, count, depth, static_cast<T>(problem.scale * kLog2E),
+                                  query_columns, kTileQueries);
+    gather_token_columns<Storage>(grad_outs, group, first, count, depth, T(1), grad_out_columns, kTileQueries);
+    rows_in<const Storage>(problem, params.out, group)
+        .for_each(group, first, first + count, [&](int64_t token, const Storage* out) {
+          const T* grad_out = grad_out_rows + (token - first) * padded_dim;
+          Vector<T> sums{};
+          int64_t d = 0;
+          for (; d + kLanes<T> <= depth; d += kLanes<T>) sums += load_vector(out + d) * load<T>(grad_out + d);
+          T sum = sum_of_lanes<T>(sums);
+          for (; d < depth; ++d) sum += to_compute(out[d]) * grad_out[d];
+          delta[token - first] = sum;
+        });
+    numbers_in(problem, static_cast<const T*>(params.lse), group)
+        .for_each(group, first, first + count, [&](int64_t token, const T* lse) {
+          // A score of +inf makes the whole row of weights NaN, not just its own.
+          lse_base2[token - first] = *lse == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN()
+                                                                                : *lse * static_cast<T>(kLog2E);
+        });
+    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) lse_base2[i] = delta[i] = 0;
+  }
+
+  // The elementwise part of step 2.
+  void weigh(int64_t num_keys, int64_t num_vectors) {
+    for (int64_t key = 0; key < num_keys; ++key) {
+      for (int64_t v = 0; v < num_vectors; ++v) {
+        const int64_t at = key * kTileQueries + v * kLanes<T>;
+        const Vector<T> weight = exp2_vector(load<T>(weights + at) - load<T>(lse_base2 + v * kLanes<T>));
+        store<T>(weights + at, weight);
+        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>)));
+      }
+    }
+  }
+
+  void ask_for_tokens() {
+    next.ask(num_asked);
+    written.ask(num_asked);
+  }
+
+  // Gradients of [num_rows, padded D]; is_first: nothing is there yet.
+  void add_product(const GemmOperands<T>& product, int64_t num_rows, bool is_first) {
+    if (is_first) {
+      tile_gemm<false>(product, num_rows, padded_dim);
+    } else {
+      tile_gemm<true>(product, num_rows, padded_dim);
+    }
+  }
+
+  // Steps 2 and 3 for one tile of keys.
+  void add_tile(const Group& group, int64_t first, int64_t count, int64_t first_key, int64_t num_keys, T* grad_bias) {
+    const int64_t depth = params.problem.head_dim;
+    const int64_t padded_count = round_up(count, kLanes<T>);
+    T* key_rows = keys + first_key * padded_dim;
+    tile_gemm<false>(
+        GemmOperands<T>{key_rows, padded_dim, 1, query_columns, kTileQueries, weights, kTileQueries, depth}, num_keys,
+        padded_count);
+    ask_for_tokens();
+    tile_gemm<false>(GemmOperands<T>{values + first_key * padded_dim, padded_dim, 1, grad_out_columns, kTileQueries,
+                                     grad_scores, kTileQueries, depth},
+                     num_keys, padded_count);
+    ask_for_tokens();
+    if (bias.exists()) {
+      add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, weights,
+               kTileQueries);
+    }
+    weigh(num_keys, padded_count / kLanes<T>);
+    ask_for_tokens();
+    add_product(
+        {weights, kTileQueries, 1, grad_out_rows, padded_dim, grad_values + first_key * padded_dim, padded_dim, count},
+        num_keys, first == 0);
+    ask_for_tokens();
+    add_product(
+        {grad_scores, kTileQueries, 1, query_rows, padded_dim, grad_keys + first_key * padded_dim, padded_dim, count},
+        num_keys, first == 0);
+    ask_for_tokens();
+    add_product({grad_scores, 1, kTileQueries, key_rows, padded_dim, grad_query_rows, padded_dim, num_keys}, count,
+                first_key == 0);
+    ask_for_tokens();
+    if (grad_bias == nullptr) return;
+    const int64_t most_tokens = params.problem.most_tokens();
+    for (int64_t i = 0; i < count; ++i) {
+      T* row = grad_bias + bias_indices[first + i] * most_tokens;
+      for (int64_t key = 0; key < num_keys; ++key) {
+        row[bias_indices[first_key + key]] += grad_scores[key * kTileQueries + i];
+      }
+    }
+  }
+
+  // Step 4.
+  void write(const Group& group, const MutableImage& image, const T* rows, int64_t first, int64_t last, T factor) {
+    const GridProblem& problem = params.problem;
+    rows_in<Storage>(problem, image, group).for_each(group, first, last, [&](int64_t token, Storage* target) {
+      store_row(rows + (token - first) * padded_dim, problem.head_dim, factor, target);
+    });
+  }
+
+  // `following` is the group of the next call, or null.
+  void run(const Group& group, const Group* following, T* grad_bias) {
+    const GridProblem& problem = params.problem;
+    const int64_t num_tokens = group.num_tokens;
+    next = {};
+    if (following != nullptr) {
+      next = {problem, *following, {&params.key, &params.value, &params.query, &params.grad_out, &params.out}};
+    }
+    written = {problem, group, {&params.grad_query, &params.grad_key, &params.grad_value}};
+    num_asked = tokens_per_step(problem.most_tokens(), kStepsPerTile);
+    gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, num_tokens, problem.head_dim,
+                           padded_dim, keys);
+    gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, num_tokens, problem.head_dim,
+                           padded_dim, values);
+    if (bias.exists()) write_bias_indices(problem, group, bias_indices);
+    const T scale = static_cast<T>(problem.scale);
+    for (int64_t first = 0; first < num_tokens; first += kTileQueries) {
+      const int64_t count = min64(kTileQueries, num_tokens - first);
+      gather_queries(group, first, count);
+      for (int64_t first_key = 0; first_key < num_tokens; first_key += kTileKeys) {
+        add_tile(group, first, count, first_key, min64(kTileKeys, num_tokens - first_key), grad_bias);
+      }
+      write(group, params.grad_query, grad_query_rows, first, first + count, scale);
+    }
+    write(group, params.grad_key, grad_keys, 0, num_tokens, scale);
+    write(group, params.grad_value, grad_values, 0, num_tokens, T(1));
+  }
+};
+
+// In how many pieces a head's groups are summed to grad_bias; by shapes alone.
+inline int64_t bias_pieces(const GridProblem& problem, int64_t bytes_per_head) {
+  const int64_t by_memory = GridConfig::kMostBiasBytes / max64(bytes_per_head * problem.num_heads, 1);
+  return max64(1, min64(problem.batch_size * problem.num_groups(), min64(by_memory, GridConfig::kMostBiasPieces)));
+}
+
+// What every task of a backward shares.
+template <typename Storage>
+struct GridBackwardContext {
+  using T = ComputeOf<Storage>;
+
+  const GridBackwardParams& params;
+  const TransposedBias<T>& bias;
+  unsigned char* scratch;
+  int64_t worker_bytes;
+  int64_t groups_per_task;  // where there is no grad_bias
+  int64_t num_pieces;       // of a head's groups, where there is
+  T* partials;              // [piece, head, G, G]
+
+  int64_t num_units() const {
+    return params.problem.batch_size * params.problem.num_groups() * params.problem.num_heads;
+  }
+  int64_t bias_size() const { return params.problem.most_tokens() * params.problem.most_tokens(); }
+
+  GridBackwardTask<Storage> task_of(int worker) const {
+    ScratchCutter cutter(scratch + worker * worker_bytes);
+    return GridBackwardTask<Storage>(params, bias, cutter);
+  }
+
+  static void run_groups(void* opaque, int64_t task, int worker) {
+    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
+    const int64_t first = task * self.groups_per_task;
+    const int64_t last = min64(first + self.groups_per_task, self.num_units());
+    GridBackwardTask<Storage> backward = self.task_of(worker);
+    for_each_with_next(
+        first, last, [&](int64_t unit) { return unit_at(self.params.problem, self.params.query, unit); },
+        [&](const Group& group, const Group* following) { backward.run(group, following, nullptr); });
+  }
+
+  // A piece of one head's groups, with a sum of grad_bias of its own.
+  static void run_piece(void* opaque, int64_t task, int worker) {
+    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
+    const GridProblem& problem = self.params.problem;
+    const int64_t piece = task / problem.num_heads, head = task % problem.num_heads;
+    const int64_t per_head = problem.batch_size * problem.num_groups();
+    GridBackwardTask<Storage> backward = self.task_of(worker);
+    T* partial = self.partials + task * self.bias_size();
+    for (int64_t i = 0; i < self.bias_size(); ++i) partial[i] = 0;
+    for_each_with_next(
+        piece * per_head / self.num_pieces, (piece + 1) * per_head / self.num_pieces,
+        [&](int64_t i) { return group_at(problem, i / problem.num_groups(), head, i % problem.num_groups()); },
+        [&](const Group& group, const Group* following) { backward.run(group, following, partial); });
+  }
+
+  static void add_pieces(void* opaque, int64_t head, int) {
+    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
+    T* sum = static_cast<T*>(self.params.grad_bias) + head * self.bias_size();
+    for (int64_t piece = 0; piece < self.num_pieces; ++piece) {
+      const T* partial = self.partials + (piece * self.params.problem.num_heads + head) * self.bias_size();
+      for (int64_t i = 0; i < self.bias_size(); ++i) sum[i] += partial[i];
+    }
+  }
+};
+
+template <typename Storage>
+void grid_backward_storage(const GridBackwardParams& params) {
+  using T = ComputeOf<Storage>;
+  const GridProblem& problem = params.problem;
+  const bool has_grad_bias = params.grad_bias != nullptr;
+  const TransposedBias<T> bias(problem, params.bias);
+  GridBackwardContext<Storage> context{params, bias, nullptr, 0, 1, 1, nullptr};
+  const int64_t bias_size = context.bias_size(), num_units = context.num_units();
+  if (has_grad_bias) {
+    for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) static_cast<T*>(params.grad_bias)[i] = 0;
+  }
+  if (num_units == 0) return;
+  context.groups_per_task = groups_per_task(num_units);
+  if (has_grad_bias) context.num_pieces = bias_pieces(problem, bias_size * static_cast<int64_t>(sizeof(T)));
+  const int64_t num_tasks =
+      has_grad_bias ? context.num_pieces * problem.num_heads : ceil_div(num_units, context.groups_per_task);
+  const double operations = 5.0 * static_cast<double>(num_units * problem.head_dim) * static_cast<double>(bias_size);
+  const int num_workers = useful_threads(problem.num_threads, num_tasks, operations);
+  ScratchCutter measure(nullptr);
+  GridBackwardTask<Storage>(params, bias, measure);
+  context.worker_bytes = measure.used();
+  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
+  context.scratch = scratch.get();
+  if (!has_grad_bias) return parallel_for(num_workers, num_tasks, &context.run_groups, &context);
+  const AlignedBuffer partials = allocate_aligned(static_cast<size_t>(num_tasks * bias_size) * sizeof(T));
+  context.partials = reinterpret_cast<T*>(partials.get());
+  parallel_for(num_workers, num_tasks, &context.run_piece, &context);
+  const double additions = static_cast<double>(num_tasks) * static_cast<double>(bias_size);
+  parallel_for(useful_threads(problem.num_threads, problem.num_heads, additions), problem.num_heads,
+               &context.add_pieces, &context);
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -1,0 +1,296 @@
+// Grid and window attention forward on the CPU: dense attention inside each group, tokens read where they lie.
+//
+//   out_i = sum_t softmax_t(scale * dot(query_i, key_t) + bias_it) value_t,   t over the tokens of i's group
+//   lse_i = log sum_t exp(scale * dot(query_i, key_t) + bias_it)
+//
+// Who owns what: a task is a few groups of heads one after the other, or up to kQueriesPerTask queries of a large
+// group, and owns their rows of out and lse. Tokens of the next group, and of what is written, are asked for between
+// the steps: rows lie scattered, and reading them would otherwise take longer than the arithmetic. Steps:
+//   once a call, 0. the bias transposed, and in base 2;
+//   1. keys and values of the group to dense scratch, from wherever they lie;
+//   per tile of kTileQueries queries:
+//   2. gather the queries, transposed and scaled: queries stand in vector lanes, keys are broadcast;
+//   per tile of kTileKeys keys:
+//   3. scores [keys, queries], plus bias;
+//   4. running maximum and sum per query (online softmax, base 2), weights in place of the scores;
+//   5. running outputs rescaled, plus weights^T x values;
+//   last, 6. divide, convert, write out and lse.
+// Numerics: scores, weights and sums in float32 (float64 for float64). A row all of whose scores are -inf: NaN, as
+// plain softmax. There is no empty row: a token is in its own group. Determinism: a task's arithmetic depends on shapes
+// alone, so any number of threads gives the same bits.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../common/parallel.h"
+#include "../cpu/math.h"
+#include "../cpu/scratch.h"
+#include "../cpu/tile_gemm.h"
+#include "grid_cpu.h"
+#include "grid_geometry_cpu.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// Step 0: [head, key, query] in base 2, or null.
+template <typename T>
+class TransposedBias {
+ public:
+  TransposedBias(const GridProblem& problem, const void* bias) : num_tokens_(problem.most_tokens()) {
+    if (bias == nullptr) return;
+    const int64_t per_head = num_tokens_ * num_tokens_;
+    buffer_ = allocate_aligned(static_cast<size_t>(problem.num_heads * per_head) * sizeof(T));
+    data_ = reinterpret_cast<T*>(buffer_.get());
+    struct Context {
+      const T* source;
+      T* target;
+      int64_t num_tokens;
+    } context{static_cast<const T*>(bias), data_, num_tokens_};
+    const auto body = [](void* opaque, int64_t task, int) {
+      const Context& ctx = *static_cast<Context*>(opaque);
+      const int64_t key = task % ctx.num_tokens, head = task / ctx.num_tokens;
+      const T* column = ctx.source + head * ctx.num_tokens * ctx.num_tokens + key;
+      for (int64_t query = 0; query < ctx.num_tokens; ++query) {
+        ctx.target[task * ctx.num_tokens + query] = column[query * ctx.num_tokens] * static_cast<T>(kLog2E);
+      }
+    };
+    parallel_for(useful_threads(problem.num_threads, problem.num_heads, static_cast<double>(per_head)),
+                 problem.num_heads * num_tokens_, body, &context);
+  }
+
+  bool exists() const { return data_ != nullptr; }
+  const T* row(int64_t head, int64_t key) const { return data_ + (head * num_tokens_ + key) * num_tokens_; }
+
+ private:
+  int64_t num_tokens_;
+  AlignedBuffer buffer_;
+  T* data_ = nullptr;
+};
+
+// Step 3's bias: scores [num_keys, tile_row] of keys [first_key, first_key + num_keys).
+template <typename T>
+inline void add_bias(const TransposedBias<T>& bias, int64_t head, const int32_t* query_indices,
+                     const int32_t* key_indices, int64_t num_queries, int64_t num_keys, T* scores, int64_t tile_row) {
+  const bool is_contiguous = query_indices[num_queries - 1] - query_indices[0] == num_queries - 1;
+  for (int64_t key = 0; key < num_keys; ++key) {
+    const T* row = bias.row(head, key_indices[key]);
+    T* target = scores + key * tile_row;
+    if (is_contiguous) {
+      row += query_indices[0];
+      for (int64_t i = 0; i < num_queries; ++i) target[i] += row[i];
+    } else {
+      for (int64_t i = 0; i < num_queries; ++i) target[i] += row[query_indices[i]];
+    }
+  }
+}
+
+template <typename Storage>
+struct GridForwardTask {
+  using T = ComputeOf<Storage>;
+  static constexpr int64_t kTileQueries = GridConfig::kTileQueries;
+  static constexpr int64_t kTileKeys = GridConfig::kTileKeys;
+  static constexpr int64_t kStepsPerTile = 3;
+
+  const GridForwardParams& params;
+  const TransposedBias<T>& bias;
+  int64_t padded_dim;
+
+  T* keys;                             // [G, padded D]
+  T* values;                           // [G, padded D]
+  T* query_tile;                       // [D, kTileQueries]
+  T* scores;                           // [kTileKeys, kTileQueries]
+  T* out_tile;                         // [kTileQueries, padded D]
+  T* running_max;                      // [kTileQueries], base-2 exponent
+  T* running_sum;                      // [kTileQueries]
+  T* rescale;                          // [kTileQueries]
+  int32_t* bias_indices;               // [G]
+  TokensAhead<const Storage, 3> next;  // of the group that follows
+  TokensAhead<Storage, 1> written;     // of this one
+  int64_t num_asked = 0;               // tokens that each step asks for
+
+  GridForwardTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
+      : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
+    const int64_t most_tokens = p.problem.most_tokens();
+    keys = scratch.take<T>(most_tokens * padded_dim);
+    values = scratch.take<T>(most_tokens * padded_dim);
+    query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
+    scores = scratch.take<T>(kTileKeys * kTileQueries);
+    out_tile = scratch.take<T>(kTileQueries * padded_dim);
+    running_max = scratch.take<T>(kTileQueries);
+    running_sum = scratch.take<T>(kTileQueries);
+    rescale = scratch.take<T>(kTileQueries);
+    bias_indices = scratch.take<int32_t>(most_tokens);
+  }
+
+  // Step 4 for kVectors vectors of queries from `column` on.
+  template <int kVectors>
+  void online_softmax(int64_t column, int64_t num_keys, bool is_first) {
+    Vector<T> top[kVectors], sum[kVectors], base[kVectors];
+    T* column_scores = scores + column;
+    for (int v = 0; v < kVectors; ++v) top[v] = load<T>(running_max + column + v * kLanes<T>);
+    for (int64_t key = 0; key < num_keys; ++key) {
+      for (int v = 0; v < kVectors; ++v) {
+        top[v] = maximum(top[v], load<T>(column_scores + key * kTileQueries + v * kLanes<T>));
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = column + v * kLanes<T>;
+      // Only scores of -inf so far: any finite base keeps -inf - base from being NaN.
+      base[v] = top[v] == -std::numeric_limits<T>::infinity() ? broadcast(T(0)) : top[v];
+      if (is_first) {
+        sum[v] = Vector<T>{};
+      } else {
+        const Vector<T> factor = exp2_vector(load<T>(running_max + at) - base[v]);
+        store<T>(rescale + at, factor);
+        sum[v] = load<T>(running_sum + at) * factor;
+      }
+    }
+    for (int64_t key = 0; key < num_keys; ++key) {
+      for (int v = 0; v < kVectors; ++v) {
+        T* score = column_scores + key * kTileQueries + v * kLanes<T>;
+        const Vector<T> weight = exp2_vector(load<T>(score) - base[v]);
+        store<T>(score, weight);
+        sum[v] += weight;
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      store<T>(running_max + column + v * kLanes<T>, top[v]);
+      store<T>(running_sum + column + v * kLanes<T>, sum[v]);
+    }
+  }
+
+  // Four vectors at a time: enough independent chains to hide the latency of a maximum, few enough for registers.
+  void softmax_all_columns(int64_t count, int64_t num_keys, bool is_first) {
+    for (int64_t column = 0; column < count; column += 4 * kLanes<T>) {
+      switch (min64(4, ceil_div(count - column, kLanes<T>))) {
+        case 1: online_softmax<1>(column, num_keys, is_first); break;
+        case 2: online_softmax<2>(column, num_keys, is_first); break;
+        case 3: online_softmax<3>(column, num_keys, is_first); break;
+        default: online_softmax<4>(column, num_keys, is_first);
+      }
+    }
+  }
+
+  // Steps 2 to 6 for queries [first, first + count) of the group.
+  void attend(const Group& group, int64_t first, int64_t count) {
+    const GridProblem& problem = params.problem;
+    const int64_t padded_count = round_up(count, kLanes<T>);
+    gather_token_columns<Storage>(rows_in<const Storage>(problem, params.query, group), group, first, count,
+                                  problem.head_dim, static_cast<T>(problem.scale * kLog2E), query_tile, kTileQueries);
+    for (int64_t i = 0; i < padded_count; ++i) running_max[i] = -std::numeric_limits<T>::infinity();
+    for (int64_t first_key = 0; first_key < group.num_tokens; first_key += kTileKeys) {
+      const int64_t num_keys = min64(kTileKeys, group.num_tokens - first_key);
+      tile_gemm<false>(GemmOperands<T>{keys + first_key * padded_dim, padded_dim, 1, query_tile, kTileQueries, scores,
+                                       kTileQueries, problem.head_dim},
+                       num_keys, padded_count);
+      ask_for_tokens();
+      if (bias.exists()) {
+        add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, scores,
+                 kTileQueries);
+      }
+      softmax_all_columns(count, num_keys, first_key == 0);
+      ask_for_tokens();
+      const GemmOperands<T> product{scores,     1,        kTileQueries, values + first_key * padded_dim,
+                                    padded_dim, out_tile, padded_dim,   num_keys};
+      if (first_key == 0) {
+        tile_gemm<false>(product, count, padded_dim);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          T* row = out_tile + i * padded_dim;
+          for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store<T>(row + d, load<T>(row + d) * rescale[i]);
+        }
+        tile_gemm<true>(product, count, padded_dim);
+      }
+      ask_for_tokens();
+    }
+    finish(group, first, count);
+  }
+
+  void ask_for_tokens() {
+    next.ask(num_asked);
+    written.ask(num_asked);
+  }
+
+  // Step 6.
+  void finish(const Group& group, int64_t first, int64_t count) {
+    const GridProblem& problem = params.problem;
+    rows_in<Storage>(problem, params.out, group)
+        .for_each(group, first, first + count, [&](int64_t token, Storage* row) {
+          const int64_t i = token - first;
+          store_row(out_tile + i * padded_dim, problem.head_dim, 1 / running_sum[i], row);
+        });
+    numbers_in(problem, static_cast<T*>(params.lse), group)
+        .for_each(group, first, first + count, [&](int64_t token, T* lse) {
+          const int64_t i = token - first;
+          *lse = (running_max[i] + std::log2(running_sum[i])) * static_cast<T>(kLn2);
+        });
+  }
+
+  // `following` is the group of the next call, or null.
+  void run(const Group& group, int64_t first, int64_t last, const Group* following) {
+    const GridProblem& problem = params.problem;
+    if (first >= group.num_tokens) return;
+    next = {};
+    if (following != nullptr) next = {problem, *following, {&params.query, &params.key, &params.value}};
+    written = {problem, group, {&params.out}};
+    num_asked = tokens_per_step(problem.most_tokens(), kStepsPerTile);
+    gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, group.num_tokens,
+                           problem.head_dim, padded_dim, keys);
+    gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, group.num_tokens,
+                           problem.head_dim, padded_dim, values);
+    if (bias.exists()) write_bias_indices(problem, group, bias_indices);
+    for (int64_t tile = first; tile < min64(last, group.num_tokens); tile += kTileQueries) {
+      attend(group, tile, min64(kTileQueries, min64(last, group.num_tokens) - tile));
+    }
+  }
+};
+
+// By shapes alone.
+inline int64_t groups_per_task(int64_t num_groups) {
+  return max64(1, min64(GridConfig::kMostGroupsPerTask, num_groups / GridConfig::kLeastTasks));
+}
+
+template <typename Storage>
+void grid_forward_storage(const GridForwardParams& params) {
+  using T = ComputeOf<Storage>;
+  using Task = GridForwardTask<Storage>;
+  const GridProblem& problem = params.problem;
+  const int64_t num_units = problem.batch_size * problem.num_groups() * problem.num_heads;
+  if (num_units == 0) return;
+  const TransposedBias<T> bias(problem, params.bias);
+  const int64_t pieces = ceil_div(problem.most_tokens(), GridConfig::kQueriesPerTask);
+  ScratchCutter measure(nullptr);
+  Task(params, bias, measure);
+  const double pairs = static_cast<double>(problem.most_tokens()) * static_cast<double>(problem.most_tokens());
+  const int64_t units_per_task = groups_per_task(num_units * pieces);
+  const int64_t num_tasks = ceil_div(num_units, units_per_task) * pieces;
+  const int num_workers =
+      useful_threads(problem.num_threads, num_tasks, 2.0 * static_cast<double>(num_units * problem.head_dim) * pairs);
+  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
+  struct Context {
+    const GridForwardParams& params;
+    const TransposedBias<T>& bias;
+    unsigned char* scratch;
+    int64_t worker_bytes;
+    int64_t pieces;
+    int64_t units_per_task;
+    int64_t num_units;
+  } context{params, bias, scratch.get(), measure.used(), pieces, units_per_task, num_units};
+  const auto body = [](void* opaque, int64_t task, int worker) {
+    const Context& ctx = *static_cast<Context*>(opaque);
+    const GridProblem& p = ctx.params.problem;
+    const int64_t first_query = task % ctx.pieces * GridConfig::kQueriesPerTask;
+    const int64_t first_unit = task / ctx.pieces * ctx.units_per_task;
+    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
+    Task forward(ctx.params, ctx.bias, cutter);
+    for_each_with_next(
+        first_unit, min64(first_unit + ctx.units_per_task, ctx.num_units),
+        [&](int64_t unit) { return unit_at(p, ctx.params.query, unit); },
+        [&](const Group& group, const Group* following) {
+          forward.run(group, first_query, first_query + GridConfig::kQueriesPerTask, following);
+        });
+  };
+  parallel_for(num_workers, num_tasks, body, &context);
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -1,0 +1,163 @@
+// One group of one head as the CPU kernels see it: where its tokens lie.
+#pragma once
+
+#include "../cpu/convert.h"
+#include "grid_config.h"
+#include "grid_params.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+struct Group {
+  int64_t batch_idx;
+  int64_t head_idx;
+  int64_t first_row;
+  int64_t first_column;
+  int64_t num_columns;  // tokens of the group along a row of it
+  int64_t num_tokens;
+};
+
+inline Group group_at(const GridProblem& problem, int64_t batch_idx, int64_t head_idx, int64_t group_idx) {
+  const int64_t row_group = group_idx / problem.columns.num_groups;
+  const int64_t column_group = group_idx % problem.columns.num_groups;
+  const int64_t num_columns = problem.columns.tokens_of(column_group);
+  return {batch_idx,
+          head_idx,
+          row_group * problem.rows.group_step,
+          column_group * problem.columns.group_step,
+          num_columns,
+          problem.rows.tokens_of(row_group) * num_columns};
+}
+
+// Groups of all heads in an order in which neighbours share pages and cache lines: heads of a group side by side where
+// a token's heads are (a fused projection), else a head's groups, which interleave.
+inline Group unit_at(const GridProblem& problem, const ConstImage& query, int64_t unit) {
+  const int64_t num_heads = problem.num_heads, num_groups = problem.num_groups();
+  const int64_t batch_idx = unit / (num_heads * num_groups), rest = unit % (num_heads * num_groups);
+  if (query.head_stride < query.column_stride) {
+    return group_at(problem, batch_idx, rest % num_heads, rest / num_heads);
+  }
+  return group_at(problem, batch_idx, rest / num_groups, rest % num_groups);
+}
+
+// Calls run(group, following) for the groups group_of(i), first <= i < last; the last has no following one, null.
+template <typename GroupOf, typename Run>
+inline void for_each_with_next(int64_t first, int64_t last, const GroupOf& group_of, const Run& run) {
+  if (first >= last) return;
+  Group group = group_of(first);
+  for (int64_t i = first + 1; i < last; ++i) {
+    const Group following = group_of(i);
+    run(group, &following);
+    group = following;
+  }
+  run(group, nullptr);
+}
+
+// Elements between neighbouring tokens of a group, along a row of it and from row to row, and the group's first token.
+template <typename Element>
+struct GroupRows {
+  Element* first;
+  int64_t row_step;
+  int64_t column_step;
+
+  Element* at(int64_t row, int64_t column) const { return first + row * row_step + column * column_step; }
+  // For walking through all tokens: visit(token, pointer).
+  template <typename Visit>
+  void for_each(const Group& group, int64_t begin, int64_t end, const Visit& visit) const {
+    int64_t row = begin / group.num_columns, column = begin % group.num_columns;
+    for (int64_t token = begin; token < end; ++token) {
+      visit(token, at(row, column));
+      if (++column == group.num_columns) {
+        column = 0;
+        ++row;
+      }
+    }
+  }
+};
+
+template <typename Element, typename Image>
+inline GroupRows<Element> rows_in(const GridProblem& problem, const Image& image, const Group& group) {
+  Element* data = static_cast<Element*>(image.data) + group.batch_idx * image.batch_stride +
+                  group.head_idx * image.head_stride + group.first_row * image.row_stride +
+                  group.first_column * image.column_stride;
+  return {data, problem.rows.token_step * image.row_stride, problem.columns.token_step * image.column_stride};
+}
+
+// The same for one number a token, laid out [batch, head, row, column].
+template <typename Element>
+inline GroupRows<Element> numbers_in(const GridProblem& problem, Element* data, const Group& group) {
+  const int64_t rows = problem.rows.size, columns = problem.columns.size;
+  data += ((group.batch_idx * problem.num_heads + group.head_idx) * rows + group.first_row) * columns;
+  return {data + group.first_column, problem.rows.token_step * columns, problem.columns.token_step};
+}
+
+// Asks for a group's tokens ahead of time, a few between one step and the next: scattered rows are too irregular for
+// the hardware to foresee, and asked for all at once they would hold up what follows.
+template <typename Element, int kNumImages>
+class TokensAhead {
+ public:
+  TokensAhead() = default;
+  template <typename Image>
+  TokensAhead(const GridProblem& problem, const Group& group, const Image* const (&images)[kNumImages])
+      : group_(group), head_dim_(problem.head_dim) {
+    for (int i = 0; i < kNumImages; ++i) rows_[i] = rows_in<Element>(problem, *images[i], group);
+  }
+
+  // The next `count` tokens, if there are any left; for writing where the element may be written.
+  void ask(int64_t count) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Element));
+    for (; count > 0 && token_ < group_.num_tokens; --count, ++token_) {
+      for (const GroupRows<Element>& rows : rows_) {
+        Element* row = rows.at(row_, column_);
+        for (int64_t d = 0; d < head_dim_; d += kLine) __builtin_prefetch(row + d, std::is_const_v<Element> ? 0 : 1);
+      }
+      if (++column_ == group_.num_columns) {
+        column_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  Group group_{};
+  GroupRows<Element> rows_[kNumImages] = {};
+  int64_t head_dim_ = 0;
+  int64_t token_ = 0;
+  int64_t row_ = 0;
+  int64_t column_ = 0;
+};
+
+// Tokens of a group that each step asks for, with so many steps for every tile.
+inline int64_t tokens_per_step(int64_t num_tokens, int64_t steps_per_tile) {
+  const int64_t tiles = ceil_div(num_tokens, GridConfig::kTileQueries) * ceil_div(num_tokens, GridConfig::kTileKeys);
+  return ceil_div(num_tokens, tiles * steps_per_tile);
+}
+
+// tile[i * tile_row + d] for tokens [begin, end), zero from depth to padded_depth.
+template <typename Storage>
+inline void gather_tokens(const GroupRows<const Storage>& rows, const Group& group, int64_t begin, int64_t end,
+                          int64_t depth, int64_t padded_depth, ComputeOf<Storage>* tile) {
+  rows.for_each(group, begin, end, [&](int64_t token, const Storage* source) {
+    ComputeOf<Storage>* target = tile + (token - begin) * padded_depth;
+    load_row(source, depth, target);
+    for (int64_t d = depth; d < padded_depth; ++d) target[d] = 0;
+  });
+}
+
+// A dense tile of tokens [begin, begin + count), transposed: tile[d * tile_row + i].
+template <typename Storage>
+inline void gather_token_columns(const GroupRows<const Storage>& rows, const Group& group, int64_t begin, int64_t count,
+                                 int64_t depth, ComputeOf<Storage> factor, ComputeOf<Storage>* tile, int64_t tile_row) {
+  const Storage* tokens[GridConfig::kTileQueries];
+  rows.for_each(group, begin, begin + count, [&](int64_t token, const Storage* row) { tokens[token - begin] = row; });
+  gather_rows_transposed<Storage>([&](int64_t i) { return tokens[i]; }, count, depth, factor, tile, tile_row);
+}
+
+// Where each token of the group stands in a bias, whose groups all have most_tokens.
+inline void write_bias_indices(const GridProblem& problem, const Group& group, int32_t* indices) {
+  for (int64_t token = 0; token < group.num_tokens; ++token) {
+    indices[token] =
+        static_cast<int32_t>(token / group.num_columns * problem.columns.most_tokens + token % group.num_columns);
+  }
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET

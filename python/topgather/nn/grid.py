@@ -1,0 +1,270 @@
+"""Layers over images: self-attention inside grids or windows of tokens, and the fusion of feature maps into a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import _checks as checks
+from ..ops import grid_attention, window_attention
+from ..ops._grid_kernels import GRID, WINDOW, axis_of
+from ..ops.grid import Pair, _pair
+
+CHANNELS_FIRST, CHANNELS_LAST = LAYOUTS = ("channels_first", "channels_last")
+
+
+class SparseSelfAttention2d(nn.Module):
+    """Multi-head self-attention inside groups of an image's tokens, with its two projections (SparseViT, arXiv
+    2412.14598, section 3.2; grid and window attention of MaxViT, arXiv 2204.01697, section 3.3).
+
+    One projection makes queries, keys and values, which attention reads where they lie. Any rows and columns will do:
+    where sizes do not divide, groups just have fewer tokens. Exactly one of ``grid_size``, ``stride`` and
+    ``window_size`` says what a group is.
+
+    Args:
+        dim: channels of the input and the output.
+        num_heads: heads, a divisor of ``dim``.
+        grid_size: most tokens of a strided group, ``(rows, columns)``, or an int for a square: see
+            :func:`topgather.grid_attention`.
+        stride: instead, the distance between a group's tokens. 1 is global attention.
+        window_size: instead, the tokens of a contiguous group: see :func:`topgather.window_attention`.
+        qkv_bias: whether the projection to queries, keys and values adds a bias.
+        bias: whether the output projection adds a bias.
+        relative_position_bias: whether a table adds to each score what the distance between the two tokens, in steps
+            of their group, deserves (Swin, arXiv 2103.14030, section 3.2). Needs ``grid_size`` or ``window_size``, for
+            with a ``stride`` groups grow with the image.
+        layout: ``"channels_first"``, ``[B, dim, H, W]``, or ``"channels_last"``, ``[B, H, W, dim]``, of input and
+            output. The layer computes with channels last; a tensor of channels first in torch's memory format
+            ``channels_last`` needs no copy.
+        device: where the parameters are created; torch's default if None.
+        dtype: of the parameters; torch's default if None.
+
+    Attributes:
+        relative_position_table: ``[num_heads, 2 * rows - 1, 2 * columns - 1]``, or None: the bias by the key's row and
+            column in the group less the query's, plus ``rows - 1`` and ``columns - 1``. At first normal with a standard
+            deviation of 0.02.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a size below 1, ``num_heads`` that does not divide ``dim``, an unknown ``layout``, none or several
+            of the three sizes, or a relative bias with a ``stride``.
+    """
+
+    relative_position_table: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Pair | None = None,
+        stride: Pair | None = None,
+        window_size: Pair | None = None,
+        qkv_bias: bool = True,
+        bias: bool = True,
+        relative_position_bias: bool = False,
+        layout: str = CHANNELS_FIRST,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.check_count("dim", dim)
+        checks.check_count("num_heads", num_heads)
+        if dim % num_heads != 0:
+            raise ValueError(f"num_heads must divide dim, {dim}, got {num_heads}")
+        sizes = {"grid_size": grid_size, "stride": stride, "window_size": window_size}
+        given = {name: _pair(name, size) for name, size in sizes.items() if size is not None}
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(sizes)} must be given, got {', '.join(given) or 'none'}")
+        checks.check_flag("qkv_bias", qkv_bias)
+        checks.check_flag("bias", bias)
+        checks.check_flag("relative_position_bias", relative_position_bias)
+        if relative_position_bias and stride is not None:
+            raise ValueError("relative_position_bias needs grid_size or window_size, for with a stride groups may grow")
+        if not isinstance(layout, str):
+            raise TypeError(f"layout must be a str, got {layout!r} of type {type(layout).__name__}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+        self.dim = dim
+        self.num_heads = num_heads
+        self.grid_size = given.get("grid_size")
+        self.stride = given.get("stride")
+        self.window_size = given.get("window_size")
+        self.layout = layout
+        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+        self.relative_position_table = None
+        if relative_position_bias:
+            ((rows, columns),) = given.values()
+            table = torch.empty(num_heads, 2 * rows - 1, 2 * columns - 1, device=device, dtype=dtype)
+            self.relative_position_table = nn.Parameter(table)
+            nn.init.normal_(self.relative_position_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within each group of ``x``, ``[B, dim, H, W]`` or ``[B, H, W, dim]``; returns the same shape.
+
+        Raises:
+            TypeError: ``x`` is not a tensor.
+            ValueError: ``x`` has not the shape that ``layout`` says.
+        """
+        checks.check_tensor("x", x)
+        is_first = self.layout == CHANNELS_FIRST
+        checks.check_ndim("x", x, 4, "[batch, dim, rows, columns]" if is_first else "[batch, rows, columns, dim]")
+        checks.check_size("x", x, 1 if is_first else 3, self.dim, "dim of the layer")
+        if is_first:
+            x = x.permute(0, 2, 3, 1)
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
+        query, key, value = (part.permute(0, 3, 1, 2, 4) for part in qkv.unbind(3))
+        bias = self._relative_position_bias(x.size(1), x.size(2))
+        if self.window_size is not None:
+            out = window_attention(query, key, value, self.window_size, bias=bias)
+        else:
+            out = grid_attention(query, key, value, grid_size=self.grid_size, stride=self.stride, bias=bias)
+        # The op lays its output out as the query is, so the heads of a token already lie side by side.
+        projected: Tensor = self.out_proj(out.permute(0, 2, 3, 1, 4).flatten(3))
+        return projected.permute(0, 3, 1, 2) if is_first else projected
+
+    def _relative_position_bias(self, num_rows: int, num_columns: int) -> Tensor | None:
+        """The table as ``[heads, G, G]``, for the groups of an image of this size."""
+        table = self.relative_position_table
+        if table is None:
+            return None
+        if self.window_size is not None:
+            partition, most, steps = WINDOW, self.window_size, self.window_size
+        else:
+            assert self.grid_size is not None
+            partition, most = GRID, self.grid_size
+            steps = max(-(-num_rows // most[0]), 1), max(-(-num_columns // most[1]), 1)
+        rows = axis_of(partition, num_rows, steps[0]).most_tokens
+        columns = axis_of(partition, num_columns, steps[1]).most_tokens
+        # Entry k of window s is table[s + k]: the window of query q begins at most - 1 - q, so that key k is at its
+        # distance k - q. No gather, so the gradient is a sum in a fixed order.
+        bias = table.unfold(1, rows, 1).narrow(1, most[0] - rows, rows).flip(1)
+        bias = bias.unfold(2, columns, 1).narrow(2, most[1] - columns, columns).flip(2)
+        return bias.flatten(3).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        """The layer's options, as ``print`` shows them."""
+        sizes = {"grid_size": self.grid_size, "stride": self.stride, "window_size": self.window_size}
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
+        return f"dim={self.dim}, num_heads={self.num_heads}, {given}, layout={self.layout}"
+
+
+class LearnableFeatureFusion(nn.Module):
+    """Feature maps of several sizes, weighted by channel, summed and read out as a mask (the learnable multi-scale
+    supervision of SparseViT, arXiv 2412.14598, section 3.3).
+
+    Each map is brought to ``dim`` channels by a 1 x 1 convolution where it has others, enlarged bilinearly to the
+    largest map, and multiplied by a learnt weight for each channel. The sum is normalised over channels, and a last
+    1 x 1 convolution makes the mask's logits.
+
+    Args:
+        in_channels: channels of each map, in the order in which they are passed.
+        dim: channels of the sum.
+        out_channels: channels of the mask.
+        init_value: first value of the weights, small as those of layer scale (arXiv 2103.17239).
+        device: where the parameters are created; torch's default if None.
+        dtype: of the parameters; torch's default if None.
+
+    Attributes:
+        gammas: ``[len(in_channels), dim]``, the weights.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a size below 1, or no maps.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        dim: int,
+        out_channels: int = 1,
+        init_value: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_counts("in_channels", in_channels)
+        checks.check_count("dim", dim)
+        checks.check_count("out_channels", out_channels)
+        check_number("init_value", init_value)
+        self.dim = dim
+        self.out_channels = out_channels
+        self.projections = nn.ModuleList(
+            nn.Identity() if channels == dim else nn.Conv2d(channels, dim, 1, device=device, dtype=dtype)
+            for channels in self.in_channels
+        )
+        shape = (len(self.in_channels), dim)
+        self.gammas = nn.Parameter(torch.full(shape, float(init_value), device=device, dtype=dtype))
+        self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.out_proj = nn.Conv2d(dim, out_channels, 1, device=device, dtype=dtype)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Fuse ``maps``, each ``[B, channels, H, W]`` of its own size, into logits ``[B, out_channels, H, W]`` of the
+        largest.
+
+        Where a map's side is the largest one divided by a whole number and rounded up, as strided convolutions leave
+        it, it is enlarged by that number and cropped, so that everything stays in its place; else it is resized.
+
+        Raises:
+            TypeError: ``maps`` is not a sequence of tensors.
+            ValueError: their number, shapes or batch sizes are wrong, or a map is empty.
+        """
+        if not isinstance(maps, (list, tuple)):
+            raise TypeError(f"maps must be a list or tuple of tensors, got {type(maps).__name__}")
+        if len(maps) != len(self.in_channels):
+            raise ValueError(f"maps must be {len(self.in_channels)} tensors, got {len(maps)}")
+        for index, (one, channels) in enumerate(zip(maps, self.in_channels, strict=True)):
+            name = f"maps[{index}]"
+            checks.check_tensor(name, one)
+            checks.check_ndim(name, one, 4, "[batch, channels, rows, columns]")
+            checks.check_size(name, one, 0, maps[0].size(0), "batch of maps[0]")
+            checks.check_size(name, one, 1, channels, "its in_channels")
+            if one.size(2) < 1 or one.size(3) < 1:
+                raise ValueError(f"{name} must have at least one row and column, got shape {tuple(one.shape)}")
+        num_rows = max(one.size(2) for one in maps)
+        num_columns = max(one.size(3) for one in maps)
+        total = None
+        for one, projection, gamma in zip(maps, self.projections, self.gammas, strict=True):
+            enlarged = _enlarge(projection(one), num_rows, num_columns)
+            weighted = enlarged * gamma[:, None, None]
+            total = weighted if total is None else total + weighted
+        assert total is not None
+        normed: Tensor = self.norm(total.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        logits: Tensor = self.out_proj(normed)
+        return logits
+
+    def extra_repr(self) -> str:
+        """The layer's options, as ``print`` shows them."""
+        return f"in_channels={self.in_channels}, dim={self.dim}, out_channels={self.out_channels}"
+
+
+def _enlarge(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """``x [B, channels, rows, columns]`` at the size of a larger map; see ``LearnableFeatureFusion.forward``."""
+    if x.size(2) == num_rows and x.size(3) == num_columns:
+        return x
+    sides = []
+    for side, target in ((x.size(2), num_rows), (x.size(3), num_columns)):
+        factor = -(-target // side)
+        sides.append(factor * side if -(-target // factor) == side else target)
+    return F.interpolate(x, size=sides, mode="bilinear", align_corners=False)[:, :, :num_rows, :num_columns]
+
+
+def check_counts(name: str, values: Sequence[int], length: int | None = None, least: int = 1) -> tuple[int, ...]:
+    """``values`` as a tuple; raise unless they are ints of at least ``least``, one or more, or ``length`` of them."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple of ints, got {type(values).__name__}")
+    if len(values) != length if length is not None else len(values) == 0:
+        raise ValueError(f"{name} must have {length or 'at least 1'} entries, got {len(values)}")
+    for index, value in enumerate(values):
+        checks.check_count(f"{name}[{index}]", value, least)
+    return tuple(values)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise ``TypeError`` unless ``value`` is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
