@@ -14,7 +14,7 @@ from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention
 from ..nn.memory import _copy_reference
 from ..ops import _checks as checks
 from ..ops._grid_kernels import GRID, axis_of
-from ..ops.grid import Pair, _pair
+from ..ops.grid import Pair
 
 
 class SparseViT(nn.Module):
@@ -106,7 +106,7 @@ class SparseViT(nn.Module):
         self.in_channels = in_channels
         self.patch_sizes = patch_sizes
         self.rates = rates
-        self.base_size = None if base_size is None else _pair("base_size", base_size)
+        self.base_size = None if base_size is None else checks.check_pair("base_size", base_size)
         drop_rates = [drop_path_rate * index / max(sum(depths) - 1, 1) for index in range(sum(depths))]
         self.embeddings = nn.ModuleList(
             PatchEmbedding(channels, dim, patch, **place)
@@ -209,7 +209,7 @@ class SparseViT(nn.Module):
             TypeError: an argument of the wrong type.
             ValueError: a size below 1.
         """
-        sides = _pair("image_size", image_size)
+        sides = checks.check_pair("image_size", image_size)
         checks.check_flag("is_global", is_global)
         total = 0
         for embedding, blocks in self._stages():

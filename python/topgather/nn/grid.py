@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import _checks as checks
 from ..ops import grid_attention, window_attention
 from ..ops._grid_kernels import GRID, WINDOW, axis_of
-from ..ops.grid import Pair, _pair
+from ..ops.grid import Pair
 
 CHANNELS_FIRST, CHANNELS_LAST = LAYOUTS = ("channels_first", "channels_last")
 
@@ -75,7 +75,7 @@ class SparseSelfAttention2d(nn.Module):
         if dim % num_heads != 0:
             raise ValueError(f"num_heads must divide dim, {dim}, got {num_heads}")
         sizes = {"grid_size": grid_size, "stride": stride, "window_size": window_size}
-        given = {name: _pair(name, size) for name, size in sizes.items() if size is not None}
+        given = {name: checks.check_pair(name, size) for name, size in sizes.items() if size is not None}
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(sizes)} must be given, got {', '.join(given) or 'none'}")
         checks.check_flag("qkv_bias", qkv_bias)

@@ -31,6 +31,17 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be between {least} and 2**31 - 1, got {value}")
 
 
+def check_pair(name: str, value: Any) -> tuple[int, int]:
+    """Raise unless ``value`` is an int or a pair of ints, each at least 1; returns the pair."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    for side in pair:
+        check_count(name, side)
+    rows, columns = pair
+    return rows, columns
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless ``value`` is a bool."""
     if not isinstance(value, bool):
@@ -70,6 +81,11 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
     """Raise ``ValueError`` where two tensors live on different devices."""
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where its last dimension is not contiguous."""
+    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def check_contiguous_rows(name: str, tensor: Tensor) -> None:

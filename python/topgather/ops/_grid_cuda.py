@@ -9,7 +9,6 @@ from . import _checks as checks
 from . import _cuda
 from ._grid_kernels import (
     _address,
-    _contiguous_rows,
     _empty_gradients,
     _empty_results,
     bias_in_sum_dtype,
@@ -81,7 +80,7 @@ def grid_attention_backward_cuda(
     needs_grad_bias = needs_grad_bias and bias is not None
     bias = bias_in_sum_dtype(bias, query)
     lse = lse.contiguous()
-    inputs = [_cuda.aligned(_contiguous_rows(tensor)) for tensor in (query, key, value, out, grad_out)]
+    inputs = [_cuda.aligned(checks.contiguous_rows(tensor)) for tensor in (query, key, value, out, grad_out)]
     problem = problem_of(query, partition, rows_step, columns_step, scale)
     module = _cuda.native_module()
     num_bytes = module.grid_backward_workspace_bytes(problem, needs_grad_bias)

@@ -20,6 +20,7 @@ from ._library import (
     library,
     register_autocast_rule,
     register_fake,
+    register_once_differentiable,
     sum_dtype,
 )
 
@@ -124,10 +125,6 @@ def problem_of(query: Tensor, partition: str, rows_step: int, columns_step: int,
         scale,
         torch.get_num_threads(),
     )
-
-
-def _contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def bias_in_sum_dtype(bias: Tensor | None, query: Tensor) -> Tensor | None:
@@ -266,7 +263,7 @@ def _grid_attention_backward_cpu(
     check_backward(grad_out, query, out, lse)
     gradients = _empty_gradients(query, key, value, bias, needs_grad_bias)
     bias = bias_in_sum_dtype(bias, query)
-    grad_out, out, lse = _contiguous_rows(grad_out), _contiguous_rows(out), lse.contiguous()
+    grad_out, out, lse = checks.contiguous_rows(grad_out), checks.contiguous_rows(out), lse.contiguous()
     _native.grid_backward_cpu(
         problem_of(query, partition, rows_step, columns_step, scale),
         tuple(image_of(tensor) for tensor in (query, key, value, out, grad_out)),
@@ -297,28 +294,8 @@ def _grid_attention_backward_fake(
     return _empty_gradients(query, key, value, bias, needs_grad_bias)
 
 
-class _GridAttentionBackward(torch.autograd.Function):
-    """Lets ``create_graph=True`` through, and says so clearly when someone differentiates the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
-        with below_autograd():
-            return _ops.grid_attention_backward.default(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        raise RuntimeError("topgather: grid_attention has no double backward; its gradients cannot be differentiated")
-
-
-def _grid_attention_backward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-        return _GridAttentionBackward.apply(*args)
-    with below_autograd():
-        return _ops.grid_attention_backward.default(*args)
-
-
 library.impl("grid_attention_backward", _grid_attention_backward_cpu, "CPU")
-library.impl("grid_attention_backward", _grid_attention_backward_autograd, "Autograd")
+register_once_differentiable("grid_attention_backward", "grid_attention")
 register_fake("grid_attention_backward", _grid_attention_backward_fake)
 
 

@@ -42,6 +42,34 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: Any, name: str, *args: Any) -> Any:  # type: ignore[override]
+        ctx.name = name
+        with below_autograd():
+            return op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        raise RuntimeError(f"topgather: {ctx.name} has no double backward; its gradients cannot be differentiated")
+
+
+def register_once_differentiable(backward: str, name: str) -> None:
+    """Register autograd of the op ``backward``, which makes the gradients of ``name``.
+
+    ``create_graph=True`` passes; differentiating the gradients says that ``name`` has no double backward.
+    """
+    op = getattr(torch.ops.topgather, backward).default
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return _OnceDifferentiable.apply(op, name, *args)
+        with below_autograd():
+            return op(*args)
+
+    library.impl(backward, kernel, "Autograd")
+
+
 def register_autocast(name: str, num_inputs: int) -> None:
     """Make the op cast its first ``num_inputs`` tensors to the autocast dtype, as matrix products are.
 

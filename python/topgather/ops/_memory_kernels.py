@@ -22,6 +22,7 @@ from ._library import (
     register_autocast,
     register_autocast_rule,
     register_fake,
+    register_once_differentiable,
     sum_dtype,
 )
 
@@ -229,10 +230,6 @@ def _rows(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), _stride(tensor, 0)
 
 
-def _contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _in_sum_dtype(tensor: Tensor, values: Tensor) -> Tensor:
     return tensor.to(sum_dtype(values.dtype)).contiguous()
 
@@ -353,7 +350,7 @@ def dot_call(values: Tensor, indices: Tensor, x: Tensor) -> Call:
     """A checked ``memory_dot``."""
     _check_dot(values, indices, x)
     out = values.new_empty(indices.shape, dtype=sum_dtype(values.dtype))
-    rows, x = indices.to(torch.int64).contiguous(), _contiguous_rows(x)
+    rows, x = indices.to(torch.int64).contiguous(), checks.contiguous_rows(x)
     arguments = (_problem(values, indices), _rows(values), rows.data_ptr(), _rows(x), out.data_ptr())
     return Call((out,), arguments, (rows, x))
 
@@ -455,7 +452,7 @@ def backward_call(
     """A checked gradient of ``num_targets`` rows."""
     grad_rows = values.new_empty((num_targets, values.size(1)))
     grad_weights = _empty_weights(values, indices, needs_grad_weights)
-    grad_out, factors = _contiguous_rows(grad_out), _in_sum_dtype(weights, values)
+    grad_out, factors = checks.contiguous_rows(grad_out), _in_sum_dtype(weights, values)
     arguments = (
         _problem(values, indices),
         _rows(values) if needs_grad_weights else (0, 0),
@@ -527,35 +524,10 @@ def _memory_backward_sparse_fake(
     )
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """Lets ``create_graph=True`` through, and says so clearly when someone differentiates the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, *args: Any) -> Any:  # type: ignore[override]
-        with below_autograd():
-            return op(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        raise RuntimeError("topgather: memory_lookup has no double backward; its gradients cannot be differentiated")
-
-
-def _register_once_differentiable(name: str) -> None:
-    op = getattr(_ops, name).default
-
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return _OnceDifferentiable.apply(op, *args)
-        with below_autograd():
-            return op(*args)
-
-    library.impl(name, kernel, "Autograd")
-
-
 library.impl("memory_backward", _memory_backward_cpu, "CPU")
 library.impl("memory_backward_sparse", _memory_backward_sparse_cpu, "CPU")
-_register_once_differentiable("memory_backward")
-_register_once_differentiable("memory_backward_sparse")
+register_once_differentiable("memory_backward", "memory_lookup")
+register_once_differentiable("memory_backward_sparse", "memory_lookup")
 register_fake("memory_backward", _memory_backward_fake)
 register_fake("memory_backward_sparse", _memory_backward_sparse_fake)
 

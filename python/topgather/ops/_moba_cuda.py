@@ -19,7 +19,6 @@ from ._moba_kernels import (
     centroid_call,
     check_backward,
     check_problem,
-    contiguous_rows,
     empty_like_rows,
     lse_shape,
     per_head,
@@ -153,7 +152,7 @@ def moba_attention_cuda(
     out = empty_like_rows(query, call.sizes.value_dim)
     lse = query.new_empty(lse_shape(query, packed), dtype=sum_dtype(query.dtype))
     query, key, value = _cuda.aligned(query), _cuda.aligned(key), _cuda.aligned(value)
-    block_indices = contiguous_rows(block_indices)
+    block_indices = checks.contiguous_rows(block_indices)
     workspace = _workspace("forward", call, query)
     _cuda.native_module().moba_forward_cuda(
         call.fields,
@@ -200,8 +199,8 @@ def moba_attention_backward_cuda(
     grad_key = empty_like_rows(key, key.size(-1))
     grad_value = empty_like_rows(value, value.size(-1))
     query, key, value = _cuda.aligned(query), _cuda.aligned(key), _cuda.aligned(value)
-    grad_out = _cuda.aligned(contiguous_rows(grad_out))
-    out, block_indices, lse = contiguous_rows(out), contiguous_rows(block_indices), lse.contiguous()
+    grad_out = _cuda.aligned(checks.contiguous_rows(grad_out))
+    out, block_indices, lse = checks.contiguous_rows(out), checks.contiguous_rows(block_indices), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     workspace = _workspace("backward_deterministic" if deterministic else "backward", call, query)
     _cuda.native_module().moba_backward_cuda(

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from .. import _native
 from . import _checks as checks
-from ._library import DTYPE_CODES, below_autograd, define, library, register_autocast, register_fake, sum_dtype
+from ._library import (
+    DTYPE_CODES,
+    below_autograd,
+    define,
+    library,
+    register_autocast,
+    register_fake,
+    register_once_differentiable,
+    sum_dtype,
+)
 
 _SEQUENCES = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 define("block_centroids(Tensor key, SymInt block_size) -> Tensor")
@@ -200,10 +209,6 @@ def per_head(tensor: Tensor, packed: bool) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), strides[0], strides[1], strides[2]
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def empty_like_rows(like: Tensor, dim: int, zero: bool = False) -> Tensor:
     """A tensor of ``like``'s shape but for its last dimension, laid out as ``like`` is.
 
@@ -360,7 +365,7 @@ def _moba_attention_cpu(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     packed = call.packed
-    block_indices = contiguous_rows(block_indices)
+    block_indices = checks.contiguous_rows(block_indices)
     out = empty_like_rows(query, call.sizes.value_dim)
     lse = query.new_empty(lse_shape(query, packed), dtype=sum_dtype(query.dtype))
     _native.moba_forward_cpu(
@@ -495,7 +500,11 @@ def _moba_attention_backward_cpu(
     packed = call.packed
     check_backward(grad_out, grad_lse, query, out, lse)
     checks.check_size("out", out, -1, value.size(-1), "value_dim")
-    grad_out, out, block_indices = contiguous_rows(grad_out), contiguous_rows(out), contiguous_rows(block_indices)
+    grad_out, out, block_indices = (
+        checks.contiguous_rows(grad_out),
+        checks.contiguous_rows(out),
+        checks.contiguous_rows(block_indices),
+    )
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_query = empty_like_rows(query, query.size(-1), zero=True)
@@ -545,28 +554,8 @@ def _moba_attention_backward_fake(
     )
 
 
-class _MobaAttentionBackward(torch.autograd.Function):
-    """Lets ``create_graph=True`` through, and says so clearly when someone differentiates the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        with below_autograd():
-            return torch.ops.topgather.moba_attention_backward.default(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        raise RuntimeError("topgather: moba_attention has no double backward; its gradients cannot be differentiated")
-
-
-def _moba_attention_backward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-        return _MobaAttentionBackward.apply(*args)
-    with below_autograd():
-        return torch.ops.topgather.moba_attention_backward.default(*args)
-
-
 library.impl("moba_attention_backward", _moba_attention_backward_cpu, "CPU")
-library.impl("moba_attention_backward", _moba_attention_backward_autograd, "Autograd")
+register_once_differentiable("moba_attention_backward", "moba_attention")
 register_fake("moba_attention_backward", _moba_attention_backward_fake)
 
 register_autocast("moba_route", num_inputs=2)

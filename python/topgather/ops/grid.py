@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -55,9 +53,9 @@ def grid_attention(
     if (grid_size is None) == (stride is None):
         raise ValueError(f"exactly one of grid_size and stride must be given, got {grid_size!r} and {stride!r}")
     if stride is not None:
-        steps = _pair("stride", stride)
+        steps = checks.check_pair("stride", stride)
     else:
-        rows, columns = _pair("grid_size", grid_size)
+        rows, columns = checks.check_pair("grid_size", grid_size)
         checks.check_tensor("query", query)
         checks.check_ndim("query", query, 5, "[batch, heads, rows, columns, head_dim]")
         steps = max(-(-query.size(2) // rows), 1), max(-(-query.size(3) // columns), 1)
@@ -91,17 +89,7 @@ def window_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, stride, device or option.
     """
-    return _attention(query, key, value, bias, WINDOW, _pair("window_size", window_size), scale)
-
-
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    for side in pair:
-        checks.check_count(name, side)
-    rows, columns = pair
-    return rows, columns
+    return _attention(query, key, value, bias, WINDOW, checks.check_pair("window_size", window_size), scale)
 
 
 def _attention(
