@@ -70,7 +70,9 @@ SANITIZED := build/sanitize
 SANITIZED_TESTS := $(addprefix tests/test_,block_centroids.py moba_routing.py moba_attention.py moba_varlen.py \
   moba_gradcheck.py cpu_targets.py determinism_threads.py bad_input.py memory_topk.py memory_lookup.py memory_sparse.py \
   memory_gradcheck.py memory_cpu_targets.py memory_determinism.py memory_bad_input.py grid_attention.py \
-  grid_gradcheck.py grid_cpu_targets.py grid_determinism.py grid_bad_input.py)
+  grid_gradcheck.py grid_cpu_targets.py grid_determinism.py grid_bad_input.py key_conv.py key_conv_cpu_targets.py \
+  key_conv_determinism.py key_conv_bad_input.py decode.py decode_cache.py \
+  decode_cpu_targets.py decode_determinism.py decode_bad_input.py)
 sanitize: install
 	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
@@ -93,6 +95,8 @@ bench: install
 	$(RUN) bench/moba.py
 	$(RUN) bench/memory.py
 	$(RUN) bench/grid.py
+	$(RUN) bench/key_conv.py
+	$(RUN) bench/decode.py
 
 clean:
 	rm -rf $(VENV) build

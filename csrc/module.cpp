@@ -30,4 +30,6 @@ PYBIND11_MODULE(_native, module) {
   bind_moba(module);
   bind_memory(module);
   bind_grid(module);
+  bind_key_conv(module);
+  bind_decode(module);
 }

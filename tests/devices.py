@@ -71,6 +71,27 @@ NOT_EMULATED: dict[str, tuple[str, str]] = {
         "the code it compiles around the op is the CPU's",
         "test_compile_without_graph_break",
     ),
+    "test_decode_hypothesis.py::test_any_split_gives_the_rows_of_whole_sequences": (
+        HYPOTHESIS,
+        "test_rows_of_attention_over_whole_sequences",
+    ),
+    "test_decode_hypothesis.py::test_any_split_leaves_the_same_cache": (
+        HYPOTHESIS,
+        "test_centroids_are_those_of_whole_sequences",
+    ),
+    "test_key_conv_hypothesis.py::test_equals_the_oracle": (HYPOTHESIS, "test_random_problems"),
+    "test_key_conv_hypothesis.py::test_nonfinite_masks_equal_the_oracle": (
+        HYPOTHESIS,
+        "test_a_key_that_is_not_finite_reaches_exactly_who_sees_it",
+    ),
+    "test_key_conv_hypothesis.py::test_any_split_equals_the_whole": (
+        HYPOTHESIS,
+        "test_any_split_of_a_sequence_equals_the_whole",
+    ),
+    "test_key_conv_torch_integration.py::test_compile_by_inductor": (
+        "the code it compiles around the op is the CPU's",
+        "test_compile_without_graph_break",
+    ),
     "test_nn.py::test_it_learns": ("40 steps", "test_equals_dense_attention_where_all_blocks_are_chosen"),
 }
 THINNED: dict[str, int] = {
@@ -92,6 +113,12 @@ THINNED: dict[str, int] = {
     "test_memory_lookup.py::test_layouts": 3,
     "test_memory_lookup.py::test_empty": 3,
     "test_memory_sparse.py::test_subsets_of_gradients_of_experts": 3,
+    "test_decode.py::test_rows_of_attention_over_whole_sequences": 3,
+    "test_decode.py::test_layouts_of_new_tokens": 3,
+    "test_decode.py::test_numbers_that_are_not_finite": 3,
+    "test_decode_cache.py::test_reordered_goes_on_from_what_was_chosen": 3,
+    "test_decode_cache.py::test_truncated_is_as_if_never_appended": 2,
+    "test_decode_cache.py::test_convolved_keys_are_those_of_whole_sequences": 2,
     "test_grid_attention.py::test_against_reference": 3,
     "test_grid_attention.py::test_large_groups": 3,
     "test_grid_attention.py::test_scale": 3,
@@ -100,6 +127,9 @@ THINNED: dict[str, int] = {
     "test_grid_attention.py::test_empty": 3,
     "test_grid_attention.py::test_a_token_that_is_not_finite_reaches_exactly_its_group": 3,
     "test_grid_torch_integration.py::test_opcheck": 2,
+    "test_key_conv.py::test_against_reference": 3,
+    "test_key_conv.py::test_layouts": 3,
+    "test_key_conv.py::test_any_split_of_a_sequence_equals_the_whole": 3,
     "test_grid_cuda_contract.py::test_every_size_of_a_group": 3,
     "test_grid_cuda_contract.py::test_every_tile_shape": 3,
     "test_grid_cuda_contract.py::test_more_groups_than_pieces_of_a_sum": 3,

@@ -44,7 +44,9 @@ from planted_bug import (
     UNPUBLISHED,
     PlantedBug,
 )
+from planted_bugs_decode import DECODE_BUGS, DECODE_CASES, DECODE_UNITS
 from planted_bugs_grid import GRID_BUGS, GRID_CASES, GRID_UNITS
+from planted_bugs_key_conv import KEY_CONV_BUGS, KEY_CONV_CASES, KEY_CONV_UNITS
 from planted_bugs_memory import MEMORY_BUGS, MEMORY_CASES, MEMORY_UNITS
 from test_moba_varlen import Packed
 from topgather import reference
@@ -177,6 +179,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "centroids": centroids_case,
     **MEMORY_CASES,
     **GRID_CASES,
+    **KEY_CONV_CASES,
+    **DECODE_CASES,
 }
 
 
@@ -211,6 +215,8 @@ UNITS = {
     SHARED_TILE: ["moba_forward_bfloat16_cuda.cu"],
     **MEMORY_UNITS,
     **GRID_UNITS,
+    **KEY_CONV_UNITS,
+    **DECODE_UNITS,
 }
 FORWARD_FLOAT32 = ["moba_forward_float32_cuda.cu"]
 
@@ -415,7 +421,17 @@ CHOICES = [
 
 # fmt: on
 
-BUGS = [*BARRIERS, *COPIES_AND_ATOMICS, *LISTS, *ARITHMETIC, *CHOICES, *MEMORY_BUGS, *GRID_BUGS]
+BUGS = [
+    *BARRIERS,
+    *COPIES_AND_ATOMICS,
+    *LISTS,
+    *ARITHMETIC,
+    *CHOICES,
+    *MEMORY_BUGS,
+    *GRID_BUGS,
+    *KEY_CONV_BUGS,
+    *DECODE_BUGS,
+]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

@@ -137,15 +137,19 @@ def test_sanitizer_cases_agree_with_the_reference(
     cases = load("sanitizer_cases")
     monkeypatch.setattr(sys, "argv", ["sanitizer_cases.py", "cpu"])
     assert cases.main() == 0
-    num_cases = len(cases.CASES) + len(cases.MEMORY_CASES)
+    num_cases = len(cases.CASES) + len(cases.MEMORY_CASES) + len(cases.GRID_CASES) + len(cases.DECODE_CASES)
     assert f"{num_cases} of {num_cases} cases agree" in capsys.readouterr().out
 
 
 def test_profile_cases_run() -> None:
-    calls = load("profile_cases").make_calls(CPU, num_tokens=256, num_keys=16)
+    cases = load("profile_cases")
+    calls = cases.make_calls(CPU, num_tokens=256, num_keys=16, side=16)
+    assert set(calls) == set(cases.NAMES) == set(load("gpu").PROFILED)
     assert calls["forward"]().shape == (1, 4, 256, 128)
     assert len(calls["backward"]()) == 3
     assert len(calls["memory"]()) == 3
+    assert calls["decode"]().shape == (8, 16, 1, 128)
+    assert len(calls["grid"]()) == 4
 
 
 # --- tools/gpu.py -------------------------------------------------------------------------------------------
@@ -207,7 +211,9 @@ def test_steps_go_on_whatever_became_of_the_others(
         "synccheck": "passed",
         "benchmark": "passed",
         "memory benchmark": "passed",
+        "grid benchmark": "passed",
         "ncu memory": "failed",
+        "ncu grid": "failed",
         "ncu forward": "failed",
         "ncu backward": "failed",
     }

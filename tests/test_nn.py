@@ -92,6 +92,38 @@ def test_position_embedding_acts_before_the_blocks_are_chosen(device: torch.devi
     assert any(isinstance(module, Negate) for module in turned.modules())
 
 
+def test_key_convolution_acts_before_the_blocks_are_chosen(device: torch.device) -> None:
+    """After the position embedding, on the keys alone; what it makes is routed by and attended to."""
+
+    def shift(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return query, key + 0.5
+
+    layer = tg.nn.MobaAttention(24, 4, 2, block_size=8, top_k=2, position_embedding=shift, kernel_size=5, device=device)
+    with torch.no_grad():
+        layer.key_conv_weight.normal_()
+    x = torch.randn(2, 60, 24, device=device)
+    query, key, value = (
+        heads(proj(x), num) for proj, num in ((layer.query_proj, 4), (layer.key_proj, 2), (layer.value_proj, 2))
+    )
+    convolved = tg.key_conv(key + 0.5, layer.key_conv_weight)
+    out = tg.moba_attention(query, convolved, value, block_size=8, top_k=2)
+    torch.testing.assert_close(layer(x), layer.out_proj(out.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3, 8])
+def test_a_fresh_key_convolution_changes_nothing_and_learns(kernel_size: int, device: torch.device) -> None:
+    layer = tg.nn.MobaAttention(24, 4, 2, block_size=8, top_k=2, kernel_size=kernel_size, device=device)
+    assert layer.key_conv_weight.shape == (2, 6, kernel_size)
+    plain = tg.nn.MobaAttention(24, 4, 2, block_size=8, top_k=2, device=device)
+    missing = plain.load_state_dict(layer.state_dict(), strict=False)
+    assert missing.unexpected_keys == ["key_conv_weight"]
+    x = torch.randn(2, 60, 24, device=device)
+    assert torch.equal(layer(x), plain(x))
+    layer(x).square().sum().backward()
+    assert layer.key_conv_weight.grad is not None and (layer.key_conv_weight.grad != 0).all()
+    assert f"kernel_size={kernel_size}" in repr(layer) and "kernel_size" not in repr(plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype, device: torch.device) -> None:
     layer = tg.nn.MobaAttention(16, 2, block_size=8, top_k=2, device=device, dtype=dtype)
@@ -176,6 +208,10 @@ def test_it_learns(device: torch.device) -> None:
         ({"bias": 1}, TypeError, "bias"),
         ({"is_causal": None}, TypeError, "is_causal"),
         ({"position_embedding": 3}, TypeError, "position_embedding"),
+        ({"kernel_size": 1}, ValueError, "kernel_size"),
+        ({"kernel_size": 9}, ValueError, "kernel_size"),
+        ({"kernel_size": 3.0}, TypeError, "kernel_size"),
+        ({"kernel_size": True}, TypeError, "kernel_size"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from emulation.ptx import PtxError, launch, parse_module
-from emulation.ptx.cases import Case, GridCase, MemoryCase, MobaCase, ProductKeyCase, record
+from emulation.ptx.cases import Case, DecodeCase, GridCase, KeyConvCase, MemoryCase, MobaCase, ProductKeyCase, record
 from emulation.ptx.instruction_cases import CASES, InstructionCase, run_case
 from emulation.ptx.primitive_checks import CHECKS, Kernels
 from emulation.ptx.replay import (
@@ -386,6 +386,12 @@ KERNEL_CASES: list[Case] = [
     *(GridCase(dtype) for dtype in FLOAT_TYPES),
     *(GridCase(dtype, head_dim=24, size=(1, 70), stride=(1, 1), batch=1, has_bias=False) for dtype in FLOAT_TYPES),
     *(GridCase(dtype, head_dim=72, size=(5, 9), stride=(3, 2), batch=1) for dtype in FLOAT_TYPES),
+    *(KeyConvCase(dtype) for dtype in FLOAT_TYPES),
+    *(KeyConvCase(dtype, width=7, lengths=(9, 0, 1, 50)) for dtype in FLOAT_TYPES),
+    *(KeyConvCase(dtype, head_dim=7, num_tokens=21) for dtype in FLOAT_TYPES),
+    *(KeyConvCase(dtype, head_dim=3, width=8, num_tokens=5) for dtype in FLOAT_TYPES),
+    *(DecodeCase(dtype) for dtype in FLOAT_TYPES),
+    *(DecodeCase(dtype, head_dim=21, value_dim=70, block_size=16, top_k=2) for dtype in FLOAT_TYPES),
 ]
 
 

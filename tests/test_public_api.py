@@ -1,6 +1,7 @@
 """What a newcomer meets first: names, docstrings, annotations, the version, the self-check."""
 
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -17,11 +18,14 @@ import topgather as tg
 import topgather.distributed
 
 MOBA_FUNCTIONS = ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen", "block_centroids"]
+DECODE_FUNCTIONS = ["moba_decode"]
+KEY_CONV_FUNCTIONS = ["key_conv"]
 MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup"]
 GRID_FUNCTIONS = ["grid_attention", "window_attention"]
-FUNCTIONS = [*MOBA_FUNCTIONS, *MEMORY_FUNCTIONS, *GRID_FUNCTIONS]
+FUNCTIONS = [*MOBA_FUNCTIONS, *DECODE_FUNCTIONS, *KEY_CONV_FUNCTIONS, *MEMORY_FUNCTIONS, *GRID_FUNCTIONS]
 SOURCES = {
-    **{name: ["2502.13189"] for name in MOBA_FUNCTIONS},
+    **{name: ["2502.13189"] for name in [*MOBA_FUNCTIONS, *DECODE_FUNCTIONS]},
+    "key_conv": ["2511.11571"],
     "product_key_topk": ["2412.09764", "1907.05242"],
     "memory_lookup": ["2412.09764"],
     "expert_lookup": ["2407.04153", "2412.09764"],
@@ -33,6 +37,8 @@ SOURCES = {
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package."""
     modules: list[ModuleType] = [tg, tg.reference, tg.compat, tg.nn, tg.models, topgather.distributed]
+    if importlib.util.find_spec("transformers"):
+        modules.append(tg.integrations.transformers)
     for module in modules:
         for name in module.__all__:
             found = getattr(module, name)
@@ -49,7 +55,7 @@ PUBLIC = dict(public_objects())
 
 
 def test_names_promised() -> None:
-    for name in [*FUNCTIONS, "BlockRouting", "compat", "nn", "reference"]:
+    for name in [*FUNCTIONS, "BlockRouting", "MobaCache", "PagedMobaCache", "compat", "nn", "reference"]:
         assert name in tg.__all__, name
         assert hasattr(tg, name)
     assert set(tg.__all__) <= set(dir(tg))
@@ -113,6 +119,8 @@ def test_signatures() -> None:
         "moba_route": route,
         "moba_route_varlen": route,
         "block_centroids": {"block_size": 128},
+        "moba_decode": {"top_k": 8, "scale": None, "num_tokens": None, "return_lse": False, "routing": None},
+        "key_conv": {"cu_seqlens": None, "state": None},
         "product_key_topk": {},
         "memory_lookup": {"sparse_grad": False},
         "expert_lookup": {"activation": "gelu", "sparse_grad": False},
@@ -124,7 +132,9 @@ def test_signatures() -> None:
 def test_ops_are_registered() -> None:
     moba = ["block_centroids", "moba_route", "moba_attention", "moba_attention_backward"]
     memory = ["product_key_topk", "memory_lookup", "memory_dot", "memory_backward", "memory_backward_sparse"]
-    for name in [*moba, *memory, "grid_attention", "grid_attention_backward"]:
+    decode = ["moba_cache_append", "moba_decode_route", "moba_decode"]
+    rest = ["grid_attention", "grid_attention_backward", "key_conv", "key_conv_backward"]
+    for name in [*moba, *decode, *memory, *rest]:
         assert str(getattr(torch.ops.topgather, name).default._schema).startswith(f"topgather::{name}(")
 
 

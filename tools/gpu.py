@@ -8,8 +8,8 @@ interpreter that runs this script must have torch, pybind11, cmake, ninja, numpy
 matplotlib. Every step has a time limit and goes on whatever became of the others; without a GPU those that need one say
 so.
 
-Leaves in the output folder: summary.md and summary.json, log.txt (everything the steps printed), moba and memory, .json
-and .png (the benchmarks), kernels.json (ncu).
+Leaves in the output folder: summary.md and summary.json, log.txt (everything the steps printed), a .json and a .png of
+each benchmark, kernels.json (ncu).
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ EMULATION = BUILD / "emulation"
 TOTAL_SECONDS = 525.0
 EMULATION_SECONDS = 150.0
 """With less left, a machine with a GPU does not begin with the emulation."""
-BENCHMARKS = ("moba", "memory")
+SHORT_BENCHMARKS = {"memory": 60.0, "grid": 60.0}
+"""Scripts of bench/ beside moba.py, and what each may take."""
+BENCHMARKS = ("moba", *SHORT_BENCHMARKS)
 RESULTS = (
     *("summary.md", "summary.json", "log.txt", "kernels.json"),
     *(f"{name}.{suffix}" for name in BENCHMARKS for suffix in ("json", "png")),
 )
-PROFILED = ("forward", "backward", "memory")
+PROFILED = ("forward", "backward", "memory", "grid", "decode")
 """What bench/gpu/profile_cases.py can be asked for."""
 MODULES = ("torch", "pybind11", "numpy", "pytest", "xdist", "hypothesis", "matplotlib")
 
@@ -340,13 +342,14 @@ def sanitize(session: Session) -> None:
 
 
 def benchmark(session: Session) -> None:
-    """bench/moba.py and bench/memory.py, each with its JSON and its picture."""
-    seconds = max(20.0, min(110.0, session.seconds_left - 130.0))
+    """bench/moba.py and the others, each with its JSON and its picture. What it may take leaves them and ncu time."""
+    seconds = max(20.0, min(110.0, session.seconds_left - 70.0 - sum(SHORT_BENCHMARKS.values())))
     options = ["--device", "cuda", "--output", str(session.output)]
     command = [session.machine.python, "bench/moba.py", *options, "--seconds", f"{seconds:.0f}"]
     session.run("benchmark", command, seconds + 30.0, judge_by(r"N=65536 .*topgather 128|FAILED|Error"))
-    command = [session.machine.python, "bench/memory.py", *options]
-    session.run("memory benchmark", command, 60.0, judge_by(r"Targets:|Error"))
+    for name, limit in SHORT_BENCHMARKS.items():
+        command = [session.machine.python, f"bench/{name}.py", *options]
+        session.run(f"{name} benchmark", command, limit, judge_by(r"Targets:|Error"))
 
 
 def judge_profile(outcome: Outcome) -> tuple[str, str]:

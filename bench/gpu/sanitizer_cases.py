@@ -77,6 +77,51 @@ MEMORY_CASES = (
 )
 
 
+@dataclass(frozen=True)
+class GridCase:
+    """Attention inside grids of stride ``step``, or inside windows of that size, and all gradients."""
+
+    dtype: torch.dtype
+    batch_size: int
+    num_rows: int
+    num_columns: int
+    head_dim: int
+    step: tuple[int, int]
+    is_window: bool = False
+    has_bias: bool = True
+
+
+GRID_CASES = (
+    GridCase(torch.bfloat16, 2, 11, 9, 64, (4, 3)),
+    GridCase(torch.float16, 1, 21, 20, 72, (2, 2), has_bias=False),  # groups of more than one tile
+    GridCase(torch.float32, 1, 13, 17, 33, (7, 5), is_window=True),
+    GridCase(torch.float32, 2, 10, 9, 128, (1, 1)),
+    GridCase(torch.bfloat16, 1, 9, 30, 100, (3, 9), is_window=True),
+    GridCase(torch.float16, 3, 8, 8, 16, (4, 4)),  # many images a bias' gradient is summed over
+)
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """Two sequences in a cache of pages, appended to in two steps, and ``query_len`` queries of each."""
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    length: int
+    query_len: int
+    block_size: int
+    top_k: int
+
+
+DECODE_CASES = (
+    DecodeCase(torch.bfloat16, 64, 64, 300, 1, 16, 5),
+    DecodeCase(torch.float16, 72, 40, 203, 3, 96, 2),
+    DecodeCase(torch.float32, 33, 17, 150, 2, 1, 30),  # rows that no vector load can read
+    DecodeCase(torch.bfloat16, 256, 264, 129, 5, 8, 20),
+)
+
+
 def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
     """query, key, value ``[1, H, N, D]``, leaves of the graph, and grad_out."""
     generator = torch.Generator().manual_seed(0)
@@ -149,13 +194,63 @@ def memory_results(case: MemoryCase, device: torch.device) -> tuple[list[Tensor]
     return actual, expected
 
 
+def grid_results(case: GridCase, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """What topgather and the reference make of it: out and the gradients of every input."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch_size, 2, case.num_rows, case.num_columns, case.head_dim)
+    *leaves, grad_out = (torch.randn(shape, generator=generator).to(device, case.dtype) for _ in range(4))
+    if case.has_bias:
+        step_rows, step_columns = case.step
+        group_rows = step_rows if case.is_window else -(-case.num_rows // step_rows)
+        group_columns = step_columns if case.is_window else -(-case.num_columns // step_columns)
+        size = group_rows * group_columns
+        leaves.append(torch.randn(2, size, size, generator=generator).to(device))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    query, key, value = leaves[:3]
+    bias = leaves[3] if case.has_bias else None
+    results = []
+    for module in (tg, tg.reference):
+        attention = module.window_attention if case.is_window else module.grid_attention
+        step = {"window_size" if case.is_window else "stride": case.step}
+        out = attention(query, key, value, bias=bias, **step)
+        results.append([out, *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))])
+    actual, expected = results
+    return actual, expected
+
+
+def decode_results(case: DecodeCase, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """What topgather and the reference make of it: out of every query, over the blocks that topgather chose."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(num_heads: int, length: int, depth: int) -> Tensor:
+        return torch.randn(2, num_heads, length, depth, generator=generator).to(device, case.dtype)
+
+    query = random(4, case.query_len, case.head_dim)
+    key, value = random(2, case.length, case.head_dim), random(2, case.length, case.value_dim)
+    cache = tg.PagedMobaCache(
+        2, 2, case.head_dim, value_dim=case.value_dim, block_size=case.block_size, max_seq_len=case.length,
+        dtype=case.dtype, device=device,
+    )  # fmt: skip
+    first = case.length - case.query_len
+    cache.append(key[:, :, :first], value[:, :, :first])
+    cache.append(key[:, :, first:], value[:, :, first:])
+    out = tg.moba_decode(query, cache, top_k=case.top_k)
+    blocks = tg.moba_route(query, key, case.block_size, case.top_k).block_indices
+    expected = tg.reference.moba_attention(query, key, value, blocks, case.block_size)[0]
+    return [out], [expected]
+
+
 def main() -> int:
     """Run every case; returns 0 if all agree with the reference."""
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     num_failed = 0
-    for case in (*CASES, *MEMORY_CASES):
+    for case in (*CASES, *MEMORY_CASES, *GRID_CASES, *DECODE_CASES):
         if isinstance(case, MemoryCase):
             actual, expected = memory_results(case, device)
+        elif isinstance(case, GridCase):
+            actual, expected = grid_results(case, device)
+        elif isinstance(case, DecodeCase):
+            actual, expected = decode_results(case, device)
         else:
             torch.use_deterministic_algorithms(case.is_deterministic)
             actual = run_case(case, device)
@@ -168,7 +263,7 @@ def main() -> int:
         agrees = error <= TOLERANCES[case.dtype]
         num_failed += not agrees
         print(f"{'ok' if agrees else 'FAILED'}: error {error:.1e}, {case}", flush=True)
-    num_cases = len(CASES) + len(MEMORY_CASES)
+    num_cases = len(CASES) + len(MEMORY_CASES) + len(GRID_CASES) + len(DECODE_CASES)
     print(f"{num_cases - num_failed} of {num_cases} cases agree with the reference")
     return 1 if num_failed else 0
 

@@ -1,9 +1,9 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
 // All: asking whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by a
-// power of two. AMX: the matrix unit of recent x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B
-// [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one 32-bit word holds two consecutive depths of one
-// column.
+// power of two, reciprocals, 16-bit integers widened. AMX: the matrix unit of recent x86-64 processors, which
+// multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one
+// 32-bit word holds two consecutive depths of one column.
 #pragma once
 
 #include "convert.h"
@@ -84,6 +84,29 @@ inline Vector<float> fraction_above_floor(const Vector<float>& x) {
 inline Vector<float> scale_by_floor_power(const Vector<float>& x, const Vector<float>& exponent) {
   const __m512 source = bit_cast<__m512>(x);
   return bit_cast<Vector<float>>(_mm512_mask_scalef_ps(source, 0xffff, source, bit_cast<__m512>(exponent)));
+}
+
+// Sixteen 16-bit integers without sign, in 32 bits each.
+inline IntegerVector<float> widen_integers(const void* source) {
+  __m256i halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  return bit_cast<IntegerVector<float>>(_mm512_mask_cvtepu16_epi32(_mm512_setzero_si512(), 0xffff, halves));
+}
+
+// 1 / x to a relative error of 2^-14; 0 for inf, NaN for NaN.
+inline Vector<float> reciprocal_estimate(const Vector<float>& x) {
+  const __m512 source = bit_cast<__m512>(x);
+  return bit_cast<Vector<float>>(_mm512_mask_rcp14_ps(source, 0xffff, source));
+}
+
+// 1 / x of numbers from 1 to +inf, to about one unit in the last place, by one step of Newton's method: a division
+// takes as long as an exponential. NaN for NaN.
+inline Vector<float> reciprocal_from_one(const Vector<float>& x) {
+  const Vector<float> estimate = reciprocal_estimate(x);
+  const __m512 error = bit_cast<__m512>(1.0f - x * estimate);
+  // Of inf the estimate is 0 and its error 0 times inf, a NaN, which this maximum drops.
+  const __m512 bounded = _mm512_mask_max_ps(error, 0xffff, error, _mm512_set1_ps(-1.0f));
+  return estimate + estimate * bit_cast<Vector<float>>(bounded);
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -1,4 +1,4 @@
-// Stands in for device.cu in a build without CUDA.
+// Stands in for device.cpp in a build without CUDA.
 #include "device.h"
 
 namespace topgather {

@@ -6,6 +6,9 @@
 // in slots of 16 or 32, a slot a unit.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/tile_math.cuh"

@@ -1,5 +1,6 @@
 // The best pairs of product keys on CUDA: the choice of a kernel and its launch. memory_topk_cuda.cuh has the kernel.
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 
 #include "memory_kernel_facts.h"

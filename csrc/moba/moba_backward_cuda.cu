@@ -9,6 +9,8 @@
 //   order; after a unit's last wave, 5. moba_write_grad_keys rounds the gradients of keys and values.
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "moba_backward_cuda.cuh"
 

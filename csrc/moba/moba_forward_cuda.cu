@@ -6,6 +6,8 @@
 //   2. moba_attend_blocks: a normalised partial output and its lse per choice;
 //   3. moba_merge_slots: a warp takes a query's row and combines its choices.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "moba_forward_cuda.cuh"
 

@@ -130,13 +130,16 @@ struct RouteTask {
   }
 
   // Steps 2 and 3: the lists of a tile of queries, the i-th of which may see the first visible[i] blocks.
-  void select(const T* centroids, int64_t num_vectors, const IntegerVector<T>* visible, int64_t most_visible) {
+  // chunk_of(first, count) gives the centroids of so many blocks from `first` on, as a RowBlock.
+  template <typename ChunkOf>
+  void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* visible, int64_t most_visible) {
     const int64_t head_dim = params.problem.head_dim;
     for (int64_t i = 0; i < list_length * kVectorsPerTile; ++i) kept[i] = IntegerVector<T>{} - 1;
     for (int64_t first = 0; first < most_visible; first += kChunkBlocks) {
       const int64_t count = min64(kChunkBlocks, most_visible - first);
-      const GemmOperands<T> product{
-          centroids + first * head_dim, head_dim, 1, query_tile, kTileQueries, scores, kTileQueries, head_dim};
+      const RowBlock<T> chunk = chunk_of(first, count);
+      const GemmOperands<T> product{chunk.data, chunk.row_stride, 1,       query_tile, kTileQueries,
+                                    scores,     kTileQueries,     head_dim};
       tile_gemm<false>(product, count, num_vectors * kLanes<T>);
       for (int v = 0; v < num_vectors; ++v) {
         for (int64_t j = 0; j < count; ++j) {
@@ -203,7 +206,10 @@ struct RouteTask {
         const ConstTensor& query = params.query;
         gather_transposed(rows_of<Storage>(query, sequence.batch_idx, head, sequence.query_start + tile),
                           query.row_stride, rows, count, problem.head_dim, T(1), query_tile, kTileQueries);
-        select(centroids, ceil_div(count, kLanes<T>), visible, most_visible);
+        const auto chunk_of = [&](int64_t first, int64_t) -> RowBlock<T> {
+          return {centroids + first * problem.head_dim, problem.head_dim};
+        };
+        select(chunk_of, ceil_div(count, kLanes<T>), visible, most_visible);
       }
       for (int64_t i = 0; i < count; ++i) {
         int32_t* choices =

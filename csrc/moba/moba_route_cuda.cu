@@ -8,6 +8,8 @@
 // float16 reaches from 6e-8 to 65504 only: centroids are scaled by a power of two that brings the unit's largest to the
 // top of that range. Scores of a unit all scale alike, so that their order stays.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "moba_route_cuda.cuh"
 

@@ -4,11 +4,13 @@ Score, keep the top, gather, compute densely, scatter back.
 """
 
 from ._environment import apply_environment
+from .cache import MobaCache, PagedMobaCache
 from .ops import (
     BlockRouting,
     block_centroids,
     expert_lookup,
     grid_attention,
+    key_conv,
     memory_lookup,
     moba_attention,
     moba_attention_varlen,
@@ -17,8 +19,9 @@ from .ops import (
     product_key_topk,
     window_attention,
 )
+from .ops.decode import moba_decode
 
-from . import compat, models, nn, reference  # isort: skip  these build on the ops
+from . import compat, integrations, models, nn, reference  # isort: skip  these build on the ops
 
 __version__ = "0.1.0"
 
@@ -26,13 +29,18 @@ apply_environment()
 
 __all__ = [
     "BlockRouting",
+    "MobaCache",
+    "PagedMobaCache",
     "block_centroids",
     "compat",
     "expert_lookup",
     "grid_attention",
+    "integrations",
+    "key_conv",
     "memory_lookup",
     "moba_attention",
     "moba_attention_varlen",
+    "moba_decode",
     "moba_route",
     "moba_route_varlen",
     "models",

@@ -129,6 +129,62 @@ def memory_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
+def moba_cache_append_cpu(
+    problem: _Problem,
+    key: _Tensor,
+    value: _Tensor,
+    key_pages: _Tensor,
+    value_pages: _Tensor,
+    centroids: _Tensor,
+    /,
+) -> None: ...
+def moba_decode_route_cpu(problem: _Problem, query: _Tensor, centroids: _Tensor, block_indices: _Tensor, /) -> None: ...
+def moba_decode_cpu(
+    problem: _Problem,
+    query: _Tensor,
+    key_pages: _Tensor,
+    value_pages: _Tensor,
+    block_indices: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    /,
+) -> None: ...
+def moba_cache_append_cuda(
+    problem: _Problem,
+    key: _Tensor,
+    value: _Tensor,
+    key_pages: _Tensor,
+    value_pages: _Tensor,
+    centroids: _Tensor,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def moba_decode_route_workspace_bytes(problem: _Problem, /) -> int: ...
+def moba_decode_route_cuda(
+    problem: _Problem,
+    query: _Tensor,
+    centroids: _Tensor,
+    block_indices: _Tensor,
+    workspace: tuple[int, int],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def moba_decode_workspace_bytes(problem: _Problem, /) -> int: ...
+def moba_decode_cuda(
+    problem: _Problem,
+    query: _Tensor,
+    key_pages: _Tensor,
+    value_pages: _Tensor,
+    block_indices: _Tensor,
+    out: _Tensor,
+    lse: _Tensor,
+    workspace: tuple[int, int],
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 
 _Image = tuple[int, ...]
 
@@ -171,3 +227,27 @@ def grid_backward_cuda(
     /,
 ) -> None: ...
 def grid_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...
+def key_conv_forward_cpu(problem: _Problem, key: _Tensor, state: _Tensor, weight: int, out: _Tensor, /) -> None: ...
+def key_conv_backward_cpu(
+    problem: _Problem,
+    inputs: tuple[_Tensor, ...],
+    weight: int,
+    gradients: tuple[_Tensor, ...],
+    grad_weight: int,
+    /,
+) -> None: ...
+def key_conv_forward_cuda(
+    problem: _Problem, key: _Tensor, state: _Tensor, weight: int, out: _Tensor, device: int, stream: int, /
+) -> None: ...
+def key_conv_backward_workspace_bytes(problem: _Problem, needs_grad_weight: bool, /) -> int: ...
+def key_conv_backward_cuda(
+    problem: _Problem,
+    inputs: tuple[_Tensor, ...],
+    weight: int,
+    gradients: tuple[_Tensor, ...],
+    grad_weight: int,
+    workspace: _Workspace,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...

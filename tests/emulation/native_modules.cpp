@@ -10,6 +10,8 @@ void fill(pybind11::module_& module, bool is_checked) {
   topgather::bind_moba_cuda(module);
   topgather::bind_memory_cuda(module);
   topgather::bind_grid_cuda(module);
+  topgather::bind_key_conv_cuda(module);
+  topgather::bind_decode_cuda(module);
 }
 
 }  // namespace

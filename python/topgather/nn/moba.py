@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks as checks
-from ..ops import moba_attention
+from ..ops import key_conv, moba_attention
+from ..ops._key_conv_kernels import LEAST_WIDTH, MOST_WIDTH
 
 PositionEmbedding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -32,13 +33,18 @@ class MobaAttention(nn.Module):
         position_embedding: for example a rotary embedding. Called on ``query [B, num_heads, N, head_dim]``
             and ``key [B, num_kv_heads, N, head_dim]`` before the blocks are chosen; returns both in the same
             shapes. An ``nn.Module`` becomes a submodule. None leaves them as they are.
+        kernel_size: taps of a short causal convolution of the keys (:func:`topgather.key_conv`; FlashMoBA, arXiv
+            2511.11571, has 3 and 5), from 2 to 8. It sees the keys as the choice of blocks would, after
+            ``position_embedding``, so that a cache can apply it to the keys it is given. Its weight
+            ``key_conv_weight [num_kv_heads, head_dim, kernel_size]`` starts as zeros, which change no key and have a
+            gradient. None: no convolution.
         device: where the parameters are created; torch's default if None.
         dtype: of the parameters; torch's default if None.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a size below 1, ``num_kv_heads`` that does not divide ``num_heads``, or ``num_heads`` that
-            does not divide ``dim`` where ``head_dim`` is None.
+        ValueError: a size below 1, a ``kernel_size`` out of range, ``num_kv_heads`` that does not divide
+            ``num_heads``, or ``num_heads`` that does not divide ``dim`` where ``head_dim`` is None.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class MobaAttention(nn.Module):
         bias: bool = False,
         is_causal: bool = True,
         position_embedding: PositionEmbedding | None = None,
+        kernel_size: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,6 +81,10 @@ class MobaAttention(nn.Module):
         checks.check_flag("is_causal", is_causal)
         if position_embedding is not None and not callable(position_embedding):
             raise TypeError(f"position_embedding must be callable or None, got {type(position_embedding).__name__}")
+        if kernel_size is not None:
+            checks.check_count("kernel_size", kernel_size)
+            if not LEAST_WIDTH <= kernel_size <= MOST_WIDTH:
+                raise ValueError(f"kernel_size must be between {LEAST_WIDTH} and {MOST_WIDTH}, got {kernel_size}")
 
         self.dim = dim
         self.num_heads = num_heads
@@ -83,11 +94,17 @@ class MobaAttention(nn.Module):
         self.top_k = top_k
         self.is_causal = is_causal
         self.position_embedding = position_embedding
+        self.kernel_size = kernel_size
         query_dim, key_dim = num_heads * head_dim, num_kv_heads * head_dim
         self.query_proj = nn.Linear(dim, query_dim, bias=bias, device=device, dtype=dtype)
         self.key_proj = nn.Linear(dim, key_dim, bias=bias, device=device, dtype=dtype)
         self.value_proj = nn.Linear(dim, key_dim, bias=bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(query_dim, dim, bias=bias, device=device, dtype=dtype)
+        if kernel_size is None:
+            self.register_parameter("key_conv_weight", None)
+        else:
+            taps = torch.zeros(num_kv_heads, head_dim, kernel_size, device=device, dtype=dtype)
+            self.key_conv_weight = nn.Parameter(taps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each sequence of ``x [B, N, dim]``; returns ``[B, N, dim]`` in the dtype of ``x``.
@@ -104,6 +121,8 @@ class MobaAttention(nn.Module):
         value = self._split_heads(self.value_proj(x), self.num_kv_heads)
         if self.position_embedding is not None:
             query, key = self.position_embedding(query, key)
+        if self.key_conv_weight is not None:
+            key = key_conv(key, self.key_conv_weight)
         out = moba_attention(query, key, value, block_size=self.block_size, top_k=self.top_k, is_causal=self.is_causal)
         # The op lays its output out as the query is, so the heads of a token already lie side by side.
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -114,7 +133,7 @@ class MobaAttention(nn.Module):
         return (
             f"dim={self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, block_size={self.block_size}, top_k={self.top_k}, "
-            f"is_causal={self.is_causal}"
+            f"is_causal={self.is_causal}" + ("" if self.kernel_size is None else f", kernel_size={self.kernel_size}")
         )
 
     def _split_heads(self, projected: Tensor, num_heads: int) -> Tensor:

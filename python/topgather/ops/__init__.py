@@ -1,6 +1,10 @@
-"""The ops: checks, registration and autograd, one module an op."""
+"""The ops: checks, registration and autograd, one module an op.
+
+``decode`` builds on :mod:`topgather.cache`, which builds on what is named here.
+"""
 
 from .grid import grid_attention, window_attention
+from .key_conv import key_conv
 from .memory import expert_lookup, memory_lookup, product_key_topk
 from .moba import (
     BlockRouting,
@@ -16,6 +20,7 @@ __all__ = [
     "block_centroids",
     "expert_lookup",
     "grid_attention",
+    "key_conv",
     "memory_lookup",
     "moba_attention",
     "moba_attention_varlen",

@@ -51,12 +51,12 @@ class Sizes(NamedTuple):
     value_dim: int
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, query: Tensor) -> None:
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, other: Tensor, other_name: str = "query") -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.size(0) < 1:
         raise ValueError(f"{name} must have shape [num_sequences + 1], got {tuple(cu_seqlens.shape)}")
-    checks.check_same_device(name, cu_seqlens, "query", query)
+    checks.check_same_device(name, cu_seqlens, other_name, other)
 
 
 def check_problem(

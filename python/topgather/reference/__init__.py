@@ -4,7 +4,9 @@ Written for clarity, not speed: dense masks, quadratic memory, ordinary autograd
 the compiled module, and run on any device torch runs on.
 """
 
+from .decode import moba_decode, moba_decode_route
 from .grid import grid_attention, grid_groups, window_attention, window_groups
+from .key_conv import key_conv
 from .memory import expert_lookup, memory_lookup, product_key_scores, product_key_topk
 from .moba import block_centroids, block_scores, moba_attention, moba_route
 
@@ -14,8 +16,11 @@ __all__ = [
     "expert_lookup",
     "grid_attention",
     "grid_groups",
+    "key_conv",
     "memory_lookup",
     "moba_attention",
+    "moba_decode",
+    "moba_decode_route",
     "moba_route",
     "product_key_scores",
     "product_key_topk",

@@ -264,7 +264,111 @@ class GridCase:
         )
 
 
-Case = MobaCase | ProductKeyCase | MemoryCase | GridCase
+@dataclass(frozen=True)
+class DecodeCase:
+    """An append, the choice of blocks and attention over what was cached, in a cache of pages."""
+
+    dtype: torch.dtype
+    head_dim: int = 64
+    value_dim: int = 40
+    length: int = 75
+    query_len: int = 2
+    block_size: int = 8
+    top_k: int = 4
+    page_size: int = 16
+
+    least_launches = 5
+
+    def __str__(self) -> str:
+        return f"decode-{FLOAT_TYPES[self.dtype]}-{self.head_dim}x{self.value_dim}-top{self.top_k}"
+
+    def run(self, recorder: Recorder) -> None:
+        """Pages, centroids, choices, outputs and lse."""
+        batch, heads, kv_heads, dtype = 2, 4, 2, self.dtype
+        columns = -(-self.length // self.page_size)
+        num_pages = batch * columns
+        lengths = recorder.keep(torch.tensor([self.length, self.length - 11], dtype=torch.int32))
+        none = recorder.keep(torch.zeros(batch, dtype=torch.int32))
+        table = recorder.keep(torch.randperm(num_pages).to(torch.int32))
+
+        def problem(query_heads: int, tokens: int, seq_lens: Tensor, num_tokens: Tensor | None) -> tuple[Any, ...]:
+            sizes = (batch, query_heads, kv_heads, tokens, self.head_dim, self.value_dim, self.block_size)
+            pages = (self.page_size, num_pages, columns, self.top_k)
+            counts = 0 if num_tokens is None else num_tokens.data_ptr()
+            addresses = (seq_lens.data_ptr(), counts, table.data_ptr())
+            return (DTYPE_CODES[dtype], *sizes, *pages, self.head_dim**-0.5, *addresses, 1)
+
+        def rows(tensor: Tensor) -> tuple[int, ...]:
+            return (tensor.data_ptr(), *tensor.stride()[:3])
+
+        key_pages = recorder.zeros(num_pages, kv_heads, self.page_size, self.head_dim, dtype=dtype)
+        value_pages = recorder.zeros(num_pages, kv_heads, self.page_size, self.value_dim, dtype=dtype)
+        blocks = self.page_size // self.block_size
+        centroids = recorder.zeros(num_pages, kv_heads, blocks, self.head_dim, dtype=torch.float32)
+        cache = (rows(key_pages), rows(value_pages))
+        key = recorder.random(batch, kv_heads, self.length, self.head_dim, dtype=dtype)
+        value = recorder.random(batch, kv_heads, self.length, self.value_dim, dtype=dtype)
+        appended = problem(kv_heads, self.length, none, lengths)
+        recorder.call("moba_cache_append_cuda", appended, rows(key), rows(value), *cache, rows(centroids))
+        query = recorder.random(batch, heads, self.query_len, self.head_dim, dtype=dtype)
+        choices = recorder.zeros(batch, heads, self.query_len, self.top_k, dtype=torch.int32)
+        out = recorder.zeros(batch, heads, self.query_len, self.value_dim, dtype=dtype)
+        lse = recorder.zeros(batch, heads, self.query_len, 1, dtype=torch.float32)
+        asked = problem(heads, self.query_len, lengths, None)
+        space = recorder.workspace(recorder.module.moba_decode_route_workspace_bytes(asked))
+        recorder.call("moba_decode_route_cuda", asked, rows(query), rows(centroids), rows(choices), space)
+        space = recorder.workspace(recorder.module.moba_decode_workspace_bytes(asked))
+        recorder.call("moba_decode_cuda", asked, rows(query), *cache, rows(choices), rows(out), rows(lse), space)
+
+
+@dataclass(frozen=True)
+class KeyConvCase:
+    """The key convolution forward and backward, with a state, or packed where there are ``lengths``."""
+
+    dtype: torch.dtype
+    head_dim: int = 40
+    width: int = 3
+    num_tokens: int = 70
+    lengths: tuple[int, ...] = ()
+
+    least_launches = 3
+
+    def __str__(self) -> str:
+        parts = ["key_conv", FLOAT_TYPES[self.dtype], str(self.head_dim), f"width{self.width}"]
+        return "-".join(parts + ["packed"] * bool(self.lengths))
+
+    def run(self, recorder: Recorder) -> None:
+        """Outputs and every gradient."""
+        packed = bool(self.lengths)
+        batch, heads, tokens = (1, 2, sum(self.lengths)) if packed else (2, 2, self.num_tokens)
+        bounds = recorder.keep(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64))
+        sequences = (bounds.data_ptr(), len(self.lengths)) if packed else (0, 0)
+        problem = (DTYPE_CODES[self.dtype], batch, heads, tokens, self.head_dim, self.width, *sequences, 1)
+
+        def rows(tensor: Tensor) -> tuple[int, ...]:
+            return (tensor.data_ptr(), *tensor.stride()[:3])
+
+        def keys(count: int, make: Any) -> tuple[int, ...]:
+            return rows(make(batch, heads, count, self.head_dim, dtype=self.dtype))
+
+        nothing = (0, 0, 0, 0)
+        key, grad_out = keys(tokens, recorder.random), keys(tokens, recorder.random)
+        state = nothing if packed else keys(self.width - 1, recorder.random)
+        weight = recorder.random(heads, self.head_dim, self.width, dtype=torch.float32).data_ptr()
+        recorder.call("key_conv_forward_cuda", problem, key, state, weight, keys(tokens, recorder.zeros))
+        grad_state = nothing if packed else keys(self.width - 1, recorder.zeros)
+        recorder.call(
+            "key_conv_backward_cuda",
+            problem,
+            (grad_out, key, state),
+            weight,
+            (keys(tokens, recorder.zeros), grad_state),
+            recorder.zeros(heads, self.head_dim, self.width, dtype=torch.float32).data_ptr(),
+            recorder.workspace(recorder.module.key_conv_backward_workspace_bytes(problem, True)),
+        )
+
+
+Case = MobaCase | ProductKeyCase | MemoryCase | GridCase | DecodeCase | KeyConvCase
 
 
 def record(module: ModuleType, case: Case) -> Recorder:

@@ -1,6 +1,6 @@
-#include <cuda_runtime_api.h>
-
 #include "device.h"
+
+#include <cuda_runtime_api.h>
 
 namespace topgather {
 

@@ -1,0 +1,232 @@
+"""Decoding with a cache against torch's dense attention over the same cache: the time of one token.
+
+    python bench/decode.py                  # two minutes on two cores
+    python bench/decode.py --quick          # a smoke run; its results are kept only where --output names a folder
+    python bench/decode.py --device cuda    # bfloat16, batch 8, up to 128K tokens
+
+Prints times of a token by the tokens before it, ratios against the targets, and what appending costs; writes
+decode.json and decode.png to bench/results/<device>/. Peers run in one process, interleaved; queries change from call
+to call, so that the chosen blocks are not those that are still in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import topgather as tg
+from _harness import (
+    Timing,
+    describe_run,
+    format_seconds,
+    results_folder,
+    time_in_rounds,
+    time_interleaved,
+    write_json,
+)
+
+OURS, PAGED, GRAPH, TORCH = "topgather", "topgather, paged", "topgather, CUDA graph", "SDPA, dense"
+COLORS = {TORCH: "#8a8f98", OURS: "#d1495b", PAGED: "#edae49", GRAPH: "#00798c"}
+NUM_QUERIES = 64
+NUM_APPENDS = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A cache of ``num_tokens`` tokens of every sequence, and the least ratio to reach."""
+
+    num_tokens: int
+    dtype: str
+    batch_size: int = 1
+    num_heads: int = 8
+    head_dim: int = 64
+    block_size: int = 128
+    top_k: int = 8
+    target: float | None = None
+
+    def __str__(self) -> str:
+        shape = f"B={self.batch_size}, {self.num_heads} heads, D={self.head_dim}"
+        return f"{self.dtype}, N={self.num_tokens}, {shape}, block {self.block_size}, top_k {self.top_k}"
+
+
+def plan(device: torch.device, is_quick: bool) -> list[Problem]:
+    """What is measured."""
+    if is_quick:
+        return [Problem(length, dtype, block_size=32) for dtype in ("float32", "bfloat16") for length in (1024, 2048)]
+    if device.type == "cuda":
+        lengths = (8192, 32768, 131072)
+        targets = {131072: 10.0}
+        return [Problem(length, "bfloat16", 8, 8, 128, target=targets.get(length)) for length in lengths]
+    targets = {65536: 20.0}
+    problems = [Problem(n, "float32", target=targets.get(n)) for n in (4096, 16384, 65536, 262144)]
+    return [*problems, *(Problem(n, "bfloat16") for n in (4096, 16384, 65536))]
+
+
+# --- Candidates ---------------------------------------------------------------------------------------------
+
+
+class Session:
+    """Both caches with the same content, and queries to ask them."""
+
+    def __init__(self, problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
+        self.problem = problem
+        options: dict[str, Any] = {"block_size": problem.block_size, "dtype": dtype, "device": device}
+        options["max_seq_len"] = problem.num_tokens + 2 * NUM_APPENDS
+        sizes = (problem.batch_size, problem.num_heads, problem.head_dim)
+        self.cache = tg.MobaCache(*sizes, **options)
+        self.paged = tg.PagedMobaCache(*sizes, **options)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(length: int) -> Tensor:
+            shape = (problem.batch_size, problem.num_heads, length, problem.head_dim)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        for first in range(0, problem.num_tokens, 8192):
+            length = min(8192, problem.num_tokens - first)
+            key, value = draw(length), draw(length)
+            self.cache.append(key, value)
+            self.paged.append(key, value)
+        self.queries = [draw(1) for _ in range(NUM_QUERIES)]
+        self.new = (draw(1), draw(1))
+        # Views of the contiguous cache: dense attention reads the same memory.
+        self.key, self.value = self.cache.key, self.cache.value
+
+    def candidates(self) -> dict[str, Callable[[], Tensor]]:
+        """One token each."""
+        queries = {name: cycle(self.queries) for name in (OURS, PAGED, TORCH)}
+        top_k = self.problem.top_k
+        calls: dict[str, Callable[[], Tensor]] = {
+            TORCH: lambda: F.scaled_dot_product_attention(next(queries[TORCH]), self.key, self.value),
+            OURS: lambda: tg.moba_decode(next(queries[OURS]), self.cache, top_k),
+            PAGED: lambda: tg.moba_decode(next(queries[PAGED]), self.paged, top_k),
+        }
+        if self.key.is_cuda:
+            calls[GRAPH] = self.captured()
+        return calls
+
+    def captured(self) -> Callable[[], Tensor]:
+        """The same in a CUDA graph; each call brings in another query."""
+        query = self.queries[0].clone()
+        queries = cycle(self.queries)
+        graph = torch.cuda.CUDAGraph()
+        tg.moba_decode(query, self.cache, self.problem.top_k)
+        with torch.cuda.graph(graph):
+            out = tg.moba_decode(query, self.cache, self.problem.top_k)
+
+        def replay() -> Tensor:
+            query.copy_(next(queries))
+            graph.replay()
+            return out
+
+        return replay
+
+    def check(self, dtype: torch.dtype) -> None:
+        """All blocks chosen, it is dense attention; and pages do not matter."""
+        query = self.queries[0]
+        dense = F.scaled_dot_product_attention(query.float(), self.key.float(), self.value.float())
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        out = tg.moba_decode(query, self.cache, top_k=None)
+        torch.testing.assert_close(out.float(), dense, rtol=tolerance, atol=tolerance)
+        paged = tg.moba_decode(query, self.paged, self.problem.top_k)
+        assert torch.equal(paged, tg.moba_decode(query, self.cache, self.problem.top_k))
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(problem: Problem, device: torch.device) -> dict[str, Any]:
+    dtype = getattr(torch, problem.dtype)
+    session = Session(problem, device, dtype)
+    session.check(dtype)
+    candidates = session.candidates()
+    for run in candidates.values():
+        for _ in range(5):
+            run()
+    timings: dict[str, Timing]
+    if device.type == "cuda":
+        samples = time_in_rounds(candidates, device, budget_seconds=1.0)
+        timings = {name: Timing(tuple(times)) for name, times in samples.items()}
+    else:
+        timings = time_interleaved(candidates, device, min_rounds=10, max_rounds=200, budget_seconds=3.0)
+    key, value = session.new
+    appends = {"append": lambda: session.cache.append(key, value)}
+    appended = time_interleaved(appends, device, min_rounds=NUM_APPENDS, max_rounds=NUM_APPENDS)["append"]
+    ratio = timings[TORCH].seconds / min(timings[name].seconds for name in (OURS, GRAPH) if name in timings)
+    row: dict[str, Any] = {"problem": str(problem), **asdict(problem), "ratio": ratio, "append": appended.to_json()}
+    row["times"] = {name: timing.to_json() for name, timing in timings.items()}
+    if problem.target is not None:
+        row |= {"target_ratio": problem.target, "target_met": ratio >= problem.target}
+    return row
+
+
+# --- Showing ------------------------------------------------------------------------------------------------
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line a measured problem."""
+    times = "  ".join(f"{name} {format_seconds(entry['seconds'])}" for name, entry in row["times"].items())
+    target = ""
+    if "target_met" in row:
+        target = f"  target {row['target_ratio']:.0f}x: {'met' if row['target_met'] else 'MISSED'}"
+    return f"    {times}  append {format_seconds(row['append']['seconds'])}  {row['ratio']:.1f}x{target}"
+
+
+def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
+    """Time of a token by the tokens before it, a panel a dtype."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure = Figure(figsize=(5.5 * len(dtypes), 4.2), layout="constrained")
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
+        chosen = [row for row in rows if row["dtype"] == dtype]
+        lengths = [row["num_tokens"] for row in chosen]
+        for name in chosen[0]["times"]:
+            times = [row["times"][name]["seconds"] * 1e3 for row in chosen]
+            axes.loglog(lengths, times, "o-", label=name, color=COLORS[name])
+        appends = [row["append"]["seconds"] * 1e3 for row in chosen]
+        axes.loglog(lengths, appends, "o:", label="topgather, appending", color=COLORS[OURS])
+        axes.set(title=f"{dtype}, batch {chosen[0]['batch_size']}", xlabel="tokens in the cache", ylabel="ms a token")
+        axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{run['device']}, {run['threads']} threads, {run['cpu_target']}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
+    parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--output", type=Path, help="folder for decode.json and decode.png")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    run = describe_run(device)
+    print(run)
+    rows: list[dict[str, Any]] = []
+    for problem in plan(device, options.quick):
+        print(problem, flush=True)
+        rows.append(measure(problem, device))
+        print(show(rows[-1]), flush=True)
+    judged = [row for row in rows if "target_met" in row]
+    print(f"Targets: {sum(row['target_met'] for row in judged)} of {len(judged)} met.")
+    folder = options.output or (None if options.quick else results_folder(device))
+    if folder is None:
+        return
+    write_json(folder / "decode.json", {"run": run, "rows": rows})
+    draw(rows, run, folder / "decode.png")
+    print(f"Written: {folder / 'decode.json'}, {folder / 'decode.png'}")
+
+
+if __name__ == "__main__":
+    main()

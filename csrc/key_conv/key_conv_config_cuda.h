@@ -1,0 +1,26 @@
+// The tuning of the key convolution on CUDA, in one place. Changing a number changes speed and the last bits of a
+// weight's gradient, nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace topgather {
+
+struct KeyConvCudaConfig {
+  static constexpr int kThreads = 128;
+  // Bounds registers: enough thread blocks to keep many rows in flight.
+  static constexpr int kForwardBlocksPerProcessor = 3;
+  static constexpr int kBackwardBlocksPerProcessor = 2;
+  static constexpr int kSumThreads = 128;
+  // Tokens whose rows a thread of the forward asks for at once.
+  static constexpr int kStep = 4;
+  // Tokens that a thread walks. Forward: as many as leave kForwardThreads threads, the W - 1 rows before them are read
+  // again. Backward: more where there would be more than kBackwardThreads, which bounds the sums for the weight.
+  static constexpr int64_t kMostForwardTokens = 64;
+  static constexpr int64_t kLeastForwardTokens = 2 * kStep;
+  static constexpr int64_t kForwardThreads = int64_t{1} << 17;
+  static constexpr int64_t kLeastBackwardTokens = 16;
+  static constexpr int64_t kBackwardThreads = int64_t{1} << 18;
+};
+
+}  // namespace topgather

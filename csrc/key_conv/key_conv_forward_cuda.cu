@@ -1,0 +1,167 @@
+// The key convolution on CUDA, forward.
+//
+//   s_t   = sum over l < W of weight[W - 1 - l] * key_{t-l}     per head and channel, keys before the start being the
+//   out_t = key_t + s_t / (1 + exp(-s_t))                       state's, or zeros
+//
+// Who owns what: a thread owns 16 bytes of a head's channels (one, where rows allow no vectors) and a run of tokens.
+// Threads of one row stand side by side, then heads or runs, whichever lie closer, so that accesses coalesce. Steps:
+//   1. weights and the W - 1 rows before the run go to registers;
+//   2. the next kStep rows are asked for together;
+//   3. each token's result is made and written; the rows move on. Where a sequence of a pack begins, the rows before it
+//      become zeros.
+// Memory: a key is read once, but for W - 1 rows a run, and a result written once.
+// Numerics: float32 sums, terms in ascending l, rounded once; bfloat16 and float16 are storage types. Without tokens
+// nothing is launched. A token of no sequence is NaN.
+// Determinism: nothing is shared.
+#include "key_conv_cuda.h"
+#include "key_conv_rows_cuda.cuh"
+
+namespace topgather {
+
+namespace {
+constexpr int kThreads = KeyConvCudaConfig::kThreads;
+constexpr int kStep = KeyConvCudaConfig::kStep;
+}  // namespace
+
+struct KeyConvForwardArguments {
+  KeyConvShape shape;
+  uint32_t num_threads;
+  uint32_t num_runs;  // of a head's tokens
+  int32_t tokens_per_run;
+  bool are_heads_closer;  // than runs
+  ConstKeys key;          // [batch, head, token, D] dtype
+  ConstKeys state;        // [batch, head, W - 1, D] dtype, or data null
+  const float* weight;    // [head, D, W] float32
+  MutableKeys out;        // [batch, head, token, D] dtype
+};
+
+template <typename Element, int kVector, int kTaps>
+__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor)
+    key_conv_forward(const KeyConvForwardArguments args) {
+  constexpr int kHistory = kTaps - 1;
+  const KeyConvShape& shape = args.shape;
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  if (thread >= args.num_threads) return;
+  const uint32_t outside = thread / shape.num_vectors;
+  const uint32_t inner_count = args.are_heads_closer ? shape.num_heads : args.num_runs;
+  const uint32_t outer_count = args.are_heads_closer ? args.num_runs : shape.num_heads;
+  const uint32_t rest = outside / inner_count, inner = outside - rest * inner_count;
+  const uint32_t batch = rest / outer_count, outer = rest - batch * outer_count;
+  const int64_t run = args.are_heads_closer ? outer : inner;
+  const KeyPlace place{batch, args.are_heads_closer ? inner : outer,
+                       static_cast<int32_t>(thread - outside * shape.num_vectors) * kVector};
+  const int64_t first = run * args.tokens_per_run;
+  const int64_t end = first + args.tokens_per_run;
+  const int64_t last = end < shape.num_tokens ? end : shape.num_tokens;
+
+  // Step 1. window[kHistory + i] is the row of token t + i.
+  float taps[kTaps][kVector];
+  load_taps(shape, args.weight, place, taps);
+  Channels<Element, kVector> window[kHistory + kStep];
+  KeySequence sequence = sequence_of(shape, first);
+#pragma unroll
+  for (int j = 0; j < kHistory; ++j) {
+    const int64_t row = first - kHistory + j;
+    if (row >= sequence.start || args.state.data != nullptr) {
+      load_key(shape, args.key, args.state, place, row, window[j]);
+    }
+  }
+#pragma unroll 1
+  for (int64_t t = first; t < last; t += kStep) {
+    // Step 2.
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      if (t + i < last) load_key(shape, args.key, args.state, place, t + i, window[kHistory + i]);
+    }
+    // Step 3.
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      if (t + i < last) {
+        if (t + i >= sequence.end) {
+          sequence = sequence_of(shape, t + i);
+#pragma unroll
+          for (int j = 0; j < kHistory + i; ++j) {
+            if (t + j - kHistory < sequence.start) window[j].clear();
+          }
+        }
+        float current[kVector], sums[kVector];
+        window[kHistory + i].unpack(current);
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) sums[c] = taps[0][c] * current[c];
+#pragma unroll
+        for (int l = 1; l < kTaps; ++l) {
+          if (l < shape.width) {
+            float earlier[kVector];
+            window[kHistory + i - l].unpack(earlier);
+#pragma unroll
+            for (int c = 0; c < kVector; ++c) sums[c] = fmaf(taps[l][c], earlier[c], sums[c]);
+          }
+        }
+        const float absent = sequence.has(t + i) ? 0.0f : NAN;
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) sums[c] = fmaf(sums[c], sigmoid(sums[c]), current[c]) + absent;
+        Channels<Element, kVector>::store(sums,
+                                          row_of<Element>(args.out, place.batch, place.head, t + i) + place.column);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kHistory; ++j) window[j] = window[j + kStep];
+  }
+}
+
+namespace {
+
+template <typename Element, int kVector>
+void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
+  const KeyConvProblem& problem = params.problem;
+  KeyConvForwardArguments args{};
+  args.shape = key_conv_shape(problem, kVector);
+  const int64_t rows = problem.batch_size * problem.num_heads * args.shape.num_vectors;
+  int64_t tokens = KeyConvCudaConfig::kMostForwardTokens;
+  const auto threads = [&] { return rows * key_conv_divide_up(problem.num_tokens, tokens); };
+  while (tokens > KeyConvCudaConfig::kLeastForwardTokens && threads() < KeyConvCudaConfig::kForwardThreads) tokens /= 2;
+  require(threads() <= INT32_MAX, "key_conv: too many keys for one launch");
+  args.num_threads = static_cast<uint32_t>(threads());
+  args.num_runs = static_cast<uint32_t>(key_conv_divide_up(problem.num_tokens, tokens));
+  args.tokens_per_run = static_cast<int32_t>(tokens);
+  args.are_heads_closer = params.key.head_stride < params.key.row_stride;
+  args.key = params.key;
+  args.state = params.state;
+  args.weight = static_cast<const float*>(params.weight);
+  args.out = params.out;
+  const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
+  if (problem.kernel_width <= kKeyConvFewTaps) {
+    cuda::launch(key_conv_forward<Element, kVector, kKeyConvFewTaps>, shape, args);
+  } else {
+    cuda::launch(key_conv_forward<Element, kVector, kKeyConvMostTaps>, shape, args);
+  }
+}
+
+template <typename Element>
+void forward_for(const KeyConvForwardParams& params, cudaStream_t stream) {
+  constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
+  if (params.problem.head_dim % kVector == 0 && has_vector_rows(params.key, kVector, sizeof(Element)) &&
+      has_vector_rows(params.state, kVector, sizeof(Element)) &&
+      has_vector_rows(params.out, kVector, sizeof(Element))) {
+    launch_forward<Element, kVector>(params, stream);
+  } else {
+    launch_forward<Element, 1>(params, stream);
+  }
+}
+
+}  // namespace
+
+void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaPlace& place) {
+  if (key_conv_is_empty(params.problem)) return;
+  const DeviceGuard guard(place.device);
+  const StageRange range("key_conv: forward");
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  switch (params.problem.dtype) {
+    case Dtype::kFloat32: return forward_for<float>(params, stream);
+    case Dtype::kBFloat16: return forward_for<BFloat16>(params, stream);
+    case Dtype::kFloat16: return forward_for<Float16>(params, stream);
+    default: require(false, "key_conv on CUDA takes float32, bfloat16 and float16, not float64");
+  }
+}
+
+}  // namespace topgather

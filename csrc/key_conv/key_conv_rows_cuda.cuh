@@ -1,0 +1,191 @@
+// Rows of keys as threads of the key convolution hold them, and the sequences they belong to.
+//
+// A thread owns kVector neighbouring channels of a head. Kernels exist for kTaps of 4 and 8: a width below is a test,
+// the same for all threads, and not a weight of zero, which would turn keys that are not finite into NaN.
+#pragma once
+
+#include "../common/checks.h"
+#include "../cuda/launch.cuh"
+#include "../cuda/tile_math.cuh"
+#include "key_conv_config_cuda.h"
+#include "key_conv_params.h"
+
+namespace topgather {
+
+constexpr float kKeyConvLog2E = 1.44269504088896340736f;
+
+// kVector elements of a row as they are stored; a single element as float32. Zeros are zeros of every type.
+template <typename Element, int kVector>
+struct Channels {
+  static constexpr int kWords = kVector == 1 ? 1 : kVector * static_cast<int>(sizeof(Element)) / 4;
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4, "what one load brings");
+  uint32_t words[kWords] = {};
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+  }
+
+  __device__ __forceinline__ void load(const Element* source) {
+    if constexpr (kVector == 1) {
+      words[0] = __float_as_uint(cuda::to_float(*source));
+    } else if constexpr (kWords == 2) {
+      const uint2 loaded = *reinterpret_cast<const uint2*>(source);
+      words[0] = loaded.x;
+      words[1] = loaded.y;
+    } else {
+      const uint4 loaded = *reinterpret_cast<const uint4*>(source);
+      words[0] = loaded.x;
+      words[1] = loaded.y;
+      words[2] = loaded.z;
+      words[3] = loaded.w;
+    }
+  }
+
+  __device__ __forceinline__ void unpack(float (&values)[kVector]) const {
+    if constexpr (kVector == 1 || sizeof(Element) == 4) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) values[i] = __uint_as_float(words[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const float2 pair = cuda::unpack2<Element>(words[i]);
+        values[2 * i] = pair.x;
+        values[2 * i + 1] = pair.y;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store(const float (&values)[kVector], Element* target) {
+    if constexpr (kVector == 1) {
+      *target = cuda::from_float<Element>(values[0]);
+    } else if constexpr (sizeof(Element) == 4) {
+      *reinterpret_cast<uint4*>(target) = {__float_as_uint(values[0]), __float_as_uint(values[1]),
+                                           __float_as_uint(values[2]), __float_as_uint(values[3])};
+    } else if constexpr (kWords == 2) {
+      *reinterpret_cast<uint2*>(target) = {cuda::pack2<Element>(values[0], values[1]),
+                                           cuda::pack2<Element>(values[2], values[3])};
+    } else {
+      *reinterpret_cast<uint4*>(target) = {
+          cuda::pack2<Element>(values[0], values[1]), cuda::pack2<Element>(values[2], values[3]),
+          cuda::pack2<Element>(values[4], values[5]), cuda::pack2<Element>(values[6], values[7])};
+    }
+  }
+};
+
+// What every kernel knows of a problem.
+struct KeyConvShape {
+  uint32_t num_heads;
+  uint32_t num_vectors;  // of a row
+  int32_t head_dim;
+  int32_t width;
+  int64_t num_tokens;
+  const int64_t* cu_seqlens;  // [num_sequences + 1] int64, or null for a dense problem
+  int64_t num_sequences;
+};
+
+// Rows [start, end). What is found for a token of no sequence does not have it.
+struct KeySequence {
+  int64_t start;
+  int64_t end;
+
+  __device__ __forceinline__ bool has(int64_t token) const { return token >= start && token < end; }
+};
+
+// The sequence of a token: the last that starts at or before it. Boundaries that do not ascend lead to some sequence or
+// none, never outside.
+__device__ __forceinline__ KeySequence sequence_of(const KeyConvShape& shape, int64_t token) {
+  if (shape.cu_seqlens == nullptr) return {0, shape.num_tokens};
+  int64_t low = 0, high = shape.num_sequences;  // starts[low - 1] <= token < starts[high]
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (shape.cu_seqlens[middle] <= token) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (low == 0 || token < 0 || token >= shape.num_tokens) return {token, token};
+  const int64_t start = shape.cu_seqlens[low - 1], end = shape.cu_seqlens[low];
+  return {start < 0 ? 0 : start, end < shape.num_tokens ? end : shape.num_tokens};
+}
+
+template <typename Element>
+__device__ __forceinline__ const Element* row_of(const ConstKeys& keys, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<const Element*>(keys.data) + batch * keys.batch_stride + head * keys.head_stride +
+         row * keys.row_stride;
+}
+template <typename Element>
+__device__ __forceinline__ Element* row_of(const MutableKeys& keys, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<Element*>(keys.data) + batch * keys.batch_stride + head * keys.head_stride + row * keys.row_stride;
+}
+
+// Where a thread's channels stand.
+struct KeyPlace {
+  int64_t batch;
+  int64_t head;
+  int32_t column;
+};
+
+// A row of keys; before the first the state's, and zeros where there is none of either.
+template <typename Element, int kVector>
+__device__ __forceinline__ void load_key(const KeyConvShape& shape, const ConstKeys& key, const ConstKeys& state,
+                                         const KeyPlace& place, int64_t row, Channels<Element, kVector>& channels) {
+  channels.clear();
+  if (row >= 0) {
+    if (row < shape.num_tokens) {
+      channels.load(row_of<Element>(key, place.batch, place.head, row) + place.column);
+    }
+  } else if (state.data != nullptr && row >= 1 - shape.width) {
+    channels.load(row_of<Element>(state, place.batch, place.head, row + shape.width - 1) + place.column);
+  }
+}
+
+// taps[l] belongs to the key l tokens back.
+template <int kTaps, int kVector>
+__device__ __forceinline__ void load_taps(const KeyConvShape& shape, const float* weight, const KeyPlace& place,
+                                          float (&taps)[kTaps][kVector]) {
+  const float* source = weight + (place.head * shape.head_dim + place.column) * shape.width;
+#pragma unroll
+  for (int l = 0; l < kTaps; ++l) {
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      taps[l][c] = l < shape.width ? source[c * shape.width + shape.width - 1 - l] : 0.0f;
+    }
+  }
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + cuda::exp2_approximate(x * -kKeyConvLog2E)); }
+
+// --- host -----------------------------------------------------------------------------------------------------------
+
+constexpr int kKeyConvFewTaps = 4;
+constexpr int kKeyConvMostTaps = 8;
+
+inline int64_t key_conv_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool key_conv_is_empty(const KeyConvProblem& problem) {
+  return problem.batch_size == 0 || problem.num_heads == 0 || problem.num_tokens == 0;
+}
+
+// Whether rows may be read so many elements at a time.
+template <typename Keys>
+bool has_vector_rows(const Keys& keys, int64_t vector, int64_t element_bytes) {
+  return keys.data == nullptr ||
+         (reinterpret_cast<uintptr_t>(keys.data) % static_cast<uintptr_t>(vector * element_bytes) == 0 &&
+          keys.batch_stride % vector == 0 && keys.head_stride % vector == 0 && keys.row_stride % vector == 0);
+}
+
+inline KeyConvShape key_conv_shape(const KeyConvProblem& problem, int64_t vector) {
+  require(problem.num_heads <= INT32_MAX && problem.head_dim * problem.kernel_width <= INT32_MAX,
+          "key_conv: heads and head_dim are too large for CUDA");
+  return {static_cast<uint32_t>(problem.num_heads),
+          static_cast<uint32_t>(key_conv_divide_up(problem.head_dim, vector)),
+          static_cast<int32_t>(problem.head_dim),
+          static_cast<int32_t>(problem.kernel_width),
+          problem.num_tokens,
+          problem.cu_seqlens,
+          problem.num_sequences};
+}
+
+}  // namespace topgather
