@@ -84,6 +84,7 @@ def step(key: Tensor, value: Tensor, query: Tensor, cache: Cache) -> tuple[Tenso
 @pytest.mark.parametrize("pages", [0, 1])
 def test_compile_without_graph_break(pages: int, backend: str, device: torch.device) -> None:
     """Appending, choosing and attending are one graph; the cache is written to in place."""
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     cache, other = cache_of(pages, torch.float32, device), cache_of(pages, torch.float32, device)

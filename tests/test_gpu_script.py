@@ -137,7 +137,8 @@ def test_sanitizer_cases_agree_with_the_reference(
     cases = load("sanitizer_cases")
     monkeypatch.setattr(sys, "argv", ["sanitizer_cases.py", "cpu"])
     assert cases.main() == 0
-    num_cases = len(cases.CASES) + len(cases.MEMORY_CASES) + len(cases.GRID_CASES) + len(cases.DECODE_CASES)
+    kinds = (cases.CASES, cases.MEMORY_CASES, cases.GRID_CASES, cases.DECODE_CASES, cases.KEY_CONV_CASES)
+    num_cases = sum(len(kind) for kind in kinds)
     assert f"{num_cases} of {num_cases} cases agree" in capsys.readouterr().out
 
 
@@ -150,6 +151,7 @@ def test_profile_cases_run() -> None:
     assert len(calls["memory"]()) == 3
     assert calls["decode"]().shape == (8, 16, 1, 128)
     assert len(calls["grid"]()) == 4
+    assert len(calls["key_conv"]()) == 2
 
 
 # --- tools/gpu.py -------------------------------------------------------------------------------------------
@@ -212,8 +214,12 @@ def test_steps_go_on_whatever_became_of_the_others(
         "benchmark": "passed",
         "memory benchmark": "passed",
         "grid benchmark": "passed",
+        "decode benchmark": "passed",
+        "key_conv benchmark": "passed",
         "ncu memory": "failed",
         "ncu grid": "failed",
+        "ncu decode": "failed",
+        "ncu key_conv": "failed",
         "ncu forward": "failed",
         "ncu backward": "failed",
     }

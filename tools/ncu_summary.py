@@ -25,7 +25,7 @@ SECTIONS = (
 # The clocks are left as they are, and so is the cache: kernels of a wave read what the one before left in it.
 OPTIONS = [
     *("--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"),
-    *("--kernel-name", "regex:moba|memory|product_key|grid", "--launch-count", "40", "--csv", "--page", "raw"),
+    *("--kernel-name", "regex:moba|memory|product_key|grid|key_conv", "--launch-count", "40", "--csv", "--page", "raw"),
     *(option for section in SECTIONS for option in ("--section", section)),
 ]
 

@@ -1,11 +1,11 @@
 """One topgather call between cudaProfilerStart and cudaProfilerStop, for ncu.
 
-    ncu --profile-from-start off python bench/gpu/profile_cases.py forward     # or backward, memory, grid, decode
+    ncu --profile-from-start off python bench/gpu/profile_cases.py forward     # or another of NAMES
 
 bfloat16, heads of 128, blocks of 128, top_k 8, causal; for memory top-k, lookup and their gradients together; for grid
 attention and its gradients, a bias' among them; for decode one token of each of 8 sequences, appended, routed and
-attended to: the benchmarks' main cases but smaller, because ncu runs every kernel
-some twenty times over. A first call outside the profiled range warms up.
+attended to; for key_conv the convolution and its gradients: the benchmarks' main cases but smaller, because ncu runs
+every kernel some twenty times over. A first call outside the profiled range warms up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 import topgather as tg
 
-NAMES = ("forward", "backward", "memory", "grid", "decode")
+NAMES = ("forward", "backward", "memory", "grid", "decode", "key_conv")
 NUM_TOKENS, NUM_HEADS, HEAD_DIM = 32768, 4, 128
 NUM_KEYS = 512  # of a half
 SIDE = 128  # of an image, in tokens
@@ -38,6 +38,7 @@ def make_calls(
         "memory": make_memory_call(device, num_tokens // 8, num_keys),
         "grid": make_grid_call(device, side),
         "decode": make_decode_call(device, num_tokens),
+        "key_conv": make_key_conv_call(device, num_tokens),
         "forward": torch.no_grad()(lambda: tg.moba_attention(*leaves, block_size=128, top_k=8)),
         "backward": lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True),
     }
@@ -94,6 +95,21 @@ def make_decode_call(device: torch.device, num_tokens: int) -> Callable[[], obje
     def call() -> object:
         cache.append(key, value)
         return tg.moba_decode(query, cache, top_k=8)
+
+    return call
+
+
+def make_key_conv_call(device: torch.device, num_tokens: int) -> Callable[[], object]:
+    """Three taps over the keys of 8 heads, and all gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, 8, num_tokens, HEAD_DIM)
+    key, grad_out = (
+        torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(2)
+    )
+    weight = torch.randn(8, HEAD_DIM, 3, generator=generator, device=device).requires_grad_()
+
+    def call() -> object:
+        return torch.autograd.grad(tg.key_conv(key, weight), [key, weight], grad_out)
 
     return call
 

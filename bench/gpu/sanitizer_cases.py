@@ -122,6 +122,23 @@ DECODE_CASES = (
 )
 
 
+@dataclass(frozen=True)
+class KeyConvCase:
+    """The key convolution of a sequence, and all gradients."""
+
+    dtype: torch.dtype
+    num_tokens: int
+    head_dim: int
+    width: int
+
+
+KEY_CONV_CASES = (
+    KeyConvCase(torch.bfloat16, 301, 64, 3),
+    KeyConvCase(torch.float16, 130, 72, 8),
+    KeyConvCase(torch.float32, 77, 33, 5),  # rows that no vector load can read
+)
+
+
 def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
     """query, key, value ``[1, H, N, D]``, leaves of the graph, and grad_out."""
     generator = torch.Generator().manual_seed(0)
@@ -240,17 +257,35 @@ def decode_results(case: DecodeCase, device: torch.device) -> tuple[list[Tensor]
     return [out], [expected]
 
 
+def key_conv_results(case: KeyConvCase, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """What topgather and the reference make of it: out and the gradients of key and weight."""
+    generator = torch.Generator().manual_seed(0)
+    key, grad_out = (
+        torch.randn(2, 2, case.num_tokens, case.head_dim, generator=generator).to(device, case.dtype) for _ in range(2)
+    )
+    weight = torch.randn(2, case.head_dim, case.width, generator=generator).to(device)
+    leaves = [key.requires_grad_(), weight.requires_grad_()]
+    results = []
+    for module in (tg, tg.reference):
+        out = module.key_conv(key, weight)
+        results.append([out, *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))])
+    actual, expected = results
+    return actual, expected
+
+
 def main() -> int:
     """Run every case; returns 0 if all agree with the reference."""
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     num_failed = 0
-    for case in (*CASES, *MEMORY_CASES, *GRID_CASES, *DECODE_CASES):
+    for case in (*CASES, *MEMORY_CASES, *GRID_CASES, *DECODE_CASES, *KEY_CONV_CASES):
         if isinstance(case, MemoryCase):
             actual, expected = memory_results(case, device)
         elif isinstance(case, GridCase):
             actual, expected = grid_results(case, device)
         elif isinstance(case, DecodeCase):
             actual, expected = decode_results(case, device)
+        elif isinstance(case, KeyConvCase):
+            actual, expected = key_conv_results(case, device)
         else:
             torch.use_deterministic_algorithms(case.is_deterministic)
             actual = run_case(case, device)
