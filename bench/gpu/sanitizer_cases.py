@@ -277,7 +277,8 @@ def main() -> int:
     """Run every case; returns 0 if all agree with the reference."""
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     num_failed = 0
-    for case in (*CASES, *MEMORY_CASES, *GRID_CASES, *DECODE_CASES, *KEY_CONV_CASES):
+    cases = (*CASES, *MEMORY_CASES, *GRID_CASES, *DECODE_CASES, *KEY_CONV_CASES)
+    for case in cases:
         if isinstance(case, MemoryCase):
             actual, expected = memory_results(case, device)
         elif isinstance(case, GridCase):
@@ -298,8 +299,7 @@ def main() -> int:
         agrees = error <= TOLERANCES[case.dtype]
         num_failed += not agrees
         print(f"{'ok' if agrees else 'FAILED'}: error {error:.1e}, {case}", flush=True)
-    num_cases = len(CASES) + len(MEMORY_CASES) + len(GRID_CASES) + len(DECODE_CASES)
-    print(f"{num_cases - num_failed} of {num_cases} cases agree with the reference")
+    print(f"{len(cases) - num_failed} of {len(cases)} cases agree with the reference")
     return 1 if num_failed else 0
 
 
