@@ -42,6 +42,8 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         **cuda,
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
+        # Waiting threads of torch's pool spin by default, and hold the cores that ours are started for.
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "cpu_target": tg._native.cpu_target(),
         "torch": torch.__version__,
         "topgather": tg.__version__,
@@ -82,10 +84,12 @@ def device_name(device: torch.device) -> str:
 
 
 def results_folder(device: torch.device) -> Path:
-    """Where this device's results are kept: ``bench/results/<device>-<threads>-threads/``."""
+    """Where this device's results are kept: ``bench/results/<device>-<threads>-threads[-passive]/``."""
     name = re.sub(r"\((r|tm)\)", "", device_name(device).lower())
     if device.type == "cpu":
         name = f"{name} {tg._native.cpu_target()} {torch.get_num_threads()} threads"
+        if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+            name += " passive"
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
