@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Markers of this suite: `-m gpu` selects what runs on a GPU, `-k emulated_cuda` what the emulator runs."""
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
     config.addinivalue_line("markers", "emulator: needs what only the emulator shows, such as a record of launches")
+    config.addinivalue_line("markers", "unchecked: on the emulator without its checks, which keep books on all memory")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k: what a rule leaves out does not depend on what else is asked for
@@ -55,7 +56,10 @@ def cuda_kind(request: pytest.FixtureRequest) -> str:
 
 
 def device_of(kind: str, request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    if kind == "emulated_cuda":
+    if kind == "emulated_cuda" and request.node.get_closest_marker("unchecked"):
+        with emulated_cuda(checked=False, order="random", cp_async="mixed"):
+            yield torch.device("cpu")
+    elif kind == "emulated_cuda":
         schedule = schedule_of(f"{request.path.name}::{request.node.name}")
         print(f"emulated with {schedule}")
         with emulated_cuda(checked=True, **schedule):

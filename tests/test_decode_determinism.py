@@ -1,8 +1,5 @@
 """Decoding gives the same bits from run to run, for any number of threads, whatever else is in the batch."""
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +7,7 @@ from torch import Tensor
 import topgather as tg
 from decode_helpers import DecodeCase, Rows, in_steps, make_cache, make_tokens, run_steps
 from helpers import DTYPES, assert_bitwise_equal, random_tensor
-from test_determinism_threads import run_in_fork
+from test_determinism_threads import assert_concurrent_calls_agree, run_in_fork
 
 CPU = torch.device("cpu")
 CASES = [
@@ -61,18 +58,7 @@ def decoded(seed: int, device: torch.device) -> Tensor:
 
 def test_concurrent_calls_give_the_same_bits(device: torch.device) -> None:
     """Six Python threads at once, each with a cache of its own, each several times."""
-    seeds = range(6)
-    expected = [decoded(seed, device) for seed in seeds]
-    barrier = Barrier(len(seeds))
-
-    def work(seed: int) -> list[Tensor]:
-        barrier.wait(timeout=60)
-        return [decoded(seed, device) for _ in range(3)]
-
-    with ThreadPoolExecutor(len(seeds)) as pool:
-        for seed, outs in zip(seeds, pool.map(work, seeds), strict=True):
-            for out in outs:
-                assert_bitwise_equal(f"out of seed {seed}", out, expected[seed])
+    assert_concurrent_calls_agree(lambda seed: {"out": decoded(seed, device)}, torch.get_num_threads())
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

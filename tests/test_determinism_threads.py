@@ -55,6 +55,25 @@ def assert_all_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
         assert_bitwise_equal(f"{name}, {what}", tensor.detach(), expected[name].detach())
 
 
+def assert_concurrent_calls_agree(
+    run: Callable[[int], dict[str, Tensor]], num_threads: int, num_runs: int = 3, num_callers: int = 6
+) -> None:
+    """Python threads that all begin at once, each with a seed of its own, get the bits of a call alone every time."""
+    seeds = range(num_callers)
+    expected = [run(seed) for seed in seeds]
+    barrier = Barrier(num_callers)
+
+    def work(seed: int) -> list[dict[str, Tensor]]:
+        torch.set_num_threads(num_threads)
+        barrier.wait(timeout=60)
+        return [run(seed) for _ in range(num_runs)]
+
+    with ThreadPoolExecutor(num_callers) as pool:
+        for seed, runs in zip(seeds, pool.map(work, seeds), strict=True):
+            for run_idx, result in enumerate(runs):
+                assert_all_equal(result, expected[seed], f"seed {seed}, run {run_idx}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(case: AttentionCase, dtype: torch.dtype) -> None:
@@ -82,19 +101,7 @@ def test_concurrent_calls_give_the_same_bits(num_threads: int, device: torch.dev
     """Six Python threads at once, each on another problem, each several times."""
     torch.set_num_threads(num_threads)
     case = AttentionCase(num_heads=4, num_kv_heads=2, query_len=400, head_dim=32, block_size=32, top_k=3)
-    seeds = range(6)
-    expected = [everything(case, torch.float32, device, seed) for seed in seeds]
-    barrier = Barrier(len(seeds))
-
-    def work(seed: int) -> list[dict[str, Tensor]]:
-        torch.set_num_threads(num_threads)
-        barrier.wait(timeout=60)
-        return [everything(case, torch.float32, device, seed) for _ in range(5)]
-
-    with ThreadPoolExecutor(len(seeds)) as pool:
-        for seed, runs in zip(seeds, pool.map(work, seeds), strict=True):
-            for run_idx, result in enumerate(runs):
-                assert_all_equal(result, expected[seed], f"seed {seed}, run {run_idx}")
+    assert_concurrent_calls_agree(lambda seed: everything(case, torch.float32, device, seed), num_threads, num_runs=5)
 
 
 def assert_lock_is_released(case: AttentionCase, device: torch.device) -> None:

@@ -1,8 +1,6 @@
 """Grid and window attention give the same bits from run to run, for any number of threads, from Python threads."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Barrier
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 import topgather as tg
 from grid_helpers import PARTITIONS, GridCase, Inputs, make_inputs, run_grid
 from helpers import DTYPES, assert_bitwise_equal
-from test_determinism_threads import run_in_fork
+from test_determinism_threads import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
 
 CPU = torch.device("cpu")
 NUM_THREADS = [1, 2, 3, 5]
@@ -23,11 +21,6 @@ CASES = [
     GridCase(batch=3, num_heads=2, rows=30, columns=30, step=(30, 30), head_dim=8),
 ]
 SMALL = GridCase(rows=13, columns=11, step=(4, 3), head_dim=24, has_bias=True)
-
-
-def assert_all_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    for name, tensor in actual.items():
-        assert_bitwise_equal(f"{name}, {what}", tensor, expected[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,24 +63,12 @@ def test_an_image_does_not_depend_on_the_others(dtype: torch.dtype, device: torc
 def test_concurrent_calls_give_the_same_bits(num_threads: int, device: torch.device) -> None:
     """Six Python threads at once, each on another problem, each several times."""
     torch.set_num_threads(num_threads)
-    seeds = range(6)
-    cases = [replace(SMALL, rows=7 + seed, partition=PARTITIONS[seed % 2]) for seed in seeds]
+    cases = [replace(SMALL, rows=7 + seed, partition=PARTITIONS[seed % 2]) for seed in range(6)]
 
     def everything(seed: int) -> dict[str, Tensor]:
         return run_grid(make_inputs(cases[seed], torch.float32, device, seed), cases[seed])
 
-    expected = [everything(seed) for seed in seeds]
-    barrier = Barrier(len(seeds))
-
-    def work(seed: int) -> list[dict[str, Tensor]]:
-        torch.set_num_threads(num_threads)
-        barrier.wait(timeout=60)
-        return [everything(seed) for _ in range(3)]
-
-    with ThreadPoolExecutor(len(seeds)) as pool:
-        for seed, runs in zip(seeds, pool.map(work, seeds), strict=True):
-            for run_idx, result in enumerate(runs):
-                assert_all_equal(result, expected[seed], f"seed {seed}, run {run_idx}")
+    assert_concurrent_calls_agree(everything, num_threads)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -4,17 +4,18 @@ The storage is address space of which only the pages under the tokens are ever t
 """
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from emulated import emulated_cuda
 from grid_helpers import PARTITIONS, GridCase, make_inputs, run_grid
 from helpers import assert_bitwise_equal
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched"),
+    pytest.mark.unchecked,
+]
 PAST = 2**31 + 2**20
 CASE = GridCase(rows=3, columns=4, step=(2, 3), head_dim=8)
 # Strides of batch, heads, rows and columns, whole multiples of 16 bytes, and the offset.
@@ -25,16 +26,6 @@ FAR: dict[str, tuple[tuple[int, ...], int]] = {
     "column": ((64, 32, 8, PAST // 24 * 8, 1), 0),
     "storage_offset": ((192, 96, 32, 8, 1), PAST),
 }
-
-
-@pytest.fixture
-def device(device_kind: str) -> Iterator[torch.device]:
-    """As everywhere, but the emulator does not check accesses: it would keep books on all of the storage."""
-    if device_kind == "emulated_cuda":
-        with emulated_cuda(checked=False, order="random", cp_async="mixed"):
-            yield torch.device("cpu")
-    else:
-        yield torch.device(device_kind)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)

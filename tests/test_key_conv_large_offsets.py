@@ -4,17 +4,18 @@ The storage is address space of which only the pages under the keys are ever tou
 """
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from emulated import emulated_cuda
 from helpers import assert_bitwise_equal
 from key_conv_helpers import KeyConvCase, make_inputs, run_key_conv
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched"),
+    pytest.mark.unchecked,
+]
 PAST = 2**31 + 2**20
 CASE = KeyConvCase(num_tokens=9, head_dim=8, width=4, has_state=True)
 # Strides of batch, heads and rows, whole multiples of 16 bytes, and the offset.
@@ -24,16 +25,6 @@ FAR: dict[str, tuple[tuple[int, ...], int]] = {
     "row": ((16, 8, PAST // 64 * 8, 1), 0),
     "storage_offset": ((192, 96, 8, 1), PAST),
 }
-
-
-@pytest.fixture
-def device(device_kind: str) -> Iterator[torch.device]:
-    """As everywhere, but the emulator does not check accesses: it would keep books on all of the storage."""
-    if device_kind == "emulated_cuda":
-        with emulated_cuda(checked=False, order="random", cp_async="mixed"):
-            yield torch.device("cpu")
-    else:
-        yield torch.device(device_kind)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)

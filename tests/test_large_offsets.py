@@ -4,14 +4,12 @@ The storage is 9 GiB of address space of which only the few pages under the view
 """
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import topgather as tg
-from emulated import emulated_cuda
 from helpers import (
     AttentionCase,
     assert_attention_close,
@@ -21,7 +19,10 @@ from helpers import (
     run_attention,
 )
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched"),
+    pytest.mark.unchecked,
+]
 PAST = 2**31 + 2**20
 # Whole multiples of 16 bytes: rows on CUDA are then read where they are, not from an aligned copy.
 TOKEN_STRIDE = PAST // 38 // 8 * 8
@@ -34,16 +35,6 @@ STRIDES = {
     "token": (16, 32, TOKEN_STRIDE, 1),
     "storage_offset": (2 * 40 * 16, 40 * 16, 16, 1),
 }
-
-
-@pytest.fixture
-def device(device_kind: str) -> Iterator[torch.device]:
-    """As everywhere, but the emulator does not check accesses: it would keep books on all 9 GiB."""
-    if device_kind == "emulated_cuda":
-        with emulated_cuda(checked=False, order="random", cp_async="mixed"):
-            yield torch.device("cpu")
-    else:
-        yield torch.device(device_kind)
 
 
 @pytest.fixture(scope="module")

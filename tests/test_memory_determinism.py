@@ -1,8 +1,5 @@
 """Memory layers give the same bits from run to run, for any number of threads, and from several Python threads."""
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +7,7 @@ from torch import Tensor
 import topgather as tg
 from helpers import DTYPES, assert_bitwise_equal, random_tensor
 from memory_helpers import LookupCase, TopkCase, make_lookup, make_topk_inputs, run_experts, run_lookup
-from test_determinism_threads import run_in_fork
+from test_determinism_threads import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
 
 CPU = torch.device("cpu")
 NUM_THREADS = [1, 2, 3, 5]
@@ -47,11 +44,6 @@ def look_up(case: LookupCase, dtype: torch.dtype, device: torch.device, seed: in
                     results[f"{name} rows of {part}"] = tensor.indices()
                 results[f"{name} {part} {sparse_grad}"] = tensor.values() if tensor.is_sparse else tensor
     return results
-
-
-def assert_all_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    for name, tensor in actual.items():
-        assert_bitwise_equal(f"{name}, {what}", tensor, expected[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,23 +91,11 @@ def test_the_order_of_tokens_does_not_change_their_sums(device: torch.device) ->
 def test_concurrent_calls_give_the_same_bits(num_threads: int, device: torch.device) -> None:
     """Six Python threads at once, each on another problem, each several times."""
     torch.set_num_threads(num_threads)
-    seeds = range(6)
 
     def everything(seed: int) -> dict[str, Tensor]:
         return search(SMALL_SEARCH, torch.float32, device, seed) | look_up(SMALL_LOOKUP, torch.float32, device, seed)
 
-    expected = [everything(seed) for seed in seeds]
-    barrier = Barrier(len(seeds))
-
-    def work(seed: int) -> list[dict[str, Tensor]]:
-        torch.set_num_threads(num_threads)
-        barrier.wait(timeout=60)
-        return [everything(seed) for _ in range(3)]
-
-    with ThreadPoolExecutor(len(seeds)) as pool:
-        for seed, runs in zip(seeds, pool.map(work, seeds), strict=True):
-            for run_idx, result in enumerate(runs):
-                assert_all_equal(result, expected[seed], f"seed {seed}, run {run_idx}")
+    assert_concurrent_calls_agree(everything, num_threads)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -4,33 +4,24 @@ The storage is address space of which only the pages under the rows named are ev
 """
 
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import topgather as tg
-from emulated import emulated_cuda
 from helpers import assert_bitwise_equal, random_tensor
 from memory_helpers import TopkCase, make_topk_inputs
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched"),
+    pytest.mark.unchecked,
+]
 WIDTH = 600
 NUM_ROWS = 2**22
 # Rows on either side of element 2^31, the first and the last one.
 ROWS = [0, 2**31 // WIDTH - 1, 2**31 // WIDTH, 2**31 // WIDTH + 1, 3_700_001, NUM_ROWS - 1]
 PAST = 2**31 + 2**20
-
-
-@pytest.fixture
-def device(device_kind: str) -> Iterator[torch.device]:
-    """As everywhere, but the emulator does not check accesses: it would keep books on all of the storage."""
-    if device_kind == "emulated_cuda":
-        with emulated_cuda(checked=False, order="random", cp_async="mixed"):
-            yield torch.device("cpu")
-    else:
-        yield torch.device(device_kind)
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
