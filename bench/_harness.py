@@ -7,6 +7,7 @@ least. Every sample is kept in the JSON.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 import topgather as tg
 
@@ -316,3 +318,46 @@ def format_seconds(seconds: float) -> str:
 def format_bytes(size: float) -> str:
     """Three digits, in MiB."""
     return f"{size / 2**20:.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**30:.3g} GiB"
+
+
+def parse_options(doc: str | None, name: str, measures_memory: bool = False) -> argparse.Namespace:
+    """The options that benchmarks of this folder share; ``name`` is that of their results."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
+    parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--output", type=Path, help=f"folder for {name}.json and {name}.png")
+    if measures_memory:
+        parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def begin(options: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
+    """The device to measure on, and this run's description, printed."""
+    device = torch.device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    run = describe_run(device)
+    print(run)
+    return device, run
+
+
+def save_figure(figure: Figure, run: dict[str, Any], path: Path) -> None:
+    """Write a picture with the run's machine above it."""
+    figure.suptitle(f"{run['device']}, {run['threads']} threads, {run['cpu_target']}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def finish(
+    name: str, options: argparse.Namespace, device: torch.device, results: dict[str, Any], draw: Callable[[Path], None]
+) -> None:
+    """Say how many targets were met, and write results and picture; those of a quick run only where asked to."""
+    judged = [row for row in results["rows"] if "target_met" in row]
+    print(f"Targets: {sum(row['target_met'] for row in judged)} of {len(judged)} met.")
+    folder = options.output or (None if options.quick else results_folder(device))
+    if folder is None:
+        return
+    write_json(folder / f"{name}.json", results)
+    draw(folder / f"{name}.png")
+    print(f"Written: {folder / f'{name}.json'}, {folder / f'{name}.png'}")

@@ -11,7 +11,6 @@ to call, so that the chosen blocks are not those that are still in the processor
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -26,12 +25,13 @@ from torch import Tensor
 import topgather as tg
 from _harness import (
     Timing,
-    describe_run,
+    begin,
+    finish,
     format_seconds,
-    results_folder,
+    parse_options,
+    save_figure,
     time_in_rounds,
     time_interleaved,
-    write_json,
 )
 
 OURS, PAGED, GRAPH, TORCH = "topgather", "topgather, paged", "topgather, CUDA graph", "SDPA, dense"
@@ -196,36 +196,19 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
         axes.set(title=f"{dtype}, batch {chosen[0]['batch_size']}", xlabel="tokens in the cache", ylabel="ms a token")
         axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
         axes.legend(fontsize=8)
-    figure.suptitle(f"{run['device']}, {run['threads']} threads, {run['cpu_target']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, run, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
-    parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--output", type=Path, help="folder for decode.json and decode.png")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    run = describe_run(device)
-    print(run)
+    options = parse_options(__doc__, "decode")
+    device, run = begin(options)
     rows: list[dict[str, Any]] = []
     for problem in plan(device, options.quick):
         print(problem, flush=True)
         rows.append(measure(problem, device))
         print(show(rows[-1]), flush=True)
-    judged = [row for row in rows if "target_met" in row]
-    print(f"Targets: {sum(row['target_met'] for row in judged)} of {len(judged)} met.")
-    folder = options.output or (None if options.quick else results_folder(device))
-    if folder is None:
-        return
-    write_json(folder / "decode.json", {"run": run, "rows": rows})
-    draw(rows, run, folder / "decode.png")
-    print(f"Written: {folder / 'decode.json'}, {folder / 'decode.png'}")
+    results = {"run": run, "rows": rows}
+    finish("decode", options, device, results, lambda path: draw(rows, run, path))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ inputs; memory is measured in a fresh process for each.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,14 +24,15 @@ from torch import Tensor
 
 import topgather as tg
 from _harness import (
-    describe_run,
+    begin,
+    finish,
     format_bytes,
     format_seconds,
     in_fresh_process,
     measure_peak_memory,
-    results_folder,
+    parse_options,
+    save_figure,
     time_interleaved,
-    write_json,
 )
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -191,27 +191,15 @@ def draw(rows: list[dict[str, Any]], memory: list[dict[str, Any]], run: dict[str
     bytes_axes.bar(names, [entry["peak_bytes"] / 2**20 for entry in memory], color=colors)
     bytes_axes.tick_params(axis="x", labelsize=6)
     bytes_axes.set(title="memory added at the peak", ylabel="MiB, results included")
-    figure.suptitle(f"{run['device']}, {run['threads']} threads, {run['cpu_target']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, run, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
-    parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--output", type=Path, help="folder for grid.json and grid.png")
-    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_options(__doc__, "grid", measures_memory=True)
     if options.measure_memory is not None:
         print(json.dumps(measure_memory(json.loads(options.measure_memory))))
         return
-    device = torch.device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    run = describe_run(device)
-    print(run)
+    device, run = begin(options)
     rows: list[dict[str, Any]] = []
     problems = plan(device, options.quick)
     for problem in problems:
@@ -226,14 +214,8 @@ def main() -> None:
     for entry in macs:
         counts = f"{entry['sparse'] / 1e9:.1f} GMACs, global {entry['global'] / 1e9:.1f}"
         print(f"SparseViT's attention at {entry['image']} x {entry['image']}: {counts}")
-    judged = [row for row in rows if "target_met" in row]
-    print(f"Targets: {sum(row['target_met'] for row in judged)} of {len(judged)} met.")
-    folder = options.output or (None if options.quick else results_folder(device))
-    if folder is None:
-        return
-    write_json(folder / "grid.json", {"run": run, "rows": rows, "memory": memory, "attention_macs": macs})
-    draw(rows, memory, run, folder / "grid.png")
-    print(f"Written: {folder / 'grid.json'}, {folder / 'grid.png'}")
+    results = {"run": run, "rows": rows, "memory": memory, "attention_macs": macs}
+    finish("grid", options, device, results, lambda path: draw(rows, memory, run, path))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ in one process, interleaved, on the same random inputs; memory is measured in a 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,14 +26,15 @@ from torch import Tensor
 
 import topgather as tg
 from _harness import (
-    describe_run,
+    begin,
+    finish,
     format_bytes,
     format_seconds,
     in_fresh_process,
     measure_peak_memory,
-    results_folder,
+    parse_options,
+    save_figure,
     time_interleaved,
-    write_json,
 )
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -222,27 +222,15 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
     ratios.set(title=f"times faster than {TORCH}", xlabel="ratio")
     for axes in (shares, ratios):
         axes.tick_params(axis="y", labelsize=6)
-    figure.suptitle(f"{run['device']}, {run['threads']} threads, {run['cpu_target']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, run, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
-    parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--output", type=Path, help="folder for key_conv.json and key_conv.png")
-    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_options(__doc__, "key_conv", measures_memory=True)
     if options.measure_memory is not None:
         print(json.dumps(measure_memory(json.loads(options.measure_memory))))
         return
-    device = torch.device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    run = describe_run(device)
-    print(run)
+    device, run = begin(options)
     rows: list[dict[str, Any]] = []
     problems = plan(device, options.quick)
     for problem in problems:
@@ -253,14 +241,8 @@ def main() -> None:
     memory = memory_rows(problems[0], device)
     for entry in memory:
         print(f"memory, {entry['direction']}: {entry['candidate']} {format_bytes(entry['peak_bytes'])}")
-    judged = [row for row in rows if "target_met" in row]
-    print(f"Targets: {sum(row['target_met'] for row in judged)} of {len(judged)} met.")
-    folder = options.output or (None if options.quick else results_folder(device))
-    if folder is None:
-        return
-    write_json(folder / "key_conv.json", {"run": run, "rows": rows, "memory": memory})
-    draw(rows, run, folder / "key_conv.png")
-    print(f"Written: {folder / 'key_conv.json'}, {folder / 'key_conv.png'}")
+    results = {"run": run, "rows": rows, "memory": memory}
+    finish("key_conv", options, device, results, lambda path: draw(rows, run, path))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the same random inputs.
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -25,12 +24,13 @@ from torch import Tensor
 
 import topgather as tg
 from _harness import (
-    describe_run,
+    begin,
+    finish,
     format_seconds,
-    results_folder,
+    parse_options,
+    save_figure,
     synchronize,
     time_interleaved,
-    write_json,
 )
 
 TOPK, FORWARD, DENSE, SPARSE = "top-k", "forward", "forward+backward, dense", "forward+backward, sparse"
@@ -278,23 +278,12 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
             growth.legend(frameon=False)
     growth.set(title="forward+backward, sparse gradient", xlabel="rows of the table", ylabel="ms")
     growth.grid(True, which="major", alpha=0.3)
-    figure.suptitle(f"{run['device']}, {run['threads']} threads, {run['cpu_target']}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, run, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
-    parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--output", type=Path, help="folder for memory.json and memory.png")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    run = describe_run(device)
-    print(run)
+    options = parse_options(__doc__, "memory")
+    device, run = begin(options)
     rows: list[dict[str, Any]] = []
     topk, lookups = plan(device, options.quick)
     for topk_problem in topk:
@@ -305,14 +294,8 @@ def main() -> None:
         for row in measure_lookup(lookup_problem, device):
             rows.append(row)
             print(f"    {show(row)}", flush=True)
-    judged = [row for row in rows if "target_met" in row]
-    print(f"Targets: {sum(row['target_met'] for row in judged)} of {len(judged)} met.")
-    folder = options.output or (None if options.quick else results_folder(device))
-    if folder is None:
-        return
-    write_json(folder / "memory.json", {"run": run, "rows": rows})
-    draw(rows, run, folder / "memory.png")
-    print(f"Written: {folder / 'memory.json'}, {folder / 'memory.png'}")
+    results = {"run": run, "rows": rows}
+    finish("memory", options, device, results, lambda path: draw(rows, run, path))
 
 
 if __name__ == "__main__":
