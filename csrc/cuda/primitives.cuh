@@ -174,6 +174,9 @@ TOPGATHER_PRIMITIVE void add_atomic(float* address, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
+// The two that follow differ between architectures. Code that is read once for all of them has neither: see
+// READ_FOR_HOPPER in CMakeLists.txt.
+#ifndef TOPGATHER_READ_ONCE
 // 8-byte aligned.
 TOPGATHER_PRIMITIVE void add_atomic_pair(float* address, float2 value) {
 #if __CUDA_ARCH__ >= 900
@@ -198,6 +201,7 @@ TOPGATHER_PRIMITIVE void add_atomic_quad(float* address, float4 value) {
   add_atomic(address + 3, value.w);
 #endif
 }
+#endif  // TOPGATHER_READ_ONCE
 
 TOPGATHER_PRIMITIVE void add_atomic(int32_t* address, int32_t value) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");

@@ -277,8 +277,10 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   args.pieces = pieces;
   const cuda::LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(SharedMemory<kVector>),
                                 stream};
-  if (problem.kernel_width <= kKeyConvFewTaps) {
-    cuda::launch(key_conv_backward<Element, kVector, kKeyConvFewTaps>, shape, args);
+  // Rows without vectors are slow either way: no kernel more for their few taps.
+  constexpr int kFewTaps = kVector > 1 ? kKeyConvFewTaps : kKeyConvMostTaps;
+  if (problem.kernel_width <= kFewTaps) {
+    cuda::launch(key_conv_backward<Element, kVector, kFewTaps>, shape, args);
   } else {
     cuda::launch(key_conv_backward<Element, kVector, kKeyConvMostTaps>, shape, args);
   }

@@ -130,8 +130,10 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   args.weight = static_cast<const float*>(params.weight);
   args.out = params.out;
   const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
-  if (problem.kernel_width <= kKeyConvFewTaps) {
-    cuda::launch(key_conv_forward<Element, kVector, kKeyConvFewTaps>, shape, args);
+  // Rows without vectors are slow either way: no kernel more for their few taps.
+  constexpr int kFewTaps = kVector > 1 ? kKeyConvFewTaps : kKeyConvMostTaps;
+  if (problem.kernel_width <= kFewTaps) {
+    cuda::launch(key_conv_forward<Element, kVector, kFewTaps>, shape, args);
   } else {
     cuda::launch(key_conv_forward<Element, kVector, kKeyConvMostTaps>, shape, args);
   }
