@@ -337,9 +337,19 @@ def begin(options: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
     device = torch.device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    _settle_allocator()
     run = describe_run(device)
     print(run)
     return device, run
+
+
+def _settle_allocator() -> None:
+    """Free one large tensor, as any longer process has.
+
+    glibc decides by the largest piece freed so far what it returns to the system at once. Before that, whether a
+    candidate's result of some MiB is new memory, at a microsecond a page, is chance, and stays so for a whole run.
+    """
+    torch.zeros(31 << 20, dtype=torch.uint8)  # it learns from pieces of up to 32 MiB
 
 
 def save_figure(figure: Figure, run: dict[str, Any], path: Path) -> None:

@@ -155,6 +155,36 @@ def run_in_fork(work: Callable[[], bool], timeout_s: float = 60.0) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_calls_run_on_torchs_threads(num_threads: int) -> None:
+    """A call starts no threads: those of torch's ops, which wait busily for the next, do the work."""
+    torch.set_num_threads(num_threads)
+    case = AttentionCase(num_heads=8, query_len=3000, head_dim=64, block_size=64, top_k=8)
+    inputs = [tensor.detach() for tensor in make_inputs(case, torch.float32, CPU)]
+    is_done = False
+
+    def most_threads() -> int:
+        most = 0
+        while not is_done:
+            most = max(most, len(os.listdir("/proc/self/task")))
+        return most
+
+    def call() -> int:
+        nonlocal is_done
+        torch.ones(1 << 20).exp()  # makes torch start what is missing of its threads
+        is_done = False
+        with ThreadPoolExecutor(1) as pool:
+            count = pool.submit(most_threads)
+            tg.moba_attention(*inputs, block_size=64, top_k=8)
+            is_done = True
+            return count.result()
+
+    call()
+    before = len(os.listdir("/proc/self/task"))
+    assert call() <= before + 1  # the one that counts
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("num_threads", [1, 2, 4])

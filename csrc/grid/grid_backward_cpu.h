@@ -30,7 +30,6 @@ struct GridBackwardTask {
   using T = ComputeOf<Storage>;
   static constexpr int64_t kTileQueries = GridConfig::kTileQueries;
   static constexpr int64_t kTileKeys = GridConfig::kTileKeys;
-  static constexpr int64_t kStepsPerTile = 6;
 
   const GridBackwardParams& params;
   const TransposedBias<T>& bias;
@@ -52,7 +51,7 @@ struct GridBackwardTask {
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 5> next;  // of the group that follows
   TokensAhead<Storage, 3> written;     // of this one
-  int64_t num_asked = 0;               // tokens that each step asks for
+  int64_t num_asked = 0;               // tokens that each ask_for_tokens asks for
 
   GridBackwardTask(const GridBackwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
@@ -114,10 +113,11 @@ struct GridBackwardTask {
 
   // Gradients of [num_rows, padded D]; is_first: nothing is there yet.
   void add_product(const GemmOperands<T>& product, int64_t num_rows, bool is_first) {
+    const auto ask = [&] { ask_for_tokens(); };
     if (is_first) {
-      tile_gemm<false>(product, num_rows, padded_dim);
+      tile_gemm_asking<false>(product, num_rows, padded_dim, ask);
     } else {
-      tile_gemm<true>(product, num_rows, padded_dim);
+      tile_gemm_asking<true>(product, num_rows, padded_dim, ask);
     }
   }
 
@@ -126,31 +126,26 @@ struct GridBackwardTask {
     const int64_t depth = params.problem.head_dim;
     const int64_t padded_count = round_up(count, kLanes<T>);
     T* key_rows = keys + first_key * padded_dim;
-    tile_gemm<false>(
+    const auto ask = [&] { ask_for_tokens(); };
+    tile_gemm_asking<false>(
         GemmOperands<T>{key_rows, padded_dim, 1, query_columns, kTileQueries, weights, kTileQueries, depth}, num_keys,
-        padded_count);
-    ask_for_tokens();
-    tile_gemm<false>(GemmOperands<T>{values + first_key * padded_dim, padded_dim, 1, grad_out_columns, kTileQueries,
-                                     grad_scores, kTileQueries, depth},
-                     num_keys, padded_count);
-    ask_for_tokens();
+        padded_count, ask);
+    tile_gemm_asking<false>(GemmOperands<T>{values + first_key * padded_dim, padded_dim, 1, grad_out_columns,
+                                            kTileQueries, grad_scores, kTileQueries, depth},
+                            num_keys, padded_count, ask);
     if (bias.exists()) {
       add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, weights,
                kTileQueries);
     }
     weigh(num_keys, padded_count / kLanes<T>);
-    ask_for_tokens();
     add_product(
         {weights, kTileQueries, 1, grad_out_rows, padded_dim, grad_values + first_key * padded_dim, padded_dim, count},
         num_keys, first == 0);
-    ask_for_tokens();
     add_product(
         {grad_scores, kTileQueries, 1, query_rows, padded_dim, grad_keys + first_key * padded_dim, padded_dim, count},
         num_keys, first == 0);
-    ask_for_tokens();
     add_product({grad_scores, 1, kTileQueries, key_rows, padded_dim, grad_query_rows, padded_dim, num_keys}, count,
                 first_key == 0);
-    ask_for_tokens();
     if (grad_bias == nullptr) return;
     const int64_t most_tokens = params.problem.most_tokens();
     for (int64_t i = 0; i < count; ++i) {
@@ -178,7 +173,7 @@ struct GridBackwardTask {
       next = {problem, *following, {&params.key, &params.value, &params.query, &params.grad_out, &params.out}};
     }
     written = {problem, group, {&params.grad_query, &params.grad_key, &params.grad_value}};
-    num_asked = tokens_per_step(problem.most_tokens(), kStepsPerTile);
+    num_asked = tokens_per_ask<T>(problem.most_tokens(), padded_dim, 2, 3);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, num_tokens, problem.head_dim,
                            padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, num_tokens, problem.head_dim,

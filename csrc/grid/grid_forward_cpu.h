@@ -5,7 +5,8 @@
 //
 // Who owns what: a task is a few groups of heads one after the other, or up to kQueriesPerTask queries of a large
 // group, and owns their rows of out and lse. Tokens of the next group, and of what is written, are asked for between
-// the steps: rows lie scattered, and reading them would otherwise take longer than the arithmetic. Steps:
+// the steps: rows lie scattered, and reading them would otherwise take longer than the arithmetic. Groups that fit one
+// vector have a task of their own (grid_forward_small_cpu.h). Steps:
 //   once a call, 0. the bias transposed, and in base 2;
 //   1. keys and values of the group to dense scratch, from wherever they lie;
 //   per tile of kTileQueries queries:
@@ -27,69 +28,18 @@
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
 #include "../cpu/tile_gemm.h"
+#include "grid_bias_cpu.h"
 #include "grid_cpu.h"
+#include "grid_forward_small_cpu.h"
 #include "grid_geometry_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
-
-// Step 0: [head, key, query] in base 2, or null.
-template <typename T>
-class TransposedBias {
- public:
-  TransposedBias(const GridProblem& problem, const void* bias) : num_tokens_(problem.most_tokens()) {
-    if (bias == nullptr) return;
-    const int64_t per_head = num_tokens_ * num_tokens_;
-    buffer_ = allocate_aligned(static_cast<size_t>(problem.num_heads * per_head) * sizeof(T));
-    data_ = reinterpret_cast<T*>(buffer_.get());
-    struct Context {
-      const T* source;
-      T* target;
-      int64_t num_tokens;
-    } context{static_cast<const T*>(bias), data_, num_tokens_};
-    const auto body = [](void* opaque, int64_t task, int) {
-      const Context& ctx = *static_cast<Context*>(opaque);
-      const int64_t key = task % ctx.num_tokens, head = task / ctx.num_tokens;
-      const T* column = ctx.source + head * ctx.num_tokens * ctx.num_tokens + key;
-      for (int64_t query = 0; query < ctx.num_tokens; ++query) {
-        ctx.target[task * ctx.num_tokens + query] = column[query * ctx.num_tokens] * static_cast<T>(kLog2E);
-      }
-    };
-    parallel_for(useful_threads(problem.num_threads, problem.num_heads, static_cast<double>(per_head)),
-                 problem.num_heads * num_tokens_, body, &context);
-  }
-
-  bool exists() const { return data_ != nullptr; }
-  const T* row(int64_t head, int64_t key) const { return data_ + (head * num_tokens_ + key) * num_tokens_; }
-
- private:
-  int64_t num_tokens_;
-  AlignedBuffer buffer_;
-  T* data_ = nullptr;
-};
-
-// Step 3's bias: scores [num_keys, tile_row] of keys [first_key, first_key + num_keys).
-template <typename T>
-inline void add_bias(const TransposedBias<T>& bias, int64_t head, const int32_t* query_indices,
-                     const int32_t* key_indices, int64_t num_queries, int64_t num_keys, T* scores, int64_t tile_row) {
-  const bool is_contiguous = query_indices[num_queries - 1] - query_indices[0] == num_queries - 1;
-  for (int64_t key = 0; key < num_keys; ++key) {
-    const T* row = bias.row(head, key_indices[key]);
-    T* target = scores + key * tile_row;
-    if (is_contiguous) {
-      row += query_indices[0];
-      for (int64_t i = 0; i < num_queries; ++i) target[i] += row[i];
-    } else {
-      for (int64_t i = 0; i < num_queries; ++i) target[i] += row[query_indices[i]];
-    }
-  }
-}
 
 template <typename Storage>
 struct GridForwardTask {
   using T = ComputeOf<Storage>;
   static constexpr int64_t kTileQueries = GridConfig::kTileQueries;
   static constexpr int64_t kTileKeys = GridConfig::kTileKeys;
-  static constexpr int64_t kStepsPerTile = 3;
 
   const GridForwardParams& params;
   const TransposedBias<T>& bias;
@@ -106,7 +56,7 @@ struct GridForwardTask {
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 3> next;  // of the group that follows
   TokensAhead<Storage, 1> written;     // of this one
-  int64_t num_asked = 0;               // tokens that each step asks for
+  int64_t num_asked = 0;               // tokens that each ask_for_tokens asks for
 
   GridForwardTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
@@ -180,28 +130,26 @@ struct GridForwardTask {
     for (int64_t i = 0; i < padded_count; ++i) running_max[i] = -std::numeric_limits<T>::infinity();
     for (int64_t first_key = 0; first_key < group.num_tokens; first_key += kTileKeys) {
       const int64_t num_keys = min64(kTileKeys, group.num_tokens - first_key);
-      tile_gemm<false>(GemmOperands<T>{keys + first_key * padded_dim, padded_dim, 1, query_tile, kTileQueries, scores,
-                                       kTileQueries, problem.head_dim},
-                       num_keys, padded_count);
-      ask_for_tokens();
+      const auto ask = [&] { ask_for_tokens(); };
+      tile_gemm_asking<false>(GemmOperands<T>{keys + first_key * padded_dim, padded_dim, 1, query_tile, kTileQueries,
+                                              scores, kTileQueries, problem.head_dim},
+                              num_keys, padded_count, ask);
       if (bias.exists()) {
         add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, scores,
                  kTileQueries);
       }
       softmax_all_columns(count, num_keys, first_key == 0);
-      ask_for_tokens();
       const GemmOperands<T> product{scores,     1,        kTileQueries, values + first_key * padded_dim,
                                     padded_dim, out_tile, padded_dim,   num_keys};
       if (first_key == 0) {
-        tile_gemm<false>(product, count, padded_dim);
+        tile_gemm_asking<false>(product, count, padded_dim, ask);
       } else {
         for (int64_t i = 0; i < count; ++i) {
           T* row = out_tile + i * padded_dim;
           for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store<T>(row + d, load<T>(row + d) * rescale[i]);
         }
-        tile_gemm<true>(product, count, padded_dim);
+        tile_gemm_asking<true>(product, count, padded_dim, ask);
       }
-      ask_for_tokens();
     }
     finish(group, first, count);
   }
@@ -233,7 +181,7 @@ struct GridForwardTask {
     next = {};
     if (following != nullptr) next = {problem, *following, {&params.query, &params.key, &params.value}};
     written = {problem, group, {&params.out}};
-    num_asked = tokens_per_step(problem.most_tokens(), kStepsPerTile);
+    num_asked = tokens_per_ask<T>(problem.most_tokens(), padded_dim, 1, 1);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, group.num_tokens,
                            problem.head_dim, padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, group.num_tokens,
@@ -250,10 +198,10 @@ inline int64_t groups_per_task(int64_t num_groups) {
   return max64(1, min64(GridConfig::kMostGroupsPerTask, num_groups / GridConfig::kLeastTasks));
 }
 
-template <typename Storage>
-void grid_forward_storage(const GridForwardParams& params) {
+template <template <typename> typename TaskOf, typename Storage>
+void run_grid_forward(const GridForwardParams& params) {
   using T = ComputeOf<Storage>;
-  using Task = GridForwardTask<Storage>;
+  using Task = TaskOf<Storage>;
   const GridProblem& problem = params.problem;
   const int64_t num_units = problem.batch_size * problem.num_groups() * problem.num_heads;
   if (num_units == 0) return;
@@ -291,6 +239,15 @@ void grid_forward_storage(const GridForwardParams& params) {
         });
   };
   parallel_for(num_workers, num_tasks, body, &context);
+}
+
+template <typename Storage>
+void grid_forward_storage(const GridForwardParams& params) {
+  if (params.problem.most_tokens() <= kLanes<ComputeOf<Storage>>) {
+    run_grid_forward<GridForwardSmallTask, Storage>(params);
+  } else {
+    run_grid_forward<GridForwardTask, Storage>(params);
+  }
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

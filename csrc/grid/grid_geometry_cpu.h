@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cpu/convert.h"
+#include "../cpu/tile_gemm.h"
 #include "grid_config.h"
 #include "grid_params.h"
 
@@ -90,8 +91,8 @@ inline GroupRows<Element> numbers_in(const GridProblem& problem, Element* data, 
   return {data + group.first_column, problem.rows.token_step * columns, problem.columns.token_step};
 }
 
-// Asks for a group's tokens ahead of time, a few between one step and the next: scattered rows are too irregular for
-// the hardware to foresee, and asked for all at once they would hold up what follows.
+// Asks for a group's tokens ahead of time: scattered rows are too irregular for the hardware to foresee. A few at a
+// time, since a processor keeps track of only so many, and waits when asked for more.
 template <typename Element, int kNumImages>
 class TokensAhead {
  public:
@@ -105,10 +106,12 @@ class TokensAhead {
   // The next `count` tokens, if there are any left; for writing where the element may be written.
   void ask(int64_t count) {
     constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Element));
+    constexpr int kSecondLevel = 2;  // the first-level cache has no room for two groups
     for (; count > 0 && token_ < group_.num_tokens; --count, ++token_) {
       for (const GroupRows<Element>& rows : rows_) {
         Element* row = rows.at(row_, column_);
-        for (int64_t d = 0; d < head_dim_; d += kLine) __builtin_prefetch(row + d, std::is_const_v<Element> ? 0 : 1);
+        for (int64_t d = 0; d < head_dim_; d += kLine)
+          __builtin_prefetch(row + d, std::is_const_v<Element> ? 0 : 1, kSecondLevel);
       }
       if (++column_ == group_.num_columns) {
         column_ = 0;
@@ -126,10 +129,34 @@ class TokensAhead {
   int64_t column_ = 0;
 };
 
-// Tokens of a group that each step asks for, with so many steps for every tile.
-inline int64_t tokens_per_step(int64_t num_tokens, int64_t steps_per_tile) {
+// Rows that tile_gemm takes at once for so many columns.
+template <typename T>
+constexpr int64_t rows_at_once(int64_t num_columns) {
+  return rows_per_tile(static_cast<int>(min64(num_columns / kLanes<T>, kMaxVectorsPerTile)));
+}
+
+// tile_gemm, with ask() called each time some rows are done.
+template <bool kAccumulate, typename T, typename Ask>
+inline void tile_gemm_asking(const GemmOperands<T>& op, int64_t num_rows, int64_t num_columns, const Ask& ask) {
+  const int64_t step = rows_at_once<T>(num_columns);
+  for (int64_t row = 0; row < num_rows; row += step) {
+    GemmOperands<T> part = op;
+    part.a += row * op.a_row;
+    part.c += row * op.c_row;
+    tile_gemm<kAccumulate>(part, min64(step, num_rows - row), num_columns);
+    ask();
+  }
+}
+
+// Tokens of a group that each call of ask() asks for. Every tile of the group has num_by_queries products as wide as
+// its queries and num_by_channels as wide as a row; their rows are a tile's keys or queries.
+template <typename T>
+inline int64_t tokens_per_ask(int64_t num_tokens, int64_t padded_dim, int64_t num_by_queries, int64_t num_by_channels) {
+  const int64_t rows = min64(num_tokens, min64(GridConfig::kTileQueries, GridConfig::kTileKeys));
+  const int64_t calls = num_by_queries * ceil_div(rows, rows_at_once<T>(round_up(rows, kLanes<T>))) +
+                        num_by_channels * ceil_div(rows, rows_at_once<T>(padded_dim));
   const int64_t tiles = ceil_div(num_tokens, GridConfig::kTileQueries) * ceil_div(num_tokens, GridConfig::kTileKeys);
-  return ceil_div(num_tokens, tiles * steps_per_tile);
+  return ceil_div(num_tokens, tiles * calls);
 }
 
 // tile[i * tile_row + d] for tokens [begin, end), zero from depth to padded_depth.

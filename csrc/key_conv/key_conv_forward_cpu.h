@@ -24,13 +24,27 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-// out[i] = key[i] + silu(convolution) for `count` rows, of each the whole vectors; the W - 1 rows before are read too.
+// Rows of the tensor that a later step reads, asked for in passing: long rows are too many places at once for the
+// hardware to foresee. They may lie past the tensor's end, which asking for memory does not mind.
+template <typename Storage>
+struct RowsAhead {
+  const Storage* first;
+  int64_t row_stride;
+};
+
+// out[i] = key[i] + silu(convolution) for kTokens rows, of each the whole vectors; the W - 1 rows before are read too.
 template <typename Storage, int kTokens>
 inline void convolve_vectors(const ComputeOf<Storage>* rows, int64_t row_stride, const ComputeOf<Storage>* taps,
-                             int64_t tap_stride, int64_t width, int64_t channels, Storage* out, int64_t out_stride) {
+                             int64_t tap_stride, int64_t width, int64_t channels, Storage* out, int64_t out_stride,
+                             const RowsAhead<Storage>& ahead) {
+  constexpr int kSecondLevel = 2;
   using T = ComputeOf<Storage>;
   for (int64_t c = 0; c + kLanes<T> <= channels; c += kLanes<T>) {
     Vector<T> sums[kTokens];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; ++i) {
+      __builtin_prefetch(ahead.first + c + i * ahead.row_stride, 0, kSecondLevel);
+    }
     convolve<T, kTokens>(rows + c, row_stride, taps + c, tap_stride, width, sums);
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; ++i) {
@@ -57,17 +71,20 @@ __attribute__((noinline)) void convolve_rest(const ComputeOf<Storage>* rows, int
 
 template <typename Storage>
 void convolve_rows(const ComputeOf<Storage>* rows, int64_t row_stride, const ComputeOf<Storage>* taps, int64_t width,
-                   int64_t count, const Panel& panel, Storage* out, int64_t out_stride) {
+                   int64_t count, const Panel& panel, Storage* out, int64_t out_stride,
+                   const RowsAhead<Storage>& ahead) {
   using T = ComputeOf<Storage>;
   const int64_t channels = panel.channels, tap_stride = panel.padded_channels;
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     convolve_vectors<Storage, 4>(rows + i * row_stride, row_stride, taps, tap_stride, width, channels,
-                                 out + i * out_stride, out_stride);
+                                 out + i * out_stride, out_stride,
+                                 {ahead.first + i * ahead.row_stride, ahead.row_stride});
   }
   for (; i < count; ++i) {
     convolve_vectors<Storage, 1>(rows + i * row_stride, row_stride, taps, tap_stride, width, channels,
-                                 out + i * out_stride, out_stride);
+                                 out + i * out_stride, out_stride,
+                                 {ahead.first + i * ahead.row_stride, ahead.row_stride});
   }
   const int64_t whole = channels / kLanes<T> * kLanes<T>;
   if (whole < channels) {
@@ -107,7 +124,7 @@ class KeyConvForwardTask {
           convolve_rows<Storage>(row_of<Storage>(params_.key, batch_idx, panel.first_head, split),
                                  params_.key.row_stride, taps_, problem.kernel_width, stretch.last - split, panel,
                                  row_of<Storage>(params_.out, batch_idx, panel.first_head, split),
-                                 params_.out.row_stride);
+                                 params_.out.row_stride, rows_ahead(batch_idx, panel, split + kRowsAhead));
           return;
         }
       }
@@ -116,6 +133,8 @@ class KeyConvForwardTask {
   }
 
  private:
+  static constexpr int64_t kRowsAhead = 8;  // of rows that are read in place
+
   // The allocator gives a large result memory that was never touched.
   void populate_rows(int64_t batch_idx, int64_t head_idx, int64_t first, int64_t last) const {
     const KeyConvProblem& problem = params_.problem;
@@ -124,6 +143,10 @@ class KeyConvForwardTask {
                               static_cast<int64_t>(sizeof(Storage));
     if (all_bytes < KeyConvConfig::kFreshBytes) return;
     populate_pages(row_of<Storage>(params_.out, batch_idx, head_idx, first), (last - first) * row_bytes);
+  }
+
+  RowsAhead<Storage> rows_ahead(int64_t batch_idx, const Panel& panel, int64_t row) const {
+    return {row_of<Storage>(params_.key, batch_idx, panel.first_head, row), params_.key.row_stride};
   }
 
   void through_tiles(int64_t batch_idx, const Panel& panel, const Stretch& stretch, int64_t first, int64_t last) const {
@@ -141,7 +164,8 @@ class KeyConvForwardTask {
       const int64_t count = min64(cut_.tile_tokens, last - tile);
       load_rows(tile, count, tile_ + history * channels);
       convolve_rows<Storage>(tile_ + history * channels, channels, taps_, problem.kernel_width, count, panel,
-                             row_of<Storage>(params_.out, batch_idx, panel.first_head, tile), params_.out.row_stride);
+                             row_of<Storage>(params_.out, batch_idx, panel.first_head, tile), params_.out.row_stride,
+                             rows_ahead(batch_idx, panel, tile + count));
       // The last rows are the next tile's history.
       std::memmove(tile_, tile_ + count * channels, static_cast<size_t>(history * channels) * sizeof(T));
     }

@@ -183,9 +183,14 @@ inline void load_key(const KeyConvProblem& problem, const Panel& panel, const Co
 template <typename Storage>
 inline Vector<ComputeOf<Storage>> sigmoid(const Vector<ComputeOf<Storage>>& x) {
   using T = ComputeOf<Storage>;
-  const Vector<T> denominator = static_cast<T>(1) + exp2_vector(x * static_cast<T>(-kLog2E));
+  const Vector<T> exponent = x * static_cast<T>(-kLog2E);
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Storage, BFloat16>) return reciprocal_estimate(denominator);
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    return reciprocal_estimate(static_cast<T>(1) + exp2_estimate(exponent));
+  }
+#endif
+  const Vector<T> denominator = static_cast<T>(1) + exp2_vector(exponent);
+#if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>) return reciprocal_from_one(denominator);
 #endif
   return static_cast<T>(1) / denominator;

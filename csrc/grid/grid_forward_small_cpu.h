@@ -1,0 +1,212 @@
+// Grid and window attention forward on the CPU for groups that fit one vector: 16 tokens of float32 with AVX-512.
+//
+// The formula, who owns what, numerics and determinism are those of grid_forward_cpu.h; in such groups copying and
+// looping would cost more than the arithmetic, so rows are read and written where they lie. Steps:
+//   1. where the group's rows lie; rows that are not of the compute type and whole vectors are converted to scratch;
+//   2. queries transposed and scaled: they stand in vector lanes, keys are broadcast. What is past the last token
+//      repeats it, and is dropped at the end;
+//   3. scores [keys, queries], plus bias;
+//   4. softmax, base 2, in registers; lse. Weights are divided by their sum before, not after,
+//   5. weights^T x values, straight to out.
+#pragma once
+
+#include <limits>
+
+#include "../cpu/math.h"
+#include "../cpu/scratch.h"
+#include "grid_bias_cpu.h"
+#include "grid_geometry_cpu.h"
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// Step 3 for kCount keys: scores[i * kLanes] = factor * dot(queries, row i). Out of line, as is step 5's product: both
+// need all registers. In passing it asks for other rows, [kLanes][depth]: one line of each between multiplications, as
+// many at once as the processor keeps track of, and to the second-level cache, since the first has no room for two
+// groups.
+template <typename T, int kCount, typename Storage>
+__attribute__((noinline)) void score_rows(const T* const* key_rows, const T* query_tile, int64_t depth, T factor,
+                                          T* scores, const Storage* const* wanted, const Storage* const* wanted_too) {
+  constexpr int kSecondLevel = 2;
+  const T* rows[kCount];
+  Vector<T> sums[kCount] = {};
+  for (int i = 0; i < kCount; ++i) rows[i] = key_rows[i];
+  for (int64_t d = 0; d < depth; ++d) {
+    const Vector<T> queries = load<T>(query_tile + d * kLanes<T>);
+    const int64_t token = d % kLanes<T>;
+    __builtin_prefetch(wanted[token] + (d - token), 0, kSecondLevel);
+    __builtin_prefetch(wanted_too[token] + (d - token), 0, kSecondLevel);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) sums[i] += queries * rows[i][d];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) store<T>(scores + i * kLanes<T>, sums[i] * factor);
+}
+
+// Step 5 for kVectors vectors of columns: out_rows[i][column..] = sum over keys of weights[key, i] * value_rows[key].
+template <typename T, int kVectors>
+__attribute__((noinline)) void weigh_rows(const T* const* value_rows, const T* weights, int64_t num_tokens,
+                                          int64_t column, T* const* out_rows) {
+  constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4;
+  for (int64_t first = 0; first < num_tokens; first += kQueries) {
+    Vector<T> sums[kQueries][kVectors] = {};
+    for (int64_t key = 0; key < num_tokens; ++key) {
+      const T* row = value_rows[key] + column;
+      Vector<T> values[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) values[v] = load<T>(row + v * kLanes<T>);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQueries; ++i) {
+        const Vector<T> weight = broadcast<T>(weights[key * kLanes<T> + first + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[i][v] += weight * values[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kQueries; ++i) {
+      if (first + i < num_tokens) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store<T>(out_rows[first + i] + column + v * kLanes<T>, sums[i][v]);
+      }
+    }
+  }
+}
+
+// Where the rows of a group lie.
+template <typename Storage, int kTokens>
+struct SmallGroupRows {
+  const Storage* query[kTokens];
+  const Storage* key[kTokens];
+  const Storage* value[kTokens];
+  Storage* out[kTokens];
+
+  void place(const GridForwardParams& params, const Group& group) {
+    const auto place_in = [&](auto rows, auto& pointers) {
+      rows.for_each(group, 0, group.num_tokens, [&](int64_t token, auto* row) { pointers[token] = row; });
+      for (int64_t i = group.num_tokens; i < kTokens; ++i) pointers[i] = pointers[group.num_tokens - 1];
+    };
+    place_in(rows_in<const Storage>(params.problem, params.query, group), query);
+    place_in(rows_in<const Storage>(params.problem, params.key, group), key);
+    place_in(rows_in<const Storage>(params.problem, params.value, group), value);
+    place_in(rows_in<Storage>(params.problem, params.out, group), out);
+  }
+};
+
+template <typename Storage>
+struct GridForwardSmallTask {
+  using T = ComputeOf<Storage>;
+  static constexpr int kTokens = kLanes<T>;
+  static constexpr int kKeysAtOnce = kTokens < 8 ? kTokens : 8;  // sums of step 3
+
+  const GridForwardParams& params;
+  const TransposedBias<T>& bias;
+  int64_t padded_dim;
+
+  T* converted_keys;              // [kTokens, padded D], where rows cannot be read in place
+  T* converted_values;            // [kTokens, padded D]
+  T* converted_out;               // [kTokens, padded D]
+  T* query_tile;                  // [D, kTokens]
+  T* scores;                      // [kTokens, kTokens]
+  int32_t bias_indices[kTokens];  // of the group's tokens
+  SmallGroupRows<Storage, kTokens> places[2];
+  int which = 0;           // of the two is this group's, the other that of the group that follows
+  bool is_placed = false;  // this group's, while the one before was worked on
+
+  GridForwardSmallTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
+      : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kTokens)) {
+    for (T** rows : {&converted_keys, &converted_values, &converted_out}) {
+      *rows = scratch.take<T>(kTokens * padded_dim);
+    }
+    query_tile = scratch.take<T>(p.problem.head_dim * kTokens);
+    scores = scratch.take<T>(kTokens * kTokens);
+  }
+
+  // Step 1, where rows are not read in place: row i is rows[i] of the result.
+  void convert(const Storage* const* sources, int64_t count, T* converted, const T* (&rows)[kTokens]) const {
+    for (int64_t i = 0; i < count; ++i) {
+      T* row = converted + i * padded_dim;
+      load_row(sources[i], params.problem.head_dim, row);
+      for (int64_t d = params.problem.head_dim; d < padded_dim; ++d) row[d] = 0;
+    }
+    for (int64_t i = 0; i < kTokens; ++i) rows[i] = converted + min64(i, count - 1) * padded_dim;
+  }
+
+  // Step 4. Returns lse.
+  Vector<T> softmax(int64_t num_keys) {
+    constexpr T kLowest = -std::numeric_limits<T>::infinity();
+    Vector<T> top = broadcast(kLowest);
+    for (int64_t key = 0; key < num_keys; ++key) top = maximum(top, load<T>(scores + key * kTokens));
+    // Only scores of -inf: any finite base keeps -inf - base from being NaN.
+    const Vector<T> base = top == kLowest ? broadcast(T(0)) : top;
+    Vector<T> sum{};
+    for (int64_t key = 0; key < num_keys; ++key) {
+      const Vector<T> weight = exp2_vector(load<T>(scores + key * kTokens) - base);
+      store<T>(scores + key * kTokens, weight);
+      sum += weight;
+    }
+    const Vector<T> factor = T(1) / sum;
+    for (int64_t key = 0; key < num_keys; ++key) {
+      store<T>(scores + key * kTokens, load<T>(scores + key * kTokens) * factor);
+    }
+    return (top + log2_vector(sum)) * static_cast<T>(kLn2);
+  }
+
+  void write_lse(const Group& group, const Vector<T>& lse) const {
+    numbers_in(params.problem, static_cast<T*>(params.lse), group)
+        .for_each(group, 0, group.num_tokens, [&](int64_t token, T* target) { *target = lse[token]; });
+  }
+
+  // A group is one piece: all of its queries. `following` is the group of the next call, or null.
+  void run(const Group& group, int64_t, int64_t, const Group* following) {
+    const GridProblem& problem = params.problem;
+    const int64_t num_tokens = group.num_tokens;
+    SmallGroupRows<Storage, kTokens>& own = places[which];
+    if (!is_placed) own.place(params, group);
+    SmallGroupRows<Storage, kTokens>& ahead = places[1 - which];
+    ahead.place(params, following != nullptr ? *following : group);
+    gather_rows_transposed<Storage>([&](int64_t i) { return own.query[i]; }, num_tokens, problem.head_dim, T(1),
+                                    query_tile, kTokens);
+    const T* const* keys = nullptr;
+    const T* const* values = nullptr;
+    T* const* out = nullptr;
+    const T* converted_rows[2][kTokens];
+    T* converted_out_rows[kTokens];
+    if constexpr (std::is_same_v<Storage, T>) {
+      if (problem.head_dim == padded_dim) {
+        keys = own.key;
+        values = own.value;
+        out = own.out;
+      }
+    }
+    const bool is_in_place = keys != nullptr;
+    if (!is_in_place) {
+      convert(own.key, num_tokens, converted_keys, converted_rows[0]);
+      convert(own.value, num_tokens, converted_values, converted_rows[1]);
+      for (int64_t i = 0; i < kTokens; ++i) converted_out_rows[i] = converted_out + i * padded_dim;
+      keys = converted_rows[0];
+      values = converted_rows[1];
+      out = converted_out_rows;
+    }
+    for (int64_t key = 0; key < num_tokens; key += kKeysAtOnce) {
+      score_rows<T, kKeysAtOnce, Storage>(keys + key, query_tile, problem.head_dim,
+                                          static_cast<T>(problem.scale * kLog2E), scores + key * kTokens,
+                                          key == 0 ? ahead.query : ahead.key, key == 0 ? own.out : ahead.value);
+    }
+    if (bias.exists()) {
+      write_bias_indices(problem, group, bias_indices);
+      add_bias(bias, group.head_idx, bias_indices, bias_indices, num_tokens, num_tokens, scores, kTokens);
+    }
+    write_lse(group, softmax(num_tokens));
+    int64_t column = 0;
+    for (; column + 4 * kTokens <= padded_dim; column += 4 * kTokens) {
+      weigh_rows<T, 4>(values, scores, num_tokens, column, out);
+    }
+    for (; column < padded_dim; column += kTokens) weigh_rows<T, 1>(values, scores, num_tokens, column, out);
+    if (!is_in_place) {
+      for (int64_t i = 0; i < num_tokens; ++i) store_row(out[i], problem.head_dim, T(1), own.out[i]);
+    }
+    which = 1 - which;
+    is_placed = following != nullptr;
+  }
+};
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
