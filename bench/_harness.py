@@ -96,7 +96,7 @@ def results_folder(device: torch.device) -> Path:
 
 
 def _commit() -> str:
-    """Hash of the checked-out commit, marked where the tree differs from it; ``COMMIT`` names it outside a checkout."""
+    """Hash of the checked-out commit, marked where the tree but for results differs; ``COMMIT`` names it elsewhere."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
@@ -104,7 +104,8 @@ def _commit() -> str:
         return os.environ.get("COMMIT", "unknown")
     if head.returncode != 0:
         return os.environ.get("COMMIT", "unknown")
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    status = [*git, "status", "--porcelain", "--", ":(top)", ":(top,exclude)bench/results"]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
     return head.stdout.strip() + ("+changes" if changed else "")
 
 
