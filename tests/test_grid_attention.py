@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import topgather as tg
 from devices import widest_dtype
 from grid_helpers import (
+    GRID,
     LAYOUTS,
     PARTITIONS,
     GridCase,
@@ -92,17 +93,30 @@ def test_scale_is_that_of_attention_by_default(device: torch.device) -> None:
     assert_bitwise_equal("out", attend(inputs, GridCase()).detach(), attend(inputs, GridCase(scale=0.125)).detach())
 
 
+def attend_with_lse(inputs: Inputs, case: GridCase) -> tuple[Tensor, Tensor]:
+    images = (tensor.detach() for tensor in (inputs.query, inputs.key, inputs.value))
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    return torch.ops.topgather.grid_attention(*images, bias, case.partition, *case.step, case.scale)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
-def test_lse(has_bias: bool, partition: str, dtype: torch.dtype, device: torch.device) -> None:
-    """The op's second result, which the backward pass starts from."""
-    case = GridCase(rows=13, columns=11, partition=partition, has_bias=has_bias)
+@pytest.mark.parametrize("tokens", ["many", "few"])
+def test_lse(tokens: str, has_bias: bool, partition: str, dtype: torch.dtype, device: torch.device) -> None:
+    """The op's second result, which the backward pass starts from, in large groups and in groups of 9 or 12 tokens."""
+    step = {"many": (4, 3) if partition == GRID else (7, 6), "few": (5, 3) if partition == GRID else (3, 4)}[tokens]
+    case = GridCase(rows=13, columns=11, step=step, partition=partition, has_bias=has_bias, scale=0.25)
     inputs = make_inputs(case, dtype, device)
-    images = (tensor.detach() for tensor in (inputs.query, inputs.key, inputs.value))
-    out, lse = torch.ops.topgather.grid_attention(*images, inputs.bias, partition, *case.step, 0.25)
-    assert_lse_close(lse.detach(), inputs, replace(case, scale=0.25))
-    assert_bitwise_equal("out", out.detach(), attend(inputs, replace(case, scale=0.25)).detach())
+    out, lse = attend_with_lse(inputs, case)
+    assert_lse_close(lse, inputs, case)
+    assert_bitwise_equal("out", out, attend(inputs, case).detach())
+    if has_bias:
+        assert inputs.bias is not None
+        bias = inputs.bias.detach().clone()
+        bias[1, 4] = -torch.inf  # a token that sees none
+        inputs.bias = bias
+        assert_lse_close(attend_with_lse(inputs, case)[1], inputs, case)
 
 
 # --- what a group is --------------------------------------------------------------------------------------------------
@@ -386,7 +400,7 @@ def test_float32_bias_of_16_bit_inputs(partition: str, dtype: torch.dtype, devic
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("step", [(3, 2), (1, 1)])
+@pytest.mark.parametrize("step", [(3, 2), (1, 1), (5, 3)])
 def test_bias_of_minus_infinity_hides_tokens(step: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     """As a mask: hidden keys count for nothing, and where all are hidden the result is NaN, as of a plain softmax."""
     case = GridCase(rows=15, columns=10, step=step, has_bias=True)
