@@ -43,15 +43,13 @@ __attribute__((always_inline)) inline Vector<float> exp2_vector(const Vector<flo
 #endif
 }
 
+#if defined(__AVX512F__)
 // The same to a relative error of 2^-13 or less, for results of few bits.
 __attribute__((always_inline)) inline Vector<float> exp2_estimate(const Vector<float>& x) {
-#if defined(__AVX512F__)
   constexpr float kCoefficients[4] = {0x1.fff632p-1f, 0x1.64444cp-1f, 0x1.cefc4cp-3f, 0x1.3f96a4p-4f};
   return scale_by_floor_power(polynomial(fraction_above_floor(x), kCoefficients), x);
-#else
-  return exp2_vector(x);
-#endif
 }
+#endif
 
 // log2(x) to about one unit in the last place, for normal numbers above 0; -inf for 0, inf for inf, NaN for NaN.
 inline Vector<float> log2_vector(const Vector<float>& x) {

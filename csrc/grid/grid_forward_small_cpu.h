@@ -21,20 +21,18 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 
 // Step 3 for kCount keys: scores[i * kLanes] = factor * dot(queries, row i). Out of line, as is step 5's product: both
 // need all registers. In passing it asks for other rows, [kLanes][depth]: one line of each between multiplications, as
-// many at once as the processor keeps track of, and to the second-level cache, since the first has no room for two
-// groups.
+// many at once as the processor keeps track of.
 template <typename T, int kCount, typename Storage>
 __attribute__((noinline)) void score_rows(const T* const* key_rows, const T* query_tile, int64_t depth, T factor,
                                           T* scores, const Storage* const* wanted, const Storage* const* wanted_too) {
-  constexpr int kSecondLevel = 2;
   const T* rows[kCount];
   Vector<T> sums[kCount] = {};
   for (int i = 0; i < kCount; ++i) rows[i] = key_rows[i];
   for (int64_t d = 0; d < depth; ++d) {
     const Vector<T> queries = load<T>(query_tile + d * kLanes<T>);
     const int64_t token = d % kLanes<T>;
-    __builtin_prefetch(wanted[token] + (d - token), 0, kSecondLevel);
-    __builtin_prefetch(wanted_too[token] + (d - token), 0, kSecondLevel);
+    prefetch_second_level(wanted[token] + (d - token));
+    prefetch_second_level(wanted_too[token] + (d - token));
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) sums[i] += queries * rows[i][d];
   }
@@ -120,14 +118,11 @@ struct GridForwardSmallTask {
     scores = scratch.take<T>(kTokens * kTokens);
   }
 
-  // Step 1, where rows are not read in place: row i is rows[i] of the result.
-  void convert(const Storage* const* sources, int64_t count, T* converted, const T* (&rows)[kTokens]) const {
-    for (int64_t i = 0; i < count; ++i) {
-      T* row = converted + i * padded_dim;
-      load_row(sources[i], params.problem.head_dim, row);
-      for (int64_t d = params.problem.head_dim; d < padded_dim; ++d) row[d] = 0;
-    }
-    for (int64_t i = 0; i < kTokens; ++i) rows[i] = converted + min64(i, count - 1) * padded_dim;
+  // Step 1, where rows are not read in place.
+  void convert(const Group& group, const ConstImage& image, T* converted, const T* (&rows)[kTokens]) const {
+    gather_tokens<Storage>(rows_in<const Storage>(params.problem, image, group), group, 0, group.num_tokens,
+                           params.problem.head_dim, padded_dim, converted);
+    for (int64_t i = 0; i < kTokens; ++i) rows[i] = converted + min64(i, group.num_tokens - 1) * padded_dim;
   }
 
   // Step 4. Returns lse.
@@ -155,37 +150,14 @@ struct GridForwardSmallTask {
         .for_each(group, 0, group.num_tokens, [&](int64_t token, T* target) { *target = lse[token]; });
   }
 
-  // A group is one piece: all of its queries. `following` is the group of the next call, or null.
-  void run(const Group& group, int64_t, int64_t, const Group* following) {
+  // Steps 2 to 5, with rows of whole vectors of the compute type.
+  void attend(const Group& group, const T* const* keys, const T* const* values, T* const* out) {
     const GridProblem& problem = params.problem;
     const int64_t num_tokens = group.num_tokens;
-    SmallGroupRows<Storage, kTokens>& own = places[which];
-    if (!is_placed) own.place(params, group);
-    SmallGroupRows<Storage, kTokens>& ahead = places[1 - which];
-    ahead.place(params, following != nullptr ? *following : group);
+    const SmallGroupRows<Storage, kTokens>& own = places[which];
+    const SmallGroupRows<Storage, kTokens>& ahead = places[1 - which];
     gather_rows_transposed<Storage>([&](int64_t i) { return own.query[i]; }, num_tokens, problem.head_dim, T(1),
                                     query_tile, kTokens);
-    const T* const* keys = nullptr;
-    const T* const* values = nullptr;
-    T* const* out = nullptr;
-    const T* converted_rows[2][kTokens];
-    T* converted_out_rows[kTokens];
-    if constexpr (std::is_same_v<Storage, T>) {
-      if (problem.head_dim == padded_dim) {
-        keys = own.key;
-        values = own.value;
-        out = own.out;
-      }
-    }
-    const bool is_in_place = keys != nullptr;
-    if (!is_in_place) {
-      convert(own.key, num_tokens, converted_keys, converted_rows[0]);
-      convert(own.value, num_tokens, converted_values, converted_rows[1]);
-      for (int64_t i = 0; i < kTokens; ++i) converted_out_rows[i] = converted_out + i * padded_dim;
-      keys = converted_rows[0];
-      values = converted_rows[1];
-      out = converted_out_rows;
-    }
     for (int64_t key = 0; key < num_tokens; key += kKeysAtOnce) {
       score_rows<T, kKeysAtOnce, Storage>(keys + key, query_tile, problem.head_dim,
                                           static_cast<T>(problem.scale * kLog2E), scores + key * kTokens,
@@ -201,9 +173,34 @@ struct GridForwardSmallTask {
       weigh_rows<T, 4>(values, scores, num_tokens, column, out);
     }
     for (; column < padded_dim; column += kTokens) weigh_rows<T, 1>(values, scores, num_tokens, column, out);
-    if (!is_in_place) {
-      for (int64_t i = 0; i < num_tokens; ++i) store_row(out[i], problem.head_dim, T(1), own.out[i]);
+  }
+
+  void attend_converted(const Group& group) {
+    const T* keys[kTokens];
+    const T* values[kTokens];
+    T* out[kTokens];
+    convert(group, params.key, converted_keys, keys);
+    convert(group, params.value, converted_values, values);
+    for (int64_t i = 0; i < kTokens; ++i) out[i] = converted_out + i * padded_dim;
+    attend(group, keys, values, out);
+    for (int64_t i = 0; i < group.num_tokens; ++i) {
+      store_row(out[i], params.problem.head_dim, T(1), places[which].out[i]);
     }
+  }
+
+  void attend_in_place_or_converted(const Group& group) {
+    if constexpr (std::is_same_v<Storage, T>) {
+      const SmallGroupRows<Storage, kTokens>& own = places[which];
+      if (params.problem.head_dim == padded_dim) return attend(group, own.key, own.value, own.out);
+    }
+    attend_converted(group);
+  }
+
+  // A group is one piece: all of its queries. `following` is the group of the next call, or null.
+  void run(const Group& group, int64_t, int64_t, const Group* following) {
+    if (!is_placed) places[which].place(params, group);
+    places[1 - which].place(params, following != nullptr ? *following : group);
+    attend_in_place_or_converted(group);
     which = 1 - which;
     is_placed = following != nullptr;
   }

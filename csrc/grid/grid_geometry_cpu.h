@@ -106,12 +106,10 @@ class TokensAhead {
   // The next `count` tokens, if there are any left; for writing where the element may be written.
   void ask(int64_t count) {
     constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Element));
-    constexpr int kSecondLevel = 2;  // the first-level cache has no room for two groups
     for (; count > 0 && token_ < group_.num_tokens; --count, ++token_) {
       for (const GroupRows<Element>& rows : rows_) {
         Element* row = rows.at(row_, column_);
-        for (int64_t d = 0; d < head_dim_; d += kLine)
-          __builtin_prefetch(row + d, std::is_const_v<Element> ? 0 : 1, kSecondLevel);
+        for (int64_t d = 0; d < head_dim_; d += kLine) prefetch_second_level(row + d);
       }
       if (++column_ == group_.num_columns) {
         column_ = 0;

@@ -277,10 +277,8 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   args.pieces = pieces;
   const cuda::LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(SharedMemory<kVector>),
                                 stream};
-  // Rows without vectors are slow either way: no kernel more for their few taps.
-  constexpr int kFewTaps = kVector > 1 ? kKeyConvFewTaps : kKeyConvMostTaps;
-  if (problem.kernel_width <= kFewTaps) {
-    cuda::launch(key_conv_backward<Element, kVector, kFewTaps>, shape, args);
+  if (problem.kernel_width <= kFewTaps<kVector>) {
+    cuda::launch(key_conv_backward<Element, kVector, kFewTaps<kVector>>, shape, args);
   } else {
     cuda::launch(key_conv_backward<Element, kVector, kKeyConvMostTaps>, shape, args);
   }

@@ -37,13 +37,12 @@ template <typename Storage, int kTokens>
 inline void convolve_vectors(const ComputeOf<Storage>* rows, int64_t row_stride, const ComputeOf<Storage>* taps,
                              int64_t tap_stride, int64_t width, int64_t channels, Storage* out, int64_t out_stride,
                              const RowsAhead<Storage>& ahead) {
-  constexpr int kSecondLevel = 2;
   using T = ComputeOf<Storage>;
   for (int64_t c = 0; c + kLanes<T> <= channels; c += kLanes<T>) {
     Vector<T> sums[kTokens];
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; ++i) {
-      __builtin_prefetch(ahead.first + c + i * ahead.row_stride, 0, kSecondLevel);
+      prefetch_second_level(ahead.first + c + i * ahead.row_stride);
     }
     convolve<T, kTokens>(rows + c, row_stride, taps + c, tap_stride, width, sums);
 #pragma GCC unroll 8

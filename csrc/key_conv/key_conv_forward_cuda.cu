@@ -130,10 +130,8 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   args.weight = static_cast<const float*>(params.weight);
   args.out = params.out;
   const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
-  // Rows without vectors are slow either way: no kernel more for their few taps.
-  constexpr int kFewTaps = kVector > 1 ? kKeyConvFewTaps : kKeyConvMostTaps;
-  if (problem.kernel_width <= kFewTaps) {
-    cuda::launch(key_conv_forward<Element, kVector, kFewTaps>, shape, args);
+  if (problem.kernel_width <= kFewTaps<kVector>) {
+    cuda::launch(key_conv_forward<Element, kVector, kFewTaps<kVector>>, shape, args);
   } else {
     cuda::launch(key_conv_forward<Element, kVector, kKeyConvMostTaps>, shape, args);
   }

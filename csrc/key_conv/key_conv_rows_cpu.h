@@ -187,13 +187,11 @@ inline Vector<ComputeOf<Storage>> sigmoid(const Vector<ComputeOf<Storage>>& x) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<Storage, BFloat16>) {
     return reciprocal_estimate(static_cast<T>(1) + exp2_estimate(exponent));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return reciprocal_from_one(static_cast<T>(1) + exp2_vector(exponent));
   }
 #endif
-  const Vector<T> denominator = static_cast<T>(1) + exp2_vector(exponent);
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return reciprocal_from_one(denominator);
-#endif
-  return static_cast<T>(1) / denominator;
+  return static_cast<T>(1) / (static_cast<T>(1) + exp2_vector(exponent));
 }
 
 // sums[i] = sum over l of taps_l * key_{i - l}, for kTokens tokens and one vector of channels: a tap's weights are

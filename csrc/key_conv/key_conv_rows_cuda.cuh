@@ -159,8 +159,10 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + cuda::
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-constexpr int kKeyConvFewTaps = 4;
 constexpr int kKeyConvMostTaps = 8;
+// Up to so many, a kernel of their own. Rows without vectors are slow either way: they have one for all.
+template <int kVector>
+constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMostTaps;
 
 inline int64_t key_conv_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
