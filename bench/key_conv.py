@@ -78,7 +78,7 @@ def plan(device: torch.device, is_quick: bool) -> list[Problem]:
         return [Problem(1, 8, 2**18, 128, width, "bfloat16", layout, LEAST_COPY_SHARE) for width, layout in sizes]
     sizes = [(8192, COPY), (65536, CLONE)]  # 16 and 128 MiB of float32
     return [
-        Problem(1, 8, num_tokens, 64, width, dtype, layout, LEAST_COPY_SHARE if dtype == "float32" else None, peer)
+        Problem(1, 8, num_tokens, 64, width, dtype, layout, LEAST_COPY_SHARE, peer)
         for dtype in ("float32", "bfloat16")
         for num_tokens, peer in sizes
         for width in (3, 5)
