@@ -44,10 +44,11 @@ __attribute__((always_inline)) inline Vector<float> exp2_vector(const Vector<flo
 }
 
 #if defined(__AVX512F__)
-// The same to a relative error of 2^-13 or less, for results of few bits.
-__attribute__((always_inline)) inline Vector<float> exp2_estimate(const Vector<float>& x) {
-  constexpr float kCoefficients[4] = {0x1.fff632p-1f, 0x1.64444cp-1f, 0x1.cefc4cp-3f, 0x1.3f96a4p-4f};
-  return scale_by_floor_power(polynomial(fraction_above_floor(x), kCoefficients), x);
+// factor * 2^x to a relative error of 2^-13 or less, for results of few bits.
+__attribute__((always_inline)) inline Vector<float> exp2_estimate(const Vector<float>& x, float factor) {
+  const float coefficients[4] = {factor * 0x1.fff632p-1f, factor * 0x1.64444cp-1f, factor * 0x1.cefc4cp-3f,
+                                 factor * 0x1.3f96a4p-4f};
+  return scale_by_floor_power(polynomial(fraction_above_floor(x), coefficients), x);
 }
 #endif
 

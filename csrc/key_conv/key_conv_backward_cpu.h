@@ -100,7 +100,7 @@ class KeyConvBackwardTask {
   // `piece_sums` is [piece, head, W, D], or null.
   KeyConvBackwardTask(const KeyConvBackwardParams& params, const KeyConvCut& cut, T* piece_sums, ScratchCutter& cutter)
       : params_(params), cut_(cut), piece_sums_(piece_sums) {
-    const int64_t channels = Panel::at<T>(params.problem, cut, 0).padded_channels;
+    const int64_t channels = Panel::at(params.problem, cut, 0, kLanes<T>).padded_channels;
     const int64_t width = params.problem.kernel_width, history = width - 1;
     taps_ = cutter.take<T>(width * channels);
     sums_ = cutter.take<T>(width * channels);
@@ -112,9 +112,9 @@ class KeyConvBackwardTask {
 
   void run(const KeyConvPieces& pieces, int64_t piece, int64_t panel_idx) const {
     const KeyConvProblem& problem = params_.problem;
-    const Panel panel = Panel::at<T>(problem, cut_, panel_idx);
+    const Panel panel = Panel::at(problem, cut_, panel_idx, kLanes<T>);
     const int64_t width = problem.kernel_width, dim = problem.head_dim;
-    load_taps<T>(problem, panel, params_.weight, taps_);
+    load_taps<T>(problem, panel, params_.weight, 1, [](int64_t channel) { return channel; }, taps_);
     for (int64_t i = 0; i < width * panel.padded_channels; ++i) sums_[i] = 0;
     const int64_t first_item = piece * pieces.items_per_piece;
     for (int64_t item = first_item; item < min64(first_item + pieces.items_per_piece, pieces.num_items); ++item) {
@@ -142,9 +142,8 @@ class KeyConvBackwardTask {
     const int64_t width = problem.kernel_width, history = width - 1, channels = panel.padded_channels;
     // Step 1.
     for (int64_t i = 0; i < count + 2 * history; ++i) {
-      T* row = keys_ + i * channels;
-      load_key<Storage>(problem, panel, params_.key, params_.state, batch_idx, stretch, tile - history + i, row);
-      for (int64_t c = panel.channels; c < channels; ++c) row[c] = 0;
+      load_key<Storage>(problem, panel, params_.key, params_.state, batch_idx, stretch, tile - history + i,
+                        keys_ + i * channels);
     }
     for (int64_t i = 0; i < count + history; ++i) {
       T* row = grads_ + i * channels;
@@ -228,8 +227,9 @@ void key_conv_backward_storage(const KeyConvBackwardParams& params) {
     return;
   }
   const auto has_neighbours = [&](const auto& keys) { return keys.head_stride == problem.head_dim; };
-  const KeyConvCut cut(
-      problem, has_neighbours(params.key) && has_neighbours(params.grad_out) && has_neighbours(params.grad_key));
+  const KeyConvCut cut(problem,
+                       has_neighbours(params.key) && has_neighbours(params.grad_out) && has_neighbours(params.grad_key),
+                       KeyConvConfig::kTaskNumbers);
   const KeyConvPieces pieces(problem, cut);
   const int64_t piece_numbers = needs_grad_weight ? problem.num_heads * problem.kernel_width * problem.head_dim : 0;
   const AlignedBuffer piece_sums = allocate_aligned(static_cast<size_t>(pieces.num_pieces * piece_numbers) * sizeof(T));

@@ -9,12 +9,15 @@ struct KeyConvConfig {
   // Neighbouring heads whose rows follow one another in memory are walked as one row of up to so many channels: with
   // the taps' weights and the last rows they stay in the first-level cache.
   static constexpr int64_t kPanelChannels = 512;
-  // Rows that are converted, or put beside a state, go through a tile of about so many numbers, 16 KB of float32.
+  // Rows that are copied or converted go through a tile of about so many numbers, 16 KB of float32.
   static constexpr int64_t kTileNumbers = 4096;
   static constexpr int64_t kLeastTileTokens = 16;
-  // What a task takes, 256 KB of float32: short enough for many threads, long beside its first tokens.
+  // What a task takes at least, 256 KB of float32: short enough for many threads, long beside its first tokens.
+  // Forward, where no result depends on the cut, a task takes more as long as every thread has so many: memory is
+  // fastest in long walks.
   static constexpr int64_t kTaskNumbers = int64_t{1} << 16;
   static constexpr int64_t kLeastTaskTokens = 64;
+  static constexpr int64_t kForwardTasksPerThread = 4;
   // Results this large come from the system anew at every call: the C library keeps nothing above 32 MiB.
   static constexpr int64_t kFreshBytes = int64_t{32} << 20;
   // A weight's gradient is summed in so many pieces at most: enough for many threads, little memory.

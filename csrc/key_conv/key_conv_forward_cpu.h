@@ -5,12 +5,13 @@
 //
 // Who owns what: a task owns a chunk of a batch entry's tokens in a panel of channels; a chunk may hold several
 // sequences of a pack. Steps:
-//   1. the panel's weights are laid out by tap;
-//   2. each stretch of a sequence in the chunk is walked once, a few tokens and one vector of channels at a time. Rows
-//      that are of the sum type and fill whole vectors are read and written where they lie, but for a sequence's first
-//      W - 1 tokens; all others go through a tile that begins with the W - 1 rows before it.
+//   1. the panel's weights are laid out by tap, as registers take them;
+//   2. of each stretch of a sequence in the chunk, the first W - 1 tokens of the sequence go through a tile that begins
+//      with the state's rows, or zeros;
+//   3. all others are read and written where they lie, a few tokens and one register of channels at a time; channels
+//      that are left over go through tiles too.
 // Memory: each key is read once from memory (its W - 1 further uses find it in the first-level cache) and each result
-// written once; this, not arithmetic, bounds the speed.
+// written once.
 // Numerics: sums in float32 (float64 for float64), rounded once. Without tokens nothing is written. A key that is not
 // finite reaches the W tokens that see it, in its channel alone.
 // Determinism: every result is computed alone, its terms in ascending l: the same bits however work or a sequence is
@@ -24,115 +25,145 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-// Rows of the tensor that a later step reads, asked for in passing: long rows are too many places at once for the
-// hardware to foresee. They may lie past the tensor's end, which asking for memory does not mind.
+// What add_silu wants a convolution's taps to be multiplied by.
 template <typename Storage>
-struct RowsAhead {
-  const Storage* first;
-  int64_t row_stride;
+inline constexpr ComputeOf<Storage> kTapFactor = 1;
+
+// key + silu(s), out of s times kTapFactor.
+template <typename Storage>
+inline Vector<ComputeOf<Storage>> add_silu(const Vector<ComputeOf<Storage>>& key,
+                                           const Vector<ComputeOf<Storage>>& sum) {
+  return key + sum * sigmoid<ComputeOf<Storage>>(sum);
+}
+
+#if defined(__AVX512F__)
+// With k = -log2(e) / 2 and x = s * k, s / (1 + exp(-s)) = x / (k + k * 4^x): no product to begin with, and the
+// polynomial of 2^x brings the root of -k along.
+template <>
+inline constexpr float kTapFactor<BFloat16> = static_cast<float>(-kLog2E / 2);
+
+template <>
+inline Vector<float> add_silu<BFloat16>(const Vector<float>& key, const Vector<float>& sum) {
+  const Vector<float> power = exp2_estimate(sum, 0.84932180f);
+  return key + sum * reciprocal_estimate(kTapFactor<BFloat16> - power * power);
+}
+#endif
+
+template <typename Storage>
+struct KeyConvTile {
+  Rows<const Storage> keys;             // from the first token; the W - 1 rows before it are there too
+  Rows<Storage> out;                    // from the first token
+  Rows<const ComputeOf<Storage>> taps;  // by distance, in the order of Channels' parts, times kTapFactor
+  int64_t num_tokens;
+  int64_t num_groups;  // of channels that fill a register
 };
 
-// out[i] = key[i] + silu(convolution) for kTokens rows, of each the whole vectors; the W - 1 rows before are read too.
-template <typename Storage, int kTokens>
-inline void convolve_vectors(const ComputeOf<Storage>* rows, int64_t row_stride, const ComputeOf<Storage>* taps,
-                             int64_t tap_stride, int64_t width, int64_t channels, Storage* out, int64_t out_stride,
-                             const RowsAhead<Storage>& ahead) {
+// out[i] = key[i] + silu(convolution) for kTokens tokens: a tap's weights are fetched once, a key is converted once for
+// all that see it, and independent sums hide each other's latencies.
+template <typename Storage, int kWidth, int kTokens>
+inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
+  using Group = Channels<Storage>;
   using T = ComputeOf<Storage>;
-  for (int64_t c = 0; c + kLanes<T> <= channels; c += kLanes<T>) {
-    Vector<T> sums[kTokens];
-#pragma GCC unroll 8
-    for (int i = 0; i < kTokens; ++i) {
-      prefetch_second_level(ahead.first + c + i * ahead.row_stride);
+  constexpr int kHistory = kWidth - 1;
+  const Rows<const Storage> keys = tile.keys.from(first, 0);
+  const Rows<Storage> out = tile.out.from(first, 0);
+  for (int64_t group = 0; group < tile.num_groups; ++group) {
+    const int64_t c = group * Group::kCount;
+    // Long rows are too many places at once for the hardware to foresee. May lie past the tensors' ends.
+#pragma GCC unroll 4
+    for (int i = kTokens; i < 2 * kTokens; ++i) {
+      prefetch_second_level(keys[i] + c);
+      prefetch_second_level(out[i] + c);
     }
-    convolve<T, kTokens>(rows + c, row_stride, taps + c, tap_stride, width, sums);
+    Group results[kTokens];
+#pragma GCC unroll 2
+    for (int part = 0; part < Group::kNumParts; ++part) {
+      Vector<T> numbers[kHistory + kTokens], sums[kTokens];
+#pragma GCC unroll 16
+      for (int i = 0; i < kHistory + kTokens; ++i) numbers[i] = Group::load_part(keys[i - kHistory] + c, part);
+      // From 0, not from a product: of a sum of two products a compiler may round either one first.
+#pragma GCC unroll 4
+      for (int i = 0; i < kTokens; ++i) sums[i] = Vector<T>{};
 #pragma GCC unroll 8
-    for (int i = 0; i < kTokens; ++i) {
-      narrow(load<T>(rows + c + i * row_stride) + sums[i] * sigmoid<Storage>(sums[i]), out + c + i * out_stride);
+      for (int l = 0; l < kWidth; ++l) {
+        const Vector<T> tap = load<T>(tile.taps[l] + c + part * kLanes<T>);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTokens; ++i) sums[i] += tap * numbers[kHistory + i - l];
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kTokens; ++i) results[i].parts[part] = add_silu<Storage>(numbers[kHistory + i], sums[i]);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) results[i].store_to(out[i] + c);
   }
 }
 
-// The channels that are left over, fewer than a vector; rows and taps reach to the vector's end. Out of line: in the
-// loop above its code would take the registers.
-template <typename Storage>
-__attribute__((noinline)) void convolve_rest(const ComputeOf<Storage>* rows, int64_t row_stride,
-                                             const ComputeOf<Storage>* taps, int64_t tap_stride, int64_t width,
-                                             int64_t count, int64_t channels, Storage* out, int64_t out_stride) {
-  using T = ComputeOf<Storage>;
-  for (int64_t i = 0; i < count; ++i) {
-    Vector<T> sums[1];
-    convolve<T, 1>(rows + i * row_stride, row_stride, taps, tap_stride, width, sums);
-    T results[kLanes<T>];
-    store<T>(results, load<T>(rows + i * row_stride) + sums[0] * sigmoid<Storage>(sums[0]));
-    store_row<Storage>(results, channels, 1, out + i * out_stride);
-  }
-}
-
-template <typename Storage>
-void convolve_rows(const ComputeOf<Storage>* rows, int64_t row_stride, const ComputeOf<Storage>* taps, int64_t width,
-                   int64_t count, const Panel& panel, Storage* out, int64_t out_stride,
-                   const RowsAhead<Storage>& ahead) {
-  using T = ComputeOf<Storage>;
-  const int64_t channels = panel.channels, tap_stride = panel.padded_channels;
+template <typename Storage, int kWidth>
+void convolve_tile(const KeyConvTile<Storage>& tile) {
+  using Group = Channels<Storage>;
+  constexpr int kTokens = Group::kNumParts == 1 ? 2 : 4;
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    convolve_vectors<Storage, 4>(rows + i * row_stride, row_stride, taps, tap_stride, width, channels,
-                                 out + i * out_stride, out_stride,
-                                 {ahead.first + i * ahead.row_stride, ahead.row_stride});
-  }
-  for (; i < count; ++i) {
-    convolve_vectors<Storage, 1>(rows + i * row_stride, row_stride, taps, tap_stride, width, channels,
-                                 out + i * out_stride, out_stride,
-                                 {ahead.first + i * ahead.row_stride, ahead.row_stride});
-  }
-  const int64_t whole = channels / kLanes<T> * kLanes<T>;
-  if (whole < channels) {
-    convolve_rest<Storage>(rows + whole, row_stride, taps + whole, tap_stride, width, count, channels - whole,
-                           out + whole, out_stride);
-  }
+  for (; i + kTokens <= tile.num_tokens; i += kTokens) convolve_tokens<Storage, kWidth, kTokens>(tile, i);
+  for (; i < tile.num_tokens; ++i) convolve_tokens<Storage, kWidth, 1>(tile, i);
+}
+
+// Each number of taps that the op takes has code of its own, whose keys stay in registers.
+template <typename Storage>
+auto convolve_tile_of_width(int64_t width) {
+  using Function = void (*)(const KeyConvTile<Storage>&);
+  constexpr Function kFunctions[] = {
+      &convolve_tile<Storage, 2>, &convolve_tile<Storage, 3>, &convolve_tile<Storage, 4>, &convolve_tile<Storage, 5>,
+      &convolve_tile<Storage, 6>, &convolve_tile<Storage, 7>, &convolve_tile<Storage, 8>,
+  };
+  return kFunctions[width - 2];
 }
 
 template <typename Storage>
 class KeyConvForwardTask {
   using T = ComputeOf<Storage>;
+  using Group = Channels<Storage>;
 
  public:
-  // Takes the memory of the widest panel; a cutter with nothing behind it counts.
-  KeyConvForwardTask(const KeyConvForwardParams& params, const KeyConvCut& cut, ScratchCutter& cutter)
-      : params_(params), cut_(cut) {
-    const int64_t channels = Panel::at<T>(params.problem, cut, 0).padded_channels;
-    taps_ = cutter.take<T>(params.problem.kernel_width * channels);
-    tile_ = cutter.take<T>((params.problem.kernel_width - 1 + cut.tile_tokens) * channels);
+  // Takes the memory of the widest panel; a cutter with nothing behind it counts. `taps` is [panel, W, channels].
+  KeyConvForwardTask(const KeyConvForwardParams& params, const KeyConvCut& cut, const T* taps, ScratchCutter& cutter)
+      : params_(params),
+        cut_(cut),
+        taps_(taps),
+        convolve_tile_(convolve_tile_of_width<Storage>(params.problem.kernel_width)) {
+    const int64_t channels = panel_at(0).padded_channels, width = params.problem.kernel_width;
+    keys_ = cutter.take<Storage>((width - 1 + cut.tile_tokens) * channels);
+    results_ = cutter.take<Storage>(cut.tile_tokens * channels);
   }
 
   void run(int64_t batch_idx, int64_t panel_idx, int64_t chunk) const {
     const KeyConvProblem& problem = params_.problem;
-    const Panel panel = Panel::at<T>(problem, cut_, panel_idx);
-    load_taps<T>(problem, panel, params_.weight, taps_);
+    const Panel panel = panel_at(panel_idx);
+    const Rows<const T> taps{taps_ + panel_idx * problem.kernel_width * panel_at(0).padded_channels,
+                             panel.padded_channels};
     const int64_t first = chunk * cut_.tokens_per_chunk;
     const int64_t last = min64(first + cut_.tokens_per_chunk, problem.num_tokens);
     if (panel_idx == 0 || params_.out.head_stride > params_.out.row_stride) {
       populate_rows(batch_idx, panel.first_head, first, last);
     }
+    const int64_t num_groups = panel.channels / Group::kCount;
     for_each_stretch(problem, first, last, [&](const Stretch& stretch) {
-      if constexpr (std::is_same_v<Storage, T>) {
-        if (panel.channels == panel.padded_channels) {
-          const int64_t history = problem.kernel_width - 1;
-          const int64_t split = min64(max64(stretch.first, stretch.sequence_start + history), stretch.last);
-          through_tiles(batch_idx, panel, stretch, stretch.first, split);
-          convolve_rows<Storage>(row_of<Storage>(params_.key, batch_idx, panel.first_head, split),
-                                 params_.key.row_stride, taps_, problem.kernel_width, stretch.last - split, panel,
-                                 row_of<Storage>(params_.out, batch_idx, panel.first_head, split),
-                                 params_.out.row_stride, rows_ahead(batch_idx, panel, split + kRowsAhead));
-          return;
-        }
+      // Step 2.
+      const int64_t begun = stretch.sequence_start + problem.kernel_width - 1;
+      const int64_t split = min64(max64(stretch.first, begun), stretch.last);
+      through_tiles(batch_idx, panel, taps, stretch, stretch.first, split, 0);
+      // Step 3.
+      const Storage* keys = row_of<Storage>(params_.key, batch_idx, panel.first_head, split);
+      Storage* out = row_of<Storage>(params_.out, batch_idx, panel.first_head, split);
+      convolve_tile_(
+          {{keys, params_.key.row_stride}, {out, params_.out.row_stride}, taps, stretch.last - split, num_groups});
+      if (num_groups * Group::kCount < panel.channels) {
+        through_tiles(batch_idx, panel, taps, stretch, split, stretch.last, num_groups);
       }
-      through_tiles(batch_idx, panel, stretch, stretch.first, stretch.last);
     });
   }
 
  private:
-  static constexpr int64_t kRowsAhead = 8;  // of rows that are read in place
+  Panel panel_at(int64_t panel_idx) const { return Panel::at(params_.problem, cut_, panel_idx, Group::kCount); }
 
   // The allocator gives a large result memory that was never touched.
   void populate_rows(int64_t batch_idx, int64_t head_idx, int64_t first, int64_t last) const {
@@ -144,48 +175,58 @@ class KeyConvForwardTask {
     populate_pages(row_of<Storage>(params_.out, batch_idx, head_idx, first), (last - first) * row_bytes);
   }
 
-  RowsAhead<Storage> rows_ahead(int64_t batch_idx, const Panel& panel, int64_t row) const {
-    return {row_of<Storage>(params_.key, batch_idx, panel.first_head, row), params_.key.row_stride};
-  }
-
-  void through_tiles(int64_t batch_idx, const Panel& panel, const Stretch& stretch, int64_t first, int64_t last) const {
+  // Channels from `first_group` on of rows [first, last), by way of tiles of whole groups that hold all rows before
+  // them.
+  void through_tiles(int64_t batch_idx, const Panel& panel, const Rows<const T>& taps, const Stretch& stretch,
+                     int64_t first, int64_t last, int64_t first_group) const {
     const KeyConvProblem& problem = params_.problem;
-    const int64_t history = problem.kernel_width - 1, channels = panel.padded_channels;
-    const auto load_rows = [&](int64_t row, int64_t count, T* target) {
-      for (int64_t i = 0; i < count; ++i) {
-        T* tile_row = target + i * channels;
-        load_key<Storage>(problem, panel, params_.key, params_.state, batch_idx, stretch, row + i, tile_row);
-        for (int64_t c = panel.channels; c < channels; ++c) tile_row[c] = 0;
-      }
-    };
-    if (first < last) load_rows(first - history, history, tile_);
+    const int64_t history = problem.kernel_width - 1, num_groups = panel.padded_channels / Group::kCount;
+    const int64_t c = first_group * Group::kCount;
+    const Rows<Storage> keys{keys_, panel.padded_channels}, results{results_, panel.padded_channels};
     for (int64_t tile = first; tile < last; tile += cut_.tile_tokens) {
       const int64_t count = min64(cut_.tile_tokens, last - tile);
-      load_rows(tile, count, tile_ + history * channels);
-      convolve_rows<Storage>(tile_ + history * channels, channels, taps_, problem.kernel_width, count, panel,
-                             row_of<Storage>(params_.out, batch_idx, panel.first_head, tile), params_.out.row_stride,
-                             rows_ahead(batch_idx, panel, tile + count));
-      // The last rows are the next tile's history.
-      std::memmove(tile_, tile_ + count * channels, static_cast<size_t>(history * channels) * sizeof(T));
+      for (int64_t i = 0; i < history + count; ++i) {
+        load_key<Storage>(problem, panel, params_.key, params_.state, batch_idx, stretch, tile - history + i, keys[i]);
+      }
+      convolve_tile_({keys.from(history, c), results.from(0, c), taps.from(0, c), count, num_groups - first_group});
+      for (int64_t i = 0; i < count; ++i) {
+        Storage* target = row_of<Storage>(params_.out, batch_idx, panel.first_head, tile + i);
+        copy_row(results[i] + c, panel.channels - c, panel.channels - c, target + c);
+      }
     }
   }
 
   const KeyConvForwardParams& params_;
   const KeyConvCut& cut_;
-  T* taps_;  // [W, channels]
-  T* tile_;  // [W - 1 + tile tokens, channels]
+  const T* taps_;
+  void (*convolve_tile_)(const KeyConvTile<Storage>&);
+  Storage* keys_;     // [W - 1 + tile tokens, channels]
+  Storage* results_;  // [tile tokens, channels]
 };
 
 template <typename Storage>
 void key_conv_forward_storage(const KeyConvForwardParams& params) {
+  using T = ComputeOf<Storage>;
   using Task = KeyConvForwardTask<Storage>;
   const KeyConvProblem& problem = params.problem;
   const int64_t numbers = problem.batch_size * problem.num_heads * problem.num_tokens * problem.head_dim;
   if (numbers == 0) return;
+  // Long tasks: memory is fastest in one long walk, and no result depends on the cut.
+  const int64_t share = numbers / (max64(1, problem.num_threads) * KeyConvConfig::kForwardTasksPerThread);
   const KeyConvCut cut(problem,
-                       params.key.head_stride == problem.head_dim && params.out.head_stride == problem.head_dim);
+                       params.key.head_stride == problem.head_dim && params.out.head_stride == problem.head_dim,
+                       max64(KeyConvConfig::kTaskNumbers, share));
+  // Step 1.
+  const int64_t panel_taps =
+      problem.kernel_width * Panel::at(problem, cut, 0, Channels<Storage>::kCount).padded_channels;
+  const AlignedBuffer tap_buffer = allocate_aligned(static_cast<size_t>(cut.num_panels * panel_taps) * sizeof(T));
+  T* taps = reinterpret_cast<T*>(tap_buffer.get());
+  for (int64_t i = 0; i < cut.num_panels; ++i) {
+    load_taps<T>(problem, Panel::at(problem, cut, i, Channels<Storage>::kCount), params.weight, kTapFactor<Storage>,
+                 &Channels<Storage>::place_of, taps + i * panel_taps);
+  }
   ScratchCutter measure(nullptr);
-  Task(params, cut, measure);
+  Task(params, cut, taps, measure);
   const int64_t num_tasks = problem.batch_size * cut.num_panels * cut.num_chunks;
   const int num_workers = useful_threads(problem.num_threads, num_tasks,
                                          static_cast<double>(numbers) * static_cast<double>(problem.kernel_width + 8));
@@ -193,15 +234,16 @@ void key_conv_forward_storage(const KeyConvForwardParams& params) {
   struct Context {
     const KeyConvForwardParams& params;
     const KeyConvCut& cut;
+    const T* taps;
     unsigned char* scratch;
     int64_t worker_bytes;
-  } context{params, cut, scratch.get(), measure.used()};
+  } context{params, cut, taps, scratch.get(), measure.used()};
   const auto body = [](void* opaque, int64_t task, int worker) {
     const Context& ctx = *static_cast<Context*>(opaque);
     ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
     // Chunks of one panel go one after the other.
     const int64_t unit = task / ctx.cut.num_chunks;
-    Task(ctx.params, ctx.cut, cutter)
+    Task(ctx.params, ctx.cut, ctx.taps, cutter)
         .run(unit / ctx.cut.num_panels, unit % ctx.cut.num_panels, task % ctx.cut.num_chunks);
   };
   parallel_for(num_workers, num_tasks, body, &context);

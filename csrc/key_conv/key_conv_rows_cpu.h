@@ -1,8 +1,8 @@
 // Rows of keys as the CPU kernels walk them: panels of channels, stretches of a sequence, tiles, the taps' arithmetic.
 #pragma once
 
-#include "../cpu/convert.h"
 #include "../cpu/math.h"
+#include "key_conv_channels_cpu.h"
 #include "key_conv_config.h"
 #include "key_conv_params.h"
 
@@ -20,62 +20,33 @@ inline Storage* row_of(const MutableKeys& keys, int64_t batch_idx, int64_t head_
          row * keys.row_stride;
 }
 
-// As many 16-bit numbers as Vector<float> has lanes.
-typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+// Rows of one panel.
+template <typename Element>
+struct Rows {
+  Element* first;
+  int64_t stride;
 
-// The numbers of one vector, converted as load_row and store_row do, without leaving registers.
-template <typename Storage>
-inline Vector<ComputeOf<Storage>> widen(const Storage* source) {
-  if constexpr (sizeof(Storage) == 2) {
-#if defined(__AVX512F__)
-    const IntegerVector<float> bits = widen_integers(source);
-#else
-    HalfVector halves;
-    std::memcpy(&halves, source, sizeof(halves));
-    const IntegerVector<float> bits = __builtin_convertvector(halves, IntegerVector<float>);
-#endif
-    if constexpr (std::is_same_v<Storage, BFloat16>) return bit_cast<Vector<float>>(bits << 16);
-    const IntegerVector<float> magnitude = (bits & 0x7fff) << 13;
-    // Multiplying by 2^112 moves the exponent's bias and makes denormals normal in one step.
-    const auto finite = bit_cast<IntegerVector<float>>(bit_cast<Vector<float>>(magnitude) * 0x1p112f);
-    const IntegerVector<float> number = (bits & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000) : finite;
-    return bit_cast<Vector<float>>(number | (bits & 0x8000) << 16);
-  } else {
-    return load<Storage>(source);
-  }
+  Element* operator[](int64_t row) const { return first + row * stride; }
+  Rows from(int64_t row, int64_t channel) const { return {(*this)[row] + channel, stride}; }
+  operator Rows<const Element>() const { return {first, stride}; }
+};
+
+template <typename Element>
+inline void clear_row(Element* target, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) target[i] = Element{};
 }
 
-template <typename Storage>
-inline void narrow(const Vector<ComputeOf<Storage>>& vector, Storage* target) {
-  if constexpr (std::is_same_v<Storage, ComputeOf<Storage>>) {
-    store<Storage>(target, vector);
+// A row of `count` numbers, converted where the types differ, and zeros up to `padded_count`.
+template <typename Storage, typename Element>
+inline void copy_row(const Storage* source, int64_t count, int64_t padded_count, Element* target) {
+  if constexpr (std::is_same_v<Storage, Element>) {
+    std::memcpy(target, source, static_cast<size_t>(count) * sizeof(Element));
   } else {
-    const auto bits = bit_cast<IntegerVector<float>>(vector);
-    IntegerVector<float> result;
-    if constexpr (std::is_same_v<Storage, BFloat16>) {
-      // Of a NaN, whose lower half is 0 here (load_taps sees to it), rounding leaves a NaN.
-      result = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    } else {
-      const IntegerVector<float> magnitude = bits & 0x7fffffff;
-      const IntegerVector<float> normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112 << 23)) >> 13;
-      // Adding 1/2 puts a value below 2^-14 on float16's denormal grid, rounded to nearest even.
-      const auto denormal = bit_cast<IntegerVector<float>>(bit_cast<Vector<float>>(magnitude) + 0.5f) - 0x3f000000;
-      const IntegerVector<float> finite = magnitude < 0x38800000 ? denormal : normal;
-      const IntegerVector<float> overflow =
-          magnitude > 0x7f800000 ? IntegerVector<float>{} + 0x7e00 : IntegerVector<float>{} + 0x7c00;
-      result = (magnitude >= 0x47800000 ? overflow : finite) | (bits >> 16 & 0x8000);
-    }
-    const auto halves = __builtin_convertvector(result, HalfVector);
-    std::memcpy(target, &halves, sizeof(halves));
+    int64_t i = 0;
+    for (; i + kLanes<Element> <= count; i += kLanes<Element>) store<Element>(target + i, widen(source + i));
+    for (; i < count; ++i) target[i] = to_compute(source[i]);
   }
-}
-
-template <typename Storage>
-inline void widen_row(const Storage* source, int64_t count, ComputeOf<Storage>* target) {
-  constexpr int64_t kWidth = kLanes<ComputeOf<Storage>>;
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store<ComputeOf<Storage>>(target + i, widen(source + i));
-  load_row(source + i, count - i, target + i);
+  clear_row(target + count, padded_count - count);
 }
 
 // How a problem is cut, by shapes alone. A panel is one head, or several whose channels follow one another in all rows:
@@ -87,13 +58,14 @@ struct KeyConvCut {
   int64_t num_chunks;  // of a batch entry's tokens
   int64_t tile_tokens;
 
-  KeyConvCut(const KeyConvProblem& problem, bool are_heads_neighbours) {
+  // A task takes about `task_numbers` numbers.
+  KeyConvCut(const KeyConvProblem& problem, bool are_heads_neighbours, int64_t task_numbers) {
     const int64_t dim = problem.head_dim;
     const int64_t most_heads = are_heads_neighbours ? max64(1, KeyConvConfig::kPanelChannels / dim) : 1;
     heads_per_panel = min64(most_heads, problem.num_heads);
     num_panels = ceil_div(problem.num_heads, heads_per_panel);
     const int64_t channels = heads_per_panel * dim;
-    tokens_per_chunk = max64(KeyConvConfig::kLeastTaskTokens, KeyConvConfig::kTaskNumbers / channels);
+    tokens_per_chunk = max64(KeyConvConfig::kLeastTaskTokens, task_numbers / channels);
     num_chunks = ceil_div(problem.num_tokens, tokens_per_chunk);
     tile_tokens = max64(KeyConvConfig::kLeastTileTokens, KeyConvConfig::kTileNumbers / channels);
   }
@@ -104,14 +76,14 @@ struct Panel {
   int64_t first_head;
   int64_t num_heads;
   int64_t channels;
-  int64_t padded_channels;  // a whole number of vectors, the row of a tile
+  int64_t padded_channels;  // the row of a tile
 
-  template <typename T>
-  static Panel at(const KeyConvProblem& problem, const KeyConvCut& cut, int64_t panel_idx) {
+  // `multiple` is what rows are padded to.
+  static Panel at(const KeyConvProblem& problem, const KeyConvCut& cut, int64_t panel_idx, int64_t multiple) {
     const int64_t first = panel_idx * cut.heads_per_panel;
     const int64_t heads = min64(cut.heads_per_panel, problem.num_heads - first);
     const int64_t channels = heads * problem.head_dim;
-    return {first, heads, channels, round_up(channels, kLanes<T>)};
+    return {first, heads, channels, round_up(channels, multiple)};
   }
 };
 
@@ -146,52 +118,48 @@ inline void for_each_stretch(const KeyConvProblem& problem, int64_t first, int64
   }
 }
 
-// taps[l * padded_channels + c] multiplies channel c of the key l tokens back; what pads is 0. All NaN become the one
-// whose payload is 0, so that those of 16-bit keys are the only others that a sum can be.
+// taps[l * padded_channels + place_of(c)] multiplies channel c of the key l tokens back, but for `factor`; what pads is
+// 0. All NaN become the one whose payload is 0, so that those of 16-bit keys are the only others that a sum can be.
 template <typename T>
-inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const void* weight, T* taps) {
+inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const void* weight, T factor,
+                      int64_t (*place_of)(int64_t channel), T* taps) {
   const int64_t width = problem.kernel_width;
   const T* source = static_cast<const T*>(weight) + panel.first_head * problem.head_dim * width;
-  for (int64_t l = 0; l < width; ++l) {
-    T* row = taps + l * panel.padded_channels;
-    for (int64_t c = 0; c < panel.channels; ++c) {
-      const T tap = source[c * width + width - 1 - l];
-      row[c] = tap == tap ? tap : static_cast<T>(__builtin_nanf(""));
+  for (int64_t c = 0; c < panel.padded_channels; ++c) {
+    T* target = taps + place_of(c);
+    for (int64_t l = 0; l < width; ++l) {
+      const T tap = c < panel.channels ? source[c * width + width - 1 - l] : 0;
+      target[l * panel.padded_channels] = tap == tap ? tap * factor : static_cast<T>(__builtin_nanf(""));
     }
-    for (int64_t c = panel.channels; c < panel.padded_channels; ++c) row[c] = 0;
   }
 }
 
-// Row `row` of a sequence in a tile; before its start the state's, or zeros, and past `sequence_end` zeros.
-template <typename Storage>
+// Row `row` of a sequence, of a panel's padded channels: before the sequence's start the state's, or zeros, and past
+// its end zeros. An Element is a Storage or its sum type.
+template <typename Storage, typename Element>
 inline void load_key(const KeyConvProblem& problem, const Panel& panel, const ConstKeys& keys, const ConstKeys& state,
-                     int64_t batch_idx, const Stretch& stretch, int64_t row, ComputeOf<Storage>* target) {
+                     int64_t batch_idx, const Stretch& stretch, int64_t row, Element* target) {
   if (row < stretch.sequence_end && row >= stretch.sequence_start) {
-    widen_row(row_of<Storage>(keys, batch_idx, panel.first_head, row), panel.channels, target);
+    copy_row(row_of<Storage>(keys, batch_idx, panel.first_head, row), panel.channels, panel.padded_channels, target);
   } else if (row < stretch.sequence_start && state.data != nullptr) {
-    const int64_t state_row = row - stretch.sequence_start + problem.kernel_width - 1;
+    const int64_t state_row = row - stretch.sequence_start + problem.kernel_width - 1, dim = problem.head_dim;
     for (int64_t h = 0; h < panel.num_heads; ++h) {
-      load_row(row_of<Storage>(state, batch_idx, panel.first_head + h, state_row), problem.head_dim,
-               target + h * problem.head_dim);
+      copy_row(row_of<Storage>(state, batch_idx, panel.first_head + h, state_row), dim, dim, target + h * dim);
     }
+    clear_row(target + panel.channels, panel.padded_channels - panel.channels);
   } else {
-    for (int64_t c = 0; c < panel.channels; ++c) target[c] = 0;
+    clear_row(target, panel.padded_channels);
   }
 }
 
-// 1 / (1 + exp(-x)), exact enough for a result in `Storage`; NaN for NaN.
-template <typename Storage>
-inline Vector<ComputeOf<Storage>> sigmoid(const Vector<ComputeOf<Storage>>& x) {
-  using T = ComputeOf<Storage>;
-  const Vector<T> exponent = x * static_cast<T>(-kLog2E);
+// 1 / (1 + exp(-x)); NaN for NaN.
+template <typename T>
+inline Vector<T> sigmoid(const Vector<T>& x) {
+  const Vector<T> denominator = static_cast<T>(1) + exp2_vector(x * static_cast<T>(-kLog2E));
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Storage, BFloat16>) {
-    return reciprocal_estimate(static_cast<T>(1) + exp2_estimate(exponent));
-  } else if constexpr (std::is_same_v<T, float>) {
-    return reciprocal_from_one(static_cast<T>(1) + exp2_vector(exponent));
-  }
+  if constexpr (std::is_same_v<T, float>) return reciprocal_from_one(denominator);
 #endif
-  return static_cast<T>(1) / (static_cast<T>(1) + exp2_vector(exponent));
+  return static_cast<T>(1) / denominator;
 }
 
 // sums[i] = sum over l of taps_l * key_{i - l}, for kTokens tokens and one vector of channels: a tap's weights are
