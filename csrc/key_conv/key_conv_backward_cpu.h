@@ -23,6 +23,21 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
+// sums[i] = sum over l of taps_l * key_{i - l}, for kTokens tokens and one vector of channels: a tap's weights are
+// fetched once, and independent sums hide each other's latencies. `rows` is channel c of the first token.
+template <typename T, int kTokens>
+inline void convolve(const T* rows, int64_t row_stride, const T* taps, int64_t tap_stride, int64_t width,
+                     Vector<T> (&sums)[kTokens]) {
+  const Vector<T> current = load<T>(taps);
+#pragma GCC unroll 8
+  for (int i = 0; i < kTokens; ++i) sums[i] = current * load<T>(rows + i * row_stride);
+  for (int64_t l = 1; l < width; ++l) {
+    const Vector<T> tap = load<T>(taps + l * tap_stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; ++i) sums[i] += tap * load<T>(rows + (i - l) * row_stride);
+  }
+}
+
 // d_s[i] = grad[i] * silu'(convolution) for `count` rows. All rows are `channels` apart.
 template <typename T>
 void differentiate_rows(const T* rows, const T* grad, const T* taps, int64_t width, int64_t count, int64_t channels,

@@ -1,4 +1,4 @@
-// Rows of keys as the CPU kernels walk them: panels of channels, stretches of a sequence, tiles, the taps' arithmetic.
+// Rows of keys as the CPU kernels walk them: panels of channels, stretches of a sequence, copies of rows, taps.
 #pragma once
 
 #include "../cpu/math.h"
@@ -160,21 +160,6 @@ inline Vector<T> sigmoid(const Vector<T>& x) {
   if constexpr (std::is_same_v<T, float>) return reciprocal_from_one(denominator);
 #endif
   return static_cast<T>(1) / denominator;
-}
-
-// sums[i] = sum over l of taps_l * key_{i - l}, for kTokens tokens and one vector of channels: a tap's weights are
-// fetched once, and independent sums hide each other's latencies. `rows` is channel c of the first token.
-template <typename T, int kTokens>
-inline void convolve(const T* rows, int64_t row_stride, const T* taps, int64_t tap_stride, int64_t width,
-                     Vector<T> (&sums)[kTokens]) {
-  const Vector<T> current = load<T>(taps);
-#pragma GCC unroll 8
-  for (int i = 0; i < kTokens; ++i) sums[i] = current * load<T>(rows + i * row_stride);
-  for (int64_t l = 1; l < width; ++l) {
-    const Vector<T> tap = load<T>(taps + l * tap_stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTokens; ++i) sums[i] += tap * load<T>(rows + (i - l) * row_stride);
-  }
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET
