@@ -115,7 +115,7 @@ class KeyConvBackwardTask {
   // `piece_sums` is [piece, head, W, D], or null.
   KeyConvBackwardTask(const KeyConvBackwardParams& params, const KeyConvCut& cut, T* piece_sums, ScratchCutter& cutter)
       : params_(params), cut_(cut), piece_sums_(piece_sums) {
-    const int64_t channels = Panel::at(params.problem, cut, 0, kLanes<T>).padded_channels;
+    const int64_t channels = Panel::at<T>(params.problem, cut, 0).padded_channels;
     const int64_t width = params.problem.kernel_width, history = width - 1;
     taps_ = cutter.take<T>(width * channels);
     sums_ = cutter.take<T>(width * channels);
@@ -127,10 +127,10 @@ class KeyConvBackwardTask {
 
   void run(const KeyConvPieces& pieces, int64_t piece, int64_t panel_idx) const {
     const KeyConvProblem& problem = params_.problem;
-    const Panel panel = Panel::at(problem, cut_, panel_idx, kLanes<T>);
+    const Panel panel = Panel::at<T>(problem, cut_, panel_idx);
     const int64_t width = problem.kernel_width, dim = problem.head_dim;
-    load_taps<T>(problem, panel, params_.weight, 1, [](int64_t channel) { return channel; }, taps_);
-    for (int64_t i = 0; i < width * panel.padded_channels; ++i) sums_[i] = 0;
+    load_taps<T>(problem, panel, params_.weight, 1, taps_);
+    clear_row(sums_, width * panel.padded_channels);
     const int64_t first_item = piece * pieces.items_per_piece;
     for (int64_t item = first_item; item < min64(first_item + pieces.items_per_piece, pieces.num_items); ++item) {
       const int64_t batch_idx = item / cut_.num_chunks;
@@ -161,17 +161,13 @@ class KeyConvBackwardTask {
                         keys_ + i * channels);
     }
     for (int64_t i = 0; i < count + history; ++i) {
-      T* row = grads_ + i * channels;
-      load_grad(batch_idx, panel, stretch, tile + i, row);
-      for (int64_t c = panel.channels; c < channels; ++c) row[c] = 0;
+      load_grad(batch_idx, panel, stretch, tile + i, grads_ + i * channels);
     }
     // Step 2. Past the sequence's end grad_out counts as 0 and so do the keys: d_s is 0.
     const T* keys = keys_ + history * channels;
     differentiate_rows<T>(keys, grads_, taps_, width, count + history, channels, d_s_);
     const int64_t there = stretch.sequence_end - tile;
-    for (int64_t i = max64(there, 0); i < count + history; ++i) {
-      for (int64_t c = 0; c < channels; ++c) d_s_[i * channels + c] = 0;
-    }
+    for (int64_t i = max64(there, 0); i < count + history; ++i) clear_row(d_s_ + i * channels, channels);
     // Step 3.
     for (int64_t i = 0; i < count; ++i) {
       pass_back_row<T>(grads_ + i * channels, d_s_ + i * channels, taps_, 0, width, channels, results_);
@@ -194,9 +190,10 @@ class KeyConvBackwardTask {
 
   void load_grad(int64_t batch_idx, const Panel& panel, const Stretch& stretch, int64_t row, T* target) const {
     if (row < stretch.sequence_end) {
-      load_row(row_of<Storage>(params_.grad_out, batch_idx, panel.first_head, row), panel.channels, target);
+      copy_row(row_of<Storage>(params_.grad_out, batch_idx, panel.first_head, row), panel.channels,
+               panel.padded_channels, target);
     } else {
-      for (int64_t c = 0; c < panel.channels; ++c) target[c] = 0;
+      clear_row(target, panel.padded_channels);
     }
   }
 

@@ -78,12 +78,11 @@ inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
     Group results[kTokens];
 #pragma GCC unroll 2
     for (int part = 0; part < Group::kNumParts; ++part) {
-      Vector<T> numbers[kHistory + kTokens], sums[kTokens];
+      Vector<T> numbers[kHistory + kTokens];
+      // From 0, not from a product: of a sum of two products a compiler may round either one first.
+      Vector<T> sums[kTokens] = {};
 #pragma GCC unroll 16
       for (int i = 0; i < kHistory + kTokens; ++i) numbers[i] = Group::load_part(keys[i - kHistory] + c, part);
-      // From 0, not from a product: of a sum of two products a compiler may round either one first.
-#pragma GCC unroll 4
-      for (int i = 0; i < kTokens; ++i) sums[i] = Vector<T>{};
 #pragma GCC unroll 8
       for (int l = 0; l < kWidth; ++l) {
         const Vector<T> tap = load<T>(tile.taps[l] + c + part * kLanes<T>);
@@ -163,7 +162,7 @@ class KeyConvForwardTask {
   }
 
  private:
-  Panel panel_at(int64_t panel_idx) const { return Panel::at(params_.problem, cut_, panel_idx, Group::kCount); }
+  Panel panel_at(int64_t panel_idx) const { return Panel::at<Storage>(params_.problem, cut_, panel_idx); }
 
   // The allocator gives a large result memory that was never touched.
   void populate_rows(int64_t batch_idx, int64_t head_idx, int64_t first, int64_t last) const {
@@ -211,19 +210,17 @@ void key_conv_forward_storage(const KeyConvForwardParams& params) {
   const KeyConvProblem& problem = params.problem;
   const int64_t numbers = problem.batch_size * problem.num_heads * problem.num_tokens * problem.head_dim;
   if (numbers == 0) return;
-  // Long tasks: memory is fastest in one long walk, and no result depends on the cut.
-  const int64_t share = numbers / (max64(1, problem.num_threads) * KeyConvConfig::kForwardTasksPerThread);
+  const int64_t share = numbers / (problem.num_threads * KeyConvConfig::kForwardTasksPerThread);
   const KeyConvCut cut(problem,
                        params.key.head_stride == problem.head_dim && params.out.head_stride == problem.head_dim,
                        max64(KeyConvConfig::kTaskNumbers, share));
   // Step 1.
-  const int64_t panel_taps =
-      problem.kernel_width * Panel::at(problem, cut, 0, Channels<Storage>::kCount).padded_channels;
+  const int64_t panel_taps = problem.kernel_width * Panel::at<Storage>(problem, cut, 0).padded_channels;
   const AlignedBuffer tap_buffer = allocate_aligned(static_cast<size_t>(cut.num_panels * panel_taps) * sizeof(T));
   T* taps = reinterpret_cast<T*>(tap_buffer.get());
   for (int64_t i = 0; i < cut.num_panels; ++i) {
-    load_taps<T>(problem, Panel::at(problem, cut, i, Channels<Storage>::kCount), params.weight, kTapFactor<Storage>,
-                 &Channels<Storage>::place_of, taps + i * panel_taps);
+    load_taps<Storage>(problem, Panel::at<Storage>(problem, cut, i), params.weight, kTapFactor<Storage>,
+                       taps + i * panel_taps);
   }
   ScratchCutter measure(nullptr);
   Task(params, cut, taps, measure);

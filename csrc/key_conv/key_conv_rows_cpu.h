@@ -49,8 +49,8 @@ inline void copy_row(const Storage* source, int64_t count, int64_t padded_count,
   clear_row(target + count, padded_count - count);
 }
 
-// How a problem is cut, by shapes alone. A panel is one head, or several whose channels follow one another in all rows:
-// a convolution per channel does not care where a head ends.
+// How a problem is cut, by shapes and a task's size alone. A panel is one head, or several whose channels follow one
+// another in all rows: a convolution per channel does not care where a head ends.
 struct KeyConvCut {
   int64_t heads_per_panel;
   int64_t num_panels;
@@ -78,12 +78,13 @@ struct Panel {
   int64_t channels;
   int64_t padded_channels;  // the row of a tile
 
-  // `multiple` is what rows are padded to.
-  static Panel at(const KeyConvProblem& problem, const KeyConvCut& cut, int64_t panel_idx, int64_t multiple) {
+  // Rows are padded to whole registers of an Element.
+  template <typename Element>
+  static Panel at(const KeyConvProblem& problem, const KeyConvCut& cut, int64_t panel_idx) {
     const int64_t first = panel_idx * cut.heads_per_panel;
     const int64_t heads = min64(cut.heads_per_panel, problem.num_heads - first);
     const int64_t channels = heads * problem.head_dim;
-    return {first, heads, channels, round_up(channels, multiple)};
+    return {first, heads, channels, round_up(channels, Channels<Element>::kCount)};
   }
 };
 
@@ -118,15 +119,17 @@ inline void for_each_stretch(const KeyConvProblem& problem, int64_t first, int64
   }
 }
 
-// taps[l * padded_channels + place_of(c)] multiplies channel c of the key l tokens back, but for `factor`; what pads is
-// 0. All NaN become the one whose payload is 0, so that those of 16-bit keys are the only others that a sum can be.
-template <typename T>
-inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const void* weight, T factor,
-                      int64_t (*place_of)(int64_t channel), T* taps) {
+// The weight of channel c for the key l tokens back, times `factor`, in row l of taps [W, padded_channels], where
+// Channels of an Element have that channel; what pads is 0. All NaN become the one whose payload is 0, so that those of
+// 16-bit keys are the only others that a sum can be.
+template <typename Element>
+inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const void* weight, ComputeOf<Element> factor,
+                      ComputeOf<Element>* taps) {
+  using T = ComputeOf<Element>;
   const int64_t width = problem.kernel_width;
   const T* source = static_cast<const T*>(weight) + panel.first_head * problem.head_dim * width;
   for (int64_t c = 0; c < panel.padded_channels; ++c) {
-    T* target = taps + place_of(c);
+    T* target = taps + Channels<Element>::place_of(c);
     for (int64_t l = 0; l < width; ++l) {
       const T tap = c < panel.channels ? source[c * width + width - 1 - l] : 0;
       target[l * panel.padded_channels] = tap == tap ? tap * factor : static_cast<T>(__builtin_nanf(""));
