@@ -128,7 +128,8 @@ def make_run(name: str, direction: str, problem: Problem, device: torch.device) 
         return lambda: source.clone()
     function = FUNCTIONS[name]
     if direction == FORWARD:
-        return torch.no_grad()(lambda: function(key, weight))
+        weight = weight.detach()
+        return lambda: function(source, weight)
     return lambda: torch.autograd.grad(function(key, weight), (key, weight), grad_out)
 
 

@@ -137,8 +137,8 @@ def main() -> None:
             is_right = report(model, losses, seconds, is_loaded, folder, questions, answers, scores)
         is_right = is_true_everywhere(is_right)
     dist.destroy_process_group()
-    # DTensor's caches keep the mesh, and with it gloo's threads, to the end of the process. One that lets go of the last
-    # collective's tensor while Python shuts down aborts the process, so Python does not shut down.
+    # DTensor's caches keep the mesh, and with it gloo's threads, to the end of the process. A thread that lets go of
+    # the last collective's tensor while Python shuts down aborts the process, so Python does not shut down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if is_right else 1)

@@ -115,7 +115,8 @@ def test_a_workspace_too_small_is_refused(cuda_device: torch.device, monkeypatch
 def test_workspace_is_small(cuda_device: torch.device) -> None:
     """Beside 1 GiB of keys and more: pieces of the weight's gradient, whatever the shape."""
     for batch, heads, tokens, dim, width in ((1, 8, 2**20, 64, 3), (64, 8, 2**14, 64, 8), (1, 1, 2**19, 1024, 8)):
-        problem = (DTYPE_CODES[torch.bfloat16], batch, heads, tokens, dim, width, 0, 0, 1)
+        dtypes = (DTYPE_CODES[torch.bfloat16], DTYPE_CODES[torch.float32])
+        problem = (*dtypes, batch, heads, tokens, dim, width, 0, 0, 1)
         num_bytes = _cuda.native_module().key_conv_backward_workspace_bytes(problem, True)
         assert 0 < num_bytes <= 64 << 20
         assert _cuda.native_module().key_conv_backward_workspace_bytes(problem, False) == 0

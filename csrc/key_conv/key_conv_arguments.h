@@ -16,17 +16,18 @@ Keys keys_from(const pybind11::tuple& fields) {
 
 // In the order of KeyConvProblem's fields.
 inline KeyConvProblem key_conv_problem_from(const pybind11::tuple& fields) {
-  require(fields.size() == 9, "a problem has 9 fields");
+  require(fields.size() == 10, "a problem has 10 fields");
   KeyConvProblem problem{};
   problem.dtype = static_cast<Dtype>(integer_from(fields[0]));
-  problem.batch_size = integer_from(fields[1]);
-  problem.num_heads = integer_from(fields[2]);
-  problem.num_tokens = integer_from(fields[3]);
-  problem.head_dim = integer_from(fields[4]);
-  problem.kernel_width = integer_from(fields[5]);
-  problem.cu_seqlens = address_from<const int64_t*>(fields[6]);
-  problem.num_sequences = integer_from(fields[7]);
-  problem.num_threads = static_cast<int>(integer_from(fields[8]));
+  problem.weight_dtype = static_cast<Dtype>(integer_from(fields[1]));
+  problem.batch_size = integer_from(fields[2]);
+  problem.num_heads = integer_from(fields[3]);
+  problem.num_tokens = integer_from(fields[4]);
+  problem.head_dim = integer_from(fields[5]);
+  problem.kernel_width = integer_from(fields[6]);
+  problem.cu_seqlens = address_from<const int64_t*>(fields[7]);
+  problem.num_sequences = integer_from(fields[8]);
+  problem.num_threads = static_cast<int>(integer_from(fields[9]));
   require(problem.batch_size >= 0 && problem.num_heads >= 0 && problem.num_tokens >= 0 && problem.head_dim >= 1 &&
               problem.num_sequences >= 0,
           "sizes must not be negative, and head_dim at least 1");

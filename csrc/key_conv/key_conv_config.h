@@ -18,8 +18,8 @@ struct KeyConvConfig {
   static constexpr int64_t kTaskNumbers = int64_t{1} << 16;
   static constexpr int64_t kLeastTaskTokens = 64;
   static constexpr int64_t kForwardTasksPerThread = 4;
-  // Results this large come from the system anew at every call: the C library keeps nothing above 32 MiB.
-  static constexpr int64_t kFreshBytes = int64_t{32} << 20;
+  // A task whose results are at least this large asks whether their memory was ever touched.
+  static constexpr int64_t kLeastFreshBytes = int64_t{1} << 17;
   // A weight's gradient is summed in so many pieces at most: enough for many threads, little memory.
   static constexpr int64_t kMostPieces = 128;
 };

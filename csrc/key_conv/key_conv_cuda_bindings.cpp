@@ -36,6 +36,7 @@ class Extents {
   void state(const MutableKeys& keys) const { rows(keys, problem_.kernel_width - 1, MemoryKind::kInOut); }
   void weight(const void* data, MemoryKind kind) const {
     if (data == nullptr) return;
+    require(problem_.weight_dtype == Dtype::kFloat32, "key_conv: on CUDA weights are float32");
     memory_.add(data,
                 static_cast<size_t>(problem_.num_heads * problem_.head_dim * problem_.kernel_width) * sizeof(float),
                 kind);

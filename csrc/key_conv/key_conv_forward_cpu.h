@@ -12,8 +12,9 @@
 //      that are left over go through tiles too.
 // Memory: each key is read once from memory (its W - 1 further uses find it in the first-level cache) and each result
 // written once.
-// Numerics: sums in float32 (float64 for float64), rounded once. Without tokens nothing is written. A key that is not
-// finite reaches the W tokens that see it, in its channel alone.
+// Numerics: sums in float32 (float64 for float64), rounded once to the nearest, in bfloat16 away from zero where two
+// are equally near. Without tokens nothing is written. A key that is not finite reaches the W tokens that see it, in
+// its channel alone.
 // Determinism: every result is computed alone, its terms in ascending l: the same bits however work or a sequence is
 // cut.
 #pragma once
@@ -164,13 +165,11 @@ class KeyConvForwardTask {
  private:
   Panel panel_at(int64_t panel_idx) const { return Panel::at<Storage>(params_.problem, cut_, panel_idx); }
 
-  // The allocator gives a large result memory that was never touched.
+  // The allocator gives a large result memory that was never touched, and a smaller one sometimes.
   void populate_rows(int64_t batch_idx, int64_t head_idx, int64_t first, int64_t last) const {
-    const KeyConvProblem& problem = params_.problem;
     const int64_t row_bytes = params_.out.row_stride * static_cast<int64_t>(sizeof(Storage));
-    const int64_t all_bytes = problem.batch_size * problem.num_heads * problem.num_tokens * problem.head_dim *
-                              static_cast<int64_t>(sizeof(Storage));
-    if (all_bytes < KeyConvConfig::kFreshBytes) return;
+    if ((last - first) * row_bytes < KeyConvConfig::kLeastFreshBytes) return;
+    if (!is_fresh(row_of<Storage>(params_.out, batch_idx, head_idx, (first + last) / 2))) return;
     populate_pages(row_of<Storage>(params_.out, batch_idx, head_idx, first), (last - first) * row_bytes);
   }
 

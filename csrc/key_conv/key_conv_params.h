@@ -26,7 +26,8 @@ struct MutableKeys {
 };
 
 struct KeyConvProblem {
-  Dtype dtype;  // of key and what is returned in its likeness
+  Dtype dtype;         // of key and what is returned in its likeness
+  Dtype weight_dtype;  // dtype or the sum type; on CUDA the sum type
   int64_t batch_size;
   int64_t num_heads;
   int64_t num_tokens;  // of a sequence; of all of them where packed
@@ -41,7 +42,7 @@ struct KeyConvForwardParams {
   KeyConvProblem problem;
   ConstKeys key;       // [batch, head, token, D] dtype
   ConstKeys state;     // [batch, head, W - 1, D] dtype, the keys before the first token; data null for zeros
-  const void* weight;  // [head, D, W] sum type, contiguous; tap W - 1 is the current token's
+  const void* weight;  // [head, D, W] weight_dtype, contiguous; tap W - 1 is the current token's
   MutableKeys out;     // [batch, head, token, D] dtype
 };
 
@@ -50,7 +51,7 @@ struct KeyConvBackwardParams {
   ConstKeys grad_out;      // [batch, head, token, D] dtype
   ConstKeys key;           // [batch, head, token, D] dtype
   ConstKeys state;         // [batch, head, W - 1, D] dtype, or data null
-  const void* weight;      // [head, D, W] sum type, contiguous
+  const void* weight;      // [head, D, W] weight_dtype, contiguous
   MutableKeys grad_key;    // [batch, head, token, D] dtype
   MutableKeys grad_state;  // [batch, head, W - 1, D] dtype; data null where state is
   void* grad_weight;       // [head, D, W] sum type, contiguous; or null

@@ -1,6 +1,7 @@
 // Rows of keys as the CPU kernels walk them: panels of channels, stretches of a sequence, copies of rows, taps.
 #pragma once
 
+#include "../cpu/dispatch.h"
 #include "../cpu/math.h"
 #include "key_conv_channels_cpu.h"
 #include "key_conv_config.h"
@@ -127,14 +128,16 @@ inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const v
                       ComputeOf<Element>* taps) {
   using T = ComputeOf<Element>;
   const int64_t width = problem.kernel_width;
-  const T* source = static_cast<const T*>(weight) + panel.first_head * problem.head_dim * width;
-  for (int64_t c = 0; c < panel.padded_channels; ++c) {
-    T* target = taps + Channels<Element>::place_of(c);
-    for (int64_t l = 0; l < width; ++l) {
-      const T tap = c < panel.channels ? source[c * width + width - 1 - l] : 0;
-      target[l * panel.padded_channels] = tap == tap ? tap * factor : static_cast<T>(__builtin_nanf(""));
+  with_storage(problem.weight_dtype, [&](auto storage) {
+    const auto* source = static_cast<const decltype(storage)*>(weight) + panel.first_head * problem.head_dim * width;
+    for (int64_t c = 0; c < panel.padded_channels; ++c) {
+      T* target = taps + Channels<Element>::place_of(c);
+      for (int64_t l = 0; l < width; ++l) {
+        const T tap = c < panel.channels ? static_cast<T>(to_compute(source[c * width + width - 1 - l])) : 0;
+        target[l * panel.padded_channels] = tap == tap ? tap * factor : static_cast<T>(__builtin_nanf(""));
+      }
     }
-  }
+  });
 }
 
 // Row `row` of a sequence, of a panel's padded channels: before the sequence's start the state's, or zeros, and past

@@ -18,6 +18,7 @@ from ._library import (
     below_autograd,
     define,
     library,
+    needs_grad,
     register_autocast_rule,
     register_fake,
     register_once_differentiable,
@@ -210,7 +211,7 @@ class _GridAttention(torch.autograd.Function):
 
 
 def _grid_attention_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+    if needs_grad(args):
         return _GridAttention.apply(*args)
     with below_autograd():
         return _ops.grid_attention.default(*args)

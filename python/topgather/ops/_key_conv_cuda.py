@@ -13,15 +13,19 @@ from ._key_conv_kernels import (
     check_problem,
     empty_gradients,
     problem_of,
-    weight_in_sum_dtype,
 )
-from ._moba_kernels import empty_like_rows, rows_of
+from ._library import sum_dtype
+from ._moba_kernels import rows_of
 
 
 def _check_kernels_take(key: Tensor) -> None:
     if key.dtype == torch.float64:
         raise TypeError("key must have one of the dtypes torch.float32, torch.bfloat16, torch.float16 on CUDA, "
                         "got torch.float64")  # fmt: skip
+
+
+def _weight_in_sum_dtype(weight: Tensor, key: Tensor) -> Tensor:
+    return weight.to(sum_dtype(key.dtype)).contiguous()
 
 
 def _boundaries_on_device(cu_seqlens: Tensor | None) -> Tensor | None:
@@ -44,10 +48,10 @@ def key_conv_cuda(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens:
     _check_kernels_take(key)
     boundaries = _boundaries_on_device(cu_seqlens)
     packed = boundaries is not None
-    out = empty_like_rows(key, key.size(-1))
-    taps = weight_in_sum_dtype(weight, key)
+    out = torch.empty_like(key)
+    taps = _weight_in_sum_dtype(weight, key)
     _cuda.native_module().key_conv_forward_cuda(
-        problem_of(key, weight, boundaries),
+        problem_of(key, taps, boundaries),
         _keys_of(key, packed),
         _keys_of(state, packed),
         taps.data_ptr(),
@@ -72,10 +76,10 @@ def key_conv_backward_cuda(
     boundaries = _boundaries_on_device(cu_seqlens)
     packed = boundaries is not None
     grad_out = checks.contiguous_rows(grad_out)
-    taps = weight_in_sum_dtype(weight, key)
+    taps = _weight_in_sum_dtype(weight, key)
     gradients = empty_gradients(key, weight, state, needs_grad_weight)
     grad_key, grad_weight, grad_state = gradients
-    problem = problem_of(key, weight, boundaries)
+    problem = problem_of(key, taps, boundaries)
     module = _cuda.native_module()
     num_bytes = module.key_conv_backward_workspace_bytes(problem, needs_grad_weight)
     workspace = key.new_empty(num_bytes, dtype=torch.uint8)

@@ -17,12 +17,13 @@ from ._library import (
     below_autograd,
     define,
     library,
+    needs_grad,
     register_autocast_rule,
     register_fake,
     register_once_differentiable,
     sum_dtype,
 )
-from ._moba_kernels import _check_cu_seqlens, _read_cu_seqlens, empty_like_rows, rows_of
+from ._moba_kernels import _check_cu_seqlens, _read_cu_seqlens, rows_of
 
 define("key_conv(Tensor key, Tensor weight, Tensor? state, Tensor? cu_seqlens) -> Tensor")
 define(
@@ -46,9 +47,9 @@ def check_problem(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens:
     if key.size(-1) < 1:
         raise ValueError(f"key must have a head_dim of at least 1, got shape {tuple(key.shape)}")
     checks.check_ndim("weight", weight, 3, "[heads, head_dim, kernel_width]")
-    allowed = dict.fromkeys((key.dtype, sum_dtype(key.dtype)))
-    if weight.dtype not in allowed:
-        names = " or ".join(str(dtype) for dtype in allowed)
+    dtype = key.dtype
+    if weight.dtype not in (dtype, sum_dtype(dtype)):
+        names = " or ".join(str(allowed) for allowed in dict.fromkeys((dtype, sum_dtype(dtype))))
         raise TypeError(f"weight must have the dtype of key or that of its sums, {names}, got {weight.dtype}")
     checks.check_same_device("weight", weight, "key", key)
     checks.check_size("weight", weight, 0, key.size(1), "heads of key")
@@ -74,28 +75,19 @@ def check_problem(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens:
     checks.check_contiguous_rows("state", state)
 
 
-def problem_of(key: Tensor, weight: Tensor, boundaries: Tensor | None) -> tuple[Any, ...]:
-    """The problem as the native side takes it; ``boundaries`` are int64."""
-    packed = boundaries is not None
-    batch, heads, tokens = (1, key.size(1), key.size(0)) if packed else (key.size(0), key.size(1), key.size(2))
-    return (
-        DTYPE_CODES[key.dtype],
-        batch,
-        heads,
-        tokens,
-        key.size(-1),
-        weight.size(2),
-        0 if boundaries is None else boundaries.data_ptr(),
-        0 if boundaries is None else boundaries.size(0) - 1,
-        torch.get_num_threads(),
-    )
-
-
-def weight_in_sum_dtype(weight: Tensor, key: Tensor) -> Tensor:
-    return weight.to(sum_dtype(key.dtype)).contiguous()
+def problem_of(key: Tensor, taps: Tensor, boundaries: Tensor | None) -> tuple[Any, ...]:
+    """The problem as the native side takes it; ``taps`` is the weight as it gets it, ``boundaries`` are int64."""
+    dtypes = DTYPE_CODES[key.dtype], DTYPE_CODES[taps.dtype]
+    if boundaries is None:
+        return (*dtypes, *key.shape, taps.size(2), 0, 0, torch.get_num_threads())
+    tokens, heads, dim = key.shape
+    sequences = boundaries.data_ptr(), boundaries.size(0) - 1
+    return (*dtypes, 1, heads, tokens, dim, taps.size(2), *sequences, torch.get_num_threads())
 
 
 def _boundaries_on_host(key: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    if cu_seqlens is None:
+        return None
     return _read_cu_seqlens(cu_seqlens, "cu_seqlens", key.size(0), "key", key.size(0), "max_seqlen")
 
 
@@ -106,10 +98,10 @@ def _key_conv_cpu(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens:
     check_problem(key, weight, state, cu_seqlens)
     boundaries = _boundaries_on_host(key, cu_seqlens)
     packed = boundaries is not None
-    out = empty_like_rows(key, key.size(-1))
-    taps = weight_in_sum_dtype(weight, key)
+    out = torch.empty_like(key)
+    taps = weight.contiguous()
     _native.key_conv_forward_cpu(
-        problem_of(key, weight, boundaries),
+        problem_of(key, taps, boundaries),
         rows_of(key, packed),
         NOTHING if state is None else rows_of(state, packed),
         taps.data_ptr(),
@@ -120,7 +112,7 @@ def _key_conv_cpu(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens:
 
 def _key_conv_fake(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     check_problem(key, weight, state, cu_seqlens)
-    return empty_like_rows(key, key.size(-1))
+    return torch.empty_like(key)
 
 
 class _KeyConv(torch.autograd.Function):
@@ -147,7 +139,7 @@ class _KeyConv(torch.autograd.Function):
 
 
 def _key_conv_autograd(*args: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+    if needs_grad(args):
         return _KeyConv.apply(*args)
     with below_autograd():
         return _ops.key_conv.default(*args)
@@ -175,7 +167,7 @@ def empty_gradients(
     grad_weight = key.new_empty(weight.shape if needs_grad_weight else (0,), dtype=sum_dtype(key.dtype))
     # Zeros: where there are no tokens, no kernel writes them.
     grad_state = key.new_empty(0) if state is None else key.new_zeros(state.shape)
-    return empty_like_rows(key, key.size(-1)), grad_weight, grad_state
+    return torch.empty_like(key), grad_weight, grad_state
 
 
 def _key_conv_backward_cpu(
@@ -191,11 +183,11 @@ def _key_conv_backward_cpu(
     boundaries = _boundaries_on_host(key, cu_seqlens)
     packed = boundaries is not None
     grad_out = checks.contiguous_rows(grad_out)
-    taps = weight_in_sum_dtype(weight, key)
+    taps = weight.contiguous()
     gradients = empty_gradients(key, weight, state, needs_grad_weight)
     grad_key, grad_weight, grad_state = gradients
     _native.key_conv_backward_cpu(
-        problem_of(key, weight, boundaries),
+        problem_of(key, taps, boundaries),
         (rows_of(grad_out, packed), rows_of(key, packed), NOTHING if state is None else rows_of(state, packed)),
         taps.data_ptr(),
         (rows_of(grad_key, packed), NOTHING if state is None else rows_of(grad_state, packed)),

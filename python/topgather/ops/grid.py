@@ -8,6 +8,9 @@ from torch import Tensor
 from . import _checks as checks
 from . import _grid_cuda  # noqa: F401  register torch.ops.topgather
 from ._grid_kernels import GRID, WINDOW
+from ._library import call
+
+_ops = torch.ops.topgather
 
 Pair = int | tuple[int, int]
 
@@ -109,6 +112,6 @@ def _attention(
     if scale is None:
         # A head_dim of 0 is refused by the op, in its own words.
         scale = max(query.size(-1), 1) ** -0.5 if query.ndim > 0 else 1.0
-    out, _ = torch.ops.topgather.grid_attention.default(query, key, value, bias, partition, *steps, float(scale))
+    out, _ = call(_ops.grid_attention.default, query, key, value, bias, partition, *steps, float(scale))
     result: Tensor = out
     return result

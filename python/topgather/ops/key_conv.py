@@ -9,6 +9,9 @@ from torch import Tensor
 
 from . import _checks as checks
 from . import _key_conv_cuda  # noqa: F401  register torch.ops.topgather
+from ._library import call
+
+_ops = torch.ops.topgather
 
 
 @overload
@@ -58,10 +61,10 @@ def key_conv(
     if cu_seqlens is not None:
         checks.check_tensor("cu_seqlens", cu_seqlens)
     if state is None:
-        out: Tensor = torch.ops.topgather.key_conv.default(key, weight, None, cu_seqlens)
+        out: Tensor = call(_ops.key_conv.default, key, weight, None, cu_seqlens)
         return out
     checks.check_tensor("state", state)
-    out = torch.ops.topgather.key_conv.default(key, weight, state, cu_seqlens)
+    out = call(_ops.key_conv.default, key, weight, state, cu_seqlens)
     length, num_tokens = state.size(2), key.size(2)
     if num_tokens >= length:
         return out, key.narrow(2, num_tokens - length, length).clone(memory_format=torch.contiguous_format)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from . import _checks as checks
 from . import _memory_cuda, _memory_kernels  # noqa: F401  register torch.ops.topgather
-from ._library import AUTOCAST_KEYS
+from ._library import AUTOCAST_KEYS, call
 from ._memory_kernels import check_indices, check_table, check_token_rows, check_weights
+
+_ops = torch.ops.topgather
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -51,7 +53,7 @@ def product_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, T
     checks.check_tensor("query", query)
     checks.check_tensor("keys", keys)
     checks.check_count("top_k", top_k)
-    scores, indices = torch.ops.topgather.product_key_topk.default(query, keys, top_k)
+    scores, indices = call(_ops.product_key_topk.default, query, keys, top_k)
     return scores, indices
 
 
@@ -85,7 +87,7 @@ def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad:
     checks.check_tensor("indices", indices)
     checks.check_tensor("weights", weights)
     checks.check_flag("sparse_grad", sparse_grad)
-    out: Tensor = torch.ops.topgather.memory_lookup.default(values, indices, weights, sparse_grad)
+    out: Tensor = call(_ops.memory_lookup.default, values, indices, weights, sparse_grad)
     return out
 
 
@@ -128,9 +130,9 @@ def expert_lookup(
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     _check_experts(x, values_in, values_out, indices, weights)
-    hidden = torch.ops.topgather.memory_dot.default(values_in, indices, x, sparse_grad)
+    hidden = call(_ops.memory_dot.default, values_in, indices, x, sparse_grad)
     gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
-    out: Tensor = torch.ops.topgather.memory_lookup.default(values_out, indices, gates, sparse_grad)
+    out: Tensor = call(_ops.memory_lookup.default, values_out, indices, gates, sparse_grad)
     return out
 
 

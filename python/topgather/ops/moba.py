@@ -14,6 +14,9 @@ from torch import Tensor
 
 from . import _checks as checks
 from . import _moba_cuda, _moba_kernels  # noqa: F401  register torch.ops.topgather
+from ._library import call
+
+_ops = torch.ops.topgather
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def block_centroids(key: Tensor, block_size: int = 128) -> Tensor:
     """
     checks.check_tensor("key", key)
     checks.check_count("block_size", block_size)
-    return torch.ops.topgather.block_centroids.default(key, block_size)
+    return call(_ops.block_centroids.default, key, block_size)
 
 
 def moba_route(
@@ -100,7 +103,7 @@ def moba_route(
     """
     _check_options(query, key, block_size, is_causal)
     checks.check_count("top_k", top_k)
-    return BlockRouting(torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal), block_size)
+    return BlockRouting(call(_ops.moba_route.default, query, key, block_size, top_k, is_causal), block_size)
 
 
 def moba_route_varlen(
@@ -139,9 +142,8 @@ def moba_route_varlen(
     _check_options(query, key, block_size, is_causal)
     _check_packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_count("top_k", top_k)
-    block_indices = torch.ops.topgather.moba_route.default(
-        query, key, block_size, top_k, is_causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    )
+    sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal, *sequences)
     return BlockRouting(block_indices, block_size)
 
 
@@ -245,12 +247,13 @@ def moba_attention(
     _check_routing(routing, block_size, top_k)
     is_deterministic = _is_deterministic(deterministic)
     if routing is None:
-        block_indices = torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal)
+        block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal)
     else:
         block_indices = routing.block_indices
-    out, lse = torch.ops.topgather.moba_attention.default(
-        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query), deterministic=is_deterministic
-    )
+    out, lse = call(
+        _ops.moba_attention.default, query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query),
+        deterministic=is_deterministic,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -364,12 +367,13 @@ def moba_attention_varlen(
     is_deterministic = _is_deterministic(deterministic)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if routing is None:
-        block_indices = torch.ops.topgather.moba_route.default(query, key, block_size, top_k, is_causal, *sequences)
+        block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal, *sequences)
     else:
         block_indices = routing.block_indices
-    out, lse = torch.ops.topgather.moba_attention.default(
-        query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query), *sequences, is_deterministic
-    )
+    out, lse = call(
+        _ops.moba_attention.default, query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query),
+        *sequences, is_deterministic,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

@@ -343,7 +343,8 @@ class KeyConvCase:
         batch, heads, tokens = (1, 2, sum(self.lengths)) if packed else (2, 2, self.num_tokens)
         bounds = recorder.keep(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64))
         sequences = (bounds.data_ptr(), len(self.lengths)) if packed else (0, 0)
-        problem = (DTYPE_CODES[self.dtype], batch, heads, tokens, self.head_dim, self.width, *sequences, 1)
+        dtypes = (DTYPE_CODES[self.dtype], DTYPE_CODES[torch.float32])
+        problem = (*dtypes, batch, heads, tokens, self.head_dim, self.width, *sequences, 1)
 
         def rows(tensor: Tensor) -> tuple[int, ...]:
             return (tensor.data_ptr(), *tensor.stride()[:3])
