@@ -143,11 +143,12 @@ def time_interleaved(
     min_rounds: int = 2,
     max_rounds: int = 8,
     budget_seconds: float = 5.0,
+    prepare: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time every candidate once a round.
 
     A candidate is in every round up to ``min_rounds``, and then up to ``max_rounds`` as long as its own runs
-    together stay within ``budget_seconds``.
+    together stay within ``budget_seconds``. ``prepare`` is called before every run and not timed.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for round_idx in range(max_rounds):
@@ -155,6 +156,8 @@ def time_interleaved(
             spent = sum(samples[name])
             if round_idx >= min_rounds and spent * (1 + 1 / round_idx) > budget_seconds:
                 continue
+            if prepare is not None:
+                prepare()
             synchronize(device)
             began = time.perf_counter()
             result = run()

@@ -7,8 +7,10 @@
 Prints times, ratios, and the share of copy bandwidth: the time that ``copy_`` takes to copy the keys into memory that
 is there, over the time that the op takes. The op reads and writes what a copy does, so 1 is the most there can be. It
 also allocates its result; where the allocator returns large memory to the system, every call pays for new pages, and
-so does ``clone``, which is listed beside it. Writes key_conv.json and key_conv.png to bench/results/<device>/. All run
-in one process, interleaved, on the same random inputs; memory is measured in a fresh process for each.
+so does ``clone``, which is listed beside it. On the CPU the kernel is also timed without the call around it: into
+memory that is there, as ``copy_`` is. Writes key_conv.json and key_conv.png to bench/results/<device>/. All run in one
+process, interleaved, on the same random inputs, each after the same pass over memory larger than the caches, so that
+all begin alike; memory is measured in a fresh process for each.
 """
 
 from __future__ import annotations
@@ -36,11 +38,15 @@ from _harness import (
     save_figure,
     time_interleaved,
 )
+from topgather import _native
+from topgather.ops import _key_conv_kernels as kernels
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, TORCH, COPY, CLONE = "topgather", "conv1d + SiLU + add", "copy_", "clone"
+KERNEL = "its kernel alone"
 COLORS = {TORCH: "#8a8f98", OURS: "#d1495b", COPY: "#30638e", CLONE: "#7fa3c7"}
 LEAST_COPY_SHARE = 0.8
+SWEPT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,19 @@ def make_run(name: str, direction: str, problem: Problem, device: torch.device) 
         return lambda: grad_out.copy_(source)
     if name == CLONE:
         return lambda: source.clone()
+    if name == KERNEL:
+        taps = weight.detach()
+
+        def run_kernel() -> None:
+            _native.key_conv_forward_cpu(
+                kernels.problem_of(source, taps, None),
+                kernels.rows_of(source, False),
+                kernels.NOTHING,
+                taps.data_ptr(),
+                kernels.rows_of(grad_out, False),
+            )
+
+        return run_kernel
     function = FUNCTIONS[name]
     if direction == FORWARD:
         weight = weight.detach()
@@ -144,12 +163,17 @@ def measure(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
         ours.float(), theirs.float(), atol=0.1 if problem.dtype == "bfloat16" else 1e-4, rtol=0.02
     )
     rows = []
+    swept = torch.zeros(SWEPT_BYTES // 4, dtype=torch.int32, device=device)
     for direction in (FORWARD, BOTH):
         names = [*FUNCTIONS, COPY, CLONE] if direction == FORWARD else [*FUNCTIONS]
+        if direction == FORWARD and device.type == "cpu":
+            names.append(KERNEL)
         candidates = {name: make_run(name, direction, problem, device) for name in names}
         for run in candidates.values():
             run()
-        timings = time_interleaved(candidates, device, min_rounds=10, max_rounds=60, budget_seconds=2.0)
+        timings = time_interleaved(
+            candidates, device, min_rounds=10, max_rounds=60, budget_seconds=2.0, prepare=lambda: swept.add_(1)
+        )
         ours_seconds = timings[OURS].seconds
         row: dict[str, Any] = {"problem": str(problem), "direction": direction, **asdict(problem)}
         row["ratio"] = timings[TORCH].seconds / ours_seconds
@@ -158,6 +182,8 @@ def measure(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
             row["bytes_per_second"] = 2 * problem.key_bytes() / ours_seconds
             row["copy_share"] = timings[COPY].seconds / ours_seconds
             row["clone_share"] = timings[CLONE].seconds / ours_seconds
+            if KERNEL in timings:
+                row["kernel_copy_share"] = timings[COPY].seconds / timings[KERNEL].seconds
             if problem.target_share is not None:
                 share = row["copy_share" if problem.target_peer == COPY else "clone_share"]
                 row["target_met"] = share >= problem.target_share
@@ -193,6 +219,8 @@ def show(row: dict[str, Any]) -> str:
     share = ""
     if "copy_share" in row:
         share = f"  {row['copy_share']:.0%} of copy_, {row['clone_share']:.0%} of clone"
+        if "kernel_copy_share" in row:
+            share += f"; kernel {row['kernel_copy_share']:.0%} of copy_"
     target = ""
     if "target_met" in row:
         met = "met" if row["target_met"] else "MISSED"
