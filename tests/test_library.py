@@ -103,3 +103,14 @@ def test_inference_mode(name: str) -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         assert torch.equal(function(*tensors), expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compile_without_gradient(name: str) -> None:
+    function, tensors = CALLS[name]
+    torch.manual_seed(0)
+    expected = function(*tensors)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        result = torch.compile(function, backend="aot_eager", fullgraph=True)(*tensors)
+    assert torch.equal(result, expected)
