@@ -93,6 +93,20 @@ inline IntegerVector<float> widen_integers(const void* source) {
   return bit_cast<IntegerVector<float>>(_mm512_mask_cvtepu16_epi32(_mm512_setzero_si512(), 0xffff, halves));
 }
 
+// Sixteen float16 numbers.
+inline Vector<float> widen_float16(const void* source) {
+  __m256i halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  return bit_cast<Vector<float>>(_mm512_mask_cvtph_ps(_mm512_setzero_ps(), 0xffff, halves));
+}
+
+// The nearest float16 numbers, ties to even.
+inline void narrow_to_float16(const Vector<float>& vector, void* target) {
+  const __m256i halves = _mm512_mask_cvtps_ph(_mm256_setzero_si256(), 0xffff, bit_cast<__m512>(vector),
+                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(target, &halves, sizeof(halves));
+}
+
 // 1 / x to a relative error of 2^-14; 0 for inf, NaN for NaN.
 inline Vector<float> reciprocal_estimate(const Vector<float>& x) {
   const __m512 source = bit_cast<__m512>(x);

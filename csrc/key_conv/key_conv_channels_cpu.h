@@ -43,10 +43,21 @@ inline IntegerVector<float> upper_half_of_float(const Vector<float>& vector) {
   }
 }
 
+// Whether one instruction converts 16-bit numbers in order.
+template <typename Storage>
+inline constexpr bool kHasConversion = false;
+
+#if defined(__AVX512F__)
+template <>
+inline constexpr bool kHasConversion<Float16> = true;
+#endif
+
 // Consecutive numbers of one vector, in order.
 template <typename Storage>
 inline Vector<ComputeOf<Storage>> widen(const Storage* source) {
-  if constexpr (sizeof(Storage) == 2) {
+  if constexpr (kHasConversion<Storage>) {
+    return widen_float16(source);
+  } else if constexpr (sizeof(Storage) == 2) {
 #if defined(__AVX512F__)
     const IntegerVector<float> bits = widen_integers(source);
 #else
@@ -61,8 +72,9 @@ inline Vector<ComputeOf<Storage>> widen(const Storage* source) {
   }
 }
 
-// A vector register's worth of stored numbers: one vector, or, of 16-bit numbers, the even ones and the odd ones.
-// Taking the halves of words apart, and putting them together again, is cheaper than keeping their order.
+// A vector register's worth of stored numbers: one vector, or, of 16-bit numbers, the even ones and the odd ones, since
+// taking the halves of words apart, and putting them together again, is cheaper than keeping their order; or, where an
+// instruction does that, the first half and the second.
 template <typename Storage>
 struct Channels {
   using T = ComputeOf<Storage>;
@@ -72,7 +84,9 @@ struct Channels {
   Vector<T> parts[kNumParts];
 
   static Vector<T> load_part(const Storage* source, int part) {
-    if constexpr (kNumParts == 2) {
+    if constexpr (kHasConversion<Storage>) {
+      return widen(source + part * kLanes<T>);
+    } else if constexpr (kNumParts == 2) {
       IntegerVector<float> words;
       std::memcpy(&words, source, sizeof(words));
       return float_of_upper_half<Storage>(part == 0 ? words << 16 : words & kUpperHalf);
@@ -83,12 +97,15 @@ struct Channels {
 
   // Where a row's number stands in the order of parts.
   static int64_t place_of(int64_t channel) {
+    if constexpr (kHasConversion<Storage>) return channel;
     const int64_t within = channel % kCount;
     return channel - within + within % kNumParts * kLanes<T> + within / kNumParts;
   }
 
   void store_to(Storage* target) const {
-    if constexpr (kNumParts == 2) {
+    if constexpr (kHasConversion<Storage>) {
+      for (int part = 0; part < kNumParts; ++part) narrow_to_float16(parts[part], target + part * kLanes<T>);
+    } else if constexpr (kNumParts == 2) {
       using Unsigned = uint32_t __attribute__((vector_size(kVectorBytes)));
       const auto even =
           bit_cast<IntegerVector<float>>(bit_cast<Unsigned>(upper_half_of_float<Storage>(parts[0])) >> 16);
