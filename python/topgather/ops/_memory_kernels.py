@@ -19,6 +19,7 @@ from ._library import (
     below_autograd,
     define,
     library,
+    needs_grad,
     register_autocast,
     register_autocast_rule,
     register_fake,
@@ -158,7 +159,7 @@ class _ProductKeyTopk(torch.autograd.Function):
 
 
 def _product_key_topk_autograd(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+    if needs_grad((query, keys)):
         return _ProductKeyTopk.apply(query, keys, top_k)
     with below_autograd():
         return _ops.product_key_topk.default(query, keys, top_k)
@@ -326,7 +327,7 @@ class _MemoryLookup(torch.autograd.Function):
 
 
 def _memory_lookup_autograd(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool = False) -> Tensor:
-    if torch.is_grad_enabled() and (values.requires_grad or weights.requires_grad):
+    if needs_grad((values, weights)):
         return _MemoryLookup.apply(values, indices, weights, sparse_grad)
     with below_autograd():
         return _ops.memory_lookup.default(values, indices, weights, sparse_grad)
@@ -389,7 +390,7 @@ class _MemoryDot(torch.autograd.Function):
 
 
 def _memory_dot_autograd(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool = False) -> Tensor:
-    if torch.is_grad_enabled() and (values.requires_grad or x.requires_grad):
+    if needs_grad((values, x)):
         return _MemoryDot.apply(values, indices, x, sparse_grad)
     with below_autograd():
         return _ops.memory_dot.default(values, indices, x, sparse_grad)

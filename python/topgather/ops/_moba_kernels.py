@@ -19,6 +19,7 @@ from ._library import (
     below_autograd,
     define,
     library,
+    needs_grad,
     register_autocast,
     register_fake,
     register_once_differentiable,
@@ -279,7 +280,7 @@ class _BlockCentroids(torch.autograd.Function):
 
 
 def _block_centroids_autograd(key: Tensor, block_size: int) -> Tensor:
-    if torch.is_grad_enabled() and key.requires_grad:
+    if needs_grad((key,)):
         return _BlockCentroids.apply(key, block_size)
     with below_autograd():
         return torch.ops.topgather.block_centroids.default(key, block_size)
@@ -443,7 +444,7 @@ def _moba_attention_autograd(
         query, key, value, block_indices, block_size, is_causal, scale,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic,
     )  # fmt: skip
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if needs_grad((query, key, value)):
         return _MobaAttention.apply(*args)
     with below_autograd():
         return torch.ops.topgather.moba_attention.default(*args)
