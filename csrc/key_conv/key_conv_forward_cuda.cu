@@ -28,11 +28,11 @@ struct KeyConvForwardArguments {
   uint32_t num_threads;
   uint32_t num_runs;  // of a head's tokens
   int32_t tokens_per_run;
-  bool are_heads_closer;  // than runs
-  ConstKeys key;          // [batch, head, token, D] dtype
-  ConstKeys state;        // [batch, head, W - 1, D] dtype, or data null
-  const float* weight;    // [head, D, W] float32
-  MutableKeys out;        // [batch, head, token, D] dtype
+  bool are_heads_closer;       // than runs
+  Array<const void, 4> key;    // [batch, head, token, D] dtype
+  Array<const void, 4> state;  // [batch, head, W - 1, D] dtype, or data null
+  const float* weight;         // [head, D, W] float32
+  Array<void, 4> out;          // [batch, head, token, D] dtype
 };
 
 template <typename Element, int kVector, int kTaps>
@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPer
         const float absent = sequence.has(t + i) ? 0.0f : NAN;
 #pragma unroll
         for (int c = 0; c < kVector; ++c) sums[c] = fmaf(sums[c], sigmoid(sums[c]), current[c]) + absent;
-        Channels<Element, kVector>::store(sums,
-                                          row_of<Element>(args.out, place.batch, place.head, t + i) + place.column);
+        Channels<Element, kVector>::store(sums, args.out.at<Element>(place.batch, place.head, t + i) + place.column);
       }
     }
 #pragma unroll
@@ -124,10 +123,10 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   args.num_threads = static_cast<uint32_t>(threads());
   args.num_runs = static_cast<uint32_t>(key_conv_divide_up(problem.num_tokens, tokens));
   args.tokens_per_run = static_cast<int32_t>(tokens);
-  args.are_heads_closer = params.key.head_stride < params.key.row_stride;
+  args.are_heads_closer = params.key.strides[1] < params.key.strides[2];
   args.key = params.key;
   args.state = params.state;
-  args.weight = static_cast<const float*>(params.weight);
+  args.weight = params.weight.at<float>();
   args.out = params.out;
   const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
   if (problem.kernel_width <= kFewTaps<kVector>) {
@@ -140,9 +139,8 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
 template <typename Element>
 void forward_for(const KeyConvForwardParams& params, cudaStream_t stream) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
-  if (params.problem.head_dim % kVector == 0 && has_vector_rows(params.key, kVector, sizeof(Element)) &&
-      has_vector_rows(params.state, kVector, sizeof(Element)) &&
-      has_vector_rows(params.out, kVector, sizeof(Element))) {
+  if (params.problem.head_dim % kVector == 0 && params.key.has_aligned_rows(16) && params.state.has_aligned_rows(16) &&
+      params.out.has_aligned_rows(16)) {
     launch_forward<Element, kVector>(params, stream);
   } else {
     launch_forward<Element, 1>(params, stream);
@@ -151,7 +149,7 @@ void forward_for(const KeyConvForwardParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaPlace& place) {
+void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (key_conv_is_empty(params.problem)) return;
   const DeviceGuard guard(place.device);
   const StageRange range("key_conv: forward");

@@ -9,18 +9,6 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-template <typename Storage>
-inline const Storage* row_of(const ConstKeys& keys, int64_t batch_idx, int64_t head_idx, int64_t row) {
-  return static_cast<const Storage*>(keys.data) + batch_idx * keys.batch_stride + head_idx * keys.head_stride +
-         row * keys.row_stride;
-}
-
-template <typename Storage>
-inline Storage* row_of(const MutableKeys& keys, int64_t batch_idx, int64_t head_idx, int64_t row) {
-  return static_cast<Storage*>(keys.data) + batch_idx * keys.batch_stride + head_idx * keys.head_stride +
-         row * keys.row_stride;
-}
-
 // Rows of one panel.
 template <typename Element>
 struct Rows {
@@ -100,11 +88,11 @@ struct Stretch {
 // Visits the stretches of rows [first, last).
 template <typename Visit>
 inline void for_each_stretch(const KeyConvProblem& problem, int64_t first, int64_t last, const Visit& visit) {
-  if (problem.cu_seqlens == nullptr) {
+  if (problem.cu_seqlens.data == nullptr) {
     visit(Stretch{0, problem.num_tokens, first, last});
     return;
   }
-  const int64_t* starts = problem.cu_seqlens;
+  const int64_t* starts = problem.cu_seqlens.data;
   int64_t low = 0, high = problem.num_sequences;  // starts[low] <= first < starts[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
@@ -143,14 +131,15 @@ inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const v
 // Row `row` of a sequence, of a panel's padded channels: before the sequence's start the state's, or zeros, and past
 // its end zeros. An Element is a Storage or its sum type.
 template <typename Storage, typename Element>
-inline void load_key(const KeyConvProblem& problem, const Panel& panel, const ConstKeys& keys, const ConstKeys& state,
-                     int64_t batch_idx, const Stretch& stretch, int64_t row, Element* target) {
+inline void load_key(const KeyConvProblem& problem, const Panel& panel, const Array<const void, 4>& keys,
+                     const Array<const void, 4>& state, int64_t batch_idx, const Stretch& stretch, int64_t row,
+                     Element* target) {
   if (row < stretch.sequence_end && row >= stretch.sequence_start) {
-    copy_row(row_of<Storage>(keys, batch_idx, panel.first_head, row), panel.channels, panel.padded_channels, target);
+    copy_row(keys.at<Storage>(batch_idx, panel.first_head, row), panel.channels, panel.padded_channels, target);
   } else if (row < stretch.sequence_start && state.data != nullptr) {
     const int64_t state_row = row - stretch.sequence_start + problem.kernel_width - 1, dim = problem.head_dim;
     for (int64_t h = 0; h < panel.num_heads; ++h) {
-      copy_row(row_of<Storage>(state, batch_idx, panel.first_head + h, state_row), dim, dim, target + h * dim);
+      copy_row(state.at<Storage>(batch_idx, panel.first_head + h, state_row), dim, dim, target + h * dim);
     }
     clear_row(target + panel.channels, panel.padded_channels - panel.channels);
   } else {

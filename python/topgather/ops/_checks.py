@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import sum_dtype
+
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -83,11 +85,6 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where its last dimension is not contiguous."""
-    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def check_contiguous_rows(name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` unless the last dimension is contiguous."""
     if tensor.size(-1) > 1 and tensor.stride(-1) != 1:
@@ -97,9 +94,50 @@ def check_contiguous_rows(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_sum_operand(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless ``tensor`` has the dtype of ``like`` or that of its sums, on its device."""
+    allowed = dict.fromkeys((like.dtype, sum_dtype(like.dtype)))
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise TypeError(f"{name} must have the dtype of {like_name} or that of its sums, {names}, got {tensor.dtype}")
+    check_same_device(name, tensor, like_name, like)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless ``cu_seqlens`` can delimit sequences of ``other``, but for what it holds."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.size(0) < 1:
+        raise ValueError(f"{name} must have shape [num_sequences + 1], got {tuple(cu_seqlens.shape)}")
+    check_same_device(name, cu_seqlens, other_name, other)
+
+
+def check_boundaries(name: str, cu_seqlens: Tensor, total: int, total_name: str, max_name: str, max_seqlen: int) -> None:
+    """Raise unless ``cu_seqlens`` delimits ``total`` tokens. Reads what the tensor holds."""
+    boundaries = cu_seqlens.to(torch.int64)
+    if boundaries[0].item() != 0:
+        raise ValueError(f"{name} must start with 0, got {boundaries[0].item()}")
+    lengths = boundaries.diff()
+    longest = 0
+    if lengths.numel() > 0:
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < 0:
+            raise ValueError(f"{name} must not decrease, got a sequence of length {shortest}")
+    if boundaries[-1].item() != total:
+        raise ValueError(
+            f"{name} must end with the number of tokens of {total_name}, {total}, got {boundaries[-1].item()}"
+        )
+    if longest > max_seqlen:
+        raise ValueError(f"{max_name} must be at least the longest sequence, {longest}, got {max_seqlen}")
+
+
 def check_size(name: str, tensor: Tensor, dim: int, expected: Any, meaning: str) -> None:
     """Raise ``ValueError`` unless dimension ``dim`` of ``tensor`` is ``expected``."""
     if tensor.size(dim) != expected:
         raise ValueError(
             f"{name} must have size {expected} in dimension {dim} ({meaning}), got shape {tuple(tensor.shape)}"
         )
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

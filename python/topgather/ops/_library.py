@@ -2,25 +2,53 @@
 
 A low-level ``Library`` with an ``autograd.Function`` adds about two thirds of what a ``torch.library.custom_op`` with
 autograd adds to a call (``bench/overhead.py`` measures it; figures in docs/performance.md), so the low-level way it is.
-An op has up to five
-registrations: its schema, a kernel per device, a fake kernel for tracing, an autograd kernel and an autocast kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from .. import _native
 
 library = torch.library.Library("topgather", "DEF")
 
 # The numbers that the native side knows dtypes by (csrc/common/dtype.h).
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+}
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def use_exchange(module: Any) -> bool:
+    """Let a native module read tensors by DLPack's C interface, which torch 2.10 and later offer."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    # For tests and measurements on a new torch: tensors described in Python, as for older ones.
+    if os.environ.get("TOPGATHER_DESCRIBE_TENSORS", "") not in ("", "0"):
+        capsule = None
+    return bool(module.use_exchange(capsule))
+
+
+# Whether native entry points take tensors themselves, or what describe() makes of them.
+reads_tensors = use_exchange(_native)
+
+
+def describe(value: Any) -> Any:
+    """A tensor as (address, dtype code, sizes, strides); anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), DTYPE_CODES[value.dtype], tuple(value.shape), value.stride()
+    return value
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,19 +56,14 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def define(schema: str) -> None:
-    """Declare an op by its schema."""
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def register_fake(name: str, kernel: Callable[..., Any]) -> None:
-    """Register what shapes, dtypes and strides the op returns, for tracing and the meta device."""
-    torch.library.register_fake(f"topgather::{name}", kernel, lib=library)
-
-
 def below_autograd() -> Any:
     """A context in which calling an op reaches its kernel, past its autograd registration."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def in_forward_mode() -> bool:
+    """Whether dual numbers are about."""
+    return forward_ad._current_level >= 0
 
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
@@ -51,12 +74,28 @@ def needs_grad(args: tuple[Any, ...]) -> bool:
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Call an op from Python: ``op(*args)``, past its autograd registration where that would only pass it on.
 
-    That registration is Python: some microseconds a call, and tens of them where its code has left the caches.
+    That registration is Python: some microseconds a call, and tens of them where its code has left the caches. Under
+    transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
     """
-    if is_compiling() or needs_grad(args):
+    if is_compiling() or torch._C._are_functorch_transforms_active() or in_forward_mode() or needs_grad(args):
         return op(*args, **kwargs)
     with below_autograd():
         return op(*args, **kwargs)
+
+
+# --- until every op is an Op ---
+
+from collections.abc import Callable
+
+def define(schema: str) -> None:
+    """Declare an op by its schema."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_fake(name: str, kernel: Callable[..., Any]) -> None:
+    """Register what shapes, dtypes and strides the op returns, for tracing and the meta device."""
+    torch.library.register_fake(f"topgather::{name}", kernel, lib=library)
+
 
 
 class _OnceDifferentiable(torch.autograd.Function):
