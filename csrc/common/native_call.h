@@ -32,11 +32,11 @@ int64_t read_integer(PyObject* object, const char* name);
 double read_number(PyObject* object, const char* name);
 
 template <typename T>
-inline constexpr int kDtypeOf = -1;  // void: any
+inline constexpr int kRequiredDtype = -1;  // void: any
 template <>
-inline constexpr int kDtypeOf<int32_t> = static_cast<int>(Dtype::kInt32);
+inline constexpr int kRequiredDtype<int32_t> = static_cast<int>(Dtype::kInt32);
 template <>
-inline constexpr int kDtypeOf<int64_t> = static_cast<int>(Dtype::kInt64);
+inline constexpr int kRequiredDtype<int64_t> = static_cast<int>(Dtype::kInt64);
 
 template <typename Field>
 concept IsArray = requires { Field::kRank; };
@@ -45,7 +45,7 @@ template <typename Field>
 void read_field(PyObject* object, const char* name, Field& field) {
   if constexpr (IsArray<Field>) {
     void* data = nullptr;
-    read_array(object, name, Field::kRank, kDtypeOf<std::remove_const_t<typename Field::Element>>, &data, field.sizes,
+    read_array(object, name, Field::kRank, kRequiredDtype<std::remove_const_t<typename Field::Element>>, &data, field.sizes,
                field.strides, &field.dtype);
     field.data = static_cast<typename Field::Element*>(data);
   } else if constexpr (std::is_floating_point_v<Field>) {

@@ -16,7 +16,6 @@ namespace topgather {
 
 constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q != nullptr; }
 
 // Key blocks of a unit. Packed: a bound, since every sequence may end in a short block.
@@ -29,6 +28,9 @@ inline int64_t count_units(const MobaProblem& problem) {
   return (is_packed(problem) ? 1 : problem.batch_size) * problem.num_kv_heads;
 }
 inline int64_t heads_per_unit(const MobaProblem& problem) { return problem.num_query_heads / problem.num_kv_heads; }
+
+// std::invalid_argument, for rows of more elements than there are kernels for.
+[[noreturn]] void throw_rows_too_wide(int64_t num_elements);
 
 // What waves may take of the workspace, if not what MobaWaveConfig says; 0: as it says. For tests of many small waves
 // and for devices with little memory.
