@@ -12,7 +12,6 @@ void bind_memory(pybind11::module_& module);
 void bind_memory_cuda(pybind11::module_& module);  // called by bind_memory where CUDA is built
 
 void bind_grid(pybind11::module_& module);
-void bind_grid_cuda(pybind11::module_& module);  // called by bind_grid where CUDA is built
 
 void bind_key_conv(pybind11::module_& module);
 

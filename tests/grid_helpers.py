@@ -15,7 +15,7 @@ from helpers import assert_close, random_tensor
 from memory_helpers import Case
 from tolerances import TOLERANCES, accumulation_dtype
 from topgather import reference
-from topgather.ops._grid_kernels import GRID, WINDOW, tokens_per_group
+from topgather.ops.grid import GRID, WINDOW, tokens_per_group
 
 PARTITIONS = [GRID, WINDOW]
 LAYOUTS = ["contiguous", "fused", "offset", "padded", "transposed", "expanded"]

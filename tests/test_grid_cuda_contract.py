@@ -8,7 +8,7 @@ import topgather as tg
 from grid_helpers import GridCase, check_grid, make_inputs, run_grid
 from helpers import assert_bitwise_equal
 from test_memory_cuda_contract import CUDA_DTYPES, over_schedules
-from topgather.ops import _cuda, _grid_cuda
+from topgather.ops import _cuda, grid
 from topgather.ops._library import DTYPE_CODES
 
 # Tokens of a group, on both sides of what shares a tile and of what fills one.
@@ -64,7 +64,7 @@ def test_float64_is_for_the_cpu(cuda_device: torch.device) -> None:
 
 
 def test_the_largest_head_dim(cuda_device: torch.device) -> None:
-    most = _grid_cuda.MOST_HEAD_DIM
+    most = grid.MAX_CUDA_HEAD_DIM
     image = torch.randn(1, 1, 3, 3, most + 1, device=cuda_device)
     with pytest.raises(ValueError, match=f"head_dim must be at most {most}"):
         tg.window_attention(image, image, image, window_size=2)

@@ -55,13 +55,13 @@ struct GridBackwardTask {
 
   GridBackwardTask(const GridBackwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
-    const int64_t most_tokens = p.problem.most_tokens();
-    for (T** rows : {&keys, &values, &grad_keys, &grad_values}) *rows = scratch.take<T>(most_tokens * padded_dim);
+    const int64_t max_tokens = p.problem.max_tokens();
+    for (T** rows : {&keys, &values, &grad_keys, &grad_values}) *rows = scratch.take<T>(max_tokens * padded_dim);
     for (T** columns : {&query_columns, &grad_out_columns}) *columns = scratch.take<T>(padded_dim * kTileQueries);
     for (T** rows : {&query_rows, &grad_out_rows, &grad_query_rows}) *rows = scratch.take<T>(padded_dim * kTileQueries);
     for (T** tile : {&weights, &grad_scores}) *tile = scratch.take<T>(kTileKeys * kTileQueries);
     for (T** numbers : {&lse_base2, &delta}) *numbers = scratch.take<T>(kTileQueries);
-    bias_indices = scratch.take<int32_t>(most_tokens);
+    bias_indices = scratch.take<int32_t>(max_tokens);
   }
 
   // Step 1 for a tile of queries.
@@ -85,7 +85,7 @@ struct GridBackwardTask {
           for (; d < depth; ++d) sum += to_compute(out[d]) * grad_out[d];
           delta[token - first] = sum;
         });
-    numbers_in(problem, static_cast<const T*>(params.lse), group)
+    numbers_in(problem, params.lse.at<T>(), group)
         .for_each(group, first, first + count, [&](int64_t token, const T* lse) {
           // A score of +inf makes the whole row of weights NaN, not just its own.
           lse_base2[token - first] = *lse == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN()
@@ -147,9 +147,9 @@ struct GridBackwardTask {
     add_product({grad_scores, 1, kTileQueries, key_rows, padded_dim, grad_query_rows, padded_dim, num_keys}, count,
                 first_key == 0);
     if (grad_bias == nullptr) return;
-    const int64_t most_tokens = params.problem.most_tokens();
+    const int64_t max_tokens = params.problem.max_tokens();
     for (int64_t i = 0; i < count; ++i) {
-      T* row = grad_bias + bias_indices[first + i] * most_tokens;
+      T* row = grad_bias + bias_indices[first + i] * max_tokens;
       for (int64_t key = 0; key < num_keys; ++key) {
         row[bias_indices[first_key + key]] += grad_scores[key * kTileQueries + i];
       }
@@ -173,7 +173,7 @@ struct GridBackwardTask {
       next = {problem, *following, {&params.key, &params.value, &params.query, &params.grad_out, &params.out}};
     }
     written = {problem, group, {&params.grad_query, &params.grad_key, &params.grad_value}};
-    num_asked = tokens_per_ask<T>(problem.most_tokens(), padded_dim, 2, 3);
+    num_asked = tokens_per_ask<T>(problem.max_tokens(), padded_dim, 2, 3);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, num_tokens, problem.head_dim,
                            padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, num_tokens, problem.head_dim,
@@ -215,7 +215,7 @@ struct GridBackwardContext {
   int64_t num_units() const {
     return params.problem.batch_size * params.problem.num_groups() * params.problem.num_heads;
   }
-  int64_t bias_size() const { return params.problem.most_tokens() * params.problem.most_tokens(); }
+  int64_t bias_size() const { return params.problem.max_tokens() * params.problem.max_tokens(); }
 
   GridBackwardTask<Storage> task_of(int worker) const {
     ScratchCutter cutter(scratch + worker * worker_bytes);
@@ -246,7 +246,7 @@ struct GridBackwardContext {
   }
 
   void add_pieces(int64_t head) const {
-    T* sum = static_cast<T*>(params.grad_bias) + head * bias_size();
+    T* sum = params.grad_bias.at<T>() + head * bias_size();
     for (int64_t piece = 0; piece < num_pieces; ++piece) {
       const T* partial = partials + (piece * params.problem.num_heads + head) * bias_size();
       for (int64_t i = 0; i < bias_size(); ++i) sum[i] += partial[i];
@@ -258,12 +258,12 @@ template <typename Storage>
 void grid_backward_storage(const GridBackwardParams& params) {
   using T = ComputeOf<Storage>;
   const GridProblem& problem = params.problem;
-  const bool has_grad_bias = params.grad_bias != nullptr;
-  const TransposedBias<T> bias(problem, params.bias);
+  const bool has_grad_bias = params.grad_bias.data != nullptr;
+  const TransposedBias<T> bias(problem, params.bias.data);
   GridBackwardContext<Storage> context{params, bias, nullptr, 0, 1, 1, nullptr};
   const int64_t bias_size = context.bias_size(), num_units = context.num_units();
   if (has_grad_bias) {
-    for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) static_cast<T*>(params.grad_bias)[i] = 0;
+    for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) params.grad_bias.at<T>()[i] = 0;
   }
   if (num_units == 0) return;
   context.groups_per_task = groups_per_task(num_units);

@@ -40,14 +40,10 @@ __global__ void __launch_bounds__(kRowThreads, 4) grid_row_terms(const GridRowAr
   const uint32_t line = token / args.num_columns, column = token - line * args.num_columns;
   const uint32_t plane = line / args.num_rows, row = line - plane * args.num_rows;
   const uint32_t batch = plane / args.num_heads, head = plane - batch * args.num_heads;
-  const auto row_of = [&](const ConstImage& image) {
-    return static_cast<const Element*>(image.data) + batch * image.batch_stride + head * image.head_stride +
-           row * image.row_stride + column * image.column_stride;
-  };
   float sum = 0.0f;
   if (is_there) {
-    const Element* out = row_of(args.out);
-    const Element* grad_out = row_of(args.grad_out);
+    const Element* out = args.out.at<Element>(batch, head, row, column);
+    const Element* grad_out = args.grad_out.at<Element>(batch, head, row, column);
     // Rows start on 16-byte boundaries and zeros follow them.
     for (int d = 2 * lane; d < args.head_dim; d += 2 * kLanesPerRow) {
       const float2 left = cuda::load_pair(out + d), right = cuda::load_pair(grad_out + d);
@@ -117,7 +113,7 @@ int64_t bias_tile_tokens(Dtype dtype) {
 }
 
 int64_t bias_sums_of(const GridProblem& problem) {
-  return problem.num_heads * problem.most_tokens() * problem.most_tokens();
+  return problem.num_heads * problem.max_tokens() * problem.max_tokens();
 }
 
 // Pieces in which a bias' gradient is summed: whole thread blocks of slots.
@@ -165,7 +161,7 @@ void launch_bias_gradients(const GridBackwardParams& params, GridBackwardArgumen
   const int64_t tokens = bias_tile_tokens(problem.dtype), num_pieces = num_pieces_of(problem);
   args.geometry = grid::geometry_of(problem, tokens);
   args.num_pieces = static_cast<uint32_t>(num_pieces);
-  args.bias_sums = num_pieces == 1 ? static_cast<float*>(params.grad_bias) : pieces;
+  args.bias_sums = num_pieces == 1 ? params.grad_bias.at<float>() : pieces;
   const int64_t tiles = int64_t{args.geometry.num_tiles} * args.geometry.num_tiles;
   const int64_t blocks = num_pieces / (tokens / args.geometry.slot_tokens);
   require(tiles <= INT32_MAX && problem.num_heads <= 65535 && blocks <= 65535,
@@ -179,34 +175,35 @@ void launch_bias_gradients(const GridBackwardParams& params, GridBackwardArgumen
   });
   if (num_pieces == 1) return;
   const int64_t count = bias_sums_of(problem);
-  const GridSumArguments sums{count, static_cast<int32_t>(num_pieces), pieces, static_cast<float*>(params.grad_bias)};
+  const GridSumArguments sums{count, static_cast<int32_t>(num_pieces), pieces, params.grad_bias.at<float>()};
   cuda::launch(grid_sum_bias<kRowThreads>,
                {dim3(static_cast<unsigned>(grid::divide_up(count, kRowThreads))), dim3(kRowThreads), 0, stream}, sums);
 }
 
 }  // namespace
 
-int64_t grid_backward_workspace_bytes(const GridProblem& problem, bool needs_grad_bias) {
+int64_t grid_backward_workspace_bytes(const GridBackwardParams& params, const CudaPlace&) {
+  const GridProblem& problem = params.problem;
   grid::kernel_for(kBackwardKernels, problem);
   if (grid::is_empty(problem)) return 0;
-  const int64_t num_pieces = needs_grad_bias ? num_pieces_of(problem) : 0;
+  const int64_t num_pieces = params.grad_bias.data != nullptr ? num_pieces_of(problem) : 0;
   return shift_bytes_of(problem) + (num_pieces > 1 ? num_pieces * bias_sums_of(problem) * 4 : 0);
 }
 
 void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
   const GridProblem& problem = params.problem;
   const GridBackwardKernel& kernel = grid::kernel_for(kBackwardKernels, problem);
-  const bool needs_grad_bias = params.grad_bias != nullptr;
+  const bool needs_grad_bias = params.grad_bias.data != nullptr;
   const DeviceGuard guard(place.device);
   const StageRange range("grid: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (grid::is_empty(problem)) {
     if (!needs_grad_bias || bias_sums_of(problem) == 0) return;
-    cuda_require(cudaMemsetAsync(params.grad_bias, 0, static_cast<size_t>(bias_sums_of(problem)) * 4, stream),
+    cuda_require(cudaMemsetAsync(params.grad_bias.data, 0, static_cast<size_t>(bias_sums_of(problem)) * 4, stream),
                  "clearing the gradient of the bias");
     return;
   }
-  require(workspace.bytes >= grid_backward_workspace_bytes(problem, needs_grad_bias),
+  require(workspace.bytes >= grid_backward_workspace_bytes(params, place),
           "grid_attention_backward: the workspace is smaller than grid_backward_workspace_bytes says");
   auto* shift = static_cast<float*>(workspace.data);
   launch_row_terms(params, shift, stream);
@@ -221,19 +218,19 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   args.key = params.key;
   args.value = params.value;
   args.grad_out = params.grad_out;
-  args.bias = static_cast<const float*>(params.bias);
-  args.lse = static_cast<const float*>(params.lse);
+  args.bias = params.bias.at<float>();
+  args.lse = params.lse.at<float>();
   args.shift = shift;
   const cuda::LaunchShape shape{grid::blocks_for(args.geometry, kernel.tokens),
                                 dim3(static_cast<unsigned>(kernel.threads)), static_cast<size_t>(kernel.shared_bytes),
                                 stream};
   args.grad_first = params.grad_key;
   args.grad_second = params.grad_value;
-  args.is_first_aligned = grid::has_aligned_rows(params.grad_key, problem);
-  args.is_second_aligned = grid::has_aligned_rows(params.grad_value, problem);
+  args.is_first_aligned = grid::has_whole_chunks(params.grad_key);
+  args.is_second_aligned = grid::has_whole_chunks(params.grad_value);
   kernel.launch_keys(args, shape);
   args.grad_first = params.grad_query;
-  args.is_first_aligned = grid::has_aligned_rows(params.grad_query, problem);
+  args.is_first_aligned = grid::has_whole_chunks(params.grad_query);
   kernel.launch_queries(args, shape);
   if (needs_grad_bias) {
     auto* pieces = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace.data) + shift_bytes_of(problem));

@@ -94,7 +94,7 @@ __device__ __forceinline__ void differentiate(const GridBackwardArguments& args,
   cuda::fill(d_scores, 0.0f);
   cuda::multiply_by_rows(weights, shared.row_first, first_row, shared.column_first, first_column, count, head_dim);
   cuda::multiply_by_rows(d_scores, shared.row_second, first_row, shared.column_second, first_column, count, head_dim);
-  const int64_t group = args.geometry.most_tokens;
+  const int64_t group = args.geometry.max_tokens;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + h * 8 + g;
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kGridBiasHea
   }
   // Step 5.
   const int g = cuda::lane_id() / 4, t = cuda::lane_id() % 4;
-  const uint32_t group = geometry.most_tokens;
+  const uint32_t group = geometry.max_tokens;
   const uint32_t piece = first_piece + static_cast<uint32_t>(columns.first / geometry.slot_tokens);
   float* piece_sums = args.bias_sums + (static_cast<int64_t>(piece) * geometry.num_heads + blockIdx.y) * group *
                                            static_cast<int64_t>(group);

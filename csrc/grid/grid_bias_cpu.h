@@ -11,7 +11,7 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 template <typename T>
 class TransposedBias {
  public:
-  TransposedBias(const GridProblem& problem, const void* bias) : num_tokens_(problem.most_tokens()) {
+  TransposedBias(const GridProblem& problem, const void* bias) : num_tokens_(problem.max_tokens()) {
     if (bias == nullptr) return;
     const int64_t per_head = num_tokens_ * num_tokens_;
     buffer_ = allocate_aligned(static_cast<size_t>(problem.num_heads * per_head) * sizeof(T));

@@ -60,16 +60,16 @@ struct GridForwardTask {
 
   GridForwardTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
-    const int64_t most_tokens = p.problem.most_tokens();
-    keys = scratch.take<T>(most_tokens * padded_dim);
-    values = scratch.take<T>(most_tokens * padded_dim);
+    const int64_t max_tokens = p.problem.max_tokens();
+    keys = scratch.take<T>(max_tokens * padded_dim);
+    values = scratch.take<T>(max_tokens * padded_dim);
     query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
     scores = scratch.take<T>(kTileKeys * kTileQueries);
     out_tile = scratch.take<T>(kTileQueries * padded_dim);
     running_max = scratch.take<T>(kTileQueries);
     running_sum = scratch.take<T>(kTileQueries);
     rescale = scratch.take<T>(kTileQueries);
-    bias_indices = scratch.take<int32_t>(most_tokens);
+    bias_indices = scratch.take<int32_t>(max_tokens);
   }
 
   // Step 4 for kVectors vectors of queries from `column` on.
@@ -167,11 +167,10 @@ struct GridForwardTask {
           const int64_t i = token - first;
           store_row(out_tile + i * padded_dim, problem.head_dim, 1 / running_sum[i], row);
         });
-    numbers_in(problem, static_cast<T*>(params.lse), group)
-        .for_each(group, first, first + count, [&](int64_t token, T* lse) {
-          const int64_t i = token - first;
-          *lse = (running_max[i] + std::log2(running_sum[i])) * static_cast<T>(kLn2);
-        });
+    numbers_in(problem, params.lse.at<T>(), group).for_each(group, first, first + count, [&](int64_t token, T* lse) {
+      const int64_t i = token - first;
+      *lse = (running_max[i] + std::log2(running_sum[i])) * static_cast<T>(kLn2);
+    });
   }
 
   // `following` is the group of the next call, or null.
@@ -181,7 +180,7 @@ struct GridForwardTask {
     next = {};
     if (following != nullptr) next = {problem, *following, {&params.query, &params.key, &params.value}};
     written = {problem, group, {&params.out}};
-    num_asked = tokens_per_ask<T>(problem.most_tokens(), padded_dim, 1, 1);
+    num_asked = tokens_per_ask<T>(problem.max_tokens(), padded_dim, 1, 1);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, group.num_tokens,
                            problem.head_dim, padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, group.num_tokens,
@@ -205,11 +204,11 @@ void run_grid_forward(const GridForwardParams& params) {
   const GridProblem& problem = params.problem;
   const int64_t num_units = problem.batch_size * problem.num_groups() * problem.num_heads;
   if (num_units == 0) return;
-  const TransposedBias<T> bias(problem, params.bias);
-  const int64_t pieces = ceil_div(problem.most_tokens(), GridConfig::kQueriesPerTask);
+  const TransposedBias<T> bias(problem, params.bias.data);
+  const int64_t pieces = ceil_div(problem.max_tokens(), GridConfig::kQueriesPerTask);
   ScratchCutter measure(nullptr);
   Task(params, bias, measure);
-  const double pairs = static_cast<double>(problem.most_tokens()) * static_cast<double>(problem.most_tokens());
+  const double pairs = static_cast<double>(problem.max_tokens()) * static_cast<double>(problem.max_tokens());
   const int64_t units_per_task = groups_per_task(num_units * pieces);
   const int64_t num_tasks = ceil_div(num_units, units_per_task) * pieces;
   const int num_workers =
@@ -231,7 +230,7 @@ void run_grid_forward(const GridForwardParams& params) {
 
 template <typename Storage>
 void grid_forward_storage(const GridForwardParams& params) {
-  if (params.problem.most_tokens() <= kLanes<ComputeOf<Storage>>) {
+  if (params.problem.max_tokens() <= kLanes<ComputeOf<Storage>>) {
     run_grid_forward<GridForwardSmallTask, Storage>(params);
   } else {
     run_grid_forward<GridForwardTask, Storage>(params);

@@ -72,7 +72,7 @@ template <typename Shared, int kBlocks>
 __device__ __forceinline__ void finish_scores(const GridForwardArguments& args, const Shared& shared, int first_row,
                                               int first_key, uint32_t there, float (&scores)[1][kBlocks][4]) {
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const int64_t group = args.geometry.most_tokens;
+  const int64_t group = args.geometry.max_tokens;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + h * 8 + g;
@@ -241,7 +241,7 @@ constexpr GridForwardKernel kForwardKernels[] = {forward_kernel<BFloat16, 64>(),
 
 }  // namespace
 
-void grid_forward_cuda(const GridForwardParams& params, const CudaPlace& place) {
+void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace&, const CudaPlace& place) {
   const GridProblem& problem = params.problem;
   const GridForwardKernel& kernel = grid::kernel_for(kForwardKernels, problem);
   if (grid::is_empty(problem)) return;
@@ -250,13 +250,13 @@ void grid_forward_cuda(const GridForwardParams& params, const CudaPlace& place) 
   GridForwardArguments args{};
   args.geometry = grid::geometry_of(problem, kernel.tokens);
   args.score_scale = static_cast<float>(problem.scale) * grid::kLog2E;
-  args.is_out_aligned = grid::has_aligned_rows(params.out, problem);
+  args.is_out_aligned = grid::has_whole_chunks(params.out);
   args.query = params.query;
   args.key = params.key;
   args.value = params.value;
-  args.bias = static_cast<const float*>(params.bias);
+  args.bias = params.bias.at<float>();
   args.out = params.out;
-  args.lse = static_cast<float*>(params.lse);
+  args.lse = params.lse.at<float>();
   kernel.launch(args, {grid::blocks_for(args.geometry, kernel.tokens), dim3(static_cast<unsigned>(kernel.threads)),
                        static_cast<size_t>(kernel.shared_bytes), static_cast<cudaStream_t>(place.stream)});
 }

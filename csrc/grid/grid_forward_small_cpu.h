@@ -146,7 +146,7 @@ struct GridForwardSmallTask {
   }
 
   void write_lse(const Group& group, const Vector<T>& lse) const {
-    numbers_in(params.problem, static_cast<T*>(params.lse), group)
+    numbers_in(params.problem, params.lse.at<T>(), group)
         .for_each(group, 0, group.num_tokens, [&](int64_t token, T* target) { *target = lse[token]; });
   }
 

@@ -34,7 +34,7 @@ inline Group group_at(const GridProblem& problem, int64_t batch_idx, int64_t hea
 inline Group unit_at(const GridProblem& problem, const ConstImage& query, int64_t unit) {
   const int64_t num_heads = problem.num_heads, num_groups = problem.num_groups();
   const int64_t batch_idx = unit / (num_heads * num_groups), rest = unit % (num_heads * num_groups);
-  if (query.head_stride < query.column_stride) {
+  if (query.strides[1] < query.strides[3]) {
     return group_at(problem, batch_idx, rest % num_heads, rest / num_heads);
   }
   return group_at(problem, batch_idx, rest / num_groups, rest % num_groups);
@@ -77,10 +77,9 @@ struct GroupRows {
 
 template <typename Element, typename Image>
 inline GroupRows<Element> rows_in(const GridProblem& problem, const Image& image, const Group& group) {
-  Element* data = static_cast<Element*>(image.data) + group.batch_idx * image.batch_stride +
-                  group.head_idx * image.head_stride + group.first_row * image.row_stride +
-                  group.first_column * image.column_stride;
-  return {data, problem.rows.token_step * image.row_stride, problem.columns.token_step * image.column_stride};
+  Element* data = image.template at<std::remove_const_t<Element>>(group.batch_idx, group.head_idx, group.first_row,
+                                                                  group.first_column);
+  return {data, problem.rows.token_step * image.strides[2], problem.columns.token_step * image.strides[3]};
 }
 
 // The same for one number a token, laid out [batch, head, row, column].
@@ -177,11 +176,11 @@ inline void gather_token_columns(const GroupRows<const Storage>& rows, const Gro
   gather_rows_transposed<Storage>([&](int64_t i) { return tokens[i]; }, count, depth, factor, tile, tile_row);
 }
 
-// Where each token of the group stands in a bias, whose groups all have most_tokens.
+// Where each token of the group stands in a bias, whose groups all have max_tokens.
 inline void write_bias_indices(const GridProblem& problem, const Group& group, int32_t* indices) {
   for (int64_t token = 0; token < group.num_tokens; ++token) {
     indices[token] =
-        static_cast<int32_t>(token / group.num_columns * problem.columns.most_tokens + token % group.num_columns);
+        static_cast<int32_t>(token / group.num_columns * problem.columns.max_tokens + token % group.num_columns);
   }
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as checks
 from ..ops import grid_attention, window_attention
-from ..ops._grid_kernels import GRID, WINDOW, axis_of
+from ..ops.grid import GRID, WINDOW, axis_of
 from ..ops.grid import Pair
 
 CHANNELS_FIRST, CHANNELS_LAST = LAYOUTS = ("channels_first", "channels_last")
@@ -138,8 +138,8 @@ class SparseSelfAttention2d(nn.Module):
             assert self.grid_size is not None
             partition, most = GRID, self.grid_size
             steps = max(-(-num_rows // most[0]), 1), max(-(-num_columns // most[1]), 1)
-        rows = axis_of(partition, num_rows, steps[0]).most_tokens
-        columns = axis_of(partition, num_columns, steps[1]).most_tokens
+        rows = axis_of(partition, num_rows, steps[0]).max_tokens
+        columns = axis_of(partition, num_columns, steps[1]).max_tokens
         # Entry k of window s is table[s + k]: the window of query q begins at most - 1 - q, so that key k is at its
         # distance k - q. No gather, so the gradient is a sum in a fixed order.
         bias = table.unfold(1, rows, 1).narrow(1, most[0] - rows, rows).flip(1)
