@@ -16,6 +16,5 @@ void bind_grid(pybind11::module_& module);
 void bind_key_conv(pybind11::module_& module);
 
 void bind_decode(pybind11::module_& module);
-void bind_decode_cuda(pybind11::module_& module);  // called by bind_decode where CUDA is built
 
 }  // namespace topgather

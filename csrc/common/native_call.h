@@ -45,8 +45,8 @@ template <typename Field>
 void read_field(PyObject* object, const char* name, Field& field) {
   if constexpr (IsArray<Field>) {
     void* data = nullptr;
-    read_array(object, name, Field::kRank, kRequiredDtype<std::remove_const_t<typename Field::Element>>, &data, field.sizes,
-               field.strides, &field.dtype);
+    read_array(object, name, Field::kRank, kRequiredDtype<std::remove_const_t<typename Field::Element>>, &data,
+               field.sizes, field.strides, &field.dtype);
     field.data = static_cast<typename Field::Element*>(data);
   } else if constexpr (std::is_floating_point_v<Field>) {
     field = static_cast<Field>(read_number(object, name));
@@ -100,12 +100,15 @@ class WithoutInterpreterLock {
   PyThreadState* state_;
 };
 
-// Adds the CPU entry point `<name>_cpu`: the function `member` of the kernels in use.
+// Adds the CPU entry point `<name>_cpu`: the function `member` of the kernels in use. `check` throws for what tensors
+// hold where a kernel would follow it.
 template <typename Kernels, typename Params>
-void add_cpu_entry(pybind11::module_& module, const std::string& name, void (*Kernels::*member)(const Params&)) {
+void add_cpu_entry(pybind11::module_& module, const std::string& name, void (*Kernels::*member)(const Params&),
+                   void (*check)(const Params&) = nullptr) {
   module.attr("aligned_arguments")[name.c_str()] = aligned_names<Params>();
-  add_entry(module, name + "_cpu", field_names<Params>(), [member](PyObject* const* arguments) {
+  add_entry(module, name + "_cpu", field_names<Params>(), [member, check](PyObject* const* arguments) {
     const Params params = read_params<Params>(arguments);
+    if (check != nullptr) check(params);
     const WithoutInterpreterLock unlocked;
     (kernels_in_use(static_cast<const Kernels*>(nullptr)).*member)(params);
     return nullptr;

@@ -157,7 +157,7 @@ struct AttendTask {
     first_row = tile_idx % rows.tiles_per_head * rows.rows_per_task;
     num_rows = min64(rows.rows_per_task, problem.query_len * rows.group - first_row);
     first_position = first_position_of(problem, sequence);
-    length = problem.seq_lens[sequence];
+    length = problem.seq_lens.data[sequence];
   }
 
   int64_t token_of(int64_t row) const { return (first_row + row) / rows.group; }
@@ -173,7 +173,7 @@ struct AttendTask {
     };
     for (int64_t j = 0; j < num_blocks; ++j) cursors[j] = 0;
     for (int64_t row = 0; row < num_listed; ++row) {
-      const int32_t* choices = row_in<int32_t>(rows.params.block_indices, sequence, head_of(row), token_of(row));
+      const int32_t* choices = rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
       const int64_t position = position_of(row);
       for (int64_t slot = first_slot; slot < last_slot; ++slot) {
         const int64_t block = choices[slot];
@@ -193,7 +193,7 @@ struct AttendTask {
     }
     lists.offsets[num_blocks] = total;
     for (int64_t row = 0; row < num_listed; ++row) {
-      const int32_t* choices = row_in<int32_t>(rows.params.block_indices, sequence, head_of(row), token_of(row));
+      const int32_t* choices = rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
       const int64_t position = position_of(row);
       for (int64_t slot = first_slot; slot < last_slot; ++slot) {
         const int64_t block = choices[slot];
@@ -251,7 +251,7 @@ struct AttendTask {
     place_rows(task_idx);
     // Step 1.
     for (int64_t row = 0; row < num_rows; ++row) {
-      const Storage* query = row_in<Storage>(params.query, sequence, head_of(row), token_of(row));
+      const Storage* query = params.query.at<Storage>(sequence, head_of(row), token_of(row));
       T* target = queries + row * rows.padded_head_dim;
       load_row(query, problem.head_dim, target);
       for (int64_t d = 0; d < problem.head_dim; ++d) target[d] *= static_cast<T>(problem.scale * kLog2E);
@@ -278,14 +278,14 @@ struct AttendTask {
       // Rows ascend by token: the last sees the most.
       const int64_t most_keys = min64(problem.block_size, position_of(listed[num_listed - 1]) + 1 - first_key);
       const Place place = place_of(problem, sequence, first_key);
-      const Storage* key_rows = row_in<Storage>(params.key_pages, kv_head, place);
-      const Storage* value_rows = row_in<Storage>(params.value_pages, kv_head, place);
+      const Storage* key_rows = page_row<Storage>(params.key_pages, kv_head, place);
+      const Storage* value_rows = page_row<Storage>(params.value_pages, kv_head, place);
       for (int64_t first = 0; first < most_keys; first += kTileKeys) {
         const int64_t count = min64(kTileKeys, most_keys - first);
-        const RowBlock<T> keys = dense_rows(key_rows + first * params.key_pages.row_stride, params.key_pages.row_stride,
+        const RowBlock<T> keys = dense_rows(key_rows + first * params.key_pages.strides[2], params.key_pages.strides[2],
                                             count, problem.head_dim, rows.padded_head_dim, key_scratch);
         const RowBlock<T> values =
-            dense_rows(value_rows + first * params.value_pages.row_stride, params.value_pages.row_stride, count,
+            dense_rows(value_rows + first * params.value_pages.strides[2], params.value_pages.strides[2], count,
                        problem.value_dim, rows.padded_value_dim, value_scratch);
         for (int64_t i = 0; i < num_listed; ++i) {
           const int64_t row = listed[i];
@@ -315,8 +315,8 @@ struct AttendTask {
         // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
         factor = total.sees_a_key ? std::numeric_limits<T>::quiet_NaN() : T(0);
       }
-      store_row(out, problem.value_dim, factor, row_in<Storage>(params.out, sequence, head_of(row), token_of(row)));
-      *row_in<T>(params.lse, sequence, head_of(row), token_of(row)) = lse;
+      store_row(out, problem.value_dim, factor, params.out.at<Storage>(sequence, head_of(row), token_of(row)));
+      *params.lse.at<T>(sequence, head_of(row), token_of(row)) = lse;
     }
   }
 

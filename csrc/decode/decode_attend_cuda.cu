@@ -67,13 +67,13 @@ struct DecodeAttendArguments {
   DecodeSplits splits;
   RowShape key_shape;
   RowShape value_shape;
-  float score_scale;          // scale * log2(e)
-  ConstTokens query;          // [batch, query head, M, D] dtype
-  ConstPages key_pages;       // [page, kv head, page_size, D] dtype
-  ConstPages value_pages;     // [page, kv head, page_size, V] dtype
-  ConstTokens block_indices;  // [batch, query head, M, K] int32
-  DecodeSplitState* states;   // [unit of the wave, row, split]
-  float* partial_out;         // [unit of the wave, row, split, V] float32; unwritten where the split saw no key
+  float score_scale;                      // scale * log2(e)
+  Array<const void, 4> query;             // [batch, query head, M, D] dtype
+  Array<const void, 4> key_pages;         // [page, kv head, page_size, D] dtype
+  Array<const void, 4> value_pages;       // [page, kv head, page_size, V] dtype
+  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  DecodeSplitState* states;               // [unit of the wave, row, split]
+  float* partial_out;  // [unit of the wave, row, split, V] float32; unwritten where the split saw no key
 };
 
 namespace {
@@ -108,7 +108,7 @@ __device__ __forceinline__ bool find_keys(const DecodeAttendArguments& args, con
                                           const SplitKeys& keys) {
   const DecodeGeometry& geometry = args.geometry;
   const DecodeSplits& splits = args.splits;
-  const int32_t* choices = row_in<int32_t>(args.block_indices, row.sequence, row.head, row.token);
+  const int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
   const int first_slot = split / splits.per_slot * splits.slots;
   const int first_key = split % splits.per_slot * splits.keys_of_slot;
   bool sees_any = false;
@@ -136,7 +136,7 @@ template <typename Element, int kVector>
 __device__ __forceinline__ void score_keys(const DecodeAttendArguments& args, const DecodeRow& row,
                                            const SplitKeys& keys) {
   using Columns = LaneColumns<Element, kVector>;
-  const Element* query = row_in<Element>(args.query, row.sequence, row.head, row.token);
+  const Element* query = args.query.at<Element>(row.sequence, row.head, row.token);
   const int lanes_per_row = args.key_shape.lanes_per_row;
   const int lane_in_row = lane_id() % lanes_per_row;
   const int group = static_cast<int>(threadIdx.x) / lanes_per_row, num_groups = kThreads / lanes_per_row;
@@ -147,7 +147,7 @@ __device__ __forceinline__ void score_keys(const DecodeAttendArguments& args, co
     for (int r = 0; r < kRowsInFlight; ++r) {
       const int key = step + r * num_groups + group;
       const CachePlace place = key < keys.count ? keys.places[key] : CachePlace{kNotSeen, 0};
-      rows[r] = place.page >= 0 ? row_in<Element>(args.key_pages, row.kv_head, place) : nullptr;
+      rows[r] = place.page >= 0 ? page_row<Element>(args.key_pages, row.kv_head, place) : nullptr;
     }
     float sums[kRowsInFlight] = {};
 #pragma unroll 1
@@ -216,7 +216,7 @@ __device__ __forceinline__ void add_values(const DecodeAttendArguments& args, co
         const int key = step + r * num_groups;
         const CachePlace place = key < keys.count ? keys.places[key] : CachePlace{kNotSeen, 0};
         weights[r] = place.page != kNotSeen ? keys.weights[key] : 0.0f;
-        if (place.page >= 0) columns.load(row_in<Element>(args.value_pages, row.kv_head, place), true, parts[r]);
+        if (place.page >= 0) columns.load(page_row<Element>(args.value_pages, row.kv_head, place), true, parts[r]);
       }
 #pragma unroll
       for (int r = 0; r < kRowsInFlight; ++r) {
@@ -284,11 +284,11 @@ struct DecodeMergeArguments {
   DecodeGeometry geometry;
   DecodeWave wave;
   int32_t num_splits;
-  ConstTokens block_indices;       // [batch, query head, M, K] int32
-  const DecodeSplitState* states;  // [unit of the wave, row, split]
-  const float* partial_out;        // [unit of the wave, row, split, V] float32
-  MutableTokens out;               // [batch, query head, M, V] dtype
-  MutableTokens lse;               // [batch, query head, M] float32
+  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  const DecodeSplitState* states;         // [unit of the wave, row, split]
+  const float* partial_out;               // [unit of the wave, row, split, V] float32
+  Array<void, 4> out;                     // [batch, query head, M, V] dtype
+  Array<void, 3> lse;                     // [batch, query head, M] float32
 };
 
 namespace {
@@ -326,9 +326,9 @@ __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const Deco
   const uint32_t unit_in_wave = blockIdx.x / static_cast<uint32_t>(args.wave.num_rows);
   const DecodeRow row = decode_row(geometry, args.wave, unit_in_wave,
                                    blockIdx.x - unit_in_wave * static_cast<uint32_t>(args.wave.num_rows));
-  Element* out = row_in<Element>(args.out, row.sequence, row.head, row.token);
-  float* lse = row_in<float>(args.lse, row.sequence, row.head, row.token);
-  const int32_t* choices = row_in<int32_t>(args.block_indices, row.sequence, row.head, row.token);
+  Element* out = args.out.at<Element>(row.sequence, row.head, row.token);
+  float* lse = args.lse.at<float>(row.sequence, row.head, row.token);
+  const int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
   const bool is_faulty = row.is_faulty || (row.position >= 0 && are_choices_faulty(row, choices, geometry.top_k));
   if (is_faulty || row.position < 0) {
     const float nothing = is_faulty ? not_a_number() : 0.0f;
@@ -469,9 +469,8 @@ template <typename Element>
 void decode_for(const DecodeParams& params, const DecodePlan& plan, const DecodeWorkspace& workspace,
                 cudaStream_t stream) {
   const DecodeProblem& problem = params.problem;
-  const bool are_aligned = has_aligned_rows<Element>(params.query, problem.head_dim) &&
-                           has_aligned_rows<Element>(params.key_pages, problem.head_dim) &&
-                           has_aligned_rows<Element>(params.value_pages, problem.value_dim);
+  const bool are_aligned =
+      has_whole_pieces(params.query) && has_whole_pieces(params.key_pages) && has_whole_pieces(params.value_pages);
   for (int64_t wave_idx = 0; wave_idx < plan.waves.count(); ++wave_idx) {
     const DecodeWave wave = plan.waves.wave(plan.geometry, wave_idx);
     DecodeAttendArguments args{};
@@ -500,7 +499,8 @@ void decode_for(const DecodeParams& params, const DecodePlan& plan, const Decode
 
 }  // namespace
 
-int64_t moba_decode_workspace_bytes(const DecodeProblem& problem) {
+int64_t moba_decode_workspace_bytes(const DecodeParams& params, const CudaPlace&) {
+  const DecodeProblem& problem = params.problem;
   if (is_empty(problem)) return 0;
   WorkspaceCutter cutter(nullptr);
   take_workspace(plan_decode(problem), cutter);

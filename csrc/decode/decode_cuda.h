@@ -12,13 +12,14 @@
 namespace topgather {
 
 // Two sequences must not share a page that both append to.
-void moba_cache_append_cuda(const CacheAppendParams& params, const CudaPlace& place);
+// Needs no workspace.
+void moba_cache_append_cuda(const CacheAppendParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
-int64_t moba_decode_route_workspace_bytes(const DecodeProblem& problem);
+int64_t moba_decode_route_workspace_bytes(const DecodeRouteParams& params, const CudaPlace& place);
 void moba_decode_route_cuda(const DecodeRouteParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 // The same bits every time, and for a query whatever the others are.
-int64_t moba_decode_workspace_bytes(const DecodeProblem& problem);
+int64_t moba_decode_workspace_bytes(const DecodeParams& params, const CudaPlace& place);
 void moba_decode_cuda(const DecodeParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 }  // namespace topgather

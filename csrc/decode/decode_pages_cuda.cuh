@@ -50,9 +50,9 @@ inline DecodeGeometry decode_geometry(const DecodeProblem& problem) {
           small(problem.pages_per_sequence),
           small(problem.top_k),
           problem.pages_per_sequence * problem.page_size,
-          problem.seq_lens,
-          problem.num_tokens,
-          problem.page_table};
+          problem.seq_lens.data,
+          problem.num_tokens.data,
+          problem.page_table.data};
 }
 
 struct DecodeWave {
@@ -175,49 +175,15 @@ __device__ __forceinline__ CachePlace cache_place(const DecodeGeometry& geometry
           position - static_cast<int32_t>(column) * geometry.page_size};
 }
 
-template <typename T>
-__device__ __forceinline__ const T* row_in(const ConstPages& pages, int32_t head, const CachePlace& place) {
-  return static_cast<const T*>(pages.data) + place.page * pages.page_stride + head * pages.head_stride +
-         place.row * pages.row_stride;
+template <typename T, typename Pages>
+__device__ __forceinline__ auto page_row(const Pages& pages, int32_t head, const CachePlace& place) {
+  return pages.template at<T>(place.page, head, place.row);
 }
 
-template <typename T>
-__device__ __forceinline__ T* row_in(const MutablePages& pages, int32_t head, const CachePlace& place) {
-  return static_cast<T*>(pages.data) + place.page * pages.page_stride + head * pages.head_stride +
-         place.row * pages.row_stride;
-}
-
-template <typename T>
-__device__ __forceinline__ const T* row_in(const ConstTokens& tokens, int32_t sequence, int32_t head, int32_t token) {
-  return static_cast<const T*>(tokens.data) + sequence * tokens.batch_stride + head * tokens.head_stride +
-         token * tokens.row_stride;
-}
-
-template <typename T>
-__device__ __forceinline__ T* row_in(const MutableTokens& tokens, int32_t sequence, int32_t head, int32_t token) {
-  return static_cast<T*>(tokens.data) + sequence * tokens.batch_stride + head * tokens.head_stride +
-         token * tokens.row_stride;
-}
-
-// Whether every row of a tensor [.., .., .., dim] starts on a 16-byte boundary and is whole pieces of 16 bytes.
-template <typename T, typename Tensor>
-bool has_aligned_rows(const Tensor& tensor, int64_t first_stride, int64_t dim) {
-  constexpr int64_t kVector = kElementsPerVector<T>;
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && first_stride % kVector == 0 &&
-         tensor.head_stride % kVector == 0 && tensor.row_stride % kVector == 0 && dim % kVector == 0;
-}
-
-template <typename T>
-bool has_aligned_rows(const ConstPages& pages, int64_t dim) {
-  return has_aligned_rows<T>(pages, pages.page_stride, dim);
-}
-template <typename T>
-bool has_aligned_rows(const MutablePages& pages, int64_t dim) {
-  return has_aligned_rows<T>(pages, pages.page_stride, dim);
-}
-template <typename T>
-bool has_aligned_rows(const ConstTokens& tokens, int64_t dim) {
-  return has_aligned_rows<T>(tokens, tokens.batch_stride, dim);
+// Whether every row of a tensor starts on a 16-byte boundary and is whole pieces of 16 bytes.
+template <typename Tensor>
+bool has_whole_pieces(const Tensor& tensor) {
+  return tensor.has_aligned_rows(16) && tensor.sizes[3] * element_bytes(tensor.dtype) % 16 == 0;
 }
 
 }  // namespace topgather

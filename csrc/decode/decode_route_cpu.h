@@ -61,7 +61,7 @@ struct DecodeRouter {
       if (needs_scores) {
         const auto row_of = [&](int64_t i) {
           const int64_t row = first + i;
-          return row_in<Storage>(params.query, sequence, head * group + row % group, row / group);
+          return params.query.at<Storage>(sequence, head * group + row % group, row / group);
         };
         gather_rows_transposed<Storage>(row_of, count, problem.head_dim, T(1), task.query_tile, kTileRows);
         task.select(chunk_of, ceil_div(count, kLanes<T>), visible, most_visible);
@@ -69,7 +69,7 @@ struct DecodeRouter {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = first + i;
         const int64_t own = own_block(row);
-        int32_t* choices = row_in<int32_t>(params.block_indices, sequence, head * group + row % group, row / group);
+        int32_t* choices = params.block_indices.at<int32_t>(sequence, head * group + row % group, row / group);
         if (needs_scores) {
           task.write_choices(i, own, choices);
         } else {
@@ -85,9 +85,9 @@ struct DecodeRouter {
     const int64_t blocks_per_page = ceil_div(problem.page_size, problem.block_size);
     const auto centroid = [&](int64_t block) {
       const Place place = place_of(problem, sequence, block * problem.block_size);
-      return row_in<T>(params.centroids, head, Place{place.page, place.row / problem.block_size});
+      return page_row<T>(params.centroids, head, Place{place.page, place.row / problem.block_size});
     };
-    if (first % blocks_per_page + count <= blocks_per_page) return {centroid(first), params.centroids.row_stride};
+    if (first % blocks_per_page + count <= blocks_per_page) return {centroid(first), params.centroids.strides[2]};
     for (int64_t i = 0; i < count; ++i)
       load_row(centroid(first + i), problem.head_dim, gathered + i * problem.head_dim);
     return {gathered, problem.head_dim};

@@ -50,11 +50,11 @@ struct DecodeScoreArguments {
   uint32_t chunks_per_row;
   uint32_t tiles_per_unit;
   int32_t rows_per_tile;
-  int32_t row_elements;  // of a query in shared memory
-  int32_t most_blocks;   // of a sequence
-  ConstTokens query;     // [batch, query head, M, D] dtype
-  ConstPages centroids;  // [page, kv head, blocks of a page, D] float32
-  uint32_t* ranks;       // [unit of the wave, row, most_blocks] uint32
+  int32_t row_elements;            // of a query in shared memory
+  int32_t most_blocks;             // of a sequence
+  Array<const void, 4> query;      // [batch, query head, M, D] dtype
+  Array<const void, 4> centroids;  // [page, kv head, blocks of a page, D] float32
+  uint32_t* ranks;                 // [unit of the wave, row, most_blocks] uint32
 };
 
 namespace {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
     const int head = unit.kv_head * geometry.group + first_row + row - token * geometry.group;
     queries[i] =
         column < geometry.head_dim
-            ? cuda::to_float(row_in<Element>(args.query, unit.sequence, head, args.wave.first_token + token)[column])
+            ? cuda::to_float(args.query.at<Element>(unit.sequence, head, args.wave.first_token + token)[column])
             : 0.0f;
   }
   if (static_cast<int>(threadIdx.x) < num_blocks) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
 #pragma unroll
     for (int c = 0; c < kCentroidsInFlight; ++c) {
       const CachePlace place = mine + c < num_blocks ? shared.places[mine + c] : CachePlace{kNotSeen, 0};
-      centroids[c] = place.page >= 0 ? row_in<float>(args.centroids, unit.kv_head, place) : nullptr;
+      centroids[c] = place.page >= 0 ? page_row<float>(args.centroids, unit.kv_head, place) : nullptr;
     }
 #pragma unroll 1
     for (int row = 0; row < num_rows; row += kRowsAtOnce) {
@@ -197,9 +197,9 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
 struct SelectBlocksArguments {
   DecodeGeometry geometry;
   DecodeWave wave;
-  int32_t most_blocks;          // of a sequence
-  const uint32_t* ranks;        // [unit of the wave, row, most_blocks] uint32
-  MutableTokens block_indices;  // [batch, query head, M, K] int32
+  int32_t most_blocks;              // of a sequence
+  const uint32_t* ranks;            // [unit of the wave, row, most_blocks] uint32
+  Array<int32_t, 4> block_indices;  // [batch, query head, M, K]
 };
 
 namespace {
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const Se
   const uint32_t unit_in_wave = blockIdx.x / static_cast<uint32_t>(args.wave.num_rows);
   const DecodeRow row = decode_row(geometry, args.wave, unit_in_wave,
                                    blockIdx.x - unit_in_wave * static_cast<uint32_t>(args.wave.num_rows));
-  int32_t* choices = row_in<int32_t>(args.block_indices, row.sequence, row.head, row.token);
+  int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
   const int num_chosen = geometry.top_k - 1;
   if (row.position < 0 || row.own_block <= num_chosen || num_chosen == 0) {
     // All it sees, or nothing but its own block: not scored.
@@ -380,7 +380,7 @@ void launch_scores(DecodeScoreArguments args, cudaStream_t stream) {
 
 template <typename Element>
 void scores_for(const DecodeScoreArguments& args, cudaStream_t stream) {
-  if (has_aligned_rows<float>(args.centroids, args.geometry.head_dim)) {
+  if (has_whole_pieces(args.centroids)) {
     launch_scores<Element, kElementsPerVector<float>>(args, stream);
   } else {
     launch_scores<Element, 1>(args, stream);
@@ -389,7 +389,8 @@ void scores_for(const DecodeScoreArguments& args, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t moba_decode_route_workspace_bytes(const DecodeProblem& problem) {
+int64_t moba_decode_route_workspace_bytes(const DecodeRouteParams& params, const CudaPlace&) {
+  const DecodeProblem& problem = params.problem;
   if (is_empty(problem)) return 0;
   WorkspaceCutter cutter(nullptr);
   uint32_t* ranks = nullptr;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops import _checks as checks
-from .ops import _decode_cuda  # noqa: F401  registers the ops
+from .ops import _decode_ops  # noqa: F401  registers the ops
 from .ops._library import sum_dtype
 from .ops.key_conv import key_conv
 

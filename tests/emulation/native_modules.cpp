@@ -13,7 +13,7 @@ void fill(pybind11::module_& module, bool is_checked) {
   topgather::bind_memory_cuda(module);
   topgather::bind_grid(module);
   topgather::bind_key_conv(module);
-  topgather::bind_decode_cuda(module);
+  topgather::bind_decode(module);
 }
 
 }  // namespace

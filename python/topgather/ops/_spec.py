@@ -50,6 +50,7 @@ class Op:
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
         forward_mode: makes the tangents of the results, of arguments and ``tangent_<argument>`` (None where zero).
         derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so.
+        not_differentiable: for an op without gradients, what is said where one would be recorded.
         autocast: by argument, in order, what it becomes where autocast is on: a function of ``tensor``,
             ``device_type`` and of arguments.
         batch: dimension, by argument and result, along which problems do not depend on each other: vmap folds its own
@@ -72,6 +73,7 @@ class Op:
     gradients: tuple[str, ...] = ()
     forward_mode: Function | None = None
     derivative_of: str | None = None
+    not_differentiable: str | None = None
     autocast: Mapping[str, Function] = field(default_factory=dict)
     batch: Mapping[str, int] = field(default_factory=dict)
     folds: Function | None = None
@@ -106,6 +108,8 @@ def register(op: Op) -> None:
     torch.library.register_fake(f"topgather::{name}", generator.fake(), lib=library)
     library.impl(name, generator.autograd(), "Autograd")
     torch.library.register_vmap(f"topgather::{name}", generator.vmap(), lib=library)
+    if generator.written:
+        library.impl(name, generator.count_versions(), "ADInplaceOrView")
     if op.autocast:
         for device_type, key in AUTOCAST_KEYS.items():
             library.impl(name, generator.autocast(device_type, key), key)
@@ -164,6 +168,7 @@ class _Generator:
         self.num_keyword_only = sum(argument.kwarg_only for argument in schema.arguments)
         self.results: list[str] = [result.name for result in schema.returns]
         self.tensors = [a.name for a in schema.arguments if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self.written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         self.here = {name: name for name in self.arguments}
         positional = self.arguments[: len(self.arguments) - self.num_keyword_only]
         # How one calls the op with names of these arguments.
@@ -271,12 +276,17 @@ class _Generator:
         }
         source.line(f"def autograd_kernel({self._signature(source)}):", 0)
         arguments = ", ".join(self.arguments)
+        needs = [
+            f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
+            for name in self.tensors
+        ]
+        if op.not_differentiable is not None:
+            source.globals |= {"message": op.not_differentiable, "has_tangent": _transforms.has_tangent}
+            source.line(f"if is_grad_enabled() and ({' or '.join(needs)}): raise ValueError(message)")
+            source.line(f"if in_forward_mode() and has_tangent({', '.join(self.tensors)}):")
+            source.line("raise NotImplementedError(f'topgather: forward mode: {message}')", 2)
         if op.backward is not None or op.derivative_of is not None:
             source.globals |= dict(zip(("Plain", "Transformable"), self._functions(), strict=True))
-            needs = [
-                f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
-                for name in self.tensors
-            ]
             source.line("if transforms_active():")
             source.line("with through_transforms():", 2)
             source.line(f"return Transformable.apply({arguments})", 3)
@@ -285,6 +295,21 @@ class _Generator:
         source.line("with below_autograd():")
         source.line(f"return op({self.passed})", 2)
         return source.compiled("autograd_kernel")
+
+    def count_versions(self) -> Function:
+        """The kernel that counts up the versions of what the op writes, as torch's own in-place ops do."""
+        source = self._source()
+        source.globals |= {
+            "op": self.overload,
+            "below": torch._C._AutoDispatchBelowADInplaceOrView,
+            "increment_version": torch.autograd.graph.increment_version,
+        }
+        source.line(f"def count_versions({self._signature(source)}):", 0)
+        for name in self.written:
+            source.line(f"increment_version({name})")
+        source.line("with below():")
+        source.line(f"return op({self.passed})", 2)
+        return source.compiled("count_versions")
 
     def _functions(self) -> tuple[type, type]:
         """Two ``autograd.Function``: one for plain calls, one that torch.func can transform, whose calls cost more."""

@@ -31,6 +31,17 @@ def sums_like(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(sum_dtype(like.dtype)).contiguous()
 
 
+def empty_like_rows(like: Tensor, dim: int) -> Tensor:
+    """A tensor of ``like``'s shape but for its last dimension, laid out as ``like`` is.
+
+    So that the transposed view of a [B, N, H, D] projection gets an output that transposes back without a copy.
+    """
+    if like.ndim == 4 and like.stride(1) < like.stride(2):
+        batch, heads, tokens, _ = like.shape
+        return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return like.new_empty((*like.shape[:-1], dim))
+
+
 def is_autocast(tensor: Tensor, device_type: str) -> bool:
     """Whether autocast casts such a tensor: floating-point, not float64, on its device."""
     return tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64

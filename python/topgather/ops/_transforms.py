@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from ._spec import Op
@@ -30,6 +31,11 @@ def through_transforms() -> Any:
     included = torch._C._dispatch_tls_local_include_set() | _MODE_KEYS
     excluded = torch._C._dispatch_tls_local_exclude_set() - _FUNCTORCH_KEYS
     return torch._C._ForceDispatchKeyGuard(included, excluded)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a dual number."""
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
