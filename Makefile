@@ -67,12 +67,15 @@ gpu:
 # kernel. Leaks are not looked for: the interpreter and torch never free what they own. libstdc++ is preloaded so that the
 # sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
-SANITIZED_TESTS := $(addprefix tests/test_,block_centroids.py moba_routing.py moba_attention.py moba_varlen.py \
-  moba_gradcheck.py cpu_targets.py determinism_threads.py bad_input.py memory_topk.py memory_lookup.py memory_sparse.py \
-  memory_gradcheck.py memory_cpu_targets.py memory_determinism.py memory_bad_input.py grid_attention.py \
-  grid_gradcheck.py grid_cpu_targets.py grid_determinism.py grid_bad_input.py key_conv.py key_conv_cpu_targets.py \
-  key_conv_determinism.py key_conv_bad_input.py decode.py decode_cache.py \
-  decode_cpu_targets.py decode_determinism.py decode_bad_input.py)
+SANITIZED_TESTS := $(addprefix tests/,block_attention/test_centroids.py block_attention/test_routing.py \
+  block_attention/test_attention.py block_attention/test_varlen.py block_attention/test_gradcheck.py \
+  block_attention/test_cpu_targets.py block_attention/test_determinism.py block_attention/test_bad_input.py \
+  memory/test_topk.py memory/test_lookup.py memory/test_sparse.py memory/test_gradcheck.py \
+  memory/test_cpu_targets.py memory/test_determinism.py memory/test_bad_input.py grid/test_attention.py \
+  grid/test_gradcheck.py grid/test_cpu_targets.py grid/test_determinism.py grid/test_bad_input.py \
+  key_conv/test_key_conv.py key_conv/test_cpu_targets.py key_conv/test_determinism.py key_conv/test_bad_input.py \
+  decoding/test_decode.py decoding/test_cache.py decoding/test_cpu_targets.py decoding/test_determinism.py \
+  decoding/test_bad_input.py)
 sanitize: install
 	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined

@@ -13,8 +13,8 @@ import torch
 from hypothesis import settings
 
 import topgather as tg
-from devices import CUDA_KINDS, KINDS, schedule_of, select
-from emulated import emulated_cuda
+from tests.common.devices import CUDA_KINDS, KINDS, file_of, schedule_of, select
+from tests.common.emulated import emulated_cuda
 
 # Derandomised: two runs of the suite on the same commit must agree. Bounded by each test's max_examples.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -k: what a rule leaves out does not depend on what else is asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the rules of ``devices.py`` say."""
+    """Leave out what the rules of ``common/devices.py`` say."""
     items[:], left_out = select(items)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -60,7 +60,7 @@ def device_of(kind: str, request: pytest.FixtureRequest) -> Iterator[torch.devic
         with emulated_cuda(checked=False, order="random", cp_async="mixed"):
             yield torch.device("cpu")
     elif kind == "emulated_cuda":
-        schedule = schedule_of(f"{request.path.name}::{request.node.name}")
+        schedule = schedule_of(f"{file_of(request.node)}::{request.node.name}")
         print(f"emulated with {schedule}")
         with emulated_cuda(checked=True, **schedule):
             yield torch.device("cpu")
@@ -86,7 +86,7 @@ def deterministic() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Memory that is not touched must stay so in test_large_offsets.py.
+    # Memory that is not touched must stay so in block_attention/test_large_offsets.py.
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fills
