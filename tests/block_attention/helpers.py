@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.common.tolerances import TOLERANCES, Tolerance, accumulation_dtype
+from tests.common.tensors import assert_close, random_tensor
+from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from topgather import reference
 from topgather.reference.moba import visible_keys
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "transposed", "offset", "padded_rows", "expanded_batch", "fused_qkv"]
 
 
@@ -69,18 +69,6 @@ class AttentionResult:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """Standard normal numbers, the same for every device, rounded to ``dtype``."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
-
-
-def integer_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """Integers from -2 to 2: with a power-of-two block size every routing score is exact, so ties are too."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-2, 3, shape, generator=generator).to(dtype).to(device)
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
@@ -237,46 +225,6 @@ def attention_magnitudes(
         },
         score_factor,
     )
-
-
-def assert_same_nonfinite(name: str, actual: Tensor, expected: Tensor) -> None:
-    """NaN, +inf and -inf stand in the same places."""
-    for kind, mask_of in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
-        differs = mask_of(actual) != mask_of(expected)
-        if differs.any():
-            where = tuple(differs.nonzero()[0].tolist())
-            raise AssertionError(
-                f"{name}: {kind} mask differs at {int(differs.sum())} of {differs.numel()} elements, first "
-                f"at {where}: got {actual[where].item()}, expected {expected[where].item()}"
-            )
-
-
-def assert_close(
-    name: str,
-    actual: Tensor,
-    expected: Tensor,
-    magnitude: Tensor,
-    tolerance: Tolerance,
-    dtype: torch.dtype,
-    length: int,
-    score_factor: float = 1.0,
-) -> None:
-    """``actual`` (of a kernel that ran in ``dtype``) is ``expected`` (float64) up to ``tolerance``."""
-    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    assert_same_nonfinite(name, actual, expected)
-    is_finite = expected.isfinite()
-    error = torch.where(is_finite, (actual.double() - expected).abs(), 0.0)
-    size = torch.where(is_finite, expected.abs() + magnitude, 0.0)
-    assert not size.isnan().any(), f"{name}: the magnitude of a finite result must not be NaN"
-    bound = tolerance.relative(dtype, length, score_factor) * size + tolerance.absolute(dtype)
-    exceeds = error > bound
-    if exceeds.any():
-        where = tuple(exceeds.nonzero()[(error / bound)[exceeds].argmax()].tolist())
-        raise AssertionError(
-            f"{name}: {int(exceeds.sum())} of {exceeds.numel()} elements out of tolerance, worst at {where}: "
-            f"got {actual[where].item()!r}, expected {expected[where].item()!r}, "
-            f"error {error[where].item():.3e}, allowed {bound[where].item():.3e} ({tolerance.reason})"
-        )
 
 
 def assert_attention_close(
@@ -526,10 +474,3 @@ def assert_same_support(block_indices: Tensor, other: Tensor) -> None:
             f"{int(differs.sum())} of {differs.numel()} queries chose other blocks, first {where}: "
             f"{left[where].tolist()} against {right[where].tolist()}"
         )
-
-
-def assert_bitwise_equal(name: str, actual: Tensor, expected: Tensor) -> None:
-    """The same bits, NaN payloads and signs of zero included."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: dtype or shape differs"
-    same = actual.contiguous().view(torch.uint8).equal(expected.contiguous().view(torch.uint8))
-    assert same, f"{name}: bits differ"

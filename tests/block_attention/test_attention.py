@@ -9,13 +9,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import topgather as tg
 from tests.block_attention.helpers import (
-    DTYPES,
     LAYOUTS,
     AttentionCase,
     AttentionResult,
     assert_attention_close,
-    assert_bitwise_equal,
-    assert_close,
     attention_magnitudes,
     check_attention,
     make_gradients,
@@ -23,6 +20,7 @@ from tests.block_attention.helpers import (
     run_attention,
 )
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_bitwise_equal, assert_close
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 
 CASES = [

@@ -5,14 +5,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import (
-    DTYPES,
-    LAYOUTS,
-    assert_bitwise_equal,
-    assert_close,
-    random_tensor,
-    with_layout,
-)
+from tests.block_attention.helpers import LAYOUTS, with_layout
+from tests.common.tensors import DTYPES, assert_bitwise_equal, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from topgather import reference
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 
 BOUNDARIES = [0, 40, 40, 75]
 

@@ -9,16 +9,8 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import (
-    DTYPES,
-    AttentionCase,
-    assert_bitwise_equal,
-    check_attention,
-    integer_tensor,
-    make_gradients,
-    make_inputs,
-    run_attention,
-)
+from tests.block_attention.helpers import AttentionCase, check_attention, make_gradients, make_inputs, run_attention
+from tests.common.tensors import DTYPES, assert_bitwise_equal, integer_tensor
 from topgather import reference
 
 KNOWN_TARGETS = ["baseline", "avx2", "avx512", "amx"]

@@ -20,24 +20,19 @@ from tests.block_attention.helpers import (
     AttentionResult,
     Packed,
     assert_attention_close,
-    assert_bitwise_equal,
     check_attention,
-    integer_tensor,
     make_gradients,
     make_inputs,
     run_attention,
 )
+from tests.common.runs import assert_all_equal
+from tests.common.schedules import CUDA_DTYPES, over_schedules
+from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from topgather import reference
 from topgather.ops import _cuda, _moba_cuda
 
-CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WAYS = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
 CASE = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=90, head_dim=24, block_size=8, top_k=4)
-SCHEDULES: list[dict[str, Any]] = [
-    {"order": "ascending", "cp_async": "at_wait"},
-    {"order": "descending", "cp_async": "at_issue"},
-    *({"order": "random", "cp_async": "mixed", "seed": seed} for seed in (1, 2, 3)),
-]
 
 
 @pytest.fixture
@@ -48,19 +43,6 @@ def native(cuda_device: torch.device) -> Iterator[Any]:
     module.moba_cuda_set_budget(before)
     yield module
     module.moba_cuda_set_budget(before)
-
-
-def over_schedules(native: Any, cuda_kind: str) -> Iterator[str]:
-    """Sets one schedule after the other; a GPU has its own."""
-    for schedule in SCHEDULES:
-        if cuda_kind == "emulated_cuda":
-            native.set_options(**schedule)
-        yield str(schedule)
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
-    for name, tensor in actual.items():
-        assert_bitwise_equal(f"{name} {what}", tensor.detach(), expected[name].detach())
 
 
 def attend(
@@ -335,7 +317,7 @@ def test_maxima_are_not_needed(cuda_device: torch.device) -> None:
     packed = Packed(([20, 45], [33, 45]), torch.float32, cuda_device)
     expected = packed.run(8, 3, True, deterministic=True)
     packed.cu_seqlens = (*packed.cu_seqlens[:2], 1, 0)
-    assert_same_bits(packed.run(8, 3, True, deterministic=True).tensors(), expected.tensors())
+    assert_all_equal(packed.run(8, 3, True, deterministic=True).tensors(), expected.tensors())
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -422,7 +404,7 @@ def test_shared_memory_does_not_change_results(
     results = []
     for _ in shared_limits(native):
         results.append(everything(replace(CASE, head_dim=head_dim, batch=1), dtype, cuda_device))
-        assert_same_bits(results[-1], results[0])
+        assert_all_equal(results[-1], results[0])
     assert len(results) == 2 or cuda_kind == "cuda"
 
 
@@ -462,13 +444,13 @@ def test_deterministic_bits_do_not_depend_on_the_schedule(
         request.getfixturevalue("deterministic")
     case = CASE if kind == "dense" else AttentionCase(num_heads=1, query_len=200, head_dim=8, block_size=150)
     expected: dict[str, Tensor] = {}
-    for schedule in over_schedules(native, cuda_kind):
+    for schedule in over_schedules(cuda_kind, num_random=3):
         if kind == "packed":
             results = everything_packed(dtype, cuda_device, None if by_flag else True)
         else:
             results = everything(case, dtype, cuda_device, None if by_flag else True)
         expected = expected or results
-        assert_same_bits(results, expected, schedule)
+        assert_all_equal(results, expected, schedule)
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
@@ -479,7 +461,7 @@ def test_forward_and_routing_are_always_deterministic(
     """And the schedules do differ: float32 gradients summed by atomic additions do not keep their bits."""
     expected: dict[str, Tensor] = {}
     gradients_differ = False
-    for schedule in over_schedules(native, cuda_kind):
+    for schedule in over_schedules(cuda_kind, num_random=3):
         if kind == "packed":
             results = everything_packed(dtype, cuda_device, False)
         else:
@@ -487,7 +469,7 @@ def test_forward_and_routing_are_always_deterministic(
         expected = expected or results
         gradients = [name for name in results if name.startswith("d_")]
         gradients_differ |= any(not torch.equal(results[name], expected[name]) for name in gradients)
-        assert_same_bits({n: t for n, t in results.items() if n not in gradients}, expected, schedule)
+        assert_all_equal({n: t for n, t in results.items() if n not in gradients}, expected, schedule)
     assert gradients_differ or dtype != torch.float32 or cuda_kind == "cuda"
 
 

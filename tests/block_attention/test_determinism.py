@@ -6,22 +6,15 @@ Numbers of threads and forks concern the CPU alone; ``test_cuda_contract.py`` ha
 import os
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 
 import pytest
 import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import (
-    AttentionCase,
-    assert_bitwise_equal,
-    make_gradients,
-    make_inputs,
-    run_attention,
-)
+from tests.block_attention.helpers import AttentionCase, make_gradients, make_inputs, run_attention
+from tests.common.runs import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
 
 CPU = torch.device("cpu")
 NUM_THREADS = [1, 2, 3, 5]
@@ -54,30 +47,6 @@ def everything_varlen(dtype: torch.dtype, device: torch.device) -> dict[str, Ten
     )
     gradients = torch.autograd.grad((out * lse.T[..., None].to(out.dtype)).sum(), inputs)
     return dict(zip(("out", "lse", "d_query", "d_key", "d_value"), (out, lse, *gradients), strict=True))
-
-
-def assert_all_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    for name, tensor in actual.items():
-        assert_bitwise_equal(f"{name}, {what}", tensor.detach(), expected[name].detach())
-
-
-def assert_concurrent_calls_agree(
-    run: Callable[[int], dict[str, Tensor]], num_threads: int, num_runs: int = 3, num_callers: int = 6
-) -> None:
-    """Python threads that all begin at once, each with a seed of its own, get the bits of a call alone every time."""
-    seeds = range(num_callers)
-    expected = [run(seed) for seed in seeds]
-    barrier = Barrier(num_callers)
-
-    def work(seed: int) -> list[dict[str, Tensor]]:
-        torch.set_num_threads(num_threads)
-        barrier.wait(timeout=60)
-        return [run(seed) for _ in range(num_runs)]
-
-    with ThreadPoolExecutor(num_callers) as pool:
-        for seed, runs in zip(seeds, pool.map(work, seeds), strict=True):
-            for run_idx, result in enumerate(runs):
-                assert_all_equal(result, expected[seed], f"seed {seed}, run {run_idx}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -140,25 +109,6 @@ def test_the_lock_is_released_while_a_kernel_runs() -> None:
 def test_the_lock_is_released_while_an_emulated_kernel_runs(cuda_device: torch.device) -> None:
     case = AttentionCase(num_heads=2, query_len=300, head_dim=32, block_size=32, top_k=4)
     assert_lock_is_released(case, cuda_device)
-
-
-def run_in_fork(work: Callable[[], bool], timeout_s: float = 60.0) -> int:
-    """Exit code of ``work`` in a forked child: 0 for True, 1 for False, 2 for an exception, -9 for a hang."""
-    child = os.fork()
-    if child == 0:
-        exit_code = 2
-        try:
-            exit_code = 0 if work() else 1
-        finally:
-            os._exit(exit_code)
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list a process's threads")

@@ -12,18 +12,15 @@ from tests.block_attention.helpers import (
     AttentionCase,
     AttentionResult,
     assert_attention_close,
-    assert_bitwise_equal,
     assert_routing_contract,
-    assert_same_nonfinite,
     assert_same_support,
-    integer_tensor,
     make_gradients,
     make_inputs,
-    random_tensor,
     reference_attention,
     score_margins,
     with_layout,
 )
+from tests.common.tensors import assert_bitwise_equal, assert_same_nonfinite, integer_tensor, random_tensor
 from tests.common.tolerances import TOLERANCES, UNDERFLOW, UNIT_ROUNDOFF, accumulation_dtype
 from topgather import reference
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 import topgather as tg
 from tests.block_attention.helpers import (
-    DTYPES,
     LAYOUTS,
     AttentionCase,
     assert_attention_close,
     assert_routing_contract,
-    assert_same_nonfinite,
     check_attention,
     make_gradients,
     make_inputs,
@@ -24,6 +22,7 @@ from tests.block_attention.helpers import (
     with_layout,
 )
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_same_nonfinite
 from topgather import reference
 
 

@@ -13,11 +13,11 @@ import topgather as tg
 from tests.block_attention.helpers import (
     AttentionCase,
     assert_attention_close,
-    assert_bitwise_equal,
     make_gradients,
     make_inputs,
     run_attention,
 )
+from tests.common.tensors import assert_bitwise_equal
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched"),

@@ -6,16 +6,14 @@ from torch import Tensor
 
 import topgather as tg
 from tests.block_attention.helpers import (
-    DTYPES,
     LAYOUTS,
     AttentionCase,
-    assert_bitwise_equal,
     assert_routing_contract,
     assert_same_support,
-    integer_tensor,
     make_inputs,
     with_layout,
 )
+from tests.common.tensors import DTYPES, assert_bitwise_equal, integer_tensor
 from topgather import reference
 
 CASES = [

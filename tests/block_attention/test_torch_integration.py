@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topgather as tg
-from tests.block_attention.helpers import AttentionCase, assert_bitwise_equal, make_gradients, make_inputs
+from tests.block_attention.helpers import AttentionCase, make_gradients, make_inputs
 from tests.common.devices import widest_dtype
+from tests.common.tensors import assert_bitwise_equal
 
 CASE = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=50, head_dim=8, value_dim=6, block_size=8, top_k=3)
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, Packed, assert_bitwise_equal, assert_routing_contract
+from tests.block_attention.helpers import Packed, assert_routing_contract
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 
 LENGTHS = {
     "equal": ([40, 40, 40], [40, 40, 40]),

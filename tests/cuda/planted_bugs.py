@@ -24,16 +24,15 @@ import topgather as tg
 from tests.block_attention.helpers import (
     AttentionCase,
     assert_attention_close,
-    assert_bitwise_equal,
     assert_routing_contract,
     check_attention,
-    integer_tensor,
     make_gradients,
     make_inputs,
     run_attention,
 )
 from tests.block_attention.test_varlen import Packed
 from tests.common import emulated
+from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from tests.cuda.planted_bug import (
     BEFORE_WAIT,
     DIVERGENT,

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import (
-    AttentionCase,
-    Packed,
-    assert_bitwise_equal,
-    check_attention,
-    make_gradients,
-    make_inputs,
-)
+from tests.block_attention.helpers import AttentionCase, Packed, check_attention, make_gradients, make_inputs
+from tests.common.tensors import assert_bitwise_equal
 
 pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

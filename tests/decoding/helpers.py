@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import (
-    AttentionCase,
-    assert_bitwise_equal,
-    assert_close,
-    assert_routing_contract,
-    attention_magnitudes,
-    random_tensor,
-    with_layout,
-)
+from tests.block_attention.helpers import AttentionCase, assert_routing_contract, attention_magnitudes, with_layout
+from tests.common.tensors import assert_bitwise_equal, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from topgather import reference
 

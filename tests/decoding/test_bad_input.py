@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import random_tensor
+from tests.common.tensors import random_tensor
 
 OPTIONS: dict[str, Any] = {"block_size": 4, "max_seq_len": 32}
 ops = torch.ops.topgather

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, random_tensor
+from tests.common.tensors import DTYPES, assert_bitwise_equal, random_tensor
 from tests.decoding.helpers import (
     DecodeCase,
     assert_same_contents,

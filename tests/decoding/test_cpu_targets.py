@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES
+from tests.common.tensors import DTYPES
 from tests.decoding.helpers import DecodeCase, assert_rows, check_decode, in_steps, make_cache, make_tokens, run_steps
 
 TARGETS = tg._native.available_cpu_targets()

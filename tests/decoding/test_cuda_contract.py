@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal, assert_close, assert_routing_contract, random_tensor
+from tests.block_attention.helpers import assert_routing_contract
+from tests.common.schedules import CUDA_DTYPES, over_schedules
+from tests.common.tensors import assert_bitwise_equal, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES
-from tests.memory.test_cuda_contract import CUDA_DTYPES, over_schedules
 from topgather import reference
 from topgather.ops import _cuda
 from topgather.ops._library import DTYPE_CODES

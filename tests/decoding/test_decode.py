@@ -4,14 +4,8 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import (
-    DTYPES,
-    LAYOUTS,
-    assert_bitwise_equal,
-    assert_same_nonfinite,
-    integer_tensor,
-    random_tensor,
-)
+from tests.block_attention.helpers import LAYOUTS
+from tests.common.tensors import DTYPES, assert_bitwise_equal, assert_same_nonfinite, integer_tensor, random_tensor
 from tests.common.tolerances import UNIT_ROUNDOFF, accumulation_dtype
 from tests.decoding.helpers import (
     Cache,

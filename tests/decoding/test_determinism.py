@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, random_tensor
-from tests.block_attention.test_determinism import assert_concurrent_calls_agree, run_in_fork
+from tests.common.runs import assert_concurrent_calls_agree, run_in_fork
+from tests.common.tensors import DTYPES, assert_bitwise_equal, random_tensor
 from tests.decoding.helpers import DecodeCase, Rows, in_steps, make_cache, make_tokens, run_steps
 
 CPU = torch.device("cpu")

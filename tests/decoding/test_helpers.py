@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.block_attention.helpers import DTYPES
+from tests.common.tensors import DTYPES
 from tests.decoding.helpers import (
     DecodeCase,
     Rows,

@@ -5,8 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES
 from tests.decoding.helpers import DecodeCase, assert_same_contents, check_decode, make_cache, make_tokens, padded
 
 CPU = torch.device("cpu")

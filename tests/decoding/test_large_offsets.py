@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.block_attention.helpers import assert_bitwise_equal, random_tensor
+from tests.common.tensors import assert_bitwise_equal, random_tensor
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched"),

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal, random_tensor
+from tests.common.tensors import assert_bitwise_equal, random_tensor
 from tests.decoding.helpers import Cache, DecodeCase, assert_same_contents, filled_cache
 
 ops = torch.ops.topgather

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_close, random_tensor
+from tests.common import tensors
+from tests.common.tensors import Case, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
-from tests.memory import helpers as memory_helpers
-from tests.memory.helpers import Case
 from topgather import reference
 from topgather.ops._grid_kernels import GRID, WINDOW, tokens_per_group
 
@@ -68,7 +67,7 @@ def with_layout(tensor: Tensor, layout: str) -> Tensor:
     """
     if layout == "fused":
         return tensor.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
-    return memory_helpers.with_layout(tensor, layout)
+    return tensors.with_layout(tensor, layout)
 
 
 def make_inputs(
@@ -96,7 +95,7 @@ def make_inputs(
     if layout == "transposed":
         bias = bias.transpose(-2, -1).contiguous().transpose(-2, -1)
     elif layout != "fused":
-        bias = memory_helpers.with_layout(bias, layout)
+        bias = tensors.with_layout(bias, layout)
     return Inputs(query, key, value, grad_out, bias.requires_grad_())
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, random_tensor
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_bitwise_equal, random_tensor
 from tests.grid.helpers import (
     GRID,
     LAYOUTS,

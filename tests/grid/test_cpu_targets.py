@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.grid.helpers import GridCase, assert_grid_close, check_grid, make_inputs, run_grid
 
 TARGETS = tg._native.available_cpu_targets()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal
 from tests.common.devices import widest_dtype
+from tests.common.tensors import assert_bitwise_equal
 from tests.grid.helpers import GridCase, attend, make_inputs, run_grid
 
 CASES = [

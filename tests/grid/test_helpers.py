@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.block_attention.helpers import DTYPES, random_tensor
+from tests.common.tensors import DTYPES, random_tensor
 from tests.common.tolerances import accumulation_dtype
 from tests.grid.helpers import (
     LAYOUTS,

@@ -5,8 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.grid.helpers import LAYOUTS, PARTITIONS, GridCase, assert_grid_close, check_grid, make_inputs, run_grid
 
 BOUNDED = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

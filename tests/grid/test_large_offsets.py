@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.block_attention.helpers import assert_bitwise_equal
+from tests.common.tensors import assert_bitwise_equal
 from tests.grid.helpers import PARTITIONS, GridCase, make_inputs, run_grid
 
 pytestmark = [

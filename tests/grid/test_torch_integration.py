@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal
+from tests.common.tensors import assert_bitwise_equal
 from tests.grid.helpers import LAYOUTS, PARTITIONS, GridCase, Inputs, make_inputs
 
 CASE = GridCase(rows=7, columns=5, step=(3, 2), head_dim=8, has_bias=True)

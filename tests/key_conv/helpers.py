@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_close, random_tensor
+from tests.common import tensors
+from tests.common.tensors import LAYOUTS as LAYOUTS
+from tests.common.tensors import Case, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES
-from tests.memory import helpers as memory_helpers
-from tests.memory.helpers import LAYOUTS as LAYOUTS
-from tests.memory.helpers import Case
 from topgather import reference
 
 NAMES = ("key", "weight", "state")
@@ -70,7 +69,7 @@ def make_inputs(
     """Random inputs, all in the given layout."""
 
     def random(shape: tuple[int, ...], number: int, of_dtype: torch.dtype = dtype) -> Tensor:
-        return memory_helpers.with_layout(random_tensor(shape, of_dtype, device, 8 * seed + number), layout)
+        return tensors.with_layout(random_tensor(shape, of_dtype, device, 8 * seed + number), layout)
 
     key, grad_out = random(case.shape(), 0), random(case.shape(), 1)
     weight = random((case.num_heads, case.head_dim, case.width), 2, weight_dtype or dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.key_conv.helpers import KeyConvCase, assert_key_conv_close, check_key_conv, make_inputs, run_key_conv
 
 TARGETS = tg._native.available_cpu_targets()

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal
+from tests.common.schedules import CUDA_DTYPES, over_schedules
+from tests.common.tensors import assert_bitwise_equal
 from tests.key_conv.helpers import Inputs, KeyConvCase, check_key_conv, make_inputs, run_key_conv
-from tests.memory.test_cuda_contract import CUDA_DTYPES, over_schedules
 from topgather.ops import _cuda
 from topgather.ops._library import DTYPE_CODES
 

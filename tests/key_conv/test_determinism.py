@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal
-from tests.block_attention.test_determinism import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
+from tests.common.runs import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.key_conv.helpers import Inputs, KeyConvCase, make_inputs, run_key_conv
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.block_attention.helpers import DTYPES
+from tests.common.tensors import DTYPES
 from tests.key_conv.helpers import LAYOUTS, Inputs, KeyConvCase, assert_key_conv_close, make_inputs, reference_key_conv
 
 CPU = torch.device("cpu")

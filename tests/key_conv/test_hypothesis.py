@@ -5,8 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.key_conv.helpers import (
     LAYOUTS,
     KeyConvCase,

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, random_tensor
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, assert_bitwise_equal, random_tensor
 from tests.key_conv.helpers import (
     LAYOUTS,
     Inputs,

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal
+from tests.common.tensors import assert_bitwise_equal
 from tests.key_conv.helpers import LAYOUTS, KeyConvCase, convolve, make_inputs
 
 DENSE = KeyConvCase(num_tokens=9, head_dim=8, width=4)

@@ -3,49 +3,18 @@
 The checks raise AssertionError; ``test_helpers.py`` plants wrong data and demands that they do.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_close, random_tensor
+from tests.common.tensors import Case, assert_close, random_tensor, with_layout
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from topgather import reference
 from topgather.ops.memory import ACTIVATIONS
 
-LAYOUTS = ["contiguous", "offset", "padded", "transposed", "expanded"]
 PATTERNS = ["uniform", "distinct", "hot", "power_law"]
-
-
-class Case:
-    """A problem size; its text is a test id, the fields that differ from the default."""
-
-    def __str__(self) -> str:
-        every = fields(self)  # type: ignore[arg-type]
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in every if getattr(self, f.name) != f.default]
-        return ",".join(changed) or "default"
-
-
-def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """The same values with other strides or another offset; last dimension contiguous. "expanded" repeats the first."""
-    if layout == "contiguous":
-        return tensor.clone(memory_format=torch.contiguous_format)
-    if layout == "offset":
-        # One element past the allocation's start: aligned to the element and to nothing wider.
-        return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
-    if layout == "padded":
-        storage = tensor.new_full([size + 3 for size in tensor.shape], float("nan"))
-        view = storage[tuple(slice(1 + dim % 2, 1 + dim % 2 + size) for dim, size in enumerate(tensor.shape))]
-        return view.copy_(tensor)
-    if layout == "transposed":
-        # Of two dimensions every other row: the last one stays contiguous.
-        if tensor.ndim == 2:
-            return tensor.repeat_interleave(2, dim=0)[::2]
-        return tensor.transpose(0, -2).contiguous().transpose(0, -2)
-    if layout == "expanded":
-        return tensor[:1].clone().expand(tensor.shape)
-    raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
 
 
 def root_sum_square(terms: Tensor, dim: int | tuple[int, ...]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import integer_tensor, random_tensor
+from tests.common.tensors import integer_tensor, random_tensor
 from tests.cuda.planted_bug import (
     BEFORE_WAIT,
     OUT_OF_BOUNDS,

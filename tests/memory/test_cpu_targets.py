@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, integer_tensor, random_tensor
+from tests.common.tensors import DTYPES, assert_bitwise_equal, integer_tensor, random_tensor
 from tests.memory.helpers import LookupCase, TopkCase, assert_topk_contract, check_experts, check_lookup, check_topk
 from tests.memory.test_determinism import look_up, search
 from topgather import reference

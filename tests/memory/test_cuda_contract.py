@@ -1,14 +1,12 @@
 """What holds of memory layers' CUDA kernels alone: indices that name no row, sizes left to torch's ops, schedules."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal, integer_tensor
+from tests.common.schedules import CUDA_DTYPES, over_schedules
+from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from tests.memory.helpers import (
     LookupCase,
     TopkCase,
@@ -23,20 +21,14 @@ from tests.memory.helpers import (
 )
 from tests.memory.test_determinism import look_up, search
 from topgather import reference
-from topgather.ops import _cuda, _memory_cuda
+from topgather.ops import _memory_cuda
 
-CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The last row is named by the tests alone.
 CASE = LookupCase(num_rows=41, width=20, num_tokens=15)
 LAST = CASE.num_rows - 1
 BAD_INDICES = [LAST + 1, LAST + 2, -1, 2**31 - 1, 2**31, -(2**31), 2**32, 2**32 + 5, 2**40, 2**63 - 1, -(2**63)]
 # Token and entry of each fault: the first and the last, two of one token.
 PLACES = [(0, 0), (6, 1), (6, 4), (14, 5)]
-SCHEDULES: list[dict[str, Any]] = [
-    {"order": "ascending", "cp_async": "at_wait"},
-    {"order": "descending", "cp_async": "at_issue"},
-    *({"order": "random", "cp_async": "mixed", "seed": seed} for seed in (1, 2)),
-]
 
 
 def faulty_indices(lookup_indices: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,15 +239,6 @@ def test_more_of_everything(case: LookupCase, dtype: torch.dtype, cuda_device: t
 
 
 # --- schedules and what is declared -----------------------------------------------------------------------------------
-
-
-def over_schedules(cuda_kind: str) -> Iterator[str]:
-    """Sets one schedule after the other; a GPU has its own."""
-    native = _cuda.native_module()
-    for schedule in SCHEDULES:
-        if cuda_kind == "emulated_cuda":
-            native.set_options(**schedule)
-        yield str(schedule)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, random_tensor
-from tests.block_attention.test_determinism import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
+from tests.common.runs import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
+from tests.common.tensors import DTYPES, assert_bitwise_equal, random_tensor
 from tests.memory.helpers import LookupCase, TopkCase, make_lookup, make_topk_inputs, run_experts, run_lookup
 
 CPU = torch.device("cpu")

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.block_attention.helpers import random_tensor
+from tests.common.tensors import LAYOUTS, random_tensor, with_layout
 from tests.common.tolerances import accumulation_dtype
 from tests.memory.helpers import (
-    LAYOUTS,
     PATTERNS,
     Lookup,
     LookupCase,
@@ -25,7 +24,6 @@ from tests.memory.helpers import (
     make_lookup,
     make_topk_inputs,
     sums_of_pairs,
-    with_layout,
 )
 from topgather import reference
 

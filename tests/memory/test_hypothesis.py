@@ -5,10 +5,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES
 from tests.common.devices import widest_dtype
+from tests.common.tensors import DTYPES, LAYOUTS
 from tests.memory.helpers import (
-    LAYOUTS,
     PATTERNS,
     LookupCase,
     TopkCase,

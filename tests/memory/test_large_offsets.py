@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal, random_tensor
+from tests.common.tensors import assert_bitwise_equal, random_tensor
 from tests.memory.helpers import TopkCase, make_topk_inputs
 
 pytestmark = [

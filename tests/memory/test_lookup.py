@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, assert_close, random_tensor
+from tests.common.tensors import DTYPES, LAYOUTS, assert_bitwise_equal, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from tests.memory.helpers import (
-    LAYOUTS,
     LookupCase,
     assert_experts_close,
     assert_lookup_close,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.memory.helpers import (
     PATTERNS,
     Lookup,

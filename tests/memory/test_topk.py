@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.helpers import DTYPES, assert_bitwise_equal, integer_tensor, random_tensor
+from tests.common.tensors import DTYPES, LAYOUTS, assert_bitwise_equal, integer_tensor, random_tensor
 from tests.memory.helpers import (
-    LAYOUTS,
     TopkCase,
     assert_topk_contract,
     assert_topk_gradients,

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import topgather as tg
-from tests.block_attention.helpers import assert_bitwise_equal
+from tests.common.tensors import assert_bitwise_equal
 from tests.memory.helpers import LookupCase, TopkCase, make_lookup, make_topk_inputs
 
 TOPK = TopkCase(num_tokens=7, num_heads=2, num_keys=10, head_dim=12, top_k=4)
