@@ -12,18 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.planted_bugs import (
-    BACKWARD,
-    BUGS,
-    CASES,
-    FORWARD,
-    FORWARD_FLOAT32,
-    ROUTE,
-    UNITS,
-    CaseRunner,
-    PlantedBug,
-    build,
-)
+from tests.block_attention.planted_bugs import BACKWARD, FORWARD, FORWARD_FLOAT32, ROUTE
+from tests.cuda.planted_bugs import BUGS, CASES, UNITS, CaseRunner, PlantedBug, build
 
 EMULATION = Path(os.environ.get("TOPGATHER_EMULATION", "")).absolute()
 pytestmark = pytest.mark.skipif(
