@@ -63,19 +63,10 @@ OUT ?= build/gpu/results
 gpu:
 	$(PYTHON) tools/gpu.py --output $(OUT)
 
-# The native code once more, built with address and undefined-behaviour sanitizers, under the tests that reach every
-# kernel. Leaks are not looked for: the interpreter and torch never free what they own. libstdc++ is preloaded so that the
-# sanitizer finds the function that throws exceptions.
+# The native code once more, built with address and undefined-behaviour sanitizers, under the tests marked `sanitize`,
+# which reach every kernel. Leaks are not looked for: the interpreter and torch never free what they own. libstdc++ is
+# preloaded so that the sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
-SANITIZED_TESTS := $(addprefix tests/,block_attention/test_centroids.py block_attention/test_routing.py \
-  block_attention/test_attention.py block_attention/test_varlen.py block_attention/test_gradcheck.py \
-  block_attention/test_cpu_targets.py block_attention/test_determinism.py block_attention/test_bad_input.py \
-  memory/test_topk.py memory/test_lookup.py memory/test_sparse.py memory/test_gradcheck.py \
-  memory/test_cpu_targets.py memory/test_determinism.py memory/test_bad_input.py grid/test_attention.py \
-  grid/test_gradcheck.py grid/test_cpu_targets.py grid/test_determinism.py grid/test_bad_input.py \
-  key_conv/test_key_conv.py key_conv/test_cpu_targets.py key_conv/test_determinism.py key_conv/test_bad_input.py \
-  decoding/test_decode.py decoding/test_cache.py decoding/test_cpu_targets.py decoding/test_determinism.py \
-  decoding/test_bad_input.py)
 sanitize: install
 	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
@@ -85,7 +76,7 @@ sanitize: install
 	PYTHONPATH=$(SANITIZED)/package \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  $(RUN) -m pytest -n 2 $(SANITIZED_TESTS)
+	  $(RUN) -m pytest -n 2 -m sanitize $(addprefix --ignore=tests/,cuda distributed package transformers) tests
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -100,9 +100,9 @@ def test_backward_twice_needs_retain_graph(case: OpCase, device: torch.device) -
 def test_a_tensor_changed_in_place_before_backward(case: OpCase, device: torch.device) -> None:
     """Refused, unless the backward pass has no use for it: never a wrong gradient."""
     expected = gradients_of(case, *_run(case, device))
-    for name in (*case.differentiable, *case.differentiable_results):
+    for name in (*case.tensors(), *case.differentiable_results):
         inputs = case.inputs(torch.float32, device, requires_grad=True)
-        moved = {key: value * 1 if key in case.differentiable else value for key, value in inputs.items()}
+        moved = {key: value * 1 if isinstance(value, Tensor) else value for key, value in inputs.items()}
         results = case.run(moved)
         loss = loss_of(case, results)
         {**moved, **results}[name].detach().add_(1)
@@ -127,3 +127,19 @@ def test_checkpoint_recomputes_the_same(case: OpCase, device: torch.device) -> N
     expected = gradients_of(case, case.run(inputs), inputs)
     results = checkpoint(case.run, inputs, use_reentrant=False)
     assert_all_equal(gradients_of(case, results, inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every(case for case in PUBLIC if case.differentiable)
+def test_autocast_with_and_without_gradient(case: OpCase, dtype: torch.dtype, device: torch.device) -> None:
+    """float32 inputs give the same bits of the same dtypes whether or not gradients are recorded."""
+    found = []
+    for requires_grad in (True, False):
+        inputs = case.inputs(torch.float32, device, requires_grad=requires_grad)
+        with torch.autocast(device.type, dtype):
+            found.append(case.run(inputs))
+    for name, result in found[0].items():
+        assert result.dtype == found[1][name].dtype and torch.equal(result, found[1][name])
+    assert all(found[0][name].requires_grad for name in case.differentiable_results)
+    if case.function.__name__ in ("moba_attention", "key_conv", "grid_attention", "window_attention"):
+        assert found[0]["out"].dtype == dtype

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.common.ops import CASES, PUBLIC, OpCase, every
 from tests.common.runs import assert_all_equal
 
+pytestmark = pytest.mark.sanitize
 TYPE = (TypeError,)
 VALUE = (ValueError,)
 EITHER = (TypeError, ValueError)

@@ -8,15 +8,14 @@ import os
 import pytest
 import torch
 
-from tests.common.ops import CASES, PUBLIC, SHARED, OpCase, every
+from tests.common.ops import CASES, PUBLIC, SHARED, OpCase, every, one_of_each
 from tests.common.runs import assert_all_equal, assert_concurrent_calls_agree, run_in_fork
 from tests.common.tensors import DTYPES
 
+pytestmark = pytest.mark.sanitize
 CPU = torch.device("cpu")
-ONE_EACH = list({case.function.__name__: case for case in reversed(SHARED)}.values())
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES)
 @every([*SHARED, *(case for case in PUBLIC if "varlen" in case.name)])
 def test_bits_do_not_depend_on_the_number_of_threads(case: OpCase, dtype: torch.dtype) -> None:
@@ -29,7 +28,6 @@ def test_bits_do_not_depend_on_the_number_of_threads(case: OpCase, dtype: torch.
             assert_all_equal(found, expected, f"{num_threads} threads, run {run_idx}")
 
 
-@pytest.mark.sanitize
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every(CASES)
@@ -39,7 +37,6 @@ def test_the_same_bits_from_run_to_run(case: OpCase, dtype: torch.dtype, device:
         assert_all_equal(case.everything(case.inputs(dtype, device, requires_grad=True)), first, f"run {run_idx}")
 
 
-@pytest.mark.sanitize
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("num_threads", [1, 3])
 @every(PUBLIC)
@@ -51,11 +48,17 @@ def test_concurrent_calls_give_the_same_bits(case: OpCase, num_threads: int, dev
     )
 
 
-@pytest.mark.sanitize
+@every(one_of_each())
+def test_concurrent_calls_that_share_threads(case: OpCase) -> None:
+    assert_concurrent_calls_agree(
+        lambda seed: case.everything(case.inputs(torch.float32, CPU, seed, requires_grad=True)), 3, 1, 4
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("num_threads", [1, 3])
-@every(ONE_EACH)
+@every(one_of_each())
 def test_a_forked_child_can_call(case: OpCase, num_threads: int) -> None:
     """The parent used its threads; the child, which inherits none of them, gets the same bits and does not hang.
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.common.ops import REGISTERED, OpCase
+from tests.common.ops import REGISTERED, OpCase, every
 from tests.common.runs import assert_all_equal
 
 pytestmark = [
@@ -19,6 +19,7 @@ pytestmark = [
 ]
 PAST = 2**31 + 2**20
 MOST_BYTES = 4
+MOST_ELEMENTS = 2**14
 TENSORS = [
     (case, name) for case in REGISTERED for name in case.tensors() if case.example[name].element_size() <= MOST_BYTES
 ]
@@ -47,6 +48,21 @@ def far_views(tensor: Tensor, storage: Tensor) -> Iterator[tuple[str, Tensor]]:
             strides[dim] = PAST // (size - 1) // 8 * 8
             assert strides[dim] * (size - 1) > 2**31
             yield f"dimension {dim}", elements.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every(REGISTERED)
+def test_all_far_away(case: OpCase, dtype: torch.dtype, storage: Tensor, device: torch.device) -> None:
+    """Views of the same bytes, far enough apart to share none."""
+    expected = case.everything(case.inputs(dtype, device))
+    inputs = case.inputs(dtype, device)
+    for number, name in enumerate(name for of, name in TENSORS if of is case):
+        elements, tensor = storage.view(inputs[name].dtype), inputs[name]
+        offset = PAST + MOST_ELEMENTS * MOST_BYTES // tensor.element_size() * number
+        assert tensor.numel() <= MOST_ELEMENTS
+        inputs[name] = elements[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+    assert_all_equal(case.everything(inputs), expected)
 
 
 @pytest.mark.usefixtures("deterministic")

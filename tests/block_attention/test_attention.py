@@ -23,6 +23,8 @@ from tests.common.devices import widest_dtype
 from tests.common.tensors import DTYPES, assert_bitwise_equal, assert_close
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 
+pytestmark = pytest.mark.sanitize
+
 CASES = [
     AttentionCase(),
     AttentionCase(batch=2, num_heads=6, num_kv_heads=2, query_len=200, head_dim=32, top_k=4),

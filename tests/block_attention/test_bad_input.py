@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 import topgather as tg
+from tests.common.bad_input import CPU, EITHER, TYPE, VALUE, Change, alter, assert_refused, put
 
-Change = Callable[[dict[str, Any]], None]
-TYPE = (TypeError,)
-VALUE = (ValueError,)
-EITHER = (TypeError, ValueError)
+pytestmark = pytest.mark.sanitize
+
 RANGE = (ValueError, IndexError)
-CPU = torch.device("cpu")
 
 
 def dense_arguments() -> dict[str, Any]:
@@ -92,22 +90,7 @@ def refuse(
     device: torch.device = CPU,
 ) -> None:
     """The call fails with one of ``exceptions``, whose message has one of ``named`` (a|b) as a whole word."""
-    call = FUNCTIONS[function][0]
-    arguments = arguments_of(function, device)
-    call(**arguments)
-    change(arguments)
-    with pytest.raises(exceptions) as info:
-        call(**arguments)
-    assert type(info.value) in (TypeError, ValueError, IndexError)
-    assert re.search(rf"\b({named})\b", str(info.value)), f"does not name {named}: {info.value}"
-
-
-def put(name: str, value: Any) -> Change:
-    return lambda arguments: arguments.__setitem__(name, value)
-
-
-def alter(name: str, function: Callable[[Tensor], Any]) -> Change:
-    return lambda arguments: arguments.__setitem__(name, function(arguments[name]))
+    assert_refused(FUNCTIONS[function][0], arguments_of(function, device), change, named, exceptions)
 
 
 TENSORS = [
@@ -118,38 +101,9 @@ TENSORS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "name"), TENSORS)
-@pytest.mark.parametrize("wrong", [None, 3.0, [[1.0]], "query"], ids=repr)
-def test_not_a_tensor(function: str, name: str, wrong: Any, device: torch.device) -> None:
-    refuse(function, put(name, wrong), name, TYPE, device)
-
-
-@pytest.mark.parametrize(("function", "name"), TENSORS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype(function: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    refuse(function, alter(name, lambda tensor: tensor.to(dtype)), "query|key|value|" + name, EITHER, device)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype_throughout(function: str, dtype: torch.dtype, device: torch.device) -> None:
-    def change(arguments: dict[str, Any]) -> None:
-        for name in {"query", "key", "value"} & set(arguments):
-            arguments[name] = arguments[name].to(dtype)
-
-    refuse(function, change, "query|key|value", EITHER, device)
-
-
 @pytest.mark.parametrize(("function", "name"), [pair for pair in TENSORS if pair[0] != "block_centroids"])
 def test_mixed_dtypes(function: str, name: str, device: torch.device) -> None:
     refuse(function, alter(name, Tensor.bfloat16), name, EITHER, device)
-
-
-@pytest.mark.parametrize(("function", "name"), TENSORS)
-def test_wrong_number_of_dimensions(function: str, name: str, device: torch.device) -> None:
-    refuse(function, alter(name, lambda tensor: tensor[0]), name, VALUE, device)
-    refuse(function, alter(name, lambda tensor: tensor[None]), name, VALUE, device)
-    refuse(function, put(name, torch.tensor(1.0)), name, VALUE, device)
 
 
 @pytest.mark.parametrize(("function", "name"), TENSORS)
@@ -159,16 +113,6 @@ def test_last_dimension_not_contiguous(function: str, name: str, device: torch.d
 
     refuse(function, alter(name, spread), name, VALUE, device)
     refuse(function, alter(name, lambda tensor: tensor[..., :1].expand(tensor.shape)), name, VALUE, device)
-
-
-@pytest.mark.parametrize(("function", "name"), [pair for pair in TENSORS if pair[0] != "block_centroids"])
-def test_mixed_devices(function: str, name: str, device: torch.device) -> None:
-    refuse(function, alter(name, lambda tensor: tensor.to("meta")), name + "|device", EITHER, device)
-
-
-@pytest.mark.parametrize(("function", "name"), TENSORS)
-def test_sparse_layout(function: str, name: str, device: torch.device) -> None:
-    refuse(function, alter(name, Tensor.to_sparse), name, EITHER, device)
 
 
 @pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen"])
@@ -195,35 +139,7 @@ def test_shapes_that_do_not_fit(function: str, device: torch.device) -> None:
         refuse(function, alter("value", lambda value: value[:1]), "value", VALUE, device)
 
 
-INTEGERS = [
-    (function, name)
-    for function, (_, make_arguments) in FUNCTIONS.items()
-    for name in ("block_size", "top_k", "max_seqlen_q", "max_seqlen_k")
-    if name in make_arguments()
-]
-
-
-@pytest.mark.parametrize(("function", "name"), INTEGERS)
-@pytest.mark.parametrize("wrong", [1.5, 8.0, True, "8", [8], torch.tensor(8.0)], ids=repr)
-def test_integer_of_the_wrong_type(function: str, name: str, wrong: Any, device: torch.device) -> None:
-    refuse(function, put(name, wrong), name, TYPE, device)
-
-
-@pytest.mark.parametrize(("function", "name"), INTEGERS)
-@pytest.mark.parametrize("wrong", [0, -1, -(2**63), -(2**70)])
-def test_integer_too_small(function: str, name: str, wrong: int, device: torch.device) -> None:
-    # A maximum of 0 is too small for these sequences only: see test_max_seqlen_too_small.
-    wrong = -2 if name.startswith("max_seqlen") and wrong == 0 else wrong
-    refuse(function, put(name, wrong), name, VALUE, device)
-
-
-@pytest.mark.parametrize(("function", "name"), INTEGERS)
-@pytest.mark.parametrize("wrong", [2**31, 2**63 - 1, 2**64, 2**70])
-def test_integer_too_large(function: str, name: str, wrong: int, device: torch.device) -> None:
-    refuse(function, put(name, wrong), name, VALUE, device)
-
-
-@pytest.mark.parametrize("function", [function for function, name in INTEGERS if name == "block_size"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("block_size", [2**20, 2**31 - 1])
 def test_huge_block_size_is_one_block(function: str, block_size: int, device: torch.device) -> None:
     """Never a wrong answer from overflow: the result of one block that holds all keys."""
@@ -233,27 +149,6 @@ def test_huge_block_size_is_one_block(function: str, block_size: int, device: to
     if isinstance(expected, tg.BlockRouting):
         actual, expected = actual.block_indices, expected.block_indices
     torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("function", [function for function in FUNCTIONS if function != "block_centroids"])
-@pytest.mark.parametrize("wrong", [1, 0, None, "yes", torch.tensor(True)], ids=repr)
-def test_is_causal_of_the_wrong_type(function: str, wrong: Any, device: torch.device) -> None:
-    refuse(function, put("is_causal", wrong), "is_causal", TYPE, device)
-
-
-@pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen"])
-@pytest.mark.parametrize("wrong", [1, None, "yes"], ids=repr)
-def test_return_lse_of_the_wrong_type(function: str, wrong: Any, device: torch.device) -> None:
-    refuse(function, put("return_lse", wrong), "return_lse", TYPE, device)
-
-
-@pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen"])
-def test_scale(function: str, device: torch.device) -> None:
-    for wrong in ("1", True, [1.0], torch.ones(2), 1j):
-        refuse(function, put("scale", wrong), "scale", TYPE, device)
-    for wrong in (float("nan"), float("inf"), -float("inf")):
-        refuse(function, put("scale", wrong), "scale", VALUE, device)
-    refuse(function, put("scale", 10**400), "scale", VALUE, device)
 
 
 @pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen"])
@@ -451,15 +346,6 @@ def test_strided_cu_seqlens_work(device: torch.device) -> None:
     spread = torch.tensor([0, 99, 12, 99, 12, 99, 20, 99], dtype=torch.int32, device=device)[::2]
     arguments["cu_seqlens_q"] = spread
     assert torch.equal(tg.moba_attention_varlen(**arguments), expected)
-
-
-def test_unknown_and_missing_arguments() -> None:
-    for function, (call, make_arguments) in FUNCTIONS.items():
-        with pytest.raises(TypeError, match="blocksize"):
-            call(**make_arguments(), blocksize=3)
-        with pytest.raises(TypeError, match="key"):
-            call(**{name: value for name, value in make_arguments().items() if name != "key"})
-        assert function
 
 
 def test_registered_ops_check_too(device: torch.device) -> None:

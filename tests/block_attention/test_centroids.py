@@ -10,6 +10,8 @@ from tests.common.tensors import DTYPES, assert_bitwise_equal, assert_close, ran
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from topgather import reference
 
+pytestmark = pytest.mark.sanitize
+
 
 def centroid_magnitude(key: Tensor, block_size: int) -> Tensor:
     """Root sum of squares of the terms of each centroid."""

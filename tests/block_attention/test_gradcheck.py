@@ -12,6 +12,8 @@ import topgather as tg
 from tests.block_attention.helpers import AttentionCase, make_inputs
 from tests.common.devices import widest_dtype
 
+pytestmark = pytest.mark.sanitize
+
 CPU = torch.device("cpu")
 
 CASES = [

@@ -16,6 +16,8 @@ from tests.block_attention.helpers import (
 from tests.common.tensors import DTYPES, assert_bitwise_equal, integer_tensor
 from topgather import reference
 
+pytestmark = pytest.mark.sanitize
+
 CASES = [
     AttentionCase(),
     AttentionCase(batch=2, num_heads=6, num_kv_heads=2, query_len=200, head_dim=32, block_size=16, top_k=4),

@@ -9,6 +9,8 @@ from tests.block_attention.helpers import Packed, assert_routing_contract
 from tests.common.devices import widest_dtype
 from tests.common.tensors import DTYPES, assert_bitwise_equal
 
+pytestmark = pytest.mark.sanitize
+
 LENGTHS = {
     "equal": ([40, 40, 40], [40, 40, 40]),
     "ragged": ([3, 77, 1, 20], [3, 77, 1, 20]),

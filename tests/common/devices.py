@@ -7,7 +7,7 @@
 The same cases run on all three. What is left out is left out by a rule of this file, never by a skip inside a test:
 
 1. a kind that this run does not have (no ``TOPGATHER_EMULATION``, no GPU), or that a test is not marked for;
-2. float64 on CUDA, where no kernel takes it; ``block_attention/test_bad_input.py`` sees it refused;
+2. float64 on CUDA, where no kernel takes it; ``all_ops/test_bad_types.py`` sees it refused;
 3. on the emulator, some ten thousand times slower than a GPU, the tests of ``NOT_EMULATED``, each with its reason and
    the smaller test that stands in for it;
 4. on the emulator, of the tests of ``THINNED``, every n-th diagonal of the table of parameters: the items whose
@@ -30,6 +30,8 @@ TESTS = Path(__file__).resolve().parents[1]
 
 KINDS = ["cpu", "emulated_cuda", "cuda"]
 CUDA_KINDS = ["emulated_cuda", "cuda"]
+CPU_TARGETS: list[str] = tg._native.available_cpu_targets()
+"""Instruction sets that this machine has, the portable build first."""
 
 # Why not, and what stands in.
 HYPOTHESIS = "hundreds of examples"
@@ -132,7 +134,7 @@ THINNED: dict[str, int] = {
     "grid/test_attention.py::test_layouts": 3,
     "grid/test_attention.py::test_empty": 3,
     "grid/test_attention.py::test_a_token_that_is_not_finite_reaches_exactly_its_group": 3,
-    "grid/test_torch_integration.py::test_opcheck": 2,
+    "all_ops/test_compile.py::test_opcheck": 2,
     "key_conv/test_key_conv.py::test_against_reference": 3,
     "key_conv/test_key_conv.py::test_layouts": 3,
     "key_conv/test_key_conv.py::test_any_split_of_a_sequence_equals_the_whole": 3,

@@ -566,6 +566,11 @@ SHARED = [
 ]
 
 
+def one_of_each() -> list[OpCase]:
+    """A larger problem of each public function that has one."""
+    return list({case.function.__name__: case for case in reversed(SHARED)}.values())
+
+
 def every(cases: Iterable[OpCase]) -> pytest.MarkDecorator:
     """Run a test over cases, as its parameter ``case``."""
     return pytest.mark.parametrize("case", list(cases), ids=str)

@@ -9,6 +9,8 @@ import torch
 import topgather as tg
 from tests.common.tensors import random_tensor
 
+pytestmark = pytest.mark.sanitize
+
 OPTIONS: dict[str, Any] = {"block_size": 4, "max_seq_len": 32}
 ops = torch.ops.topgather
 

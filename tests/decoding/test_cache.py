@@ -19,6 +19,8 @@ from tests.decoding.helpers import (
     padded,
 )
 
+pytestmark = pytest.mark.sanitize
+
 PAGES = [0, 1, 3]
 CASE = DecodeCase(((30, 13, 0), (7, 7, 7), (1, 0, 1)), head_dim=12, value_dim=5)
 

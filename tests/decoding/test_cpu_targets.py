@@ -7,7 +7,7 @@ import topgather as tg
 from tests.common.tensors import DTYPES
 from tests.decoding.helpers import DecodeCase, assert_rows, check_decode, in_steps, make_cache, make_tokens, run_steps
 
-TARGETS = tg._native.available_cpu_targets()
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("cpu_target")]
 CPU = torch.device("cpu")
 
 CASES = [
@@ -23,14 +23,6 @@ CASES = [
         for n in (1, 2, 3, 4, 7, 9, 15, 16, 17, 31, 63, 65)
     ),
 ]
-
-
-@pytest.fixture(autouse=True, params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str:
-    """The instruction set in use."""
-    tg._native.set_cpu_target(request.param)
-    assert tg._native.cpu_target() == request.param
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

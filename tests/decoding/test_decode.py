@@ -22,6 +22,8 @@ from tests.decoding.helpers import (
 )
 from topgather import reference
 
+pytestmark = pytest.mark.sanitize
+
 CASES = [
     # Splits of one sequence: token by token, prefill and tokens, chunks that end anywhere.
     DecodeCase(in_steps(*[1] * 19), block_size=4),

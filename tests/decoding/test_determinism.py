@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-import topgather as tg
-from tests.common.runs import assert_concurrent_calls_agree, run_in_fork
-from tests.common.tensors import DTYPES, assert_bitwise_equal, random_tensor
+from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.decoding.helpers import DecodeCase, Rows, in_steps, make_cache, make_tokens, run_steps
+
+pytestmark = pytest.mark.sanitize
 
 CPU = torch.device("cpu")
 CASES = [
@@ -47,30 +46,3 @@ def test_a_sequence_does_not_depend_on_the_others(dtype: torch.dtype, pages: int
         own = type(tokens)(tokens.query[b : b + 1], tokens.key[b : b + 1], tokens.value[b : b + 1])
         actual = run_steps(alone, own, make_cache(alone, dtype, device))
         assert_rows_equal(actual, expected[b : b + 1], f"sequence {b} alone")
-
-
-def decoded(seed: int, device: torch.device) -> Tensor:
-    cache = tg.MobaCache(1, 2, 8, block_size=4, max_seq_len=100, device=device)
-    key, value = (random_tensor((1, 2, 80 + seed, 8), torch.float32, device, seed + i) for i in range(2))
-    cache.append(key, value)
-    return tg.moba_decode(random_tensor((1, 4, 3, 8), torch.float32, device, seed + 2), cache, top_k=3)
-
-
-def test_concurrent_calls_give_the_same_bits(device: torch.device) -> None:
-    """Six Python threads at once, each with a cache of its own, each several times."""
-    assert_concurrent_calls_agree(lambda seed: {"out": decoded(seed, device)}, torch.get_num_threads())
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_can_call() -> None:
-    """The parent used its threads; the child, which inherits none of them, gets the same bits and does not hang."""
-    torch.set_num_threads(3)
-    cache = tg.MobaCache(1, 8, 64, block_size=64, max_seq_len=8192)
-    cache.append(*[random_tensor((1, 8, 8192, 64), torch.float32, CPU, i) for i in range(2)])
-    query = random_tensor((1, 8, 1, 64), torch.float32, CPU, 2)
-    out = tg.moba_decode(query, cache, top_k=64).numpy()
-
-    def work() -> bool:
-        return bool((tg.moba_decode(query, cache, top_k=64).numpy() == out).all())
-
-    assert run_in_fork(work) == 0

@@ -26,6 +26,8 @@ from tests.grid.helpers import (
     run_grid,
 )
 
+pytestmark = pytest.mark.sanitize
+
 # Rows, columns and steps of the image: odd, prime, steps that divide and that do not, groups larger than the image.
 IMAGES = [
     (8, 8, (4, 4)),

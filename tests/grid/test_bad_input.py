@@ -1,6 +1,5 @@
 """Every argument of grid and window attention, given wrong: an error that names the argument."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.test_bad_input import CPU, EITHER, TYPE, VALUE, Change, alter, put
+from tests.common.bad_input import CPU, TYPE, VALUE, Change, alter, assert_refused, put
 
 
 def image_arguments() -> dict[str, Any]:
@@ -42,7 +41,7 @@ SIDES = {
 IMAGES = ["query", "key", "value"]
 TENSORS = [*IMAGES, "bias"]
 
-pytestmark = pytest.mark.parametrize("function", FUNCTIONS)
+pytestmark = [pytest.mark.sanitize, pytest.mark.parametrize("function", FUNCTIONS)]
 
 
 def arguments_of(function: str, device: torch.device) -> dict[str, Any]:
@@ -59,41 +58,7 @@ def refuse(
     device: torch.device = CPU,
 ) -> None:
     """The call fails with one of ``exceptions``, whose message has one of ``named`` (a|b) as a whole word."""
-    call = FUNCTIONS[function][0]
-    arguments = arguments_of(function, device)
-    call(**arguments)
-    change(arguments)
-    with pytest.raises(exceptions) as info:
-        call(**arguments)
-    assert type(info.value) in (TypeError, ValueError)
-    assert re.search(rf"\b({named})\b", str(info.value)), f"does not name {named}: {info.value}"
-
-
-@pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("wrong", [None, 3.0, [[1.0]], "query"], ids=repr)
-def test_not_a_tensor(function: str, name: str, wrong: Any, device: torch.device) -> None:
-    if name == "bias" and wrong is None:
-        arguments = arguments_of(function, device)
-        without = {key: value for key, value in arguments.items() if key != "bias"}
-        call = FUNCTIONS[function][0]
-        assert torch.equal(call(**{**arguments, "bias": None}), call(**without))
-        return
-    refuse(function, put(name, wrong), name, TYPE, device)
-
-
-@pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype(function: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    refuse(function, alter(name, lambda tensor: tensor.to(dtype)), name, TYPE, device)
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype_throughout(function: str, dtype: torch.dtype, device: torch.device) -> None:
-    def change(arguments: dict[str, Any]) -> None:
-        for name in TENSORS:
-            arguments[name] = arguments[name].to(dtype)
-
-    refuse(function, change, "query", TYPE, device)
+    assert_refused(FUNCTIONS[function][0], arguments_of(function, device), change, named, exceptions)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -114,13 +79,6 @@ def test_bias_of_another_dtype(function: str, device: torch.device) -> None:
         arguments["bias"] = arguments["bias"].half()
 
     refuse(function, change, "bias", TYPE, device)
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_wrong_number_of_dimensions(function: str, name: str, device: torch.device) -> None:
-    refuse(function, alter(name, lambda tensor: tensor[0]), name, VALUE, device)
-    refuse(function, alter(name, lambda tensor: tensor[None]), name, VALUE, device)
-    refuse(function, alter(name, lambda tensor: tensor.flatten()[0]), name, VALUE, device)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -176,16 +134,6 @@ def test_a_bias_may_have_any_strides(function: str, device: torch.device) -> Non
         assert torch.equal(call(**{**arguments, "bias": strided}), expected)
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_mixed_devices(function: str, name: str, device: torch.device) -> None:
-    refuse(function, alter(name, lambda tensor: tensor.to("meta")), name + "|device", EITHER, device)
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_sparse_layout(function: str, name: str, device: torch.device) -> None:
-    refuse(function, alter(name, Tensor.to_sparse), name, VALUE, device)
-
-
 @pytest.mark.parametrize("wrong", [1.5, "8", torch.tensor(8), True, {4, 3}, 2.0 + 0j], ids=repr)
 def test_sides_of_the_wrong_type(function: str, wrong: Any, device: torch.device) -> None:
     name = SIDES[function]
@@ -214,33 +162,6 @@ def test_sides_missing_or_said_twice(function: str, device: torch.device) -> Non
     for name in ("grid_size", "stride"):
         refuse(function, lambda arguments: arguments.update(grid_size=2, stride=2), name, VALUE, device)
         refuse(function, put(SIDES[function], None), name, VALUE, device)
-
-
-@pytest.mark.parametrize("wrong", ["1", [1.0], torch.tensor(1.0), True, 1j], ids=repr)
-def test_scale_of_the_wrong_type(function: str, wrong: Any, device: torch.device) -> None:
-    refuse(function, put("scale", wrong), "scale", TYPE, device)
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
-def test_scale_that_is_not_finite(function: str, wrong: float, device: torch.device) -> None:
-    refuse(function, put("scale", wrong), "scale", VALUE, device)
-
-
-def test_unknown_and_missing_arguments(function: str) -> None:
-    call, make_arguments = FUNCTIONS[function]
-    with pytest.raises(TypeError, match="is_causal"):
-        call(**make_arguments(), is_causal=True)
-    for missing in IMAGES:
-        with pytest.raises(TypeError, match=missing):
-            call(**{name: value for name, value in make_arguments().items() if name != missing})
-
-
-def test_an_error_leaves_the_op_usable(function: str, device: torch.device) -> None:
-    arguments = arguments_of(function, device)
-    expected = FUNCTIONS[function][0](**arguments)
-    with pytest.raises(ValueError, match="bias"):
-        FUNCTIONS[function][0](**{**arguments, "bias": arguments["bias"][:1]})
-    assert torch.equal(FUNCTIONS[function][0](**arguments), expected)
 
 
 def test_registered_ops_check_too(function: str, device: torch.device) -> None:

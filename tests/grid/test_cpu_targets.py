@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-import topgather as tg
-from tests.common.tensors import DTYPES, assert_bitwise_equal
+from tests.common.tensors import DTYPES
 from tests.grid.helpers import GridCase, assert_grid_close, check_grid, make_inputs, run_grid
 
-TARGETS = tg._native.available_cpu_targets()
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("cpu_target")]
 CPU = torch.device("cpu")
 
 CASES = [
@@ -27,14 +26,6 @@ CASES = [
         for n in (1, 2, 3, 4, 7, 9, 15, 17, 31, 48, 63, 65)
     ),
 ]
-
-
-@pytest.fixture(autouse=True, params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str:
-    """The instruction set in use."""
-    tg._native.set_cpu_target(request.param)
-    assert tg._native.cpu_target() == request.param
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,13 +52,3 @@ def test_numbers_that_are_not_finite(number: float, dtype: torch.dtype) -> None:
         tensor[(1, 70, 140) if name == "bias" else (0, 1, 9, 13, 2)] = number
         setattr(inputs, name, tensor.requires_grad_())
         assert_grid_close(run_grid(inputs, case), inputs, case)
-
-
-def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = make_inputs(CASES[3], dtype, CPU)
-        torch.set_num_threads(1)
-        expected = run_grid(inputs, CASES[3])
-        torch.set_num_threads(3)
-        for name, tensor in run_grid(inputs, CASES[3]).items():
-            assert_bitwise_equal(name, tensor, expected[name])

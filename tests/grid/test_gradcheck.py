@@ -11,6 +11,8 @@ from tests.common.devices import widest_dtype
 from tests.common.tensors import assert_bitwise_equal
 from tests.grid.helpers import GridCase, attend, make_inputs, run_grid
 
+pytestmark = pytest.mark.sanitize
+
 CASES = [
     GridCase(batch=1, rows=5, columns=3, step=(2, 2), head_dim=3),
     GridCase(rows=3, columns=4, step=(2, 3), head_dim=2, partition="window", has_bias=True),

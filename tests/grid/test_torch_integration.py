@@ -1,4 +1,4 @@
-"""Grid and window attention inside torch: opcheck, compile, autocast, fake and meta tensors, no gradients."""
+"""Grid and window attention inside a compiled model, under autocast, as fake and meta tensors of every layout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,14 +29,6 @@ def arguments_of(
     forward = tuple(tensor.detach() for tensor in forward if tensor is not None)
     out, lse = torch.ops.topgather.grid_attention(*forward, *options)
     return (inputs.grad_out, *forward, out, lse, *options, True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("partition", PARTITIONS)
-@pytest.mark.parametrize("name", OPS)
-def test_opcheck(name: str, partition: str, dtype: torch.dtype, device: torch.device) -> None:
-    op = getattr(torch.ops.topgather, name).default
-    torch.library.opcheck(op, arguments_of(name, dtype, device, partition, "fused"))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -102,15 +94,6 @@ def test_compile_dynamic_shapes(device: torch.device) -> None:
     for rows, columns in ((7, 5), (9, 6), (11, 17), (13, 8)):
         compare_compiled(compiled, layer_inputs(rows, columns, device))
     assert counter.frame_count == 1
-
-
-def test_compile_without_gradients(device: torch.device) -> None:
-    torch._dynamo.reset()
-    inputs = [tensor.detach() for tensor in layer_inputs(7, 5, device)]
-    compiled = torch.compile(attention_layer, fullgraph=True, backend="aot_eager")
-    for left, right in zip(compiled(*inputs), attention_layer(*inputs), strict=True):
-        assert not left.requires_grad
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -212,49 +195,3 @@ def test_public_functions_on_meta_tensors(partition: str) -> None:
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
-
-
-def test_without_gradients(device: torch.device) -> None:
-    """no_grad and inference_mode give the same bits and keep no graph."""
-    inputs = layer_inputs(7, 5, device)
-    expected = attention_layer(*inputs)
-    assert all(result.requires_grad for result in expected)
-    with torch.no_grad():
-        for left, right in zip(attention_layer(*inputs), expected, strict=True):
-            assert not left.requires_grad
-            assert_bitwise_equal("no_grad", left, right.detach())
-    with torch.inference_mode():
-        for left, right in zip(attention_layer(*(tensor.detach() for tensor in inputs)), expected, strict=True):
-            assert_bitwise_equal("inference_mode", left.clone(), right.detach())
-
-
-def test_backward_twice_needs_retain_graph(device: torch.device) -> None:
-    inputs = make_inputs(CASE, torch.float32, device)
-    leaves = tuple(inputs.leaves().values())
-    out = attend_mixed(inputs)
-    first = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
-    second = torch.autograd.grad(out.sum(), leaves)
-    for left, right in zip(first, second, strict=True):
-        assert_bitwise_equal("gradient", left, right)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(out.sum(), leaves)
-
-
-@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "out"])
-def test_changing_a_tensor_in_place_before_backward_is_refused(name: str, device: torch.device) -> None:
-    inputs = make_inputs(CASE, torch.float32, device)
-    tensors = {f"{key[2:]}": leaf * 1 for key, leaf in inputs.leaves().items()}
-    tensors["out"] = tg.grid_attention(**tensors, stride=CASE.step)
-    tensors[name].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        tensors["out"].sum().backward()
-
-
-def test_checkpoint_recomputes_the_same(device: torch.device) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    inputs = layer_inputs(7, 5, device)
-    expected = loss_gradients(attention_layer(*inputs), inputs)
-    results = checkpoint(attention_layer, *inputs, use_reentrant=False)
-    for left, right in zip(loss_gradients(results, inputs), expected, strict=True):
-        assert_bitwise_equal("gradient", left, right)

@@ -1,6 +1,5 @@
 """Every argument of the key convolution, given wrong: an error that names the argument."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,9 @@ import torch
 from torch import Tensor
 
 import topgather as tg
-from tests.block_attention.test_bad_input import EITHER, TYPE, VALUE, Change, alter, put
+from tests.common.bad_input import EITHER, TYPE, VALUE, Change, alter, assert_refused, put
+
+pytestmark = pytest.mark.sanitize
 
 
 def dense_arguments() -> dict[str, Any]:
@@ -43,45 +44,11 @@ def refuse(
     form: str, change: Change, named: str, exceptions: tuple[type[Exception], ...], device: torch.device
 ) -> None:
     """The call fails with one of ``exceptions``, whose message has one of ``named`` (a|b) as a whole word."""
-    arguments = arguments_of(form, device)
-    tg.key_conv(**arguments)
-    change(arguments)
-    with pytest.raises(exceptions) as info:
-        tg.key_conv(**arguments)
-    assert type(info.value) in (TypeError, ValueError)
-    assert re.search(rf"\b({named})\b", str(info.value)), f"does not name {named}: {info.value}"
+    assert_refused(tg.key_conv, arguments_of(form, device), change, named, exceptions)
 
 
 ARGUMENTS = [(form, name) for form, names in FLOATING.items() for name in names]
 every_tensor = pytest.mark.parametrize(("form", "name"), ARGUMENTS)
-
-
-@every_tensor
-@pytest.mark.parametrize("wrong", [3.0, [[1.0]], "key"], ids=repr)
-def test_not_a_tensor(form: str, name: str, wrong: Any, device: torch.device) -> None:
-    refuse(form, put(name, wrong), name, TYPE, device)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["key", "weight"])
-def test_none(form: str, name: str, device: torch.device) -> None:
-    refuse(form, put(name, None), name, TYPE, device)
-
-
-@every_tensor
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype(form: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
-    refuse(form, alter(name, lambda tensor: tensor.to(dtype)), name + "|weight", TYPE, device)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_unsupported_dtype_throughout(form: str, dtype: torch.dtype, device: torch.device) -> None:
-    def change(arguments: dict[str, Any]) -> None:
-        for name in FLOATING[form]:
-            arguments[name] = arguments[name].to(dtype)
-
-    refuse(form, change, "key", TYPE, device)
 
 
 @every_tensor
@@ -95,12 +62,6 @@ def test_mixed_dtypes(form: str, name: str, dtype: torch.dtype, device: torch.de
         refuse(form, alter(name, lambda tensor: tensor.to(dtype)), "state", TYPE, device)
         return
     refuse(form, alter(name, lambda tensor: tensor.to(dtype)), name + "|weight", TYPE, device)
-
-
-@every_tensor
-def test_wrong_number_of_dimensions(form: str, name: str, device: torch.device) -> None:
-    for change in (lambda t: t[0], lambda t: t[None], lambda t: t.flatten(), lambda t: t.sum()):
-        refuse(form, alter(name, change), name, VALUE, device)
 
 
 def test_dense_keys_with_boundaries_and_packed_ones_without(device: torch.device) -> None:
@@ -152,26 +113,6 @@ def test_a_weight_may_have_any_strides(device: torch.device) -> None:
         assert torch.equal(tg.key_conv(**{**arguments, "weight": strided}), expected)
 
 
-@every_tensor
-def test_mixed_devices(form: str, name: str, device: torch.device) -> None:
-    refuse(form, alter(name, lambda tensor: tensor.to("meta")), name + "|device", EITHER, device)
-
-
-@every_tensor
-def test_sparse_layout(form: str, name: str, device: torch.device) -> None:
-    refuse(form, alter(name, Tensor.to_sparse), name, VALUE, device)
-
-
-@pytest.mark.parametrize("wrong", [[0, 3, 7], 7, "0"], ids=repr)
-def test_boundaries_that_are_no_tensor(wrong: Any, device: torch.device) -> None:
-    refuse("packed", put("cu_seqlens", wrong), "cu_seqlens", TYPE, device)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int16])
-def test_boundaries_of_another_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    refuse("packed", alter("cu_seqlens", lambda t: t.to(dtype)), "cu_seqlens", TYPE, device)
-
-
 def test_boundaries_of_another_shape(device: torch.device) -> None:
     refuse("packed", alter("cu_seqlens", lambda t: t[None]), "cu_seqlens", VALUE, device)
     refuse("packed", alter("cu_seqlens", lambda t: t[:0]), "cu_seqlens", VALUE, device)
@@ -183,22 +124,6 @@ def test_boundaries_that_do_not_delimit(wrong: list[int]) -> None:
     """On the CPU; on CUDA nobody looks, and test_cuda_contract.py sees that nothing comes of it."""
     change = put("cu_seqlens", torch.tensor(wrong, dtype=torch.int32))
     refuse("packed", change, "cu_seqlens", VALUE, torch.device("cpu"))
-
-
-def test_unknown_and_missing_arguments() -> None:
-    with pytest.raises(TypeError, match="kernel_size"):
-        tg.key_conv(**dense_arguments(), kernel_size=3)
-    for missing in ("key", "weight"):
-        with pytest.raises(TypeError, match=missing):
-            tg.key_conv(**{name: value for name, value in dense_arguments().items() if name != missing})
-
-
-def test_an_error_leaves_the_op_usable(device: torch.device) -> None:
-    arguments = arguments_of("packed", device)
-    expected = tg.key_conv(**arguments)
-    with pytest.raises(ValueError, match="weight"):
-        tg.key_conv(**{**arguments, "weight": arguments["weight"][:1]})
-    assert torch.equal(tg.key_conv(**arguments), expected)
 
 
 def test_registered_ops_check_too(device: torch.device) -> None:

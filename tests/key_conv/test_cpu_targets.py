@@ -7,7 +7,7 @@ import topgather as tg
 from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.key_conv.helpers import KeyConvCase, assert_key_conv_close, check_key_conv, make_inputs, run_key_conv
 
-TARGETS = tg._native.available_cpu_targets()
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("cpu_target")]
 CPU = torch.device("cpu")
 
 CASES = [
@@ -18,14 +18,6 @@ CASES = [
     KeyConvCase(batch=1, num_heads=1, num_tokens=40, head_dim=600, width=5),
     KeyConvCase(lengths=(90, 0, 1, 150, 7), width=5, num_heads=8, head_dim=64),
 ]
-
-
-@pytest.fixture(autouse=True, params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str:
-    """The instruction set in use."""
-    tg._native.set_cpu_target(request.param)
-    assert tg._native.cpu_target() == request.param
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,14 +74,3 @@ def test_rounding_to_16_bits(head_dim: int, dtype: torch.dtype) -> None:
     key = key.abs().clamp(min=0.1, max=60.0)
     out = tg.key_conv(key, weight)
     assert_bitwise_equal("out", out, (key.double() * 1001).to(torch.float32).to(dtype))
-
-
-def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        case = KeyConvCase(batch=2, num_heads=1, num_tokens=700, head_dim=130, width=4, has_state=True)
-        inputs = make_inputs(case, dtype, CPU)
-        torch.set_num_threads(1)
-        expected = run_key_conv(inputs)
-        torch.set_num_threads(3)
-        for name, tensor in run_key_conv(inputs).items():
-            assert_bitwise_equal(name, tensor, expected[name])

@@ -22,6 +22,8 @@ from tests.key_conv.helpers import (
 )
 from topgather import reference
 
+pytestmark = pytest.mark.sanitize
+
 WIDTHS = range(2, 9)
 CASES = [
     *(KeyConvCase(width=width, has_state=has_state) for width in WIDTHS for has_state in (False, True)),

@@ -1,4 +1,4 @@
-"""The key convolution inside torch: opcheck, compile, autocast, fake and meta tensors, no gradients."""
+"""The key convolution inside a compiled model, under autocast, as fake and meta tensors of every layout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,14 +28,6 @@ def arguments_of(
     if name == "key_conv":
         return forward
     return (inputs.grad_out, *(None if tensor is None else tensor.detach() for tensor in forward), True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", OPS)
-def test_opcheck(name: str, case: KeyConvCase, dtype: torch.dtype, device: torch.device) -> None:
-    op = getattr(torch.ops.topgather, name).default
-    torch.library.opcheck(op, arguments_of(name, case, dtype, device, "transposed"))
 
 
 def test_opcheck_of_a_backward_without_gradient_of_weight(device: torch.device) -> None:
@@ -90,14 +82,6 @@ def test_compile_dynamic_shapes(device: torch.device) -> None:
     for tokens in (7, 9, 33, 12):
         compare_compiled(compiled, layer_inputs(tokens, device))
     assert counter.frame_count == 1
-
-
-def test_compile_of_packed_sequences(device: torch.device) -> None:
-    torch._dynamo.reset()
-    inputs = make_inputs(CASES[2], torch.float32, device)
-    compiled = torch.compile(tg.key_conv, fullgraph=True, backend="aot_eager")
-    out = compiled(inputs.key, inputs.weight, inputs.cu_seqlens)
-    assert_bitwise_equal("out", out.detach(), convolve(inputs).detach())
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -181,14 +165,3 @@ def test_public_function_on_meta_tensors() -> None:
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
-
-
-def test_without_gradients(device: torch.device) -> None:
-    """no_grad and inference_mode give the same bits and keep no graph."""
-    inputs = layer_inputs(7, device)
-    expected = layer(*inputs)
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            for left, right in zip(layer(*inputs), expected, strict=True):
-                assert not left.requires_grad
-                assert_bitwise_equal("result", left, right.detach())

@@ -388,3 +388,24 @@ def check_experts(
     result = run_experts(lookup, activation, sparse_grad)
     assert_experts_close(result, lookup, activation)
     return result
+
+
+def search(case: TopkCase, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+    query, keys = make_topk_inputs(case, dtype, device, seed)
+    scores, indices = tg.product_key_topk(query, keys, case.top_k)
+    grad_scores = random_tensor(tuple(scores.shape), scores.dtype, device, seed + 2)
+    gradients = torch.autograd.grad(scores, (query, keys), grad_scores)
+    return {"scores": scores.detach(), "indices": indices, "d_query": gradients[0], "d_keys": gradients[1]}
+
+
+def look_up(case: LookupCase, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+    """Every result of lookups, and the parts of sparse gradients."""
+    lookup = make_lookup(case, dtype, device, seed)
+    results = {}
+    for name, run in (("lookup", run_lookup), ("experts", run_experts)):
+        for sparse_grad in (False, True):
+            for part, tensor in run(lookup, sparse_grad=sparse_grad).items():
+                if tensor.is_sparse:
+                    results[f"{name} rows of {part}"] = tensor.indices()
+                results[f"{name} {part} {sparse_grad}"] = tensor.values() if tensor.is_sparse else tensor
+    return results

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.common.tensors import DTYPES, assert_bitwise_equal, integer_tensor, random_tensor
+from tests.common.tensors import DTYPES, integer_tensor, random_tensor
 from tests.memory.helpers import LookupCase, TopkCase, assert_topk_contract, check_experts, check_lookup, check_topk
-from tests.memory.test_determinism import look_up, search
 from topgather import reference
 
-TARGETS = tg._native.available_cpu_targets()
+pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("cpu_target")]
 CPU = torch.device("cpu")
 
 SEARCHES = [
@@ -31,14 +30,6 @@ LOOKUPS = [
     LookupCase(num_rows=200, width=24, num_tokens=120, bag_size=20, pattern="power_law"),
     LookupCase(num_rows=5, width=40, num_tokens=150, bag_size=9, pattern="hot"),
 ]
-
-
-@pytest.fixture(autouse=True, params=TARGETS)
-def target(request: pytest.FixtureRequest) -> str:
-    """The instruction set in use."""
-    tg._native.set_cpu_target(request.param)
-    assert tg._native.cpu_target() == request.param
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,12 +77,3 @@ def test_scores_that_are_not_finite(dtype: torch.dtype) -> None:
         keys[1, :, row:] = number
         for top_k in (1, 2, 9, 64, 500, 4900):
             assert_topk_contract(*tg.product_key_topk(query, keys, top_k), query, keys, top_k)
-
-
-def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.set_num_threads(1)
-        expected = search(SEARCHES[0], dtype, CPU) | look_up(LOOKUPS[6], dtype, CPU)
-        torch.set_num_threads(3)
-        for name, tensor in (search(SEARCHES[0], dtype, CPU) | look_up(LOOKUPS[6], dtype, CPU)).items():
-            assert_bitwise_equal(name, tensor, expected[name])

@@ -14,12 +14,13 @@ from tests.memory.helpers import (
     check_experts,
     check_lookup,
     check_topk,
+    look_up,
     make_lookup,
     make_topk_inputs,
     run_experts,
     run_lookup,
+    search,
 )
-from tests.memory.test_determinism import look_up, search
 from topgather import reference
 from topgather.ops import _memory_cuda
 

@@ -11,6 +11,8 @@ from tests.common.devices import widest_dtype
 from tests.memory.helpers import LookupCase, TopkCase, make_lookup, make_topk_inputs
 from topgather import reference
 
+pytestmark = pytest.mark.sanitize
+
 CPU = torch.device("cpu")
 
 

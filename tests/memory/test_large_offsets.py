@@ -11,7 +11,6 @@ from torch import Tensor
 
 import topgather as tg
 from tests.common.tensors import assert_bitwise_equal, random_tensor
-from tests.memory.helpers import TopkCase, make_topk_inputs
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs memory that is not touched"),
@@ -21,7 +20,6 @@ WIDTH = 600
 NUM_ROWS = 2**22
 # Rows on either side of element 2^31, the first and the last one.
 ROWS = [0, 2**31 // WIDTH - 1, 2**31 // WIDTH, 2**31 // WIDTH + 1, 3_700_001, NUM_ROWS - 1]
-PAST = 2**31 + 2**20
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16], ids=str)
@@ -80,28 +78,3 @@ def test_rows_of_tokens_far_apart(which: str, storage: Tensor) -> None:
                 results.append((torch.autograd.grad(out, values, rows)[0].to_dense(),))
         for left, right in zip(*results, strict=True):
             assert_bitwise_equal("result", right, left)
-
-
-QUERY_SHAPE, KEYS_SHAPE = TopkCase(num_tokens=5, num_keys=12).shapes()
-FAR: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
-    # Strides of query and of keys, whole multiples of 16 bytes, and the offset of both.
-    "token_and_row": ((PAST // 4 // 8 * 8, 16, 1), (192, 96, PAST // 11 // 8 * 8, 1), 0),
-    "head": ((16, PAST, 1), (PAST, 96, 8, 1), 0),
-    "half": ((32, 16, 1), (96, PAST, 8, 1), 0),
-    "storage_offset": ((32, 16, 1), (192, 96, 8, 1), PAST),
-}
-
-
-@pytest.mark.parametrize("kind", FAR)
-def test_search(kind: str, storage: Tensor) -> None:
-    query, keys = (
-        t.detach() for t in make_topk_inputs(TopkCase(num_tokens=5, num_keys=12), storage.dtype, storage.device)
-    )
-    query_strides, keys_strides, offset = FAR[kind]
-    far_query = storage.as_strided(QUERY_SHAPE, query_strides, offset).copy_(query)
-    far_keys = storage.as_strided(KEYS_SHAPE, keys_strides, offset + 4096).copy_(keys)
-    expected = tg.product_key_topk(query, keys, 8)
-    for pair in ((far_query, keys), (query, far_keys), (far_query, far_keys)):
-        scores, indices = tg.product_key_topk(*pair, 8)
-        assert_bitwise_equal("scores", scores, expected[0])
-        assert_bitwise_equal("indices", indices, expected[1])

@@ -19,6 +19,8 @@ from tests.memory.helpers import (
     run_lookup,
 )
 
+pytestmark = pytest.mark.sanitize
+
 WIDTHS = [LookupCase(width=width, width_in=width) for width in (1, 2, 3, 7, 33, 64, 100, 256, 1030)]
 BAGS = [LookupCase(bag_size=bag_size) for bag_size in (0, 1, 2, 7, 32, 33, 128)]
 ROWS = [

@@ -24,6 +24,8 @@ from tests.memory.helpers import (
     run_lookup,
 )
 
+pytestmark = pytest.mark.sanitize
+
 CASE = LookupCase(num_rows=60, num_tokens=20)
 
 

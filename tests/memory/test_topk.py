@@ -19,6 +19,8 @@ from tests.memory.helpers import (
 )
 from topgather import reference
 
+pytestmark = pytest.mark.sanitize
+
 CASES = [
     *(TopkCase(num_keys=n, top_k=k) for n, k in ((1, 1), (2, 1), (2, 2), (2, 3), (2, 4), (5, 5), (5, 6), (5, 25))),
     *(TopkCase(num_keys=n, top_k=k) for n, k in ((33, 5), (33, 32), (33, 33), (33, 34), (64, 1), (64, 32), (64, 128))),

@@ -1,4 +1,4 @@
-"""Memory layers inside torch: opcheck, compile, autocast, fake and meta tensors, modes without gradients."""
+"""Memory layers inside a compiled model, under autocast, on fake and meta tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,12 +31,6 @@ def arguments_of(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[An
         "memory_backward": backward,
         "memory_backward_sparse": backward,
     }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPS)
-def test_opcheck(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    torch.library.opcheck(getattr(torch.ops.topgather, name).default, arguments_of(dtype, device)[name])
 
 
 @pytest.mark.parametrize("name", ["memory_backward", "memory_backward_sparse"])
@@ -112,15 +106,6 @@ def test_compile_with_sparse_gradients(is_leaf: bool, device: torch.device) -> N
         torch.testing.assert_close(left.to_dense(), right.to_dense())
 
 
-def test_compile_without_gradients(device: torch.device) -> None:
-    torch._dynamo.reset()
-    inputs = [tensor.detach() for tensor in layer_inputs(7, device)]
-    compiled = torch.compile(memory_layer, fullgraph=True, backend="aot_eager")
-    for left, right in zip(compiled(*inputs), memory_layer(*inputs), strict=True):
-        assert not left.requires_grad
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_the_search(dtype: torch.dtype, device: torch.device) -> None:
@@ -190,28 +175,6 @@ def test_autocast_still_refuses_what_it_cannot_cast(device: torch.device) -> Non
             tg.expert_lookup(lookup.x.int(), *arguments)
 
 
-def assert_fake_like(fake: Any, real: Any) -> None:
-    for left, right in zip(fake, real, strict=True):
-        assert (left.shape, left.dtype, left.stride()) == (right.shape, right.dtype, right.stride())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_fake_and_meta_tensors_have_the_real_shapes(dtype: torch.dtype, device: torch.device) -> None:
-    """Shape, dtype and strides of each result, without touching data."""
-    for name, real_arguments in arguments_of(dtype, device).items():
-        if name == "memory_backward_sparse":
-            continue
-        op = getattr(torch.ops.topgather, name)
-        with torch.no_grad():
-            real = op(*real_arguments)
-            meta = op(*(a.to("meta") if isinstance(a, Tensor) else a for a in real_arguments))
-            with FakeTensorMode() as mode:
-                fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in real_arguments))
-        results = [(result,) if isinstance(result, Tensor) else result for result in (fake, meta, real)]
-        assert_fake_like(results[0], results[2])
-        assert_fake_like(results[1], results[2])
-
-
 def test_a_fake_sparse_gradient_has_as_many_rows_as_data_would_say(device: torch.device) -> None:
     real_arguments = arguments_of(torch.bfloat16, device)["memory_backward_sparse"]
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
@@ -234,50 +197,3 @@ def test_public_functions_on_meta_tensors() -> None:
     out.sum().backward()
     for leaf in (query, keys, values):
         assert leaf.grad is not None and leaf.grad.shape == leaf.shape
-
-
-def test_without_gradients(device: torch.device) -> None:
-    """no_grad and inference_mode give the same bits and keep no graph."""
-    inputs = layer_inputs(7, device)
-    expected = memory_layer(*inputs)
-    assert all(result.requires_grad for result in expected)
-    with torch.no_grad():
-        for left, right in zip(memory_layer(*inputs), expected, strict=True):
-            assert not left.requires_grad
-            assert_bitwise_equal("no_grad", left, right.detach())
-    with torch.inference_mode():
-        for left, right in zip(memory_layer(*(tensor.detach() for tensor in inputs)), expected, strict=True):
-            assert_bitwise_equal("inference_mode", left.clone(), right.detach())
-
-
-@pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
-def test_backward_twice_needs_retain_graph(sparse_grad: bool, device: torch.device) -> None:
-    lookup = make_lookup(LOOKUP, torch.float32, device)
-    leaves = (lookup.values, lookup.weights)
-    out = tg.memory_lookup(lookup.values, lookup.indices, lookup.weights, sparse_grad)
-    first = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
-    second = torch.autograd.grad(out.sum(), leaves)
-    for left, right in zip(first, second, strict=True):
-        assert torch.equal(left.to_dense(), right.to_dense())
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(out.sum(), leaves)
-
-
-@pytest.mark.parametrize("name", ["values", "indices", "weights"])
-def test_changing_an_input_in_place_before_backward_is_refused(name: str, device: torch.device) -> None:
-    lookup = make_lookup(LOOKUP, torch.float32, device)
-    tensors = {"values": lookup.values * 1, "indices": lookup.indices.clone(), "weights": lookup.weights * 1}
-    out = tg.memory_lookup(**tensors)
-    tensors[name].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
-def test_checkpoint_recomputes_the_same(device: torch.device) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    inputs = layer_inputs(7, device)
-    expected = loss_gradients(memory_layer(*inputs), inputs)
-    results = checkpoint(memory_layer, *inputs, use_reentrant=False)
-    for left, right in zip(loss_gradients(results, inputs), expected, strict=True):
-        assert_bitwise_equal("gradient", left, right)
