@@ -90,10 +90,10 @@ def make_cache(case: DecodeCase, dtype: torch.dtype, device: torch.device, spare
     return cache
 
 
-def poison(cache: Cache) -> None:
+def poison(cache: Cache, number: float = torch.nan) -> None:
     """NaN wherever nothing was written: what a cache holds there must not matter."""
     for pages in (cache.key_pages, cache.value_pages, cache.centroids):
-        pages.fill_(torch.nan)
+        pages.fill_(number)
 
 
 @dataclass
@@ -208,11 +208,17 @@ def check_decode(
 
 
 def filled_cache(
-    case: DecodeCase, dtype: torch.dtype, device: torch.device, spare: int = 0, seed: int = 0
+    case: DecodeCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    spare: int = 0,
+    seed: int = 0,
+    unwritten: float = torch.nan,
 ) -> tuple[Cache, Tokens]:
-    """A cache to which all of ``case`` was appended, and what that was."""
+    """A cache to which all of ``case`` was appended, and what that was; ``unwritten`` is what it holds elsewhere."""
     tokens = make_tokens(case, dtype, device, seed)
     cache = make_cache(case, dtype, device, spare)
+    poison(cache, unwritten)
     for starts, counts in _starts(case):
         cache.append(padded(tokens.key, starts, counts), padded(tokens.value, starts, counts), list(counts))
     return cache, tokens
