@@ -50,31 +50,22 @@ void append_tokens(const CacheAppendParams& params, int64_t sequence, int64_t he
 
 template <typename Storage>
 void append_storage(const CacheAppendParams& params) {
-  struct Context {
-    const CacheAppendParams& params;
-    int64_t tokens_per_task;
-    int64_t chunks_per_head;
-  };
   const DecodeProblem& problem = params.problem;
   const int64_t tokens_per_task = max64(DecodeConfig::kTokensPerAppend / problem.block_size, 1) * problem.block_size;
   // The first block may be begun already: one chunk more than the new tokens fill.
-  Context context{params, tokens_per_task,
-                  problem.query_len == 0 ? 0 : ceil_div(problem.query_len - 1, tokens_per_task) + 1};
-  const auto body = [](void* opaque, int64_t task, int) {
-    const Context& ctx = *static_cast<const Context*>(opaque);
-    const DecodeProblem& p = ctx.params.problem;
-    const int64_t chunk = task % ctx.chunks_per_head;
-    const int64_t head = task / ctx.chunks_per_head % p.num_kv_heads;
-    const int64_t sequence = task / ctx.chunks_per_head / p.num_kv_heads;
-    const int64_t cached = p.seq_lens[sequence];
-    const int64_t start = cached / p.block_size * p.block_size + chunk * ctx.tokens_per_task;
-    append_tokens<Storage>(ctx.params, sequence, head, max64(start, cached),
-                           min64(start + ctx.tokens_per_task, cached + new_tokens_of(p, sequence)));
-  };
-  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * context.chunks_per_head;
+  const int64_t chunks_per_head = problem.query_len == 0 ? 0 : ceil_div(problem.query_len - 1, tokens_per_task) + 1;
+  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_kv_heads) *
                                 static_cast<double>(problem.query_len * (problem.head_dim + problem.value_dim));
-  parallel_for(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, body, &context);
+  for_each_task(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, [&](int64_t task, int) {
+    const int64_t chunk = task % chunks_per_head;
+    const int64_t head = task / chunks_per_head % problem.num_kv_heads;
+    const int64_t sequence = task / chunks_per_head / problem.num_kv_heads;
+    const int64_t cached = problem.seq_lens[sequence];
+    const int64_t start = cached / problem.block_size * problem.block_size + chunk * tokens_per_task;
+    append_tokens<Storage>(params, sequence, head, max64(start, cached),
+                           min64(start + tokens_per_task, cached + new_tokens_of(problem, sequence)));
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

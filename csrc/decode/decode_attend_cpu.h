@@ -374,41 +374,26 @@ RoutingFault decode_storage(const DecodeParams& params) {
   const AlignedBuffer partial_buffer = allocate_aligned(static_cast<size_t>(partial_size.used()));
   ScratchCutter partial(partial_buffer.get());
 
-  struct Context {
-    const DecodeRows<Storage>& rows;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-    int64_t num_blocks;
-    RunningRow<T>* running;
-    T* running_out;
-    RoutingFault* faults;
-  };
-  Context context{rows, scratch.get(), count.used(), num_blocks, nullptr, nullptr, nullptr};
-  context.running = partial.take<RunningRow<T>>(num_partial * rows.rows_per_task);
-  context.running_out = partial.take<T>(num_partial * rows.rows_per_task * rows.padded_value_dim);
-  context.faults = partial.take<RoutingFault>(rows.num_tasks());
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<const Context*>(opaque);
-    ScratchCutter own(ctx.scratch + worker * ctx.worker_bytes);
-    AttendTask<Storage> attend(ctx.rows, ctx.num_blocks, own);
-    const int64_t first = (ctx.rows.num_splits > 1 ? task : worker) * ctx.rows.rows_per_task;
-    T* running_out = ctx.running_out + first * ctx.rows.padded_value_dim;
-    ctx.faults[task] = attend.run(task, ctx.running + first, running_out);
-    if (ctx.rows.num_splits == 1 && ctx.faults[task].kind == RoutingFault::kNone) {
-      attend.finish(ctx.running + first, running_out);
-    }
-  };
-  parallel_for(num_workers, rows.num_tasks(), body, &context);
+  RunningRow<T>* running = partial.take<RunningRow<T>>(num_partial * rows.rows_per_task);
+  T* running_out = partial.take<T>(num_partial * rows.rows_per_task * rows.padded_value_dim);
+  RoutingFault* faults = partial.take<RoutingFault>(rows.num_tasks());
+  for_each_task(num_workers, rows.num_tasks(), [&](int64_t task, int worker) {
+    ScratchCutter own(scratch.get() + worker * count.used());
+    AttendTask<Storage> attend(rows, num_blocks, own);
+    const int64_t first = (rows.num_splits > 1 ? task : worker) * rows.rows_per_task;
+    T* task_out = running_out + first * rows.padded_value_dim;
+    faults[task] = attend.run(task, running + first, task_out);
+    if (rows.num_splits == 1 && faults[task].kind == RoutingFault::kNone) attend.finish(running + first, task_out);
+  });
   for (int64_t task = 0; task < rows.num_tasks(); ++task) {
-    if (context.faults[task].kind != RoutingFault::kNone) return context.faults[task];
+    if (faults[task].kind != RoutingFault::kNone) return faults[task];
   }
   // Few tasks were split, so few rows are left to merge.
   for (int64_t task = 0; rows.num_splits > 1 && task < rows.num_tasks(); task += rows.num_splits) {
     ScratchCutter own(scratch.get());
     AttendTask<Storage> attend(rows, num_blocks, own);
     attend.place_rows(task);
-    attend.finish(context.running + task * rows.rows_per_task,
-                  context.running_out + task * rows.rows_per_task * rows.padded_value_dim);
+    attend.finish(running + task * rows.rows_per_task, running_out + task * rows.rows_per_task * rows.padded_value_dim);
   }
   return {};
 }

@@ -115,9 +115,8 @@ void decode_route_storage(const DecodeRouteParams& params) {
   const int64_t worker_bytes =
       round_up(task_bytes + Router::Task::kChunkBlocks * problem.head_dim * static_cast<int64_t>(sizeof(T)), 64);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes * num_workers));
-  Router router{params, group, tiles_per_head, list_length, options, scratch.get(), task_bytes, worker_bytes};
-  const auto body = [](void* opaque, int64_t task, int worker) { static_cast<Router*>(opaque)->run(task, worker); };
-  parallel_for(num_workers, num_tasks, body, &router);
+  const Router router{params, group, tiles_per_head, list_length, options, scratch.get(), task_bytes, worker_bytes};
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { router.run(task, worker); });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

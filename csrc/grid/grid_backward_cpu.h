@@ -222,37 +222,34 @@ struct GridBackwardContext {
     return GridBackwardTask<Storage>(params, bias, cutter);
   }
 
-  static void run_groups(void* opaque, int64_t task, int worker) {
-    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
-    const int64_t first = task * self.groups_per_task;
-    const int64_t last = min64(first + self.groups_per_task, self.num_units());
-    GridBackwardTask<Storage> backward = self.task_of(worker);
+  void run_groups(int64_t task, int worker) const {
+    const int64_t first = task * groups_per_task;
+    const int64_t last = min64(first + groups_per_task, num_units());
+    GridBackwardTask<Storage> backward = task_of(worker);
     for_each_with_next(
-        first, last, [&](int64_t unit) { return unit_at(self.params.problem, self.params.query, unit); },
+        first, last, [&](int64_t unit) { return unit_at(params.problem, params.query, unit); },
         [&](const Group& group, const Group* following) { backward.run(group, following, nullptr); });
   }
 
   // A piece of one head's groups, with a sum of grad_bias of its own.
-  static void run_piece(void* opaque, int64_t task, int worker) {
-    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
-    const GridProblem& problem = self.params.problem;
+  void run_piece(int64_t task, int worker) const {
+    const GridProblem& problem = params.problem;
     const int64_t piece = task / problem.num_heads, head = task % problem.num_heads;
     const int64_t per_head = problem.batch_size * problem.num_groups();
-    GridBackwardTask<Storage> backward = self.task_of(worker);
-    T* partial = self.partials + task * self.bias_size();
-    for (int64_t i = 0; i < self.bias_size(); ++i) partial[i] = 0;
+    GridBackwardTask<Storage> backward = task_of(worker);
+    T* partial = partials + task * bias_size();
+    for (int64_t i = 0; i < bias_size(); ++i) partial[i] = 0;
     for_each_with_next(
-        piece * per_head / self.num_pieces, (piece + 1) * per_head / self.num_pieces,
+        piece * per_head / num_pieces, (piece + 1) * per_head / num_pieces,
         [&](int64_t i) { return group_at(problem, i / problem.num_groups(), head, i % problem.num_groups()); },
         [&](const Group& group, const Group* following) { backward.run(group, following, partial); });
   }
 
-  static void add_pieces(void* opaque, int64_t head, int) {
-    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
-    T* sum = static_cast<T*>(self.params.grad_bias) + head * self.bias_size();
-    for (int64_t piece = 0; piece < self.num_pieces; ++piece) {
-      const T* partial = self.partials + (piece * self.params.problem.num_heads + head) * self.bias_size();
-      for (int64_t i = 0; i < self.bias_size(); ++i) sum[i] += partial[i];
+  void add_pieces(int64_t head) const {
+    T* sum = static_cast<T*>(params.grad_bias) + head * bias_size();
+    for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      const T* partial = partials + (piece * params.problem.num_heads + head) * bias_size();
+      for (int64_t i = 0; i < bias_size(); ++i) sum[i] += partial[i];
     }
   }
 };
@@ -280,13 +277,16 @@ void grid_backward_storage(const GridBackwardParams& params) {
   context.worker_bytes = measure.used();
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
   context.scratch = scratch.get();
-  if (!has_grad_bias) return parallel_for(num_workers, num_tasks, &context.run_groups, &context);
+  if (!has_grad_bias) {
+    for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { context.run_groups(task, worker); });
+    return;
+  }
   const AlignedBuffer partials = allocate_aligned(static_cast<size_t>(num_tasks * bias_size) * sizeof(T));
   context.partials = reinterpret_cast<T*>(partials.get());
-  parallel_for(num_workers, num_tasks, &context.run_piece, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { context.run_piece(task, worker); });
   const double additions = static_cast<double>(num_tasks) * static_cast<double>(bias_size);
-  parallel_for(useful_threads(problem.num_threads, problem.num_heads, additions), problem.num_heads,
-               &context.add_pieces, &context);
+  for_each_task(useful_threads(problem.num_threads, problem.num_heads, additions), problem.num_heads,
+                [&](int64_t head, int) { context.add_pieces(head); });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

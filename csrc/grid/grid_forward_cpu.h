@@ -215,30 +215,18 @@ void run_grid_forward(const GridForwardParams& params) {
   const int num_workers =
       useful_threads(problem.num_threads, num_tasks, 2.0 * static_cast<double>(num_units * problem.head_dim) * pairs);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  struct Context {
-    const GridForwardParams& params;
-    const TransposedBias<T>& bias;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-    int64_t pieces;
-    int64_t units_per_task;
-    int64_t num_units;
-  } context{params, bias, scratch.get(), measure.used(), pieces, units_per_task, num_units};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const GridProblem& p = ctx.params.problem;
-    const int64_t first_query = task % ctx.pieces * GridConfig::kQueriesPerTask;
-    const int64_t first_unit = task / ctx.pieces * ctx.units_per_task;
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
-    Task forward(ctx.params, ctx.bias, cutter);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    const int64_t first_query = task % pieces * GridConfig::kQueriesPerTask;
+    const int64_t first_unit = task / pieces * units_per_task;
+    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    Task forward(params, bias, cutter);
     for_each_with_next(
-        first_unit, min64(first_unit + ctx.units_per_task, ctx.num_units),
-        [&](int64_t unit) { return unit_at(p, ctx.params.query, unit); },
+        first_unit, min64(first_unit + units_per_task, num_units),
+        [&](int64_t unit) { return unit_at(problem, params.query, unit); },
         [&](const Group& group, const Group* following) {
           forward.run(group, first_query, first_query + GridConfig::kQueriesPerTask, following);
         });
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  });
 }
 
 template <typename Storage>

@@ -253,20 +253,10 @@ void key_conv_backward_storage(const KeyConvBackwardParams& params) {
       useful_threads(problem.num_threads, num_tasks,
                      static_cast<double>(numbers) * static_cast<double>(3 * problem.kernel_width + 16));
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  struct Context {
-    const KeyConvBackwardParams& params;
-    const KeyConvCut& cut;
-    const KeyConvPieces& pieces;
-    T* sums;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-  } context{params, cut, pieces, sums, scratch.get(), measure.used()};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
-    Task(ctx.params, ctx.cut, ctx.sums, cutter).run(ctx.pieces, task / ctx.cut.num_panels, task % ctx.cut.num_panels);
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    Task(params, cut, sums, cutter).run(pieces, task / cut.num_panels, task % cut.num_panels);
+  });
   if (needs_grad_weight) add_pieces<T>(params, sums, pieces.num_pieces);
 }
 

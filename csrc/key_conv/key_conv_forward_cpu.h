@@ -227,22 +227,12 @@ void key_conv_forward_storage(const KeyConvForwardParams& params) {
   const int num_workers = useful_threads(problem.num_threads, num_tasks,
                                          static_cast<double>(numbers) * static_cast<double>(problem.kernel_width + 8));
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  struct Context {
-    const KeyConvForwardParams& params;
-    const KeyConvCut& cut;
-    const T* taps;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-  } context{params, cut, taps, scratch.get(), measure.used()};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    ScratchCutter cutter(scratch.get() + worker * measure.used());
     // Chunks of one panel go one after the other.
-    const int64_t unit = task / ctx.cut.num_chunks;
-    Task(ctx.params, ctx.cut, ctx.taps, cutter)
-        .run(unit / ctx.cut.num_panels, unit % ctx.cut.num_panels, task % ctx.cut.num_chunks);
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+    const int64_t unit = task / cut.num_chunks;
+    Task(params, cut, taps, cutter).run(unit / cut.num_panels, unit % cut.num_panels, task % cut.num_chunks);
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

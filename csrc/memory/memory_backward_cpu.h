@@ -39,8 +39,6 @@ struct MemoryBackward {
   const MemoryBackwardParams& params;
   T* block_sums;  // [num_blocks, W]; defined for whole blocks alone
   int64_t task_positions;
-  T* scratch;  // [worker, scratch_row]
-  int64_t scratch_row;
 
   int64_t row_dim() const { return params.problem.row_dim; }
   int64_t num_entries() const { return params.problem.num_entries(); }
@@ -250,16 +248,10 @@ void memory_backward_storage(const MemoryBackwardParams& params) {
   }
   const double cost_of_row = static_cast<double>(row_dim) * Config::kOperationsPerElement;
 
-  MemoryBackward<Storage> backward{params, nullptr, 0, nullptr, round_up(row_dim, 64)};
+  MemoryBackward<Storage> backward{params, nullptr, 0};
+  const int64_t scratch_row = round_up(row_dim, 64);
   const int64_t num_positions = params.num_targets + num_entries;
   backward.task_positions = positions_per_task(num_positions, row_dim);
-  const auto sum_blocks = [](void* context, int64_t task, int) {
-    static_cast<const MemoryBackward<Storage>*>(context)->sum_block(task);
-  };
-  const auto sum_targets = [](void* context, int64_t task, int worker) {
-    const auto& self = *static_cast<const MemoryBackward<Storage>*>(context);
-    self.sum_targets(task, self.scratch + worker * self.scratch_row);
-  };
 
   int64_t num_whole_blocks = 0;
   for (int64_t block = 0; block < num_blocks; ++block) {
@@ -270,16 +262,17 @@ void memory_backward_storage(const MemoryBackwardParams& params) {
     block_sums = allocate_aligned(static_cast<size_t>(num_blocks * row_dim) * sizeof(T));
     backward.block_sums = reinterpret_cast<T*>(block_sums.get());
     const double num_operations = static_cast<double>(num_whole_blocks * Config::kBlockEntries) * cost_of_row;
-    parallel_for(useful_threads(problem.num_threads, num_whole_blocks, num_operations), num_blocks, sum_blocks,
-                 &backward);
+    for_each_task(useful_threads(problem.num_threads, num_whole_blocks, num_operations), num_blocks,
+                  [&](int64_t block, int) { backward.sum_block(block); });
   }
 
   const int64_t num_tasks = ceil_div(num_positions, backward.task_positions);
   const int num_threads =
       useful_threads(problem.num_threads, num_tasks, static_cast<double>(num_positions) * cost_of_row);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(num_threads * backward.scratch_row) * sizeof(T));
-  backward.scratch = reinterpret_cast<T*>(scratch.get());
-  parallel_for(num_threads, num_tasks, sum_targets, &backward);
+  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(num_threads * scratch_row) * sizeof(T));
+  for_each_task(num_threads, num_tasks, [&](int64_t task, int worker) {
+    backward.sum_targets(task, reinterpret_cast<T*>(scratch.get()) + worker * scratch_row);
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -117,13 +117,6 @@ inline int64_t positions_per_task(int64_t count, int64_t elements) {
 template <typename T, typename Body>
 void for_each_token_range(const MemoryProblem& problem, const Body& body) {
   using Config = MemoryLookupConfig;
-  struct Context {
-    const MemoryProblem& problem;
-    const Body& body;
-    int64_t tokens_per_task;
-    int64_t scratch_row;
-    T* scratch;
-  };
   const int64_t elements_per_token = max64(problem.bag_size, 1) * max64(problem.row_dim, 1);
   const int64_t tokens_per_task = positions_per_task(problem.num_tokens, elements_per_token);
   const int64_t num_tasks = ceil_div(problem.num_tokens, tokens_per_task);
@@ -132,13 +125,11 @@ void for_each_token_range(const MemoryProblem& problem, const Body& body) {
       useful_threads(problem.num_threads, num_tasks, num_operations * Config::kOperationsPerElement);
   const int64_t scratch_row = round_up(problem.row_dim, 64);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(num_threads * scratch_row) * sizeof(T));
-  Context context{problem, body, tokens_per_task, scratch_row, reinterpret_cast<T*>(scratch.get())};
-  const auto task_body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const int64_t first = task * ctx.tokens_per_task;
-    ctx.body(first, min64(first + ctx.tokens_per_task, ctx.problem.num_tokens), ctx.scratch + worker * ctx.scratch_row);
-  };
-  parallel_for(num_threads, num_tasks, task_body, &context);
+  for_each_task(num_threads, num_tasks, [&](int64_t task, int worker) {
+    const int64_t first = task * tokens_per_task;
+    body(first, min64(first + tokens_per_task, problem.num_tokens),
+         reinterpret_cast<T*>(scratch.get()) + worker * scratch_row);
+  });
 }
 
 template <typename Storage>

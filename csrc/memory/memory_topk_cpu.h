@@ -78,26 +78,19 @@ struct KeyPanels {
 template <typename Storage>
 void pack_keys(const ProductKeyParams& params, const KeyPanels<ComputeOf<Storage>>& panels) {
   using T = ComputeOf<Storage>;
-  struct Context {
-    const ProductKeyParams& params;
-    const KeyPanels<T>& panels;
-  };
-  Context context{params, panels};
-  const auto body = [](void* opaque, int64_t task, int) {
-    const auto& [p, keys] = *static_cast<Context*>(opaque);
-    constexpr int64_t kWidth = KeyPanels<T>::kWidth;
-    const int64_t panel = task % keys.num_panels();
-    const int64_t half = task / keys.num_panels() % 2;
-    const int64_t head = task / keys.num_panels() / 2;
-    const Storage* source = static_cast<const Storage*>(p.keys) + head * p.keys_head_stride +
-                            half * p.keys_half_stride + panel * kWidth * p.keys_row_stride;
-    gather_rows_transposed<Storage>([&](int64_t i) { return source + i * p.keys_row_stride; },
-                                    min64(kWidth, p.num_keys - panel * kWidth), p.half_dim, T(1),
-                                    keys.panel_at(head, half, panel), keys.width_of(panel));
-  };
+  constexpr int64_t kWidth = KeyPanels<T>::kWidth;
   const int64_t num_tasks = params.num_heads * 2 * panels.num_panels();
-  const double num_operations = static_cast<double>(num_tasks * KeyPanels<T>::kWidth * params.half_dim);
-  parallel_for(useful_threads(params.num_threads, num_tasks, num_operations), num_tasks, body, &context);
+  const double num_operations = static_cast<double>(num_tasks * kWidth * params.half_dim);
+  for_each_task(useful_threads(params.num_threads, num_tasks, num_operations), num_tasks, [&](int64_t task, int) {
+    const int64_t panel = task % panels.num_panels();
+    const int64_t half = task / panels.num_panels() % 2;
+    const int64_t head = task / panels.num_panels() / 2;
+    const Storage* source = static_cast<const Storage*>(params.keys) + head * params.keys_head_stride +
+                            half * params.keys_half_stride + panel * kWidth * params.keys_row_stride;
+    gather_rows_transposed<Storage>([&](int64_t i) { return source + i * params.keys_row_stride; },
+                                    min64(kWidth, params.num_keys - panel * kWidth), params.half_dim, T(1),
+                                    panels.panel_at(head, half, panel), panels.width_of(panel));
+  });
 }
 
 // Step 3a. Disjoint groups of scores, no fewer than are wanted: a group is one lane of some consecutive vectors.
@@ -472,23 +465,12 @@ void product_key_topk_storage(const ProductKeyParams& params) {
   const int64_t worker_bytes = measure.used();
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes) * static_cast<size_t>(num_workers));
 
-  struct Context {
-    const ProductKeyParams& params;
-    const KeyPanels<T>& panels;
-    const RankPairs& pairs;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-    int64_t tiles_per_head;
-  };
-  Context context{params, panels, pairs, scratch.get(), worker_bytes, tiles_per_head};
   // Tiles of a head follow each other, so that its panels stay in cache.
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
-    Task search(ctx.params, ctx.panels, ctx.pairs, cutter);
-    search.run(task / ctx.tiles_per_head, task % ctx.tiles_per_head * Task::kTileTokens);
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    ScratchCutter cutter(scratch.get() + worker * worker_bytes);
+    Task search(params, panels, pairs, cutter);
+    search.run(task / tiles_per_head, task % tiles_per_head * Task::kTileTokens);
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

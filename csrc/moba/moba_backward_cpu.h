@@ -266,11 +266,16 @@ class Backward {
     }
     for (first_unit_ = 0; first_unit_ < num_units; first_unit_ += wave) {
       const int64_t wave_units = min64(wave, num_units - first_unit_);
-      if constexpr (!kSumsInPlace) parallel_for(num_workers, wave_units, &Backward::clear_unit, this);
-      for (round_ = 0; round_ < most_rounds_; ++round_) {
-        parallel_for(num_workers, wave_units * most_rounds_, &Backward::run_task, this);
+      if constexpr (!kSumsInPlace) {
+        for_each_task(num_workers, wave_units, [&](int64_t index, int) { clear_unit(index); });
       }
-      if constexpr (!kSumsInPlace) parallel_for(num_workers, wave_units, &Backward::convert_unit, this);
+      for (round_ = 0; round_ < most_rounds_; ++round_) {
+        for_each_task(num_workers, wave_units * most_rounds_,
+                      [&](int64_t task, int worker) { run_task(task, worker); });
+      }
+      if constexpr (!kSumsInPlace) {
+        for_each_task(num_workers, wave_units, [&](int64_t index, int) { convert_unit(index); });
+      }
     }
   }
 
@@ -340,40 +345,38 @@ class Backward {
     }
   }
 
-  static void run_task(void* opaque, int64_t task, int worker) {
-    const Backward& self = *static_cast<Backward*>(opaque);
-    const MobaProblem& problem = self.problem_;
-    const int64_t unit = self.first_unit_ + task / self.most_rounds_;
-    const int64_t row_idx = task % self.most_rounds_;
-    const int64_t sequence_idx = unit / problem.num_kv_heads;
-    const Sequence sequence = sequence_at(problem, sequence_idx);
-    const int64_t num_ranges = ranges_in(problem, sequence);
-    const int64_t num_rounds = num_ranges * self.group_size_;
-    if (self.round_ >= num_rounds || row_idx >= num_rounds) return;
-    const int64_t chunk = (self.round_ - row_idx + num_rounds) % num_rounds;
+  void run_task(int64_t task, int worker) const {
+    const int64_t unit = first_unit_ + task / most_rounds_;
+    const int64_t row_idx = task % most_rounds_;
+    const int64_t sequence_idx = unit / problem_.num_kv_heads;
+    const Sequence sequence = sequence_at(problem_, sequence_idx);
+    const int64_t num_ranges = ranges_in(problem_, sequence);
+    const int64_t num_rounds = num_ranges * group_size_;
+    if (round_ >= num_rounds || row_idx >= num_rounds) return;
+    const int64_t chunk = (round_ - row_idx + num_rounds) % num_rounds;
     const int64_t head_in_group = row_idx / num_ranges;
-    const int64_t head = unit % problem.num_kv_heads * self.group_size_ + head_in_group;
+    const int64_t head = unit % problem_.num_kv_heads * group_size_ + head_in_group;
     const int64_t range_idx = row_idx % num_ranges;
-    const int64_t range_size = queries_per_range(problem, sequence);
+    const int64_t range_size = queries_per_range(problem_, sequence);
     const int64_t first_query = range_idx * range_size;
     const int64_t first_block = chunk * sequence.num_blocks / num_rounds;
     const int64_t last_block = (chunk + 1) * sequence.num_blocks / num_rounds;
     const QueryRange range{sequence, head, first_query, min64(range_size, sequence.query_len - first_query)};
 
-    const PreparedRange prepared = self.prepared_range(sequence, sequence_idx, head, range_idx);
+    const PreparedRange prepared = prepared_range(sequence, sequence_idx, head, range_idx);
     const BlockLists& lists = prepared.lists;
     if (lists.offsets[first_block] == lists.offsets[last_block]) return;
     const int64_t row = sequence.query_start + first_query;
-    const UnitSums sums = self.sums_of(unit, sequence);
+    const UnitSums sums = sums_of(unit, sequence);
     const typename BackwardTask<Storage>::RangeRows rows{
-        rows_of<Storage>(self.params_.query, sequence.batch_idx, head, row),
-        rows_of<Storage>(self.params_.grad_out, sequence.batch_idx, head, row),
-        rows_of<T>(self.params_.lse, sequence.batch_idx, head, row),
+        rows_of<Storage>(params_.query, sequence.batch_idx, head, row),
+        rows_of<Storage>(params_.grad_out, sequence.batch_idx, head, row),
+        rows_of<T>(params_.lse, sequence.batch_idx, head, row),
         prepared.delta,
         {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
          sums.grad_query.row_stride}};
-    ScratchCutter cutter(self.scratch_ + worker * self.worker_bytes_);
-    BackwardTask<Storage> backward(self.params_, cutter);
+    ScratchCutter cutter(scratch_ + worker * worker_bytes_);
+    BackwardTask<Storage> backward(params_, cutter);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = lists.offsets[block];
       const int64_t num_queries = lists.offsets[block + 1] - begin;
@@ -382,21 +385,18 @@ class Backward {
     }
   }
 
-  static void clear_unit(void* opaque, int64_t index, int) {
-    const Backward& self = *static_cast<Backward*>(opaque);
-    const Sequence sequence = sequence_at(self.problem_, (self.first_unit_ + index) / self.problem_.num_kv_heads);
-    T* data = reinterpret_cast<T*>(self.workspace_ + index * self.workspace_bytes_);
-    for (int64_t i = 0; i < self.unit_elements(sequence); ++i) data[i] = 0;
+  void clear_unit(int64_t index) const {
+    const Sequence sequence = sequence_at(problem_, (first_unit_ + index) / problem_.num_kv_heads);
+    T* data = reinterpret_cast<T*>(workspace_ + index * workspace_bytes_);
+    for (int64_t i = 0; i < unit_elements(sequence); ++i) data[i] = 0;
   }
 
   // Step 7 for one unit.
-  static void convert_unit(void* opaque, int64_t index, int) {
-    const Backward& self = *static_cast<Backward*>(opaque);
-    const MobaProblem& problem = self.problem_;
-    const int64_t unit = self.first_unit_ + index;
-    const int64_t kv_head = unit % problem.num_kv_heads;
-    const Sequence sequence = sequence_at(problem, unit / problem.num_kv_heads);
-    const UnitSums sums = self.sums_of(unit, sequence);
+  void convert_unit(int64_t index) const {
+    const int64_t unit = first_unit_ + index;
+    const int64_t kv_head = unit % problem_.num_kv_heads;
+    const Sequence sequence = sequence_at(problem_, unit / problem_.num_kv_heads);
+    const UnitSums sums = sums_of(unit, sequence);
     const auto convert = [&](const GradientSum<T>& sum, const MutableTensor& grad, int64_t head, int64_t first_row,
                              int64_t num_rows, int64_t depth) {
       for (int64_t i = 0; i < num_rows; ++i) {
@@ -404,12 +404,12 @@ class Backward {
                   rows_of<Storage>(grad, sequence.batch_idx, head, first_row + i));
       }
     };
-    for (int64_t h = 0; h < self.group_size_; ++h) {
-      convert({sums.grad_query.data + h * sums.grad_query_head, sums.grad_query.row_stride}, self.params_.grad_query,
-              kv_head * self.group_size_ + h, sequence.query_start, sequence.query_len, problem.head_dim);
+    for (int64_t h = 0; h < group_size_; ++h) {
+      convert({sums.grad_query.data + h * sums.grad_query_head, sums.grad_query.row_stride}, params_.grad_query,
+              kv_head * group_size_ + h, sequence.query_start, sequence.query_len, problem_.head_dim);
     }
-    convert(sums.grad_key, self.params_.grad_key, kv_head, sequence.key_start, sequence.key_len, problem.head_dim);
-    convert(sums.grad_value, self.params_.grad_value, kv_head, sequence.key_start, sequence.key_len, problem.value_dim);
+    convert(sums.grad_key, params_.grad_key, kv_head, sequence.key_start, sequence.key_len, problem_.head_dim);
+    convert(sums.grad_value, params_.grad_value, kv_head, sequence.key_start, sequence.key_len, problem_.value_dim);
   }
 
   const MobaBackwardParams& params_;

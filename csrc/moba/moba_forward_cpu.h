@@ -415,34 +415,27 @@ inline RangeExtent range_extent(const MobaProblem& problem) {
 // reports is thrown once all are done.
 template <typename RunRange>
 void for_each_range(const MobaProblem& problem, int num_workers, const RunRange& run_range) {
-  struct Context {
-    const MobaProblem& problem;
-    const RunRange& run_range;
-    int64_t most_ranges;
-    RoutingFault fault;
-    int32_t fault_taken;
-  };
   const int64_t most_ranges = range_extent(problem).most_ranges;
-  Context context{problem, run_range, most_ranges, {}, 0};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    Context& ctx = *static_cast<Context*>(opaque);
-    const int64_t range_idx = task % ctx.most_ranges;
-    const int64_t head = task / ctx.most_ranges % ctx.problem.num_query_heads;
-    const int64_t sequence_idx = task / ctx.most_ranges / ctx.problem.num_query_heads;
-    const Sequence sequence = sequence_at(ctx.problem, sequence_idx);
-    const int64_t size = queries_per_range(ctx.problem, sequence);
+  RoutingFault first_fault{};
+  int32_t has_fault = 0;
+  const int64_t num_tasks = problem.batch_size * problem.num_query_heads * most_ranges;
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    const int64_t range_idx = task % most_ranges;
+    const int64_t head = task / most_ranges % problem.num_query_heads;
+    const int64_t sequence_idx = task / most_ranges / problem.num_query_heads;
+    const Sequence sequence = sequence_at(problem, sequence_idx);
+    const int64_t size = queries_per_range(problem, sequence);
     const int64_t first_query = range_idx * size;
     if (first_query >= sequence.query_len) return;
     const QueryRange range{sequence, head, first_query, min64(size, sequence.query_len - first_query)};
-    const RoutingFault fault = ctx.run_range(range, sequence_idx, range_idx, worker);
-    if (fault.kind != RoutingFault::kNone && __atomic_exchange_n(&ctx.fault_taken, 1, __ATOMIC_RELAXED) == 0) {
-      ctx.fault = fault;
+    const RoutingFault fault = run_range(range, sequence_idx, range_idx, worker);
+    if (fault.kind != RoutingFault::kNone && __atomic_exchange_n(&has_fault, 1, __ATOMIC_RELAXED) == 0) {
+      first_fault = fault;
     }
-  };
-  parallel_for(num_workers, problem.batch_size * problem.num_query_heads * most_ranges, body, &context);
-  if (context.fault_taken != 0) {
-    throw_routing_fault(context.fault.kind == RoutingFault::kDuplicate, context.fault.head_idx, context.fault.query,
-                        context.fault.block);
+  });
+  if (has_fault != 0) {
+    throw_routing_fault(first_fault.kind == RoutingFault::kDuplicate, first_fault.head_idx, first_fault.query,
+                        first_fault.block);
   }
 }
 

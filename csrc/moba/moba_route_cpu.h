@@ -43,35 +43,27 @@ void mean_of_rows(const Storage* rows, int64_t row_stride, int64_t count, int64_
 template <typename Storage, typename CentroidOf>
 void compute_centroids(const MobaProblem& problem, const ConstTensor& key, const CentroidOf& centroid_of) {
   constexpr int64_t kBlocksPerTask = MobaRouteConfig::kCentroidsPerTask;
-  struct Context {
-    const MobaProblem& problem;
-    const ConstTensor& key;
-    const CentroidOf& centroid_of;
-    int64_t chunks_per_head;
-  };
   int64_t most_blocks = 0;
   for (int64_t s = 0; s < problem.batch_size; ++s) {
     most_blocks = max64(most_blocks, sequence_at(problem, s).num_blocks);
   }
-  Context context{problem, key, centroid_of, ceil_div(most_blocks, kBlocksPerTask)};
-  const auto body = [](void* opaque, int64_t task, int) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const int64_t chunk = task % ctx.chunks_per_head;
-    const int64_t head = task / ctx.chunks_per_head % ctx.problem.num_kv_heads;
-    const int64_t sequence_idx = task / ctx.chunks_per_head / ctx.problem.num_kv_heads;
-    const Sequence sequence = sequence_at(ctx.problem, sequence_idx);
-    const int64_t last = min64((chunk + 1) * kBlocksPerTask, sequence.num_blocks);
-    for (int64_t block = chunk * kBlocksPerTask; block < last; ++block) {
-      const int64_t first_key = block * ctx.problem.block_size;
-      const int64_t count = min64(ctx.problem.block_size, sequence.key_len - first_key);
-      mean_of_rows(rows_of<Storage>(ctx.key, sequence.batch_idx, head, sequence.key_start + first_key),
-                   ctx.key.row_stride, count, ctx.problem.head_dim, ctx.centroid_of(sequence_idx, head, block));
-    }
-  };
-  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * context.chunks_per_head;
+  const int64_t chunks_per_head = ceil_div(most_blocks, kBlocksPerTask);
+  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_kv_heads) *
                                 static_cast<double>(problem.key_len * problem.head_dim);
-  parallel_for(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, body, &context);
+  for_each_task(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, [&](int64_t task, int) {
+    const int64_t chunk = task % chunks_per_head;
+    const int64_t head = task / chunks_per_head % problem.num_kv_heads;
+    const int64_t sequence_idx = task / chunks_per_head / problem.num_kv_heads;
+    const Sequence sequence = sequence_at(problem, sequence_idx);
+    const int64_t last = min64((chunk + 1) * kBlocksPerTask, sequence.num_blocks);
+    for (int64_t block = chunk * kBlocksPerTask; block < last; ++block) {
+      const int64_t first_key = block * problem.block_size;
+      const int64_t count = min64(problem.block_size, sequence.key_len - first_key);
+      mean_of_rows(rows_of<Storage>(key, sequence.batch_idx, head, sequence.key_start + first_key), key.row_stride,
+                   count, problem.head_dim, centroid_of(sequence_idx, head, block));
+    }
+  });
 }
 
 template <typename Storage>
@@ -262,27 +254,15 @@ void route_storage(const MobaRouteParams& params) {
       static_cast<size_t>(round_up(static_cast<int64_t>(Task::scratch_bytes(problem.head_dim, list_length)), 64));
   const AlignedBuffer scratch = allocate_aligned(worker_bytes * static_cast<size_t>(num_workers));
 
-  struct Context {
-    const MobaRouteParams& params;
-    const decltype(centroid_of)& first_centroid;
-    unsigned char* scratch;
-    size_t worker_bytes;
-    int64_t list_length;
-    int64_t chunks_per_head;
-  };
-  Context context{params, centroid_of, scratch.get(), worker_bytes, list_length, chunks_per_head};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const MobaProblem& p = ctx.params.problem;
-    const int64_t chunk = task % ctx.chunks_per_head;
-    const int64_t head = task / ctx.chunks_per_head % p.num_query_heads;
-    const int64_t sequence_idx = task / ctx.chunks_per_head / p.num_query_heads;
-    const Sequence sequence = sequence_at(p, sequence_idx);
-    const int64_t kv_head = head / (p.num_query_heads / p.num_kv_heads);
-    Task route(ctx.params, ctx.list_length, ctx.scratch + static_cast<size_t>(worker) * ctx.worker_bytes);
-    route.run(sequence, head, chunk * Task::kQueriesPerTask, ctx.first_centroid(sequence_idx, kv_head, 0));
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    const int64_t chunk = task % chunks_per_head;
+    const int64_t head = task / chunks_per_head % problem.num_query_heads;
+    const int64_t sequence_idx = task / chunks_per_head / problem.num_query_heads;
+    const Sequence sequence = sequence_at(problem, sequence_idx);
+    const int64_t kv_head = head / (problem.num_query_heads / problem.num_kv_heads);
+    Task route(params, list_length, scratch.get() + static_cast<size_t>(worker) * worker_bytes);
+    route.run(sequence, head, chunk * Task::kQueriesPerTask, centroid_of(sequence_idx, kv_head, 0));
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET
