@@ -168,12 +168,7 @@ void moba_cache_append_cuda(const CacheAppendParams& params, const CudaPlace& pl
   const DeviceGuard guard(place.device);
   const StageRange range("decode: append");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return launch_for<float>(params, stream);
-    case Dtype::kBFloat16: return launch_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return launch_for<Float16>(params, stream);
-    default: require(false, "moba_cache_append on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(problem.dtype, [&](auto element) { launch_for<decltype(element)>(params, stream); });
 }
 
 }  // namespace topgather

@@ -517,12 +517,7 @@ void moba_decode_cuda(const DecodeParams& params, const CudaWorkspace& given, co
   WorkspaceCutter cutter(given.data);
   const DecodeWorkspace workspace = take_workspace(plan, cutter);
   require(cutter.used() <= given.bytes, "moba_decode: the workspace is smaller than moba_decode_workspace_bytes says");
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return decode_for<float>(params, plan, workspace, stream);
-    case Dtype::kBFloat16: return decode_for<BFloat16>(params, plan, workspace, stream);
-    case Dtype::kFloat16: return decode_for<Float16>(params, plan, workspace, stream);
-    default: require(false, "moba_decode on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(problem.dtype, [&](auto element) { decode_for<decltype(element)>(params, plan, workspace, stream); });
 }
 
 }  // namespace topgather

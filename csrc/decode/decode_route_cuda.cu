@@ -418,12 +418,7 @@ void moba_decode_route_cuda(const DecodeRouteParams& params, const CudaWorkspace
       args.query = params.query;
       args.centroids = params.centroids;
       args.ranks = ranks;
-      switch (problem.dtype) {
-        case Dtype::kFloat32: scores_for<float>(args, stream); break;
-        case Dtype::kBFloat16: scores_for<BFloat16>(args, stream); break;
-        case Dtype::kFloat16: scores_for<Float16>(args, stream); break;
-        default: require(false, "moba_decode_route on CUDA takes float32, bfloat16 and float16, not float64");
-      }
+      with_element(problem.dtype, [&](auto element) { scores_for<decltype(element)>(args, stream); });
     }
     const int64_t num_rows = int64_t{wave.num_units} * wave.num_rows;
     require(num_rows < INT32_MAX, "moba_decode_route: more than 2^31 - 1 queries at once");

@@ -91,10 +91,10 @@ struct GridBackwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr GridBackwardKernel backward_kernel(Dtype dtype) {
+constexpr GridBackwardKernel backward_kernel() {
   using Shared = GridBackwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kTokens,
           Shared::kThreads,
@@ -107,20 +107,9 @@ constexpr GridBackwardKernel backward_kernel(Dtype dtype) {
           }};
 }
 
-constexpr GridBackwardKernel kBackwardKernels[] = {
-    backward_kernel<BFloat16, 64>(Dtype::kBFloat16), backward_kernel<BFloat16, 128>(Dtype::kBFloat16),
-    backward_kernel<Float16, 64>(Dtype::kFloat16),   backward_kernel<Float16, 128>(Dtype::kFloat16),
-    backward_kernel<float, 64>(Dtype::kFloat32),     backward_kernel<float, 128>(Dtype::kFloat32)};
-
-// Calls visit with a value of the element type that `dtype` stands for.
-template <typename Visit>
-auto with_element(Dtype dtype, const Visit& visit) {
-  switch (dtype) {
-    case Dtype::kFloat32: return visit(float{});
-    case Dtype::kBFloat16: return visit(BFloat16{});
-    default: return visit(Float16{});
-  }
-}
+constexpr GridBackwardKernel kBackwardKernels[] = {backward_kernel<BFloat16, 64>(), backward_kernel<BFloat16, 128>(),
+                                                   backward_kernel<Float16, 64>(),  backward_kernel<Float16, 128>(),
+                                                   backward_kernel<float, 64>(),    backward_kernel<float, 128>()};
 
 int64_t bias_tile_tokens(Dtype dtype) {
   return with_element(dtype,
@@ -256,7 +245,7 @@ void grid::add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridBackwardKernel& kernel : kBackwardKernels) {
     facts.push_back({"grid_token_gradients", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
   }
-  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32}) {
+  for (const Dtype dtype : kCudaDtypes) {
     with_element(dtype, [&](auto element) {
       using Shared = GridBackwardSharedMemory<decltype(element), kGridBiasHeadDim>;
       facts.push_back({"grid_bias_gradients", dtype, kGridBiasHeadDim, Shared::kThreads, sizeof(Shared)});

@@ -222,10 +222,10 @@ struct GridForwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr GridForwardKernel forward_kernel(Dtype dtype) {
+constexpr GridForwardKernel forward_kernel() {
   using Shared = GridForwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kTokens,
           Shared::kThreads,
@@ -235,10 +235,9 @@ constexpr GridForwardKernel forward_kernel(Dtype dtype) {
           }};
 }
 
-constexpr GridForwardKernel kForwardKernels[] = {
-    forward_kernel<BFloat16, 64>(Dtype::kBFloat16), forward_kernel<BFloat16, 128>(Dtype::kBFloat16),
-    forward_kernel<Float16, 64>(Dtype::kFloat16),   forward_kernel<Float16, 128>(Dtype::kFloat16),
-    forward_kernel<float, 64>(Dtype::kFloat32),     forward_kernel<float, 128>(Dtype::kFloat32)};
+constexpr GridForwardKernel kForwardKernels[] = {forward_kernel<BFloat16, 64>(), forward_kernel<BFloat16, 128>(),
+                                                 forward_kernel<Float16, 64>(),  forward_kernel<Float16, 128>(),
+                                                 forward_kernel<float, 64>(),    forward_kernel<float, 128>()};
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/tile_math.cuh"
 #include "grid_config_cuda.h"
@@ -260,7 +261,7 @@ inline bool is_empty(const GridProblem& problem) {
 // Rows start on 16-byte boundaries and end there.
 template <typename Image>
 bool has_aligned_rows(const Image& image, const GridProblem& problem) {
-  const int64_t per_chunk = problem.dtype == Dtype::kFloat32 ? 4 : 8;
+  const int64_t per_chunk = 16 / element_bytes(problem.dtype);
   return reinterpret_cast<uintptr_t>(image.data) % 16 == 0 && problem.head_dim % per_chunk == 0 &&
          image.batch_stride % per_chunk == 0 && image.head_stride % per_chunk == 0 &&
          image.row_stride % per_chunk == 0 && image.column_stride % per_chunk == 0;

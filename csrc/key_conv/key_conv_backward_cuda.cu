@@ -332,12 +332,7 @@ void key_conv_backward_cuda(const KeyConvBackwardParams& params, const CudaWorks
   require(workspace.bytes >= key_conv_backward_workspace_bytes(problem, needs_grad_weight),
           "key_conv_backward: the workspace is smaller than key_conv_backward_workspace_bytes says");
   auto* pieces = needs_grad_weight ? static_cast<float*>(workspace.data) : nullptr;
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return backward_for<float>(params, pieces, stream);
-    case Dtype::kBFloat16: return backward_for<BFloat16>(params, pieces, stream);
-    case Dtype::kFloat16: return backward_for<Float16>(params, pieces, stream);
-    default: require(false, "key_conv_backward on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, pieces, stream); });
 }
 
 }  // namespace topgather

@@ -156,12 +156,7 @@ void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaPlace& 
   const DeviceGuard guard(place.device);
   const StageRange range("key_conv: forward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (params.problem.dtype) {
-    case Dtype::kFloat32: return forward_for<float>(params, stream);
-    case Dtype::kBFloat16: return forward_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return forward_for<Float16>(params, stream);
-    default: require(false, "key_conv on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(params.problem.dtype, [&](auto element) { forward_for<decltype(element)>(params, stream); });
 }
 
 }  // namespace topgather

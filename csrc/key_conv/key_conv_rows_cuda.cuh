@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/tile_math.cuh"
 #include "key_conv_config_cuda.h"

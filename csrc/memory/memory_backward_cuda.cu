@@ -421,8 +421,7 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   const DeviceGuard guard(place.device);
   const StageRange range("memory: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const int64_t element_bytes = problem.dtype == Dtype::kFloat32 ? 4 : 2;
-  const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes;
+  const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes(problem.dtype);
   if (grad_bytes > 0) {
     cuda_require(cudaMemsetAsync(params.grad_rows, 0, static_cast<size_t>(grad_bytes), stream),
                  "clearing gradients of rows");
@@ -444,12 +443,7 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   args.grad_rows = params.grad_rows;
   args.grad_weights = static_cast<float*>(params.grad_weights);
   args.sums = static_cast<float*>(workspace.data);
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return backward_for<float>(params, args, stream);
-    case Dtype::kBFloat16: return backward_for<BFloat16>(params, args, stream);
-    case Dtype::kFloat16: return backward_for<Float16>(params, args, stream);
-    default: require(false, "memory_backward on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, args, stream); });
 }
 
 void add_memory_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {

@@ -263,12 +263,7 @@ void memory_lookup_cuda(const MemoryLookupParams& params, const CudaPlace& place
   const DeviceGuard guard(place.device);
   const StageRange range("memory: lookup");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (params.problem.dtype) {
-    case Dtype::kFloat32: return lookup_for<float>(params, stream);
-    case Dtype::kBFloat16: return lookup_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return lookup_for<Float16>(params, stream);
-    default: require(false, "memory_lookup on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(params.problem.dtype, [&](auto element) { lookup_for<decltype(element)>(params, stream); });
 }
 
 void memory_dot_cuda(const MemoryDotParams& params, const CudaPlace& place) {
@@ -276,12 +271,7 @@ void memory_dot_cuda(const MemoryDotParams& params, const CudaPlace& place) {
   const DeviceGuard guard(place.device);
   const StageRange range("memory: dot");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (params.problem.dtype) {
-    case Dtype::kFloat32: return dot_for<float>(params, stream);
-    case Dtype::kBFloat16: return dot_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return dot_for<Float16>(params, stream);
-    default: require(false, "memory_dot on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(params.problem.dtype, [&](auto element) { dot_for<decltype(element)>(params, stream); });
 }
 
 }  // namespace topgather

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/tile_math.cuh"
 

@@ -11,10 +11,9 @@ namespace topgather {
 namespace {
 
 // Of one dtype, the shortest lists first.
-constexpr ProductKeyKernel kKernels[] = {
-    product_key_kernel<BFloat16, 1>(Dtype::kBFloat16), product_key_kernel<BFloat16, 4>(Dtype::kBFloat16),
-    product_key_kernel<Float16, 1>(Dtype::kFloat16),   product_key_kernel<Float16, 4>(Dtype::kFloat16),
-    product_key_kernel<float, 1>(Dtype::kFloat32),     product_key_kernel<float, 4>(Dtype::kFloat32)};
+constexpr ProductKeyKernel kKernels[] = {product_key_kernel<BFloat16, 1>(), product_key_kernel<BFloat16, 4>(),
+                                         product_key_kernel<Float16, 1>(),  product_key_kernel<Float16, 4>(),
+                                         product_key_kernel<float, 1>(),    product_key_kernel<float, 4>()};
 
 const ProductKeyKernel& kernel_for(const ProductKeyParams& params) {
   if (params.half_dim <= kProductKeyMostHalfDim) {

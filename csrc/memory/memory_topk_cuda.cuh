@@ -31,6 +31,7 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/tile_math.cuh"
 #include "memory_config_cuda.h"
@@ -561,11 +562,11 @@ struct ProductKeyKernel {
 };
 
 template <typename Element, int kPerLane>
-constexpr ProductKeyKernel product_key_kernel(Dtype dtype) {
+constexpr ProductKeyKernel product_key_kernel() {
   using Shared = ProductKeySharedMemory<Element, kPerLane>;
   static_assert(Shared::bytes(kProductKeyMostHalfDim, 2) <= ProductKeyCudaConfig::kSharedBytes);
   static_assert(Shared::kListLength <= kProductKeyMostTopK);
-  return {dtype,
+  return {kDtypeOf<Element>,
           Shared::kListLength,
           Shared::kThreads,
           Shared::kRows,

@@ -16,7 +16,6 @@ namespace topgather {
 
 constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q != nullptr; }
 
 // Key blocks of a unit. Packed: a bound, since every sequence may end in a short block.
