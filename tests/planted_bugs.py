@@ -438,7 +438,7 @@ BUGS = [
 
 
 def units_of(bug: PlantedBug) -> list[str]:
-    """The files of ``csrc`` to compile."""
+    """The files to compile, of ``csrc`` or written by the build."""
     return bug.units or UNITS.get(bug.file, [Path(bug.file).name])
 
 
@@ -468,10 +468,10 @@ def build(bug: PlantedBug, emulation: Path, folder: Path) -> None:
     path.write_text(planted(bug, path.read_text()))
     commands = commands_of(emulation)
     link = commands[MODULE].replace(f"-o {MODULE}", f"-o {shlex.quote(str(folder / MODULE))}")
-    for unit in units_of(bug):
+    for path in sources.glob("*/*_cuda.cu*"):
         # No case has a head dimension over 64: the kernels for 128 and 256 would be compiled in vain.
-        (unit_path,) = sources.glob(f"*/{unit}")
-        unit_path.write_text(re.sub(r"(_kernel<\w+, )(?:128|256)>", r"\g<1>64>", unit_path.read_text()))
+        path.write_text(re.sub(r"(_kernel<\w+, )(?:128|256)>", r"\g<1>64>", path.read_text()))
+    for unit in units_of(bug):
         output = next(name for name in commands if "kernels_checked" in name and name.endswith(f"/{unit}.o"))
         words = [word.replace(str(SOURCES), str(sources)) for word in shlex.split(commands[output])]
         words[words.index("-o") + 1] = str(folder / f"{unit}.o")

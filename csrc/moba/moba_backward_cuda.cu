@@ -9,8 +9,6 @@
 //   order; after a unit's last wave, 5. moba_write_grad_keys rounds the gradients of keys and values.
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 #include "moba_backward_cuda.cuh"
 
@@ -120,20 +118,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_write_grad_keys(const Key
 namespace {
 
 const BackwardKernel& kernel_for(const MobaProblem& problem) {
-  const int64_t dim = std::max(problem.head_dim, problem.value_dim);
-  const auto find = [&](const BackwardKernel(&table)[3]) -> const BackwardKernel& {
-    for (const BackwardKernel& kernel : table) {
-      if (dim <= kernel.most_head_dim) return kernel;
-    }
-    throw std::invalid_argument("head_dim and value_dim must be at most 256 on CUDA, got " +
-                                std::to_string(problem.head_dim) + " and " + std::to_string(problem.value_dim));
-  };
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return find(kBackwardFloat32);
-    case Dtype::kBFloat16: return find(kBackwardBFloat16);
-    case Dtype::kFloat16: return find(kBackwardFloat16);
-    default: throw std::invalid_argument("moba_attention on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  return with_element(problem.dtype, [&](auto element) -> const BackwardKernel& {
+    return narrowest_kernel(backward_kernels(element), std::max(problem.head_dim, problem.value_dim));
+  });
 }
 
 struct BackwardWorkspace {
@@ -170,16 +157,6 @@ BackwardWorkspace take_workspace(const MobaProblem& problem, bool is_determinist
   workspace.num_grad_query = num_rows * (is_deterministic ? problem.top_k : 1) * elements_of(problem.head_dim);
   workspace.grad_query = cutter.take<float>(workspace.num_grad_query);
   return workspace;
-}
-
-// Calls visit with a value of the element type that `dtype` stands for.
-template <typename Visit>
-void with_element(Dtype dtype, const Visit& visit) {
-  switch (dtype) {
-    case Dtype::kFloat32: return visit(float{});
-    case Dtype::kBFloat16: return visit(BFloat16{});
-    default: return visit(Float16{});
-  }
 }
 
 void clear(float* sums, int64_t count, cudaStream_t stream) {
@@ -309,12 +286,13 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
 }
 
 void add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const auto* table : {kBackwardBFloat16, kBackwardFloat16, kBackwardFloat32}) {
-    for (int i = 0; i < 3; ++i) {
-      const BackwardKernel& kernel = table[i];
-      facts.push_back(
-          {"moba_attend_blocks_backward", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
-    }
+  for (const Dtype dtype : kCudaDtypes) {
+    with_element(dtype, [&](auto element) {
+      for (const BackwardKernel& kernel : backward_kernels(element)) {
+        facts.push_back(
+            {"moba_attend_blocks_backward", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+      }
+    });
   }
 }
 

@@ -420,10 +420,10 @@ struct BackwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr BackwardKernel backward_kernel(Dtype dtype) {
+constexpr BackwardKernel backward_kernel() {
   using Shared = BackwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kThreads,
           sizeof(Shared),
@@ -437,9 +437,15 @@ constexpr BackwardKernel backward_kernel(Dtype dtype) {
           }};
 }
 
-// One translation unit an element type: tables of three head dimensions, ascending.
-extern const BackwardKernel kBackwardFloat32[3];
-extern const BackwardKernel kBackwardBFloat16[3];
-extern const BackwardKernel kBackwardFloat16[3];
+using BackwardKernels = BackwardKernel[3];
+template <typename Element>
+inline constexpr BackwardKernels kBackwardKernels = {backward_kernel<Element, 64>(), backward_kernel<Element, 128>(),
+                                                     backward_kernel<Element, 256>()};
+
+// An element type's kernels, ascending in head_dim. Each of the three is compiled in a file of its own, which the build
+// writes (tools/cuda_instances.cmake).
+const BackwardKernels& backward_kernels(float);
+const BackwardKernels& backward_kernels(BFloat16);
+const BackwardKernels& backward_kernels(Float16);
 
 }  // namespace topgather

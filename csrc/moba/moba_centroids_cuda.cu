@@ -136,12 +136,7 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
 void launch_centroids(Dtype dtype, const CentroidArguments& args, int64_t num_units, cudaStream_t stream) {
   if (num_units == 0 || args.geometry.num_blocks == 0 || args.row_elements == 0) return;
   const StageRange range("moba: centroids");
-  switch (dtype) {
-    case Dtype::kFloat32: return launch_for<float>(args, num_units, stream);
-    case Dtype::kBFloat16: return launch_for<BFloat16>(args, num_units, stream);
-    case Dtype::kFloat16: return launch_for<Float16>(args, num_units, stream);
-    default: require(false, "block_centroids on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(dtype, [&](auto element) { launch_for<decltype(element)>(args, num_units, stream); });
 }
 
 void moba_centroids_cuda(const CentroidParams& params, const CudaPlace& place) {

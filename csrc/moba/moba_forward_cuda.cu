@@ -6,8 +6,6 @@
 //   2. moba_attend_blocks: a normalised partial output and its lse per choice;
 //   3. moba_merge_slots: a warp takes a query's row and combines its choices.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "moba_forward_cuda.cuh"
 
@@ -108,20 +106,9 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
 namespace {
 
 const ForwardKernel& kernel_for(const MobaProblem& problem) {
-  const int64_t dim = std::max(problem.head_dim, problem.value_dim);
-  const auto find = [&](const ForwardKernel(&table)[3]) -> const ForwardKernel& {
-    for (const ForwardKernel& kernel : table) {
-      if (dim <= kernel.most_head_dim) return kernel;
-    }
-    throw std::invalid_argument("head_dim and value_dim must be at most 256 on CUDA, got " +
-                                std::to_string(problem.head_dim) + " and " + std::to_string(problem.value_dim));
-  };
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return find(kForwardFloat32);
-    case Dtype::kBFloat16: return find(kForwardBFloat16);
-    case Dtype::kFloat16: return find(kForwardFloat16);
-    default: throw std::invalid_argument("moba_attention on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  return with_element(problem.dtype, [&](auto element) -> const ForwardKernel& {
+    return narrowest_kernel(forward_kernels(element), std::max(problem.head_dim, problem.value_dim));
+  });
 }
 
 struct ForwardWorkspace {
@@ -154,11 +141,7 @@ void merge(Dtype dtype, const MergeArguments& args, cudaStream_t stream) {
   const cuda::LaunchShape shape{
       dim3(static_cast<unsigned>(divide_up(args.num_rows, kMergeWarps)), static_cast<unsigned>(args.wave.num_units)),
       dim3(kMergeWarps * cuda::kLanes), 0, stream};
-  switch (dtype) {
-    case Dtype::kFloat32: return cuda::launch(moba_merge_slots<float>, shape, args);
-    case Dtype::kBFloat16: return cuda::launch(moba_merge_slots<BFloat16>, shape, args);
-    default: return cuda::launch(moba_merge_slots<Float16>, shape, args);
-  }
+  with_element(dtype, [&](auto element) { cuda::launch(moba_merge_slots<decltype(element)>, shape, args); });
 }
 
 }  // namespace
@@ -217,11 +200,13 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
 }
 
 void add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const auto* table : {kForwardBFloat16, kForwardFloat16, kForwardFloat32}) {
-    for (int i = 0; i < 3; ++i) {
-      const ForwardKernel& kernel = table[i];
-      facts.push_back({"moba_attend_blocks", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
-    }
+  for (const Dtype dtype : kCudaDtypes) {
+    with_element(dtype, [&](auto element) {
+      for (const ForwardKernel& kernel : forward_kernels(element)) {
+        facts.push_back(
+            {"moba_attend_blocks", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+      }
+    });
   }
 }
 

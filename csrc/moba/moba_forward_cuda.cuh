@@ -464,10 +464,10 @@ struct ForwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr ForwardKernel forward_kernel(Dtype dtype) {
+constexpr ForwardKernel forward_kernel() {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kThreads,
           sizeof(Shared),
@@ -481,9 +481,15 @@ constexpr ForwardKernel forward_kernel(Dtype dtype) {
           }};
 }
 
-// One translation unit an element type: tables of three head dimensions, ascending.
-extern const ForwardKernel kForwardFloat32[3];
-extern const ForwardKernel kForwardBFloat16[3];
-extern const ForwardKernel kForwardFloat16[3];
+using ForwardKernels = ForwardKernel[3];
+template <typename Element>
+inline constexpr ForwardKernels kForwardKernels = {forward_kernel<Element, 64>(), forward_kernel<Element, 128>(),
+                                                   forward_kernel<Element, 256>()};
+
+// An element type's kernels, ascending in head_dim. Each of the three is compiled in a file of its own, which the build
+// writes (tools/cuda_instances.cmake).
+const ForwardKernels& forward_kernels(float);
+const ForwardKernels& forward_kernels(BFloat16);
+const ForwardKernels& forward_kernels(Float16);
 
 }  // namespace topgather

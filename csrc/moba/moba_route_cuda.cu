@@ -8,8 +8,6 @@
 // float16 reaches from 6e-8 to 65504 only: centroids are scaled by a power of two that brings the unit's largest to the
 // top of that range. Scores of a unit all scale alike, so that their order stays.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "moba_route_cuda.cuh"
 
@@ -68,23 +66,16 @@ __global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const Spli
 namespace {
 
 const RouteKernel& kernel_for(const MobaProblem& problem) {
-  const auto find = [&](const RouteKernel(&table)[3]) -> const RouteKernel& {
-    for (const RouteKernel& kernel : table) {
-      if (problem.head_dim <= kernel.most_head_dim) return kernel;
-    }
-    throw std::invalid_argument("head_dim must be at most 256 on CUDA, got " + std::to_string(problem.head_dim));
-  };
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return find(kRouteFloat32);
-    case Dtype::kBFloat16: return find(kRouteBFloat16);
-    case Dtype::kFloat16: return find(kRouteFloat16);
-    default: throw std::invalid_argument("moba_route on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  return with_element(problem.dtype, [&](auto element) -> const RouteKernel& {
+    return narrowest_kernel(route_kernels(element), problem.head_dim);
+  });
 }
 
 int64_t parts_of(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? kCentroidParts<BFloat16>
-                                   : (dtype == Dtype::kFloat16 ? kCentroidParts<Float16> : 0);
+  return with_element(dtype, [](auto element) -> int64_t {
+    using Element = decltype(element);
+    return std::is_same_v<Element, float> ? 0 : kCentroidParts<Element>;
+  });
 }
 
 // Blocks kept by score: top_k, less the own block where causal, at most as many as there are.
@@ -183,8 +174,10 @@ void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geomet
   launch_centroids(params.problem.dtype, centroids, num_units, stream);
   const SplitArguments args{geometry,          workspace.centroids, workspace.parts,
                             workspace.largest, plan.row_elements,   geometry.num_blocks * plan.row_elements};
-  if (params.problem.dtype == Dtype::kBFloat16) split<BFloat16>(args, num_units, stream);
-  if (params.problem.dtype == Dtype::kFloat16) split<Float16>(args, num_units, stream);
+  with_element(params.problem.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (!std::is_same_v<Element, float>) split<Element>(args, num_units, stream);
+  });
 }
 
 }  // namespace
@@ -242,12 +235,13 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
 }
 
 void add_route_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const auto* table : {kRouteBFloat16, kRouteFloat16, kRouteFloat32}) {
-    for (int i = 0; i < 3; ++i) {
-      const RouteKernel& kernel = table[i];
-      facts.push_back({"moba_route", kernel.dtype, kernel.most_head_dim, kernel.threads,
-                       static_cast<int64_t>(kernel.shared_bytes(8))});
-    }
+  for (const Dtype dtype : kCudaDtypes) {
+    with_element(dtype, [&](auto element) {
+      for (const RouteKernel& kernel : route_kernels(element)) {
+        facts.push_back({"moba_route", kernel.dtype, kernel.most_head_dim, kernel.threads,
+                         static_cast<int64_t>(kernel.shared_bytes(8))});
+      }
+    });
   }
 }
 

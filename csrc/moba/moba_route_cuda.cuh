@@ -371,9 +371,9 @@ struct RouteKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr RouteKernel route_kernel(Dtype dtype) {
+constexpr RouteKernel route_kernel() {
   using Shared = RouteSharedMemory<Element, kHeadDim>;
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kThreads,
           Shared::kQueries,
@@ -385,9 +385,15 @@ constexpr RouteKernel route_kernel(Dtype dtype) {
           }};
 }
 
-// One translation unit an element type: tables of three head dimensions, ascending.
-extern const RouteKernel kRouteFloat32[3];
-extern const RouteKernel kRouteBFloat16[3];
-extern const RouteKernel kRouteFloat16[3];
+using RouteKernels = RouteKernel[3];
+template <typename Element>
+inline constexpr RouteKernels kRouteKernels = {route_kernel<Element, 64>(), route_kernel<Element, 128>(),
+                                               route_kernel<Element, 256>()};
+
+// An element type's kernels, ascending in head_dim. Each of the three is compiled in a file of its own, which the build
+// writes (tools/cuda_instances.cmake).
+const RouteKernels& route_kernels(float);
+const RouteKernels& route_kernels(BFloat16);
+const RouteKernels& route_kernels(Float16);
 
 }  // namespace topgather

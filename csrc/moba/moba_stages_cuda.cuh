@@ -1,6 +1,7 @@
 // Stages that several CUDA ops of block attention share: geometry of packed sequences, block lists.
 #pragma once
 
+#include "../cuda/dispatch.h"
 #include "moba_cuda.h"
 #include "moba_geometry_cuda.cuh"
 #include "moba_waves_cuda.h"
@@ -89,6 +90,15 @@ __device__ __forceinline__ WaveRow wave_row(const MobaGeometry& geometry, const 
   const uint32_t head_in_group = static_cast<uint32_t>(row) / static_cast<uint32_t>(wave.num_queries);
   const uint32_t query = static_cast<uint32_t>(row) - head_in_group * static_cast<uint32_t>(wave.num_queries);
   return {wave.first_query + query, unit.kv_head * geometry.group + head_in_group};
+}
+
+// The first of an element type's kernels, ascending in head_dim, that takes rows of so many elements.
+template <typename Kernel>
+const Kernel& narrowest_kernel(const Kernel (&kernels)[3], int64_t num_elements) {
+  for (const Kernel& kernel : kernels) {
+    if (num_elements <= kernel.most_head_dim) return kernel;
+  }
+  throw_rows_too_wide(num_elements);
 }
 
 // Each op's part of moba_cuda_kernel_facts.

@@ -2,6 +2,8 @@
 #include "moba_waves_cuda.h"
 
 #include <atomic>
+#include <stdexcept>
+#include <string>
 
 #include "moba_cuda.h"
 #include "moba_stages_cuda.cuh"
@@ -13,6 +15,11 @@ std::atomic<int64_t> budget_override{0};
 }  // namespace
 
 int64_t moba_cuda_set_budget(int64_t bytes) { return budget_override.exchange(bytes); }
+
+void throw_rows_too_wide(int64_t num_elements) {
+  throw std::invalid_argument("head_dim and value_dim must be at most 256 on CUDA, got " +
+                              std::to_string(num_elements));
+}
 
 int64_t workspace_budget(int64_t configured) {
   const int64_t other = budget_override.load(std::memory_order_relaxed);

@@ -29,6 +29,9 @@ inline int64_t count_units(const MobaProblem& problem) {
 }
 inline int64_t heads_per_unit(const MobaProblem& problem) { return problem.num_query_heads / problem.num_kv_heads; }
 
+// std::invalid_argument, for rows of more elements than there are kernels for.
+[[noreturn]] void throw_rows_too_wide(int64_t num_elements);
+
 // What waves may take of the workspace, if not what MobaWaveConfig says; 0: as it says. For tests of many small waves
 // and for devices with little memory.
 int64_t workspace_budget(int64_t configured);
