@@ -296,7 +296,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800, help="steps of each training (default: 800)")
     parser.add_argument(
-        "--output", type=Path, default=Path("manipulation.png"), help="the picture (default: manipulation.png)"
+        "--output", type=Path, default=Path("build/manipulation.png"), help="the picture (default: build/manipulation.png)"
     )
     # On one thread, so small a model loses little, and nothing to waiting where the machine has other things to do.
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")

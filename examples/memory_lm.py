@@ -315,7 +315,7 @@ def main() -> int:
     parser.add_argument("--text-steps", type=int, default=60, help="steps of each language model (default: 60)")
     parser.add_argument("--context", type=int, default=4096, help="bytes of text in a step (default: 4096)")
     parser.add_argument(
-        "--output", type=Path, default=Path("memory_lm.png"), help="the picture (default: memory_lm.png)"
+        "--output", type=Path, default=Path("build/memory_lm.png"), help="the picture (default: build/memory_lm.png)"
     )
     options = parser.parse_args()
 

@@ -552,7 +552,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=16000, help="choices at each point of the law (default: 16000)")
     parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: 150)")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind (default: 2)")
-    parser.add_argument("--output", type=Path, default=Path("routing_snr.png"), help="default: routing_snr.png")
+    parser.add_argument("--output", type=Path, default=Path("build/routing_snr.png"), help="default: build/routing_snr.png")
     options = parser.parse_args()
     for name, least in (("trials", 400), ("steps", 1), ("seeds", 1)):
         if getattr(options, name) < least:
