@@ -58,9 +58,13 @@ def draw_choice(scores_axes: Axes, mask_axes: Axes) -> None:
     scores_axes.tick_params(axis="x", length=0, labelbottom=False)
 
     mask_axes.imshow(kind, cmap=ListedColormap([UNREAD, CHOSEN, OWN]), vmin=0, vmax=2, aspect="auto")
-    mask_axes.axhspan(QUERY_IDX - 0.5, QUERY_IDX + 0.5, facecolor="none", edgecolor="black", linewidth=1.2)
     mask_axes.annotate(
-        "this query", (NUM_TOKENS - 0.5, QUERY_IDX), (-4, 8), textcoords="offset points", ha="right", fontsize=8
+        "the query above",
+        (QUERY_IDX + 0.5, QUERY_IDX),
+        (NUM_TOKENS - 1, QUERY_IDX - 8),
+        arrowprops={"arrowstyle": "->"},
+        ha="right",
+        fontsize=9,
     )
     edges = torch.arange(0, NUM_TOKENS + 1, BLOCK_SIZE) - 0.5
     mask_axes.set_xticks(edges, [str(j * BLOCK_SIZE) for j in range(len(edges))], fontsize=8)
@@ -87,13 +91,15 @@ def draw_times(axes: Axes, results: dict[str, Any]) -> None:
         if "dense" in seconds:
             ratio = seconds["dense"] / seconds["topgather 128"]
             axes.annotate(
-                f"{ratio:.0f}x", (length, seconds["dense"]), (0, 6), textcoords="offset points", ha="right", fontsize=9
+                f"{ratio:.0f}x", (length, seconds["dense"]), (-6, 4), textcoords="offset points", ha="right", fontsize=9
             )
     axes.set_xticks(sorted(times), [f"{length // 1024}K" for length in sorted(times)])
     axes.minorticks_off()
     axes.set_yticks([0.01, 0.1, 1, 10], ["10 ms", "100 ms", "1 s", "10 s"])
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.margins(x=0.09)
+    axes.set_ylim(top=2 * max(max(seconds.values()) for seconds in times.values()))
+    axes.legend(frameon=False, loc="lower right", fontsize=9, title="numbers: dense / blocks of 128")
     run, shape = results["run"], results["shape"]
     axes.set(xlabel="tokens of the sequence")
     axes.set_title(
