@@ -36,7 +36,7 @@ $(VENV)/.dev: $(VENV)/.installed pyproject.toml
 	touch $@
 
 demo: install
-	$(RUN) examples/byte_language_model.py --output demo.png
+	$(RUN) examples/byte_language_model.py --output build/demo.png
 
 CONFIGURE := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
   -DPython_EXECUTABLE=$(abspath $(RUN))

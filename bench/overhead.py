@@ -186,7 +186,7 @@ def main() -> None:
     folder = options.output or results_folder(device)
     torch.set_num_threads(1)
 
-    results: dict[str, dict[str, dict[str, float]]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
     for setting, requires_grad, with_backward in (
         ("no gradient", False, False),
         ("forward", True, False),
@@ -196,21 +196,20 @@ def main() -> None:
             runs = {name: repeated(call, with_backward=with_backward) for name, call in calls.items()}
             timings = time_interleaved(runs, device, max_rounds=options.rounds, budget_seconds=60.0)
             for name, timing in timings.items():
-                microseconds = timing.seconds / CALLS_PER_SAMPLE * 1e6
-                results.setdefault(op, {}).setdefault(name, {})[setting] = round(microseconds, 2)
+                results.setdefault(op, {}).setdefault(name, {})[setting] = timing.per_call(CALLS_PER_SAMPLE).to_json()
 
     console = Console(width=120)
     run = describe_run(device)
     console.print(run)
     for op, by_name in results.items():
-        table = Table("way", title=f"{op}: microseconds a call, least of {options.rounds} samples")
+        table = Table("way", title=f"{op}: microseconds a call, minimum of {options.rounds} samples")
         for setting in ("no gradient", "forward", "forward+backward"):
             table.add_column(setting, justify="right")
         for name, by_setting in by_name.items():
             cells = [by_setting.get(setting) for setting in ("no gradient", "forward", "forward+backward")]
-            table.add_row(name, *("" if cell is None else f"{cell:.1f}" for cell in cells))
+            table.add_row(name, *("" if cell is None else f"{cell['min_seconds'] * 1e6:.1f}" for cell in cells))
         console.print(table)
-    write_json(folder / "overhead.json", {"run": run, "microseconds_per_call": results})
+    write_json(folder / "overhead.json", {"run": run, "times": results})
     console.print(f"Written: {folder / 'overhead.json'}", soft_wrap=True)
 
 

@@ -57,7 +57,10 @@ def test_benchmark_writes_a_row_a_candidate(bench: ModuleType, tmp_path: Path) -
     for direction in (bench.FORWARD, bench.BOTH):
         for name in (bench.FLASH, "topgather 128", "topgather 64"):
             row = rows[name, direction, 512]
-            assert row["seconds"] >= row["least_seconds"] > 0
+            assert row["median_seconds"] >= row["min_seconds"] > 0
+            assert row["quartile_seconds"][0] <= row["median_seconds"] <= row["quartile_seconds"][1]
+            assert "samples" not in row
+            assert row["num_samples"] >= 1
             assert row["result_bytes"] == 2 * 512 * (32 * 2 * (4 if direction == bench.BOTH else 1) + 4)
         # No cuDNN on the CPU: left out with the reason, and the others measured all the same.
         assert "RuntimeError" in rows[bench.CUDNN, direction, 512]["skipped"]
@@ -71,10 +74,10 @@ def test_benchmark_leaves_out_peers_that_take_too_long(bench: ModuleType, tmp_pa
     bench.run_benchmark(CPU, settings_of(bench, call_limit=0.0), tmp_path)
     rows = json.loads((tmp_path / "moba.json").read_text())["rows"]
     flash = {row["num_tokens"]: row for row in rows if row["candidate"] == bench.FLASH}
-    assert "seconds" in flash[256]  # nothing smaller to judge it by
+    assert "median_seconds" in flash[256]  # nothing smaller to judge it by
     assert re.search(r"too long here, at N=256 it took", flash[512]["skipped"])
-    assert "seconds" not in flash[512]
-    assert all("seconds" in row for row in rows if row["candidate"].startswith("topgather"))
+    assert "median_seconds" not in flash[512]
+    assert all("median_seconds" in row for row in rows if row["candidate"].startswith("topgather"))
 
 
 def test_benchmark_begins_nothing_when_time_is_up(bench: ModuleType, tmp_path: Path) -> None:
@@ -98,7 +101,7 @@ def test_benchmark_fails_where_topgather_does(
     assert {row["failed"] for row in ours} == {
         "RuntimeError: CUDA error while launching moba_x: an illegal memory access"
     }
-    assert any("seconds" in row for row in rows if row["candidate"] == bench.FLASH)
+    assert any("median_seconds" in row for row in rows if row["candidate"] == bench.FLASH)
 
 
 def test_benchmark_refuses_wrong_results(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +121,8 @@ def test_targets_are_judged_by_both_sides(bench: ModuleType) -> None:
     problem = {"direction": bench.FORWARD, "num_tokens": 65536, "head_dim": 128, "batch_size": 2}
     problem |= {"num_heads": bench.NUM_HEADS, "top_k": bench.TOP_K}
     session.rows += [
-        {"candidate": "topgather 128", **problem, "seconds": 4e-3},
-        {"candidate": bench.FLASH, **problem, "seconds": 60e-3},
+        {"candidate": "topgather 128", **problem, "median_seconds": 4e-3},
+        {"candidate": bench.FLASH, **problem, "median_seconds": 60e-3},
         {"candidate": bench.CUDNN, **problem, "skipped": "out of memory"},
     ]
     lines = [bench.describe_target(target) for target in bench.judged_targets(session)]
