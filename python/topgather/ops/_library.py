@@ -31,6 +31,9 @@ DTYPE_CODES = {
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
+
 def use_exchange(module: Any) -> bool:
     """Let a native module read tensors by DLPack's C interface, which torch 2.10 and later offer."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
@@ -68,7 +71,11 @@ def in_forward_mode() -> bool:
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
     """Whether a call with these arguments is to be differentiated."""
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +84,7 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     That registration is Python: some microseconds a call, and tens of them where its code has left the caches. Under
     transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
     """
-    if is_compiling() or torch._C._are_functorch_transforms_active() or in_forward_mode() or needs_grad(args):
+    if is_compiling() or _are_transforms_active() or forward_ad._current_level >= 0 or needs_grad(args):
         return op(*args, **kwargs)
     with below_autograd():
         return op(*args, **kwargs)

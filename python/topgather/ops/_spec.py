@@ -31,7 +31,8 @@ class Op:
 
     Args:
         schema: as the dispatcher takes it, every result with a name.
-        check: raises for what types, shapes, strides and devices can say. Runs in every kernel, fake ones too.
+        check: raises for what shapes, strides, dtypes, devices and options can say, and looks at nothing else: a call
+            that differs from an earlier one in none of them is not checked again. Runs in fake kernels too.
         results: makes the results, not filled in; a tensor, a tuple of them, or None for an op that returns nothing.
         native: name of the native entry points, ``<native>_cpu`` and ``<native>_cuda``; the op's if None.
         fake_results: the same for the fake kernel, where what ``locals`` hold shapes the results.
@@ -77,6 +78,10 @@ class Op:
     autocast: Mapping[str, Function] = field(default_factory=dict)
     batch: Mapping[str, int] = field(default_factory=dict)
     folds: Function | None = None
+
+
+# Signatures of calls that an op's kernel remembers as checked.
+MAX_ACCEPTED = 1024
 
 
 class Meta(NamedTuple):
@@ -198,7 +203,7 @@ class _Generator:
         op, source = self.op, self._source()
         source.line(f"def {device}_kernel({self._signature(source)}):", 0)
         names = dict(self.here)
-        source.line(source.call(op.check, names))
+        self._check_once(source)
         extra_check = op.check_content if device == "cpu" else op.cuda_check
         if extra_check is not None:
             source.line(source.call(extra_check, names))
@@ -248,6 +253,23 @@ class _Generator:
             source.line(f"{run}({self.tensors[0]}, {fields_text})")
         source.line(f"return {self._returned()}")
         return source.compiled(f"{device}_kernel")
+
+    def _check_once(self, source: _Source) -> None:
+        """Check what shapes, strides, dtypes, devices and options say, unless a call with the same was checked."""
+        parts = []
+        for name in self.arguments:
+            if name in self.tensors:
+                part = f"{name}.shape, {name}.stride(), {name}.dtype, {name}.device"
+                parts.append(f"None if {name} is None else ({part})" if self._is_optional(name) else part)
+            else:
+                parts.append(name)
+        accepted: set[Any] = set()
+        source.globals["accepted"] = accepted
+        source.line(f"signature = ({', '.join(parts)},)")
+        source.line("if signature not in accepted:")
+        source.line(source.call(self.op.check, self.here), 2)
+        source.line(f"if len(accepted) >= {MAX_ACCEPTED}: accepted.clear()", 2)
+        source.line("accepted.add(signature)", 2)
 
     def _is_optional(self, name: str) -> bool:
         return any(a.name == name and str(a.type) == "Optional[Tensor]" for a in self.overload._schema.arguments)
