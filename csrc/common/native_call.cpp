@@ -180,6 +180,7 @@ int64_t read_integer(PyObject* object, const char* name) {
 }
 
 double read_number(PyObject* object, const char* name) {
+  if (object == Py_None) return 0;
   const double value = PyFloat_AsDouble(object);
   if (value == -1.0 && PyErr_Occurred() != nullptr) {
     py::raise_from(PyExc_TypeError, (std::string(name) + " must be a number").c_str());

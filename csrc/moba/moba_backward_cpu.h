@@ -2,7 +2,7 @@
 //
 //   delta_i  = sum_v grad_out_iv * out_iv - grad_lse_i
 //   p_it     = exp(scale * dot(query_i, key_t) - lse_i)
-//   ds_it    = p_it * (dot(grad_out_i, value_t) - delta_i)
+//   ds_it    = p_it * (dot(grad_out_i, value_t) - delta_i), and with a softcap c times 1 - (s_it / c)^2, s_it capped
 //   grad_value_t = sum_i p_it grad_out_i;  grad_key_t = scale sum_i ds_it query_i;  grad_query_i = scale sum_t ds_it
 //   key_t
 //
@@ -93,13 +93,24 @@ struct BackwardTask {
   };
 
   // The elementwise part of step 3: scores become weights, products with values become gradients of scores.
-  void weigh(int64_t num_keys, int64_t num_vectors, const T* lse_base2, const T* delta) {
+  // With kIsCapped, scores are capped at `cap` first.
+  template <bool kIsCapped>
+  void weigh(int64_t num_keys, int64_t num_vectors, const T* lse_base2, const T* delta, T cap) {
     for (int64_t key = 0; key < num_keys; ++key) {
       for (int64_t v = 0; v < num_vectors; ++v) {
         const int64_t at = key * kTileQueries + v * kLanes<T>;
-        const Vector<T> weight = exp2_vector(load<T>(weights + at) - load<T>(lse_base2 + v * kLanes<T>));
+        Vector<T> score = load<T>(weights + at);
+        Vector<T> slope;
+        if constexpr (kIsCapped) {
+          const Vector<T> share = tanh_vector(score / cap);
+          score = cap * share;
+          slope = T(1) - share * share;
+        }
+        const Vector<T> weight = exp2_vector(score - load<T>(lse_base2 + v * kLanes<T>));
         store<T>(weights + at, weight);
-        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>)));
+        Vector<T> gradient = weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>));
+        if constexpr (kIsCapped) gradient *= slope;
+        store<T>(grad_scores + at, gradient);
       }
     }
   }
@@ -149,7 +160,11 @@ struct BackwardTask {
     tile_gemm<false>(GemmOperands<T>{values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores,
                                      kTileQueries, problem.value_dim},
                      seen, padded_count);
-    weigh(seen, num_vectors, lse_base2, delta);
+    if (params.softcap > 0) {
+      weigh<true>(seen, num_vectors, lse_base2, delta, static_cast<T>(params.softcap * kLog2E));
+    } else {
+      weigh<false>(seen, num_vectors, lse_base2, delta, T(0));
+    }
     if (visibility.least < seen) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
       hide_later_keys(weights, kTileQueries, num_vectors, visibility.least, seen, limits, T(0));

@@ -3,6 +3,9 @@
 //   out_i = sum_t softmax_t(scale * dot(query_i, key_t)) value_t,   t over the visible keys of the chosen blocks
 //   lse_i = log sum_t exp(scale * dot(query_i, key_t))
 //
+// With a softcap c, scaled scores s become c * tanh(s / c). A sink joins the softmax's sum and no value: out_i is
+// multiplied with exp(lse_i) / (exp(lse_i) + exp(sink)).
+//
 // Who owns what: a task is one QueryRange of one head and owns its rows of out and lse. It visits key blocks in
 // ascending order; each block stays in cache while the range's queries that chose it stream past in tiles of
 // kTileQueries. Steps:
@@ -72,6 +75,17 @@ inline void hide_later_keys(T* scores, int64_t tile_row, int64_t num_vectors, in
   }
 }
 
+// c * tanh(s / c) of scores [num_keys, tile_row].
+template <typename T>
+inline void cap_scores(T* scores, int64_t tile_row, int64_t num_vectors, int64_t num_keys, T cap) {
+  for (int64_t key = 0; key < num_keys; ++key) {
+    for (int64_t v = 0; v < num_vectors; ++v) {
+      T* score = scores + key * tile_row + v * kLanes<T>;
+      store<T>(score, cap * tanh_vector(load<T>(score) / cap));
+    }
+  }
+}
+
 #if TOPGATHER_MATRIX_UNIT
 template <typename Storage>
 inline constexpr bool kHasMatrixUnit = std::is_same_v<Storage, BFloat16>;
@@ -127,7 +141,7 @@ struct ForwardTask {
         padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
 #if TOPGATHER_MATRIX_UNIT
         ,
-        amx(p.problem, p.scale, kTileKeys, scratch)
+        amx(p.problem, p.scale, p.softcap, kTileKeys, scratch)
 #endif
   {
     cursors = scratch.take<int32_t>(num_blocks);
@@ -246,6 +260,9 @@ struct ForwardTask {
     tile_gemm<false>(GemmOperands<T>{tile.keys.data, tile.keys.row_stride, 1, query_tile, kTileQueries, scores,
                                      kTileQueries, problem.head_dim},
                      visibility.most, padded_count);
+    if (params.softcap > 0) {
+      cap_scores(scores, kTileQueries, padded_count / kLanes<T>, visibility.most, static_cast<T>(params.softcap * kLog2E));
+    }
     if (hides_keys) {
       hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.least, visibility.most, limits,
                       -std::numeric_limits<T>::infinity());
@@ -279,6 +296,8 @@ struct ForwardTask {
   // Step 7.
   void finish(const QueryRange& range) {
     const Sequence& sequence = range.sequence;
+    const T sink = params.sinks.data == nullptr ? T(0) : *params.sinks.at<T>(range.head_idx);
+    const bool has_sink = params.sinks.data != nullptr && sink > -std::numeric_limits<T>::infinity();
     for (int64_t i = 0; i < range.num_queries; ++i) {
       const int64_t row = sequence.query_start + range.first_query + i;
       const T sum = running_sum[i];
@@ -286,8 +305,11 @@ struct ForwardTask {
       T lse = (running_max[i] + std::log2(sum)) * static_cast<T>(kLn2);
       if (!(sum > 0)) {
         lse = lse_of_unusual_row(range, i);
-        // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
-        factor = std::isinf(lse) && !sees_a_key(range, i) ? T(0) : std::numeric_limits<T>::quiet_NaN();
+        // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0, unless there is a sink.
+        const bool is_zero = lse == -std::numeric_limits<T>::infinity() && (has_sink || !sees_a_key(range, i));
+        factor = is_zero ? T(0) : std::numeric_limits<T>::quiet_NaN();
+      } else if (params.sinks.data != nullptr) {
+        factor /= 1 + std::exp(sink - lse);
       }
       store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor,
                 params.out.at<Storage>(sequence.batch_idx, range.head_idx, row));
@@ -332,6 +354,7 @@ struct ForwardTask {
         T score = 0;
         for (int64_t d = 0; d < problem.head_dim; ++d) score += to_compute(query_row[d]) * to_compute(key_row[d]);
         score *= static_cast<T>(params.scale);
+        if (params.softcap > 0) score = static_cast<T>(params.softcap) * std::tanh(score / static_cast<T>(params.softcap));
         if (score > largest || std::isnan(score)) largest = score;
         if (std::isnan(largest)) return;
       }

@@ -51,19 +51,22 @@ TOPGATHER_FIELDS(MobaRouteParams, problem, query, key, block_indices)
 struct MobaForwardParams {
   MobaProblem problem;
   double scale;
+  double softcap;  // scaled scores become softcap * tanh(score / softcap); 0: they stay
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
   Array<const void, 4> value;             // [batch, kv head, key, V] dtype
   Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 1> sinks;             // [query head] sum type, logits that join a row's sum; or data null
   Array<void, 4> out;                     // [batch, query head, query, V] dtype
   Array<void, 3> lse;                     // [batch, query head, query] sum type
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value"};
 };
-TOPGATHER_FIELDS(MobaForwardParams, problem, scale, query, key, value, block_indices, out, lse)
+TOPGATHER_FIELDS(MobaForwardParams, problem, scale, softcap, query, key, value, block_indices, sinks, out, lse)
 
 struct MobaBackwardParams {
   MobaProblem problem;
   double scale;
+  double softcap;  // as in the forward
   bool is_deterministic;                  // on CUDA: the same bits every time; the CPU's always are
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
@@ -79,7 +82,7 @@ struct MobaBackwardParams {
   Array<void, 4> grad_value;  // [batch, kv head, key, V] dtype
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value", "grad_out"};
 };
-TOPGATHER_FIELDS(MobaBackwardParams, problem, scale, is_deterministic, query, key, value, block_indices, out, lse,
+TOPGATHER_FIELDS(MobaBackwardParams, problem, scale, softcap, is_deterministic, query, key, value, block_indices, out, lse,
                  grad_out, grad_lse, grad_query, grad_key, grad_value)
 
 }  // namespace topgather

@@ -60,6 +60,23 @@ def check_scale(value: Any) -> None:
         raise ValueError(f"scale must be finite, got {value}")
 
 
+def check_softcap(value: Any) -> None:
+    """Raise unless ``value`` is None or a finite number above 0."""
+    if value is None or isinstance(value, torch.SymFloat):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"softcap must be a float or None, got {value!r} of type {type(value).__name__}")
+    if not 0 < value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"softcap must be positive and finite, got {value}")
+
+
+def check_sinks(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
+    """Raise unless ``sinks`` has one logit per query head."""
+    check_sum_operand("sinks", sinks, "query", query)
+    if tuple(sinks.shape) != (num_query_heads,):
+        raise ValueError(f"sinks must have shape [{num_query_heads}] (query heads), got {tuple(sinks.shape)}")
+
+
 def check_ndim(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has ``ndim`` dimensions."""
     if tensor.ndim != ndim:

@@ -45,7 +45,7 @@ class Op:
             of whatever else the function names.
         zeroed: results that the CPU kernel adds to.
         backward: name of the op, or a function, that makes the gradients. Of its parameters, ``grad_<result>`` is the
-            gradient of a result (zeros, or None where it may be, if nothing depends on it), ``needs_grad_<argument>``
+            gradient of a result (if nothing depends on it zeros, or None where it may be None), ``needs_grad_<argument>``
             whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. A result without such a
             parameter is not differentiable.
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
@@ -382,8 +382,9 @@ class _Generator:
                 )
 
             backward = refuse
-        parameters = list(inspect.signature(backward).parameters)
-        return parameters, dict.fromkeys(parameters, False), backward
+        signature = inspect.signature(backward).parameters
+        optional = {name: "None" in str(parameter.annotation) for name, parameter in signature.items()}
+        return list(signature), optional, backward
 
     def _saved(self) -> tuple[list[str], list[str]]:
         """Tensors, and other values, that the backward and the forward mode ask for."""

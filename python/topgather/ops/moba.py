@@ -159,6 +159,8 @@ class _Options(TypedDict, total=False):
 
     routing: BlockRouting | None
     deterministic: bool | None
+    softcap: float | None
+    sinks: Tensor | None
 
 
 # fmt: off
@@ -189,6 +191,8 @@ def moba_attention(
     return_lse: bool = False,
     routing: BlockRouting | None = None,
     deterministic: bool | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the ``top_k`` best key blocks of each query (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -210,11 +214,16 @@ def moba_attention(
         deterministic: whether gradients are the same bits every time. On CUDA gradients are otherwise summed by atomic
             additions, in whatever order they come; the deterministic way moves more memory. None follows
             ``torch.use_deterministic_algorithms``. The CPU is always deterministic.
+        softcap: if given, scaled scores become ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118, section
+            2); positive and finite. Blocks are chosen by scores as they are.
+        sinks: ``[Hq]``, query's dtype or float32 (float64 for float64): a logit per head that joins each row's softmax
+            and has no value (gpt-oss, arXiv 2508.10925; StreamingLLM, arXiv 2309.17453, section 3.3). ``lse`` does not
+            count it.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also
         ``lse [B, Hq, Nq]``, float32 (float64 for float64), natural logarithm. A query that sees no key gets 0 and
-        -inf, and gradients of 0. Both are differentiable with respect to query, key and value, once.
+        -inf, and gradients of 0. Both are differentiable with respect to query, key, value and sinks, once.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -231,13 +240,14 @@ def moba_attention(
     checks.check_flag("return_lse", return_lse)
     _check_routing(routing, block_size, top_k)
     is_deterministic = _is_deterministic(deterministic)
+    _check_scores(softcap, sinks)
     if routing is None:
         block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal)
     else:
         block_indices = routing.block_indices
     out, lse = call(
         _ops.moba_attention.default, query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query),
-        is_deterministic=is_deterministic,
+        is_deterministic=is_deterministic, softcap=softcap, sinks=sinks,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -277,6 +287,8 @@ def moba_attention_varlen(
     return_lse: bool = False,
     routing: BlockRouting | None = None,
     deterministic: bool | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`moba_attention` (MoBA, arXiv 2502.13189, section 2.2) for sequences packed one after the other.
 
@@ -293,7 +305,7 @@ def moba_attention_varlen(
         block_size, top_k, is_causal, scale, return_lse: as in :func:`moba_attention`. Blocks start afresh in every
             sequence.
         routing: as in :func:`moba_attention`, with ``block_indices [Hq, total_q, top_k]``.
-        deterministic: as in :func:`moba_attention`.
+        deterministic, softcap, sinks: as in :func:`moba_attention`.
 
     Returns:
         ``out [total_q, Hq, Dv]``; with ``return_lse`` also ``lse [Hq, total_q]``.
@@ -319,7 +331,7 @@ def moba_attention_varlen(
         block_indices = routing.block_indices
     out, lse = call(
         _ops.moba_attention.default, query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query),
-        *sequences, is_deterministic,
+        *sequences, is_deterministic, softcap, sinks,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -343,6 +355,12 @@ def _check_options(query: Tensor, key: Tensor, block_size: int, is_causal: bool)
     checks.check_tensor("key", key)
     checks.check_count("block_size", block_size)
     checks.check_flag("is_causal", is_causal)
+
+
+def _check_scores(softcap: float | None, sinks: Tensor | None) -> None:
+    checks.check_softcap(softcap)
+    if sinks is not None:
+        checks.check_tensor("sinks", sinks)
 
 
 def _check_packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> None:
@@ -379,11 +397,14 @@ def _check(
     block_indices: Tensor | None = None,
     top_k: int = 1,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """What types, shapes, dtypes, strides and devices can say about a call of an op that has these arguments."""
     checks.check_count("block_size", block_size)
     checks.check_count("top_k", top_k)
     checks.check_scale(scale)
+    checks.check_softcap(softcap)
     packed = cu_seqlens_q is not None
     layout = "[total_tokens, heads, dim]" if packed else "[batch, heads, tokens, dim]"
     named = [("query", query), ("key", key)] + ([("value", value)] if value is not None else [])
@@ -414,6 +435,8 @@ def _check(
         checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query)
         checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "query", query)
         checks.check_size("cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0), "size of cu_seqlens_q")
+    if sinks is not None:
+        checks.check_sinks(sinks, num_query_heads, query)
     if block_indices is None:
         return
     if block_indices.dtype != torch.int32:
@@ -437,10 +460,11 @@ def _check_backward(
     block_indices: Tensor,
     block_size: int,
     scale: float,
+    softcap: float | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> None:
-    _check(query, key, block_size, cu_seqlens_q, cu_seqlens_k, value, block_indices, scale=scale)
+    _check(query, key, block_size, cu_seqlens_q, cu_seqlens_k, value, block_indices, scale=scale, softcap=softcap)
     for name, tensor in (("grad_out", grad_out), ("out", out)):
         checks.check_same_dtype(name, tensor, "query", query)
         checks.check_same_device(name, tensor, "query", query)
@@ -513,6 +537,61 @@ def _attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return tensors.empty_like_rows(query, value.size(-1)), lse
 
 
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    is_causal: bool,
+    scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_deterministic: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+    needs_grad_sinks: bool,
+) -> tuple[Tensor | None, ...]:
+    """A sink is one more term of a row's sum: with the sum's logarithm in place of lse, weights are what they were."""
+
+    def backward(grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = _ops.moba_attention_backward.default(
+            grad_out, grad_lse, query, key, value, out, lse, block_indices, block_size, is_causal, scale,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_deterministic, softcap,
+        )  # fmt: skip
+        return gradients
+
+    if sinks is None:
+        return (*backward(grad_out, grad_lse, lse), None)
+    logits = sinks.to(lse.dtype)[:, None]
+    total = torch.logaddexp(lse, logits)
+    gradients = backward(grad_out, None, total)
+    if grad_lse is not None:
+        # lse has no sink in it. By itself: the ratio of both sums may be any number.
+        of_lse = backward(torch.zeros_like(grad_out), grad_lse, lse)
+        gradients = tuple(left + right for left, right in zip(gradients, of_lse, strict=True))
+    if not needs_grad_sinks:
+        return (*gradients, None)
+    delta = (out.to(lse.dtype) * grad_out.to(lse.dtype)).sum(-1)
+    delta = delta.transpose(0, 1) if cu_seqlens_q is not None else delta
+    grad_sinks = -(torch.exp(logits - total) * delta).sum(-1)
+    return (*gradients, grad_sinks if cu_seqlens_q is not None else grad_sinks.sum(0))
+
+
+def _sinks(tensor: Tensor, query: Tensor) -> Tensor:
+    return tensors.sums_like(tensor, query)
+
+
+def _sinks_follow(tensor: Tensor, query: Tensor, device_type: str) -> Tensor:
+    return tensors.autocast_to_sums(tensor, query, device_type)
+
+
 def _gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensors.empty_like_rows(tensor, tensor.size(-1)) for tensor in (query, key, value))
 
@@ -556,7 +635,7 @@ register(
     Op(
         schema="moba_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
         "Tensor out, Tensor lse, Tensor block_indices, SymInt block_size, bool is_causal, float scale, "
-        f"{_SEQUENCES}, bool is_deterministic=False) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+        f"{_SEQUENCES}, bool is_deterministic=False, float? softcap=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
         check=_check_backward,
         check_content=_check_content,
         cuda_check=_cuda_check,
@@ -578,14 +657,16 @@ register(
 register(
     Op(
         schema="moba_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, SymInt block_size, "
-        f"bool is_causal, float scale, {_SEQUENCES}, bool is_deterministic=False) -> (Tensor out, Tensor lse)",
+        f"bool is_causal, float scale, {_SEQUENCES}, bool is_deterministic=False, float? softcap=None, "
+        "Tensor? sinks=None) -> (Tensor out, Tensor lse)",
         check=_check,
         check_content=_check_content,
         cuda_check=_cuda_check,
-        inputs={"block_indices": tensors.contiguous_rows, **_BOUNDARIES},
+        inputs={"block_indices": tensors.contiguous_rows, "sinks": _sinks, **_BOUNDARIES},
         results=_attention,
-        backward="moba_attention_backward",
-        autocast=dict.fromkeys(("query", "key", "value"), tensors.autocast),
+        backward=_attention_backward,
+        gradients=("query", "key", "value", "sinks"),
+        autocast={**dict.fromkeys(("query", "key", "value"), tensors.autocast), "sinks": _sinks_follow},
         batch=_BATCH,
         folds=_folds,
     )

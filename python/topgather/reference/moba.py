@@ -164,16 +164,16 @@ def moba_attention(
     scores = torch.where(visible, scores, -torch.inf)
     # Finite stand-ins for rows that see nothing: softmax of an all -inf row is NaN, and so is its gradient.
     scores = torch.where(sees_any, scores, 0.0)
-    weights = torch.where(visible, scores.softmax(dim=-1), 0.0)
+    logits = scores
+    if sinks is not None:
+        # A row that sees nothing has weights of 0 in any case.
+        logits = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = torch.where(visible, logits.softmax(dim=-1)[..., : scores.shape[-1]], 0.0)
     out = _weighted_values(weights, value, visible)
     if key.shape[2] == 0:
         lse = scores.sum(dim=-1) - torch.inf
     else:
         lse = torch.where(sees_any[..., 0], scores.logsumexp(dim=-1), -torch.inf)
-    if sinks is not None:
-        # The share of the sum that is the keys'. A row that sees none has no values to share.
-        seen_lse = torch.where(sees_any[..., 0], lse, 0.0)
-        out = out * torch.sigmoid(seen_lse - sinks.double()[:, None])[..., None]
     return out, lse
 
 
