@@ -23,6 +23,7 @@
 #include <limits>
 
 #include "../common/parallel.h"
+#include "../cpu/attention_tile.h"
 #include "../cpu/convert.h"
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
@@ -215,6 +216,9 @@ struct AttendTask {
     dot_rows(queries + row * rows.padded_head_dim, keys, num_keys, rows.padded_head_dim, scores);
     // What follows the last score repeats it: it must weigh nothing.
     const int64_t padded = round_up(num_keys, kLanes<T>);
+    if (rows.params.softcap > 0) {
+      cap_scores(scores, 0, padded / kLanes<T>, 1, static_cast<T>(rows.params.softcap * kLog2E));
+    }
     for (int64_t i = num_keys; i < padded; ++i) scores[i] = kLowest;
     Vector<T> top = broadcast(kLowest);
     IntegerVector<T> is_nan{};
@@ -312,8 +316,9 @@ struct AttendTask {
       T lse = (total.maximum + std::log2(total.sum)) * static_cast<T>(kLn2);
       if (!(total.sum > 0)) {
         lse = total.sees_nan ? std::numeric_limits<T>::quiet_NaN() : total.maximum;
-        // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
-        factor = total.sees_a_key ? std::numeric_limits<T>::quiet_NaN() : T(0);
+        factor = factor_of_unusual_row<T>(lse, total.sees_a_key, params.sinks, head_of(row));
+      } else if (params.sinks.data != nullptr) {
+        factor *= share_beside_sink<T>(lse, params.sinks, head_of(row));
       }
       store_row(out, problem.value_dim, factor, params.out.at<Storage>(sequence, head_of(row), token_of(row)));
       *params.lse.at<T>(sequence, head_of(row), token_of(row)) = lse;

@@ -27,6 +27,7 @@
 #include <limits>
 
 #include "../common/parallel.h"
+#include "../cpu/attention_tile.h"
 #include "../cpu/convert.h"
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
@@ -71,17 +72,6 @@ inline void hide_later_keys(T* scores, int64_t tile_row, int64_t num_vectors, in
       T* score = scores + key * tile_row + v * kLanes<T>;
       const IntegerVector<T> seen = static_cast<Integer>(key) < limits[v];
       store<T>(score, seen ? load<T>(score) : broadcast(hidden));
-    }
-  }
-}
-
-// c * tanh(s / c) of scores [num_keys, tile_row].
-template <typename T>
-inline void cap_scores(T* scores, int64_t tile_row, int64_t num_vectors, int64_t num_keys, T cap) {
-  for (int64_t key = 0; key < num_keys; ++key) {
-    for (int64_t v = 0; v < num_vectors; ++v) {
-      T* score = scores + key * tile_row + v * kLanes<T>;
-      store<T>(score, cap * tanh_vector(load<T>(score) / cap));
     }
   }
 }
@@ -296,8 +286,6 @@ struct ForwardTask {
   // Step 7.
   void finish(const QueryRange& range) {
     const Sequence& sequence = range.sequence;
-    const T sink = params.sinks.data == nullptr ? T(0) : *params.sinks.at<T>(range.head_idx);
-    const bool has_sink = params.sinks.data != nullptr && sink > -std::numeric_limits<T>::infinity();
     for (int64_t i = 0; i < range.num_queries; ++i) {
       const int64_t row = sequence.query_start + range.first_query + i;
       const T sum = running_sum[i];
@@ -305,11 +293,9 @@ struct ForwardTask {
       T lse = (running_max[i] + std::log2(sum)) * static_cast<T>(kLn2);
       if (!(sum > 0)) {
         lse = lse_of_unusual_row(range, i);
-        // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0, unless there is a sink.
-        const bool is_zero = lse == -std::numeric_limits<T>::infinity() && (has_sink || !sees_a_key(range, i));
-        factor = is_zero ? T(0) : std::numeric_limits<T>::quiet_NaN();
+        factor = factor_of_unusual_row<T>(lse, sees_a_key(range, i), params.sinks, range.head_idx);
       } else if (params.sinks.data != nullptr) {
-        factor /= 1 + std::exp(sink - lse);
+        factor *= share_beside_sink<T>(lse, params.sinks, range.head_idx);
       }
       store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor,
                 params.out.at<Storage>(sequence.batch_idx, range.head_idx, row));

@@ -167,14 +167,19 @@ def _check_decode(
     num_tokens: Tensor | None,
     block_size: int,
     scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     checks.check_scale(scale)
+    checks.check_softcap(softcap)
     _check_tokens("query", query)
     _check_keys_and_values(key_pages, value_pages, "query", query)
     num_pages, num_kv_heads, page_size, _ = key_pages.shape
     _check_heads("query", query.size(1), num_kv_heads)
     _check_sequences(query, num_pages, seq_lens, page_table, num_tokens, block_size, page_size)
     _check_integers("block_indices", block_indices, query)
+    if sinks is not None:
+        checks.check_sinks(sinks, query.size(1), query)
     leading = list(query.shape[:3])
     if block_indices.ndim != 4 or list(block_indices.shape[:3]) != leading or block_indices.size(3) < 1:
         raise ValueError(f"block_indices must have shape {leading} + [top_k], got {tuple(block_indices.shape)}")
@@ -236,10 +241,10 @@ register(
 register(
     Op(
         schema="moba_decode(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_indices, "
-        f"{_LENGTHS}, float scale) -> (Tensor out, Tensor lse)",
+        f"{_LENGTHS}, float scale, float? softcap=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
         check=_check_decode,
         cuda_check=_cuda_check_query,
-        inputs={**_CONTIGUOUS, "block_indices": tensors.contiguous_rows},
+        inputs={**_CONTIGUOUS, "block_indices": tensors.contiguous_rows, "sinks": tensors.sums_like_query},
         results=_results,
         not_differentiable="query must not require grad: moba_decode has no gradient; use torch.no_grad(), or "
         "moba_attention",

@@ -51,6 +51,11 @@ def empty_like_rows(like: Tensor, dim: int) -> Tensor:
     return like.new_empty((*like.shape[:-1], dim))
 
 
+def sums_like_query(tensor: Tensor, query: Tensor) -> Tensor:
+    """:func:`sums_like` for what stands beside queries."""
+    return sums_like(tensor, query)
+
+
 def is_autocast(tensor: Tensor, device_type: str) -> bool:
     """Whether autocast casts such a tensor: floating-point, not float64, on its device."""
     return tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64

@@ -245,10 +245,6 @@ def _grad_bias(tensor: Tensor, bias: Tensor | None, needs_grad_bias: bool) -> Te
     return tensor if bias is not None and needs_grad_bias else None
 
 
-def _bias(tensor: Tensor, query: Tensor) -> Tensor:
-    return tensors.sums_like(tensor, query)
-
-
 def _bias_follows(tensor: Tensor, query: Tensor, device_type: str) -> Tensor:
     return tensors.autocast_to_sums(tensor, query, device_type)
 
@@ -270,7 +266,7 @@ register(
         cuda_check=_cuda_check,
         locals={"is_window": _is_window},
         inputs={
-            "bias": _bias,
+            "bias": tensors.sums_like_query,
             "out": tensors.contiguous_rows,
             "lse": tensors.contiguous,
             "grad_out": tensors.contiguous_rows,
@@ -288,7 +284,7 @@ register(
         check=_check,
         cuda_check=_cuda_check,
         locals={"is_window": _is_window},
-        inputs={"bias": _bias},
+        inputs={"bias": tensors.sums_like_query},
         results=_results,
         backward="grid_attention_backward",
         autocast={**dict.fromkeys(("query", "key", "value"), tensors.autocast), "bias": _bias_follows},

@@ -584,10 +584,6 @@ def _attention_backward(
     return (*gradients, grad_sinks if cu_seqlens_q is not None else grad_sinks.sum(0))
 
 
-def _sinks(tensor: Tensor, query: Tensor) -> Tensor:
-    return tensors.sums_like(tensor, query)
-
-
 def _sinks_follow(tensor: Tensor, query: Tensor, device_type: str) -> Tensor:
     return tensors.autocast_to_sums(tensor, query, device_type)
 
@@ -662,7 +658,7 @@ register(
         check=_check,
         check_content=_check_content,
         cuda_check=_cuda_check,
-        inputs={"block_indices": tensors.contiguous_rows, "sinks": _sinks, **_BOUNDARIES},
+        inputs={"block_indices": tensors.contiguous_rows, "sinks": tensors.sums_like_query, **_BOUNDARIES},
         results=_attention,
         backward=_attention_backward,
         gradients=("query", "key", "value", "sinks"),
