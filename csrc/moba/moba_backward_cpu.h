@@ -113,9 +113,9 @@ struct BackwardTask {
     if (visibility.most == 0) return;
     const int64_t padded_count = round_up(count, kLanes<T>);
     const int64_t num_vectors = padded_count / kLanes<T>;
-    gather_rows(rows.query, params.query.row_stride, queries, count, problem.head_dim, padded_head_dim, query_rows,
+    gather_rows(rows.query, params.query.strides[2], queries, count, problem.head_dim, padded_head_dim, query_rows,
                 padded_head_dim);
-    gather_rows(rows.grad_out, params.grad_out.row_stride, queries, count, problem.value_dim, padded_value_dim,
+    gather_rows(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, padded_value_dim,
                 grad_out_rows, padded_value_dim);
     const int64_t seen = visibility.most;
     if (visibility.least < seen && count > 1 &&
@@ -129,9 +129,9 @@ struct BackwardTask {
       }
       return;
     }
-    gather_transposed(rows.query, params.query.row_stride, queries, count, problem.head_dim,
-                      static_cast<T>(problem.scale * kLog2E), query_columns, kTileQueries);
-    gather_transposed(rows.grad_out, params.grad_out.row_stride, queries, count, problem.value_dim, T(1),
+    gather_transposed(rows.query, params.query.strides[2], queries, count, problem.head_dim,
+                      static_cast<T>(params.scale * kLog2E), query_columns, kTileQueries);
+    gather_transposed(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, T(1),
                       grad_out_columns, kTileQueries);
     alignas(64) T lse_base2[kTileQueries];
     alignas(64) T delta[kTileQueries];
@@ -164,7 +164,7 @@ struct BackwardTask {
     tile_gemm<false>(GemmOperands<T>{grad_scores, 1, kTileQueries, keys.data, keys.row_stride, grad_query_tile,
                                      padded_head_dim, seen},
                      count, padded_head_dim);
-    add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(problem.scale),
+    add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(params.scale),
              rows.grad_query);
   }
 
@@ -179,17 +179,17 @@ struct BackwardTask {
       const int64_t num_keys = min64(kTileKeys, block_end - first_key);
       const int64_t key_row = sequence.key_start + first_key;
       const RowBlock<T> keys =
-          dense_rows(rows_of<Storage>(params.key, sequence.batch_idx, kv_head, key_row), params.key.row_stride,
-                     num_keys, problem.head_dim, padded_head_dim, key_scratch);
+          dense_rows(params.key.at<Storage>(sequence.batch_idx, kv_head, key_row), params.key.strides[2], num_keys,
+                     problem.head_dim, padded_head_dim, key_scratch);
       const RowBlock<T> values =
-          dense_rows(rows_of<Storage>(params.value, sequence.batch_idx, kv_head, key_row), params.value.row_stride,
-                     num_keys, problem.value_dim, padded_value_dim, value_scratch);
+          dense_rows(params.value.at<Storage>(sequence.batch_idx, kv_head, key_row), params.value.strides[2], num_keys,
+                     problem.value_dim, padded_value_dim, value_scratch);
       for (int64_t i = 0; i < num_keys * padded_head_dim; ++i) grad_key_tile[i] = 0;
       for (int64_t i = 0; i < num_keys * padded_value_dim; ++i) grad_value_tile[i] = 0;
       for (int64_t i = 0; i < num_queries; i += kTileQueries) {
         add_tile(range, rows, queries + i, min64(kTileQueries, num_queries - i), first_key, num_keys, keys, values);
       }
-      add_rows<T>(grad_key_tile, padded_head_dim, nullptr, num_keys, problem.head_dim, static_cast<T>(problem.scale),
+      add_rows<T>(grad_key_tile, padded_head_dim, nullptr, num_keys, problem.head_dim, static_cast<T>(params.scale),
                   {grad_key.data + first_key * grad_key.row_stride, grad_key.row_stride});
       add_rows<T>(grad_value_tile, padded_value_dim, nullptr, num_keys, problem.value_dim, T(1),
                   {grad_value.data + first_key * grad_value.row_stride, grad_value.row_stride});
@@ -206,17 +206,17 @@ RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& r
   const int64_t first_row = sequence.query_start + range.first_query;
   const int64_t head = range.head_idx;
   for (int64_t i = 0; i < range.num_queries; ++i) {
-    const Storage* out = rows_of<Storage>(params.out, sequence.batch_idx, head, first_row + i);
-    const Storage* grad_out = rows_of<Storage>(params.grad_out, sequence.batch_idx, head, first_row + i);
+    const Storage* out = params.out.at<Storage>(sequence.batch_idx, head, first_row + i);
+    const Storage* grad_out = params.grad_out.at<Storage>(sequence.batch_idx, head, first_row + i);
     T sum = 0;
     for (int64_t d = 0; d < params.problem.value_dim; ++d) sum += to_compute(out[d]) * to_compute(grad_out[d]);
     if (params.grad_lse.data != nullptr) {
-      sum -= *rows_of<T>(params.grad_lse, sequence.batch_idx, head, first_row + i);
+      sum -= *params.grad_lse.at<T>(sequence.batch_idx, head, first_row + i);
     }
     delta[i] = sum;
   }
-  const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, head, first_row);
-  return build_block_lists(params.problem, range, choices, params.block_indices.row_stride, cursors, lists);
+  const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, first_row);
+  return build_block_lists(params.problem, range, choices, params.block_indices.strides[2], cursors, lists);
 }
 
 // The rounds of a whole problem. A unit is one sequence's key head with its group of query heads; a unit takes part in
@@ -329,11 +329,11 @@ class Backward {
     if constexpr (kSumsInPlace) {
       const int64_t kv_head = unit % problem_.num_kv_heads;
       const int64_t batch = sequence.batch_idx;
-      return {{rows_of<T>(params_.grad_query, batch, kv_head * group_size_, sequence.query_start),
-               params_.grad_query.row_stride},
-              params_.grad_query.head_stride,
-              {rows_of<T>(params_.grad_key, batch, kv_head, sequence.key_start), params_.grad_key.row_stride},
-              {rows_of<T>(params_.grad_value, batch, kv_head, sequence.key_start), params_.grad_value.row_stride}};
+      return {
+          {params_.grad_query.at<T>(batch, kv_head * group_size_, sequence.query_start), params_.grad_query.strides[2]},
+          params_.grad_query.strides[1],
+          {params_.grad_key.at<T>(batch, kv_head, sequence.key_start), params_.grad_key.strides[2]},
+          {params_.grad_value.at<T>(batch, kv_head, sequence.key_start), params_.grad_value.strides[2]}};
     } else {
       T* data = reinterpret_cast<T*>(workspace_ + (unit - first_unit_) * workspace_bytes_);
       const int64_t query_elements = sequence.query_len * problem_.head_dim;
@@ -369,9 +369,9 @@ class Backward {
     const int64_t row = sequence.query_start + first_query;
     const UnitSums sums = sums_of(unit, sequence);
     const typename BackwardTask<Storage>::RangeRows rows{
-        rows_of<Storage>(params_.query, sequence.batch_idx, head, row),
-        rows_of<Storage>(params_.grad_out, sequence.batch_idx, head, row),
-        rows_of<T>(params_.lse, sequence.batch_idx, head, row),
+        params_.query.at<Storage>(sequence.batch_idx, head, row),
+        params_.grad_out.at<Storage>(sequence.batch_idx, head, row),
+        params_.lse.at<T>(sequence.batch_idx, head, row),
         prepared.delta,
         {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
          sums.grad_query.row_stride}};
@@ -397,11 +397,11 @@ class Backward {
     const int64_t kv_head = unit % problem_.num_kv_heads;
     const Sequence sequence = sequence_at(problem_, unit / problem_.num_kv_heads);
     const UnitSums sums = sums_of(unit, sequence);
-    const auto convert = [&](const GradientSum<T>& sum, const MutableTensor& grad, int64_t head, int64_t first_row,
+    const auto convert = [&](const GradientSum<T>& sum, const Array<void, 4>& grad, int64_t head, int64_t first_row,
                              int64_t num_rows, int64_t depth) {
       for (int64_t i = 0; i < num_rows; ++i) {
         store_row(sum.data + i * sum.row_stride, depth, T(1),
-                  rows_of<Storage>(grad, sequence.batch_idx, head, first_row + i));
+                  grad.at<Storage>(sequence.batch_idx, head, first_row + i));
       }
     };
     for (int64_t h = 0; h < group_size_; ++h) {

@@ -31,14 +31,14 @@ struct RowArguments {
   int32_t value_dim;
   int32_t key_elements;
   bool is_deterministic;
-  ConstTensor block_indices;     // [batch, query head, query, K] int32
-  ConstTensor out;               // [batch, query head, query, V] dtype
-  ConstTensor grad_out;          // [batch, query head, query, V] dtype
-  ConstTensor grad_lse;          // [batch, query head, query] float32; data null when absent
-  const uint16_t* is_row_valid;  // [unit, row] uint16
-  float* row_shift;              // [unit, row] float32
-  const float* sums;             // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
-  MutableTensor grad_query;      // [batch, query head, query, D] dtype
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 4> out;               // [batch, query head, query, V] dtype
+  Array<const void, 4> grad_out;          // [batch, query head, query, V] dtype
+  Array<const void, 3> grad_lse;          // [batch, query head, query] float32; data null when absent
+  const uint16_t* is_row_valid;           // [unit, row] uint16
+  float* row_shift;                       // [unit, row] float32
+  const float* sums;          // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
+  Array<void, 4> grad_query;  // [batch, query head, query, D] dtype
 };
 
 // Step 2.
@@ -49,15 +49,15 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_row_terms(const RowArgume
   if (row >= args.num_rows) return;  // whole warps, and no barrier follows
   const Unit unit = unit_at(args.geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
-  const Element* out = row_of<Element>(args.out, unit.batch_idx, place.head, place.query);
-  const Element* grad_out = row_of<Element>(args.grad_out, unit.batch_idx, place.head, place.query);
+  const Element* out = args.out.at<Element>(unit.batch_idx, place.head, place.query);
+  const Element* grad_out = args.grad_out.at<Element>(unit.batch_idx, place.head, place.query);
   float sum = 0.0f;
   for (int column = lane; column < args.value_dim; column += cuda::kLanes) {
     sum = fmaf(cuda::to_float(out[column]), cuda::to_float(grad_out[column]), sum);
   }
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(cuda::kAllLanes, sum, distance);
   if (lane != 0) return;
-  if (args.grad_lse.data != nullptr) sum -= *row_of<float>(args.grad_lse, unit.batch_idx, place.head, place.query);
+  if (args.grad_lse.data != nullptr) sum -= *args.grad_lse.at<float>(unit.batch_idx, place.head, place.query);
   args.row_shift[blockIdx.y * args.num_rows + row] = sum;
 }
 
@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_write_grad_query(const Ro
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(geometry, args.wave, unit, row);
   const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-  const int32_t* choices = row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query);
+  const int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query);
   const int64_t row_of_wave = blockIdx.y * args.num_rows + row;
   const bool is_valid = args.is_row_valid[row_of_wave] != 0;
-  Element* grad_query = row_of<Element>(args.grad_query, unit.batch_idx, place.head, place.query);
+  Element* grad_query = args.grad_query.at<Element>(unit.batch_idx, place.head, place.query);
   for (int column = cuda::lane_id() * 2; column < args.head_dim; column += 2 * cuda::kLanes) {
     float2 sum = make_float2(0.0f, 0.0f);
     if (!is_valid) {
@@ -98,7 +98,7 @@ struct KeyRowArguments {
   int32_t num_columns;   // of a row of the gradient
   int32_t sum_elements;  // of a row of sums
   const float* sums;     // [unit, key, sum_elements] float32
-  MutableTensor grad;    // [batch, kv head, key, num_columns] dtype
+  Array<void, 4> grad;   // [batch, kv head, key, num_columns] dtype
 };
 
 // Step 5, for keys or for values.
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_write_grad_keys(const Key
   if (key >= args.geometry.key_len) return;  // whole warps, and no barrier follows
   const Unit unit = unit_at(args.geometry, args.first_unit + blockIdx.y);
   const float* sums = args.sums + (blockIdx.y * args.geometry.key_len + key) * args.sum_elements;
-  Element* grad = row_of<Element>(args.grad, unit.batch_idx, unit.kv_head, key);
+  Element* grad = args.grad.at<Element>(unit.batch_idx, unit.kv_head, key);
   for (int column = cuda::lane_id() * 2; column < args.num_columns; column += 2 * cuda::kLanes) {
     const float2 sum = cuda::load_pair(sums + column);
     cuda::store_row_pair(grad, column, args.num_columns, sum.x, sum.y);
@@ -177,7 +177,7 @@ void attend_backward(const BackwardKernel& kernel, BackwardArguments args, cudaS
 }
 
 void write_grad_keys(const MobaProblem& problem, const MobaGeometry& geometry, int64_t first_unit, int64_t num_units,
-                     const float* sums, const MutableTensor& grad, int64_t dim, cudaStream_t stream) {
+                     const float* sums, const Array<void, 4>& grad, int64_t dim, cudaStream_t stream) {
   if (problem.key_len == 0 || dim == 0) return;
   const KeyRowArguments args{geometry, first_unit, static_cast<int32_t>(dim), static_cast<int32_t>(elements_of(dim)),
                              sums,     grad};
@@ -190,7 +190,9 @@ void write_grad_keys(const MobaProblem& problem, const MobaGeometry& geometry, i
 
 }  // namespace
 
-int64_t moba_backward_workspace_bytes(const MobaProblem& problem, bool is_deterministic) {
+int64_t moba_backward_workspace_bytes(const MobaBackwardParams& params, const CudaPlace&) {
+  const MobaProblem& problem = params.problem;
+  const bool is_deterministic = params.is_deterministic;
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return 0;
   WorkspaceCutter cutter(nullptr);
   const WavePlan plan = plan_backward(problem, is_deterministic);
@@ -199,9 +201,9 @@ int64_t moba_backward_workspace_bytes(const MobaProblem& problem, bool is_determ
   return cutter.used();
 }
 
-void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& given, bool is_deterministic,
-                        const CudaPlace& place) {
+void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& given, const CudaPlace& place) {
   const MobaProblem& problem = params.problem;
+  const bool is_deterministic = params.is_deterministic;
   const BackwardKernel& kernel = kernel_for(problem);
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return;
   const DeviceGuard guard(place.device);
@@ -258,7 +260,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       args.value_dim = rows.value_dim;
       args.key_elements = rows.key_elements;
       args.value_elements = static_cast<int32_t>(value_elements);
-      const auto scale = static_cast<float>(problem.scale);
+      const auto scale = static_cast<float>(params.scale);
       args.score_scale = scale * backward::kLog2E;
       args.d_score_scale = std::abs(scale) > 1.0f ? scale : 1.0f;
       args.gradient_scale = std::abs(scale) > 1.0f ? 1.0f : scale;

@@ -41,20 +41,20 @@ struct BackwardArguments {
   bool is_deterministic;
   int32_t head_dim;
   int32_t value_dim;
-  int32_t key_elements;    // of a row of grad_query and grad_key
-  int32_t value_elements;  // of a row of grad_value
-  float score_scale;       // scale * log2(e)
-  float d_score_scale;     // on gradients of scores before they are rounded
-  float gradient_scale;    // on grad_query and grad_key; the two make scale
-  ConstTensor query;       // [batch, query head, query, D] dtype
-  ConstTensor key;         // [batch, kv head, key, D] dtype
-  ConstTensor value;       // [batch, kv head, key, V] dtype
-  ConstTensor grad_out;    // [batch, query head, query, V] dtype
-  ConstTensor lse;         // [batch, query head, query] float32
-  const float* row_shift;  // [unit, row] float32
-  float* grad_query;       // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
-  float* grad_key;         // [unit, key, key_elements] float32
-  float* grad_value;       // [unit, key, value_elements] float32
+  int32_t key_elements;           // of a row of grad_query and grad_key
+  int32_t value_elements;         // of a row of grad_value
+  float score_scale;              // scale * log2(e)
+  float d_score_scale;            // on gradients of scores before they are rounded
+  float gradient_scale;           // on grad_query and grad_key; the two make scale
+  Array<const void, 4> query;     // [batch, query head, query, D] dtype
+  Array<const void, 4> key;       // [batch, kv head, key, D] dtype
+  Array<const void, 4> value;     // [batch, kv head, key, V] dtype
+  Array<const void, 4> grad_out;  // [batch, query head, query, V] dtype
+  Array<const void, 3> lse;       // [batch, query head, query] float32
+  const float* row_shift;         // [unit, row] float32
+  float* grad_query;              // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
+  float* grad_key;                // [unit, key, key_elements] float32
+  float* grad_value;              // [unit, key, value_elements] float32
 };
 
 template <typename Element, int kHeadDim>
@@ -131,29 +131,28 @@ __device__ __forceinline__ bool place_row(const BackwardArguments& args, const U
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
   const int32_t visible = num_visible_keys(args.geometry, item.block, place.query) - first_key;
   const int32_t num_visible = visible < 0 ? 0 : min(visible, num_keys);
-  const float lse = *row_of<float>(args.lse, unit.batch_idx, place.head, place.query);
+  const float lse = *args.lse.at<float>(unit.batch_idx, place.head, place.query);
   shared.num_visible[i] = num_visible;
   // A score of +inf makes every weight of its row NaN.
   shared.lse[i] = lse == INFINITY ? NAN : lse * kLog2E;
   shared.shift[i] = args.row_shift[unit_in_wave * args.lists.num_rows + row];
-  shared.query_offset[i] = unit.batch_idx * args.query.batch_stride + place.head * args.query.head_stride +
-                           place.query * args.query.row_stride;
-  shared.grad_out_offset[i] = unit.batch_idx * args.grad_out.batch_stride + place.head * args.grad_out.head_stride +
-                              place.query * args.grad_out.row_stride;
+  shared.query_offset[i] = args.query.offset(unit.batch_idx, place.head, place.query);
+  shared.grad_out_offset[i] = args.grad_out.offset(unit.batch_idx, place.head, place.query);
   return num_visible < num_keys;
 }
 
 // Step 2, second part.
 template <typename Tile>
-__device__ __forceinline__ void gather_rows_async(Tile& tile, const ConstTensor& tensor, const int64_t* offsets,
-                                                  const int32_t* entries, int depth, int num_threads) {
+__device__ __forceinline__ void gather_rows_async(Tile& tile, const Array<const void, 4>& tensor,
+                                                  const int64_t* offsets, const int32_t* entries, int depth,
+                                                  int num_threads) {
   using Element = std::remove_reference_t<decltype(tile.elements[0])>;
   const int row_chunks = (depth + Tile::kPerChunk - 1) / Tile::kPerChunk;
   const int used_chunks = (depth + 15) / 16 * 16 / Tile::kPerChunk;
   for (int i = threadIdx.x; i < Tile::kRows * used_chunks; i += num_threads) {
     const int row = i / used_chunks, chunk = i % used_chunks;
     const bool is_there = entries[row] >= 0;
-    const auto* base = static_cast<const Element*>(tensor.data);
+    const auto* base = tensor.at<Element>();
     cuda::copy_chunk_async(tile, row, chunk, is_there ? base + offsets[row] : base, row_chunks, is_there);
   }
 }
@@ -344,10 +343,10 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
   if (num_keys <= 0) return;
   const int64_t key_row = item.block.first_key + first_key;
   const int64_t unit_key = unit_in_wave * args.geometry.key_len + key_row;
-  backward::copy_rows_async(shared.key, row_of<Element>(args.key, unit.batch_idx, unit.kv_head, key_row),
-                            args.key.row_stride, num_keys, args.head_dim, Shared::kThreads);
-  backward::copy_rows_async(shared.value, row_of<Element>(args.value, unit.batch_idx, unit.kv_head, key_row),
-                            args.value.row_stride, num_keys, args.value_dim, Shared::kThreads);
+  backward::copy_rows_async(shared.key, args.key.at<Element>(unit.batch_idx, unit.kv_head, key_row),
+                            args.key.strides[2], num_keys, args.head_dim, Shared::kThreads);
+  backward::copy_rows_async(shared.value, args.value.at<Element>(unit.batch_idx, unit.kv_head, key_row),
+                            args.value.strides[2], num_keys, args.value_dim, Shared::kThreads);
   cuda::copy_async_commit();
 
   const int warp = cuda::warp_id();

@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
   if (block >= existing_blocks(geometry)) return;  // the whole thread block: the grid is a bound taken from shapes
   const KeyBlock key_block = key_block_on_device(geometry, block);
   const Unit unit = unit_at(geometry, unit_idx);
-  const Element* keys = row_of<Element>(args.key, unit.batch_idx, unit.kv_head, key_block.first_key);
-  float* centroid = args.is_by_unit ? row_of<float>(args.centroids, 0, blockIdx.y, block)
-                                    : row_of<float>(args.centroids, unit.batch_idx, unit.kv_head, block);
+  const Element* keys = args.key.at<Element>(unit.batch_idx, unit.kv_head, key_block.first_key);
+  float* centroid = args.is_by_unit ? args.centroids.at<float>(0, blockIdx.y, block)
+                                    : args.centroids.at<float>(unit.batch_idx, unit.kv_head, block);
 
   const int num_vectors = static_cast<int>((args.row_elements + kVector - 1) / kVector);
   const int panel = num_vectors < kThreads ? num_vectors : kThreads;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
     float sums[kVector] = {};
     if (group < num_groups && is_in_row) {
       for (int row = group; row < key_block.num_keys; row += num_groups) {
-        add_row<Element, kVector>(keys + row * args.key.row_stride + column, sums);
+        add_row<Element, kVector>(keys + row * args.key.strides[2] + column, sums);
       }
     }
 #pragma unroll
@@ -107,19 +107,14 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
   const int64_t num_blocks = args.geometry.num_blocks;
   require(num_blocks <= INT32_MAX, "block_centroids: more than 2^31 - 1 key blocks");
   constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
-  const auto is_aligned = [](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVector == 0;
-  };
-  const bool is_vector = is_aligned(args.key.data, args.key.row_stride) &&
-                         is_aligned(args.key.data, args.key.head_stride) &&
-                         is_aligned(args.key.data, args.key.batch_stride) && args.row_elements % kVector == 0 &&
-                         args.head_dim % kVector == 0;
+  const bool is_vector =
+      args.key.has_aligned_rows(16) && args.row_elements % kVector == 0 && args.head_dim % kVector == 0;
   for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
     const int64_t count = num_units - done < MobaWaveConfig::kMostUnits ? num_units - done : MobaWaveConfig::kMostUnits;
     CentroidArguments part = args;
     part.first_unit += done;
     if (args.is_by_unit)
-      part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.head_stride;
+      part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.strides[1];
     if (args.largest != nullptr) part.largest += done;
     const cuda::LaunchShape shape{dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)), dim3(kThreads),
                                   sizeof(SharedMemory), stream};
@@ -139,9 +134,8 @@ void launch_centroids(Dtype dtype, const CentroidArguments& args, int64_t num_un
   with_element(dtype, [&](auto element) { launch_for<decltype(element)>(args, num_units, stream); });
 }
 
-void moba_centroids_cuda(const CentroidParams& params, const CudaPlace& place) {
+void moba_centroids_cuda(const CentroidParams& params, const CudaWorkspace&, const CudaPlace& place) {
   const MobaProblem& problem = params.problem;
-  require(!is_packed(problem), "block_centroids takes dense keys [batch, heads, tokens, dim] only");
   const DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
   WorkspaceCutter none(nullptr);

@@ -37,13 +37,13 @@ struct AmxForwardTile {
   float* out_tile;        // [kTileQueries, padded V]
 
   template <typename Cutter>
-  AmxForwardTile(const MobaProblem& problem, int64_t most_keys, Cutter& scratch)
+  AmxForwardTile(const MobaProblem& problem, double scale, int64_t most_keys, Cutter& scratch)
       : tile_keys(most_keys),
         head_dim(problem.head_dim),
         value_dim(problem.value_dim),
         padded_head_dim(round_up(problem.head_dim, kAmxDepth)),
         padded_value_dim(round_up(problem.value_dim, kAmxPanel)),
-        scale_base2(static_cast<float>(problem.scale * kLog2E)) {
+        scale_base2(static_cast<float>(scale * kLog2E)) {
     query_rows = scratch.template take<BFloat16>(kTileQueries * padded_head_dim);
     key_pairs = scratch.template take<uint32_t>(padded_head_dim / 2 * tile_keys);
     value_pairs = scratch.template take<uint32_t>(tile_keys / 2 * padded_value_dim);

@@ -81,9 +81,9 @@ inline constexpr bool kHasMatrixUnit = false;
 struct AmxGuard {};
 #endif
 template <typename Storage>
-inline bool uses_matrix_unit(const MobaProblem& problem) {
+inline bool uses_matrix_unit(double scale) {
   // The unit's scores are scaled after the product, and the largest stays the largest only for a positive scale.
-  return kHasMatrixUnit<Storage> && problem.scale > 0;
+  return kHasMatrixUnit<Storage> && scale > 0;
 }
 
 // Some keys of a block, with their values: where they lie, and as the micro-kernel wants them once it has asked.
@@ -127,7 +127,7 @@ struct ForwardTask {
         padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
 #if TOPGATHER_MATRIX_UNIT
         ,
-        amx(p.problem, kTileKeys, scratch)
+        amx(p.problem, p.scale, kTileKeys, scratch)
 #endif
   {
     cursors = scratch.take<int32_t>(num_blocks);
@@ -212,22 +212,22 @@ struct ForwardTask {
         visible_keys<T>(problem, range, queries, count, tile.first_key, tile.num_keys, limits);
     if (visibility.most == 0) return;
     prefetch_rows(running_out, padded_value_dim, queries, count, padded_value_dim);
-    prefetch_rows(range_query, params.query.row_stride, queries + count, num_following, problem.head_dim);
+    prefetch_rows(range_query, params.query.strides[2], queries + count, num_following, problem.head_dim);
     const bool hides_keys = visibility.least < visibility.most;
     // The matrix unit multiplies whole steps of 32 keys.
     const int64_t num_multiplied =
-        uses_matrix_unit<Storage>(problem) ? min64(tile.num_keys, round_up(visibility.most, 32)) : visibility.most;
+        uses_matrix_unit<Storage>(params.scale) ? min64(tile.num_keys, round_up(visibility.most, 32)) : visibility.most;
     const bool hides_only_finite =
-        all_finite(tile.value_rows + visibility.least * params.value.row_stride, params.value.row_stride,
+        all_finite(tile.value_rows + visibility.least * params.value.strides[2], params.value.strides[2],
                    num_multiplied - visibility.least, problem.value_dim);
     alignas(64) T rescale[kTileQueries];
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
-      if (uses_matrix_unit<Storage>(problem) && hides_only_finite) {
+      if (uses_matrix_unit<Storage>(params.scale) && hides_only_finite) {
         const auto limit_of = [&](int64_t i) {
           return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.most;
         };
-        amx.attend(range_query, params.query.row_stride, queries, count, visibility.most, limit_of, running_max,
+        amx.attend(range_query, params.query.strides[2], queries, count, visibility.most, limit_of, running_max,
                    running_sum, rescale);
         add_to_running(queries, count, rescale, amx.out_tile, amx.padded_value_dim);
         return;
@@ -241,8 +241,8 @@ struct ForwardTask {
     }
     if (tile.keys.data == nullptr) densify(tile);
     const int64_t padded_count = round_up(count, kLanes<T>);
-    gather_transposed(range_query, params.query.row_stride, queries, count, problem.head_dim,
-                      static_cast<T>(problem.scale * kLog2E), query_tile, kTileQueries);
+    gather_transposed(range_query, params.query.strides[2], queries, count, problem.head_dim,
+                      static_cast<T>(params.scale * kLog2E), query_tile, kTileQueries);
     tile_gemm<false>(GemmOperands<T>{tile.keys.data, tile.keys.row_stride, 1, query_tile, kTileQueries, scores,
                                      kTileQueries, problem.head_dim},
                      visibility.most, padded_count);
@@ -270,9 +270,9 @@ struct ForwardTask {
 
   void densify(KeyTile<Storage>& tile) {
     const MobaProblem& problem = params.problem;
-    tile.keys = dense_rows(tile.key_rows, params.key.row_stride, tile.num_keys, problem.head_dim, problem.head_dim,
+    tile.keys = dense_rows(tile.key_rows, params.key.strides[2], tile.num_keys, problem.head_dim, problem.head_dim,
                            key_scratch);
-    tile.values = dense_rows(tile.value_rows, params.value.row_stride, tile.num_keys, problem.value_dim,
+    tile.values = dense_rows(tile.value_rows, params.value.strides[2], tile.num_keys, problem.value_dim,
                              padded_value_dim, value_scratch);
   }
 
@@ -290,8 +290,8 @@ struct ForwardTask {
         factor = std::isinf(lse) && !sees_a_key(range, i) ? T(0) : std::numeric_limits<T>::quiet_NaN();
       }
       store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor,
-                rows_of<Storage>(params.out, sequence.batch_idx, range.head_idx, row));
-      *rows_of<T>(params.lse, sequence.batch_idx, range.head_idx, row) = lse;
+                params.out.at<Storage>(sequence.batch_idx, range.head_idx, row));
+      *params.lse.at<T>(sequence.batch_idx, range.head_idx, row) = lse;
     }
   }
 
@@ -301,7 +301,7 @@ struct ForwardTask {
     const MobaProblem& problem = params.problem;
     const Sequence& sequence = range.sequence;
     const int64_t row = sequence.query_start + range.first_query + query;
-    const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, range.head_idx, row);
+    const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, range.head_idx, row);
     const int64_t position = range.first_query + query + sequence.position_offset;
     const int64_t end = problem.is_causal ? min64(position + 1, sequence.key_len) : sequence.key_len;
     for (int64_t slot = 0; slot < problem.top_k; ++slot) {
@@ -323,15 +323,15 @@ struct ForwardTask {
     const Sequence& sequence = range.sequence;
     const int64_t row = sequence.query_start + range.first_query + query;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
-    const Storage* query_row = rows_of<Storage>(params.query, sequence.batch_idx, range.head_idx, row);
+    const Storage* query_row = params.query.at<Storage>(sequence.batch_idx, range.head_idx, row);
     T largest = -std::numeric_limits<T>::infinity();
     for_each_block_of(range, query, [&](int64_t block, int64_t num_visible) {
       const int64_t first_key = block * problem.block_size;
       for (int64_t key = first_key; key < first_key + num_visible; ++key) {
-        const Storage* key_row = rows_of<Storage>(params.key, sequence.batch_idx, kv_head, sequence.key_start + key);
+        const Storage* key_row = params.key.at<Storage>(sequence.batch_idx, kv_head, sequence.key_start + key);
         T score = 0;
         for (int64_t d = 0; d < problem.head_dim; ++d) score += to_compute(query_row[d]) * to_compute(key_row[d]);
-        score *= static_cast<T>(problem.scale);
+        score *= static_cast<T>(params.scale);
         if (score > largest || std::isnan(score)) largest = score;
         if (std::isnan(largest)) return;
       }
@@ -345,16 +345,16 @@ struct ForwardTask {
     const Sequence& sequence = range.sequence;
     const int64_t first_row = sequence.query_start + range.first_query;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
-    const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, range.head_idx, first_row);
+    const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, range.head_idx, first_row);
     const RoutingFault fault =
-        build_block_lists(problem, range, choices, params.block_indices.row_stride, cursors, lists);
+        build_block_lists(problem, range, choices, params.block_indices.strides[2], cursors, lists);
     if (fault.kind != RoutingFault::kNone) return fault;
     for (int64_t i = 0; i < range.num_queries * padded_value_dim; ++i) running_out[i] = 0;
     for (int64_t i = 0; i < range.num_queries; ++i) {
       running_max[i] = -std::numeric_limits<T>::infinity();
       running_sum[i] = 0;
     }
-    const Storage* range_query = rows_of<Storage>(params.query, sequence.batch_idx, range.head_idx, first_row);
+    const Storage* range_query = params.query.at<Storage>(sequence.batch_idx, range.head_idx, first_row);
     for (int64_t block = 0; block < sequence.num_blocks; ++block) {
       const int32_t* queries = lists.queries + lists.offsets[block];
       const int64_t num_queries = lists.offsets[block + 1] - lists.offsets[block];
@@ -366,17 +366,18 @@ struct ForwardTask {
         const int64_t key_row = sequence.key_start + first_key;
         KeyTile<Storage> tile{first_key,
                               num_keys,
-                              rows_of<Storage>(params.key, sequence.batch_idx, kv_head, key_row),
-                              rows_of<Storage>(params.value, sequence.batch_idx, kv_head, key_row),
+                              params.key.at<Storage>(sequence.batch_idx, kv_head, key_row),
+                              params.value.at<Storage>(sequence.batch_idx, kv_head, key_row),
                               {nullptr, 0},
                               {nullptr, 0}};
 #if TOPGATHER_MATRIX_UNIT
         if constexpr (kHasMatrixUnit<Storage>) {
-          amx.pack(tile.key_rows, params.key.row_stride, tile.value_rows, params.value.row_stride, num_keys);
+          amx.pack(tile.key_rows, params.key.strides[2], tile.value_rows, params.value.strides[2], num_keys);
         }
 #endif
         for (int64_t i = 0; i < num_queries;) {
-          const bool half = uses_matrix_unit<Storage>(problem) || (problem.is_causal && queries[i] < last_position_in);
+          const bool half =
+              uses_matrix_unit<Storage>(params.scale) || (problem.is_causal && queries[i] < last_position_in);
           const int64_t count = min64(half ? kHalfQueries : kTileQueries, num_queries - i);
           const int64_t num_following = min64(kHalfQueries, num_queries - i - count);
           attend(range, range_query, queries + i, count, num_following, tile);
@@ -444,7 +445,7 @@ inline double pair_operations(const MobaProblem& problem, const RangeExtent& ext
   const double keys_per_query =
       static_cast<double>(min64(problem.top_k, extent.most_blocks)) * static_cast<double>(problem.block_size);
   const double num_rows = static_cast<double>(problem.num_query_heads) * static_cast<double>(problem.query_len) *
-                          (problem.cu_seqlens_q == nullptr ? static_cast<double>(problem.batch_size) : 1.0);
+                          (problem.cu_seqlens_q.data == nullptr ? static_cast<double>(problem.batch_size) : 1.0);
   return num_rows * keys_per_query * static_cast<double>(problem.head_dim + problem.value_dim);
 }
 

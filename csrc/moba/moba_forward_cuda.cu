@@ -25,12 +25,12 @@ struct MergeArguments {
   int64_t num_rows;  // of a unit
   int32_t value_dim;
   int32_t partial_elements;
-  ConstTensor block_indices;     // [batch, query head, query, K] int32
-  const uint16_t* is_row_valid;  // [unit, row] uint16
-  const void* partial_out;       // [unit, entry, partial_elements] dtype
-  const float* partial_lse;      // [unit, entry] float32, base 2
-  MutableTensor out;             // [batch, query head, query, V] dtype
-  MutableTensor lse;             // [batch, query head, query] float32
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  const uint16_t* is_row_valid;           // [unit, row] uint16
+  const void* partial_out;                // [unit, entry, partial_elements] dtype
+  const float* partial_lse;               // [unit, entry] float32, base 2
+  Array<void, 4> out;                     // [batch, query head, query, V] dtype
+  Array<void, 3> lse;                     // [batch, query head, query] float32
 };
 
 // A lane takes a slot while weights are made, 32 slots at a time, and neighbouring columns while they are applied, slot
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(geometry, args.wave, unit, row);
   const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-  const int32_t* choices = row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query);
+  const int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query);
   const int64_t first_entry = (blockIdx.y * args.num_rows + row) * geometry.top_k;
   const bool is_valid = args.is_row_valid[blockIdx.y * args.num_rows + row] != 0;
   const auto sees_keys = [&](int slot) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   }
   // Seen, but all at -inf: 0 / 0. Not seen: 0.
   const float factor = !is_valid ? NAN : (sees_any ? 1.0f / sum : 0.0f);
-  Element* out = row_of<Element>(args.out, unit.batch_idx, place.head, place.query);
+  Element* out = args.out.at<Element>(unit.batch_idx, place.head, place.query);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const int column = (p * cuda::kLanes + lane) * 2;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   if (lane == 0) {
     float lse = fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
     if (!sees_any) lse = is_valid ? -INFINITY : NAN;
-    *row_of<float>(args.lse, unit.batch_idx, place.head, place.query) = lse;
+    *args.lse.at<float>(unit.batch_idx, place.head, place.query) = lse;
   }
 }
 
@@ -146,7 +146,8 @@ void merge(Dtype dtype, const MergeArguments& args, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t moba_forward_workspace_bytes(const MobaProblem& problem) {
+int64_t moba_forward_workspace_bytes(const MobaForwardParams& params, const CudaPlace&) {
+  const MobaProblem& problem = params.problem;
   if (problem.query_len == 0 || count_units(problem) == 0) return 0;
   WorkspaceCutter cutter(nullptr);
   const WavePlan plan = plan_forward(problem);
@@ -183,7 +184,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
       args.head_dim = static_cast<int32_t>(problem.head_dim);
       args.value_dim = static_cast<int32_t>(problem.value_dim);
       args.partial_elements = static_cast<int32_t>(partial_elements_of(problem));
-      args.score_scale = static_cast<float>(problem.scale) * kLog2E;
+      args.score_scale = static_cast<float>(params.scale) * kLog2E;
       args.query = params.query;
       args.key = params.key;
       args.value = params.value;

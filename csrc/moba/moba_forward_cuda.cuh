@@ -39,13 +39,13 @@ struct ForwardArguments {
   BlockListsOnDevice lists;
   int32_t head_dim;
   int32_t value_dim;
-  int32_t partial_elements;  // of a row of partial_out
-  float score_scale;         // scale * log2(e)
-  ConstTensor query;         // [batch, query head, query, D] dtype
-  ConstTensor key;           // [batch, kv head, key, D] dtype
-  ConstTensor value;         // [batch, kv head, key, V] dtype
-  void* partial_out;         // [unit, entry, partial_elements] dtype
-  float* partial_lse;        // [unit, entry] float32, base 2
+  int32_t partial_elements;    // of a row of partial_out
+  float score_scale;           // scale * log2(e)
+  Array<const void, 4> query;  // [batch, query head, query, D] dtype
+  Array<const void, 4> key;    // [batch, kv head, key, D] dtype
+  Array<const void, 4> value;  // [batch, kv head, key, V] dtype
+  void* partial_out;           // [unit, entry, partial_elements] dtype
+  float* partial_lse;          // [unit, entry] float32, base 2
 };
 
 template <typename Element, int kHeadDim>
@@ -98,14 +98,13 @@ __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, co
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const int num_rows = (num_keys + Shared::kStepKeys - 1) / Shared::kStepKeys * Shared::kStepKeys;
-  const auto copy = [&](auto& tile, const ConstTensor& tensor, int first_column, int depth) {
-    const Element* rows =
-        row_of<Element>(tensor, unit.batch_idx, unit.kv_head, block.first_key + first_key) + first_column;
+  const auto copy = [&](auto& tile, const Array<const void, 4>& tensor, int first_column, int depth) {
+    const Element* rows = tensor.at<Element>(unit.batch_idx, unit.kv_head, block.first_key + first_key) + first_column;
     const int row_chunks = (depth + kPerChunk - 1) / kPerChunk;
     const int used_chunks = (depth + 15) / 16 * 16 / kPerChunk;
     for (int i = threadIdx.x; i < num_rows * used_chunks; i += Shared::kThreads) {
       const int row = i / used_chunks, chunk = i % used_chunks;
-      cuda::copy_chunk_async(tile, row, chunk, rows + row * tensor.row_stride, row_chunks, row < num_keys);
+      cuda::copy_chunk_async(tile, row, chunk, rows + row * tensor.strides[2], row_chunks, row < num_keys);
     }
   };
   copy(shared.key, args.key, 0, args.head_dim);
@@ -117,10 +116,10 @@ template <typename Element>
 __device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args, const Unit& unit,
                                                    const KeyBlock& block, int num_threads) {
   bool is_unusual = false;
-  const Element* rows = row_of<Element>(args.value, unit.batch_idx, unit.kv_head, block.first_key);
+  const Element* rows = args.value.at<Element>(unit.batch_idx, unit.kv_head, block.first_key);
   for (int key = static_cast<int>(threadIdx.x) / 8; key < block.num_keys; key += num_threads / 8) {
     for (int d = static_cast<int>(threadIdx.x) % 8; d < args.value_dim; d += 8) {
-      is_unusual = is_unusual || !(fabsf(cuda::to_float(rows[key * args.value.row_stride + d])) < INFINITY);
+      is_unusual = is_unusual || !(fabsf(cuda::to_float(rows[key * args.value.strides[2] + d])) < INFINITY);
     }
   }
   return __syncthreads_or(is_unusual ? 1 : 0) != 0;
@@ -135,8 +134,7 @@ __device__ __forceinline__ Rows place_rows(const ForwardArguments& args, const U
     rows.entry = item.entries[first_entry + lane];
     const WaveRow place = wave_row(geometry, args.wave, unit, rows.entry / geometry.top_k);
     rows.num_visible = num_visible_keys(geometry, item.block, place.query);
-    rows.query_offset = unit.batch_idx * args.query.batch_stride + place.head * args.query.head_stride +
-                        place.query * args.query.row_stride;
+    rows.query_offset = args.query.offset(unit.batch_idx, place.head, place.query);
   }
   return rows;
 }
@@ -149,7 +147,7 @@ __device__ __forceinline__ void gather_queries_async(const ForwardArguments& arg
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const int row_chunks = (args.head_dim + kPerChunk - 1) / kPerChunk;
   const int used_chunks = (args.head_dim + 15) / 16 * 16 / kPerChunk;
-  const auto* query = static_cast<const Element*>(args.query.data);
+  const auto* query = args.query.at<Element>();
   const uint32_t low = static_cast<uint32_t>(rows.query_offset);
   const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(rows.query_offset) >> 32);
   for (int first = 0; first < Shared::kRowsPerWarp * used_chunks; first += kLanes) {

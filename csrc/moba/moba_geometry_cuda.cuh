@@ -132,20 +132,6 @@ __device__ __forceinline__ int32_t num_visible_keys(const MobaGeometry& geometry
   return num_visible_keys(geometry, key_block_of(geometry, sequence, choice), query);
 }
 
-// Rows of one tensor as kernels see them: element offsets of a unit's parts.
-template <typename Element>
-__device__ __forceinline__ const Element* row_of(const ConstTensor& tensor, int64_t batch_idx, int64_t head_idx,
-                                                 int64_t row) {
-  return static_cast<const Element*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
-         row * tensor.row_stride;
-}
-template <typename Element>
-__device__ __forceinline__ Element* row_of(const MutableTensor& tensor, int64_t batch_idx, int64_t head_idx,
-                                           int64_t row) {
-  return static_cast<Element*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
-         row * tensor.row_stride;
-}
-
 struct Unit {
   int64_t batch_idx;
   int64_t kv_head;

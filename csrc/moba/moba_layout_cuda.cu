@@ -107,6 +107,9 @@ __global__ void __launch_bounds__(kLanes) moba_prepare_sequences(const SequenceA
 
 MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, WorkspaceCutter& cutter,
                               cudaStream_t stream) {
+  require(problem.query_len <= INT32_MAX && problem.key_len <= INT32_MAX, "at most 2^31 - 1 tokens on CUDA");
+  require(problem.num_query_heads <= INT32_MAX && problem.block_size <= INT32_MAX && problem.top_k <= INT32_MAX,
+          "heads, block_size and top_k must fit 31 bits on CUDA");
   MobaGeometry geometry{};
   geometry.query_len = problem.query_len;
   geometry.key_len = problem.key_len;
@@ -127,8 +130,8 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
   geometry.tile_starts = starts[3];
   if (starts[0] == nullptr) return geometry;
   const SequenceArguments args{
-      problem.cu_seqlens_q, problem.cu_seqlens_k, starts[0],       starts[1],          starts[2], starts[3],
-      problem.batch_size,   problem.query_len,    problem.key_len, problem.block_size, query_tile};
+      problem.cu_seqlens_q.data, problem.cu_seqlens_k.data, starts[0],       starts[1],          starts[2], starts[3],
+      problem.batch_size,        problem.query_len,         problem.key_len, problem.block_size, query_tile};
   cuda::launch(moba_prepare_sequences, {dim3(1), dim3(kLanes), 0, stream}, args);
   return geometry;
 }
@@ -168,7 +171,7 @@ struct RowChoices {
 __device__ __forceinline__ RowChoices row_choices(const LayoutArguments& args, const Unit& unit, int64_t row) {
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
   return {place.query, sequence_of_query(args.geometry, place.query),
-          row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query)};
+          args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query)};
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ void mean_of_rows(const Storage* rows, int64_t row_stride, int64_t count, int64_
 
 // Centroids of every block: centroid_of(sequence_idx, kv_head, block) says where each goes.
 template <typename Storage, typename CentroidOf>
-void compute_centroids(const MobaProblem& problem, const ConstTensor& key, const CentroidOf& centroid_of) {
+void compute_centroids(const MobaProblem& problem, const Array<const void, 4>& key, const CentroidOf& centroid_of) {
   constexpr int64_t kBlocksPerTask = MobaRouteConfig::kCentroidsPerTask;
   int64_t most_blocks = 0;
   for (int64_t s = 0; s < problem.batch_size; ++s) {
@@ -60,8 +60,8 @@ void compute_centroids(const MobaProblem& problem, const ConstTensor& key, const
     for (int64_t block = chunk * kBlocksPerTask; block < last; ++block) {
       const int64_t first_key = block * problem.block_size;
       const int64_t count = min64(problem.block_size, sequence.key_len - first_key);
-      mean_of_rows(rows_of<Storage>(key, sequence.batch_idx, head, sequence.key_start + first_key), key.row_stride,
-                   count, problem.head_dim, centroid_of(sequence_idx, head, block));
+      mean_of_rows(key.at<Storage>(sequence.batch_idx, head, sequence.key_start + first_key), key.strides[2], count,
+                   problem.head_dim, centroid_of(sequence_idx, head, block));
     }
   });
 }
@@ -195,17 +195,16 @@ struct RouteTask {
       }
       const bool needs_scores = most_visible > list_length && list_length > 0;
       if (needs_scores) {
-        const ConstTensor& query = params.query;
-        gather_transposed(rows_of<Storage>(query, sequence.batch_idx, head, sequence.query_start + tile),
-                          query.row_stride, rows, count, problem.head_dim, T(1), query_tile, kTileQueries);
+        const Array<const void, 4>& query = params.query;
+        gather_transposed(query.at<Storage>(sequence.batch_idx, head, sequence.query_start + tile), query.strides[2],
+                          rows, count, problem.head_dim, T(1), query_tile, kTileQueries);
         const auto chunk_of = [&](int64_t first, int64_t) -> RowBlock<T> {
           return {centroids + first * problem.head_dim, problem.head_dim};
         };
         select(chunk_of, ceil_div(count, kLanes<T>), visible, most_visible);
       }
       for (int64_t i = 0; i < count; ++i) {
-        int32_t* choices =
-            rows_of<int32_t>(params.block_indices, sequence.batch_idx, head, sequence.query_start + tile + i);
+        int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, sequence.query_start + tile + i);
         const int64_t num_visible = visible[i / kLanes<T>][i % kLanes<T>];
         if (needs_scores) {
           write_choices(i, own[i], choices);

@@ -168,7 +168,8 @@ void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geomet
   centroids.head_dim = params.problem.head_dim;
   centroids.row_elements = plan.row_elements;
   centroids.key = params.key;
-  centroids.centroids = {workspace.centroids, 0, geometry.num_blocks * plan.row_elements, plan.row_elements};
+  centroids.centroids = {
+      workspace.centroids, {}, {0, geometry.num_blocks * plan.row_elements, plan.row_elements, 1}, Dtype::kFloat32};
   centroids.largest = workspace.largest;
   centroids.is_by_unit = true;
   launch_centroids(params.problem.dtype, centroids, num_units, stream);
@@ -182,7 +183,8 @@ void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geomet
 
 }  // namespace
 
-int64_t moba_route_workspace_bytes(const MobaProblem& problem, const CudaPlace& place) {
+int64_t moba_route_workspace_bytes(const MobaRouteParams& params, const CudaPlace& place) {
+  const MobaProblem& problem = params.problem;
   if (problem.query_len == 0 || count_units(problem) == 0) return 0;
   const DeviceGuard guard(place.device);
   WorkspaceCutter cutter(nullptr);

@@ -44,14 +44,14 @@ struct RouteArguments {
   int32_t list_length;
   int32_t group_width;  // lanes that share a row while selecting
   int32_t head_dim;
-  int32_t row_elements;         // of a centroid row in memory, zeros past head_dim
-  bool are_lists_shared;        // lists in shared memory, else in list_scores and list_blocks
-  ConstTensor query;            // [batch, query head, query, D] dtype
-  const void* parts;            // [unit, block, part, row_elements] dtype; float32: the centroids themselves
-  const float* centroids;       // [unit, block, row_elements] float32
-  float* list_scores;           // [thread block, row, list_length] float32
-  int32_t* list_blocks;         // [thread block, row, list_length] int32
-  MutableTensor block_indices;  // [batch, query head, query, K] int32
+  int32_t row_elements;             // of a centroid row in memory, zeros past head_dim
+  bool are_lists_shared;            // lists in shared memory, else in list_scores and list_blocks
+  Array<const void, 4> query;       // [batch, query head, query, D] dtype
+  const void* parts;                // [unit, block, part, row_elements] dtype; float32: the centroids themselves
+  const float* centroids;           // [unit, block, row_elements] float32
+  float* list_scores;               // [thread block, row, list_length] float32
+  int32_t* list_blocks;             // [thread block, row, list_length] int32
+  Array<int32_t, 4> block_indices;  // [batch, query head, query, K] int32
 };
 
 template <typename Element, int kHeadDim>
@@ -216,7 +216,7 @@ __device__ __forceinline__ void select(const RouteArguments& args, Shared& share
       float score = shared.scores[row][column];
       const bool is_candidate = column < count && block < visible;
       if (isnan(score) && is_candidate) {
-        score = plain_score(query_rows + row * args.query.row_stride, centroids + column * args.row_elements,
+        score = plain_score(query_rows + row * args.query.strides[2], centroids + column * args.row_elements,
                             args.head_dim);
         score = isnan(score) ? INFINITY : score;
       }
@@ -296,12 +296,12 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
     }
     const SequenceOnDevice sequence = sequence_on_device(geometry, sequence_idx);
     const int64_t first_query = tile * Shared::kQueries;
-    const Element* query_rows = row_of<Element>(args.query, unit.batch_idx, head, sequence.first_query + first_query);
+    const Element* query_rows = args.query.at<Element>(unit.batch_idx, head, sequence.first_query + first_query);
 
     const int32_t most_visible = route::place_rows(geometry, sequence, first_query, shared);
     const bool needs_scores = args.list_length > 0 && most_visible > args.list_length;
     if (needs_scores) {
-      route::copy_rows(shared.query, query_rows, args.query.row_stride, sequence.num_queries - first_query,
+      route::copy_rows(shared.query, query_rows, args.query.strides[2], sequence.num_queries - first_query,
                        Shared::kQueries, used_chunks, row_chunks, Shared::kThreads);
       cuda::copy_async_commit();
       for (int64_t i = threadIdx.x; i < num_list_entries; i += Shared::kThreads) {
@@ -346,8 +346,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       const int row = cuda::warp_id() * Shared::kRowsPerWarp + first + cuda::lane_id() / width;
       const int32_t visible = shared.num_visible[row];
       if (visible < 0) continue;
-      int32_t* choices =
-          row_of<int32_t>(args.block_indices, unit.batch_idx, head, sequence.first_query + first_query + row);
+      int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, head, sequence.first_query + first_query + row);
       if (needs_scores) {
         route::write_choices(lists, row, member, width, shared.own_block[row], geometry.top_k, choices);
       } else {

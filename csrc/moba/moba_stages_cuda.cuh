@@ -37,7 +37,7 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
 struct LayoutArguments {
   MobaGeometry geometry;
   Wave wave;
-  ConstTensor block_indices;  // [batch, query head, query, K] int32
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
   BlockListsOnDevice lists;
   bool are_cursors_shared = false;  // decided by build_block_lists
 };
@@ -71,11 +71,11 @@ struct CentroidArguments {
   MobaGeometry geometry;
   int64_t first_unit;
   int64_t head_dim;
-  int64_t row_elements;     // of a centroid row that are written, those past head_dim as zeros
-  ConstTensor key;          // [batch, kv head, key, D] dtype
-  MutableTensor centroids;  // [batch, kv head, block, row_elements] float32; for the router [0, unit, block, ..]
-  uint32_t* largest;        // [unit] bits of the largest finite magnitude; null when not asked for
-  bool is_by_unit;          // centroids are addressed by unit, not by batch entry and head
+  int64_t row_elements;      // of a centroid row that are written, those past head_dim as zeros
+  Array<const void, 4> key;  // [batch, kv head, key, D] dtype
+  Array<void, 4> centroids;  // [batch, kv head, block, row_elements] float32; for the router [0, unit, block, ..]
+  uint32_t* largest;         // [unit] bits of the largest finite magnitude; null when not asked for
+  bool is_by_unit;           // centroids are addressed by unit, not by batch entry and head
 };
 void launch_centroids(Dtype dtype, const CentroidArguments& arguments, int64_t num_units, cudaStream_t stream);
 

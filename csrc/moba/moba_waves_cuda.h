@@ -16,7 +16,7 @@ namespace topgather {
 
 constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q != nullptr; }
+inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q.data != nullptr; }
 
 // Key blocks of a unit. Packed: a bound, since every sequence may end in a short block.
 inline int64_t blocks_per_unit(const MobaProblem& problem) {

@@ -17,79 +17,8 @@ _Tensor = tuple[int, int, int, int]
 _Problem = tuple[Any, ...]
 _Workspace = tuple[int, int]
 
-def moba_centroids_cpu(problem: _Problem, key: _Tensor, centroids: _Tensor, /) -> None: ...
-def moba_centroids_cuda(problem: _Problem, key: _Tensor, centroids: _Tensor, device: int, stream: int, /) -> None: ...
-def moba_route_cpu(problem: _Problem, query: _Tensor, key: _Tensor, block_indices: _Tensor, /) -> None: ...
-def moba_forward_cpu(
-    problem: _Problem,
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    block_indices: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    /,
-) -> None: ...
-def moba_backward_cpu(
-    problem: _Problem,
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    block_indices: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    grad_out: _Tensor,
-    grad_lse: _Tensor,
-    grad_query: _Tensor,
-    grad_key: _Tensor,
-    grad_value: _Tensor,
-    /,
-) -> None: ...
-def moba_cuda_workspace_bytes(kind: str, problem: _Problem, device: int, /) -> int: ...
 def moba_cuda_set_budget(bytes: int, /) -> int: ...
 def moba_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...
-def moba_route_cuda(
-    problem: _Problem,
-    query: _Tensor,
-    key: _Tensor,
-    block_indices: _Tensor,
-    workspace: _Workspace,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def moba_forward_cuda(
-    problem: _Problem,
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    block_indices: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    workspace: _Workspace,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def moba_backward_cuda(
-    problem: _Problem,
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    block_indices: _Tensor,
-    out: _Tensor,
-    lse: _Tensor,
-    grad_out: _Tensor,
-    grad_lse: _Tensor,
-    grad_query: _Tensor,
-    grad_key: _Tensor,
-    grad_value: _Tensor,
-    workspace: _Workspace,
-    is_deterministic: bool,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
 
 _Rows = tuple[int, int]
 

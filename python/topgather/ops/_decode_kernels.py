@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _native
 from . import _checks as checks
 from ._library import DTYPE_CODES, define, library, register_fake, sum_dtype
-from ._moba_kernels import empty_like_rows
+from ._tensors import empty_like_rows
 
 _LENGTHS = "Tensor seq_lens, Tensor? page_table, Tensor? num_tokens, SymInt block_size"
 define(

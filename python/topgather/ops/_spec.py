@@ -91,6 +91,8 @@ def meta_of(tensor: Tensor | None) -> Meta | None:
 
 # Every op that was registered, by name: tests go through them.
 OPS: dict[str, Op] = {}
+# Every kernel of the dispatcher's CPU key, by op: the benchmark of call overhead registers them in other ways.
+CPU_KERNELS: dict[str, Function] = {}
 
 
 def register(op: Op) -> None:
@@ -99,7 +101,8 @@ def register(op: Op) -> None:
     generator = _Generator(op)
     name = generator.name
     OPS[name] = op
-    library.impl(name, generator.kernel("cpu"), "CPU")
+    CPU_KERNELS[name] = generator.kernel("cpu")
+    library.impl(name, CPU_KERNELS[name], "CPU")
     cuda_kernel = generator.kernel("cuda")
     library.impl(name, cuda_kernel, "CUDA")
     _cuda.KERNELS[name] = cuda_kernel

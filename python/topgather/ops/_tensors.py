@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 
-
 import torch
 from torch import Tensor
 
 from ._library import sum_dtype
-
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
@@ -19,6 +17,17 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
 def contiguous(tensor: Tensor) -> Tensor:
     """The tensor or a contiguous copy."""
     return tensor.contiguous()
+
+
+def empty_like_rows(like: Tensor, dim: int) -> Tensor:
+    """An empty tensor of the shape of ``like`` but for its last dimension, laid out as ``like`` is.
+
+    So that the transposed view of a ``[B, N, H, D]`` projection gets an output that transposes back without a copy.
+    """
+    if like.ndim == 4 and like.stride(1) < like.stride(2):
+        batch, heads, tokens, _ = like.shape
+        return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return like.new_empty((*like.shape[:-1], dim))
 
 
 def boundaries(tensor: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
     """
     schema = overload._schema
     names = [argument.name for argument in schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     results = [result.name for result in schema.returns]
     is_mutable = schema.is_mutable
     asks = list(inspect.signature(op.folds).parameters) if op.folds is not None else []
@@ -47,7 +48,7 @@ def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if is_mutable:
             raise NotImplementedError(f"topgather: {schema.name.partition('::')[2]} writes its arguments: not under vmap")
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs
         mapped = {name: dim for name, dim in zip(names, in_dims, strict=False) if dim is not None}
         folds = (
             info.batch_size > 0
