@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .. import _native
 from . import _cuda, _transforms
@@ -270,19 +272,19 @@ class _Generator:
             "in_forward_mode": in_forward_mode,
             "is_grad_enabled": torch.is_grad_enabled,
             "transforms_active": torch._C._are_functorch_transforms_active,
-            "through_transforms": _transforms.through_transforms,
+            "one_level": enable_single_level_autograd_function,
         }
         source.line(f"def autograd_kernel({self._signature(source)}):", 0)
         arguments = ", ".join(self.arguments)
         if op.backward is not None or op.derivative_of is not None:
-            source.globals |= dict(zip(("Plain", "Transformable"), self._functions(), strict=True))
+            source.globals |= dict(zip(("Plain", "OneLevel"), self._functions(), strict=True))
             needs = [
                 f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
                 for name in self.tensors
             ]
             source.line("if transforms_active():")
-            source.line("with through_transforms():", 2)
-            source.line(f"return Transformable.apply({arguments})", 3)
+            source.line("with one_level():", 2)
+            source.line(f"return OneLevel.apply({arguments})", 3)
             source.line(f"if in_forward_mode() or (is_grad_enabled() and ({' or '.join(needs)})):")
             source.line(f"return Plain.apply({arguments})", 2)
         source.line("with below_autograd():")
@@ -290,7 +292,11 @@ class _Generator:
         return source.compiled("autograd_kernel")
 
     def _functions(self) -> tuple[type, type]:
-        """Two ``autograd.Function``: one for plain calls, one that torch.func can transform, whose calls cost more."""
+        """Two ``autograd.Function``: one for plain calls, one for a level of torch.func's transforms.
+
+        The dispatcher calls an Autograd kernel once a level, as it calls torch's own, and what the kernel calls in turn
+        goes to the levels below.
+        """
         run, save, backward, forward_mode = self._forward(), self._save(), self._backward(), self._forward_mode()
 
         def forward(ctx: Any, *inputs: Any) -> Any:
@@ -298,17 +304,20 @@ class _Generator:
             save(ctx, inputs, output)
             return output
 
-        common = {"backward": staticmethod(backward), "jvp": staticmethod(forward_mode)}
-        plain = {"forward": staticmethod(forward), **common}
-        transformable = {
-            "forward": staticmethod(run),
-            "setup_context": staticmethod(save),
-            "vmap": staticmethod(self.vmap()),
-            **common,
-        }
+        def forward_of_level(ctx: Any, *inputs: Any) -> Any:
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return forward(ctx, *inputs)
+
+        methods = {"backward": staticmethod(backward), "jvp": staticmethod(forward_mode)}
         make: Any = type(torch.autograd.Function)
-        bases = (torch.autograd.Function,)
-        return make(f"{self.name}_plain", bases, plain), make(f"{self.name}_transformable", bases, transformable)
+        return (
+            make(self.name, (torch.autograd.Function,), {"forward": staticmethod(forward), **methods}),
+            make(
+                f"{self.name}_level",
+                (torch.autograd.function._SingleLevelFunction,),
+                {"forward": staticmethod(forward_of_level), **methods},
+            ),
+        )
 
     def _forward(self) -> Function:
         source = self._source()

@@ -13,27 +13,8 @@ if TYPE_CHECKING:
     from ._spec import Op
 
 
-_FUNCTORCH_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
-for _name in ("FuncTorchDynamicLayerBackMode", "FuncTorchGradWrapper", "FuncTorchBatched", "FuncTorchVmapMode"):
-    _FUNCTORCH_KEYS = _FUNCTORCH_KEYS | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name))
-_MODE_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
-)
-
-
-def through_transforms() -> Any:
-    """A context inside an Autograd kernel in which torch.func's transforms see calls again.
-
-    Under a transform the dispatcher calls that kernel with the transforms' keys switched off, and an
-    ``autograd.Function`` must be seen by all of them.
-    """
-    included = torch._C._dispatch_tls_local_include_set() | _MODE_KEYS
-    excluded = torch._C._dispatch_tls_local_exclude_set() - _FUNCTORCH_KEYS
-    return torch._C._ForceDispatchKeyGuard(included, excluded)
-
-
 def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
-    """The rule that ``torch.library.register_vmap`` and ``autograd.Function.vmap`` take.
+    """The rule that ``torch.library.register_vmap`` takes.
 
     The mapped dimension is folded into the one that the op treats as a batch, so that the result is that of a loop for
     one call's work. Where some argument has no such dimension the loop itself runs, each call being differentiable.
