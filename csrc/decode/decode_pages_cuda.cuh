@@ -6,9 +6,10 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
+#include "../cuda/lane_rows.cuh"
 #include "../cuda/launch.cuh"
-#include "../memory/memory_rows_cuda.cuh"
-#include "../moba/moba_waves_cuda.h"
+#include "../cuda/workspace.h"
 #include "decode_params.h"
 
 namespace topgather {

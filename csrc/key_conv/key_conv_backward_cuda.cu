@@ -235,17 +235,17 @@ struct BackwardCut {
   int64_t num_chunks;
 
   BackwardCut(const KeyConvProblem& problem, int64_t vector) {
-    const int64_t num_vectors = key_conv_divide_up(problem.head_dim, vector);
+    const int64_t num_vectors = divide_up(problem.head_dim, vector);
     vectors_per_block = std::min<int64_t>(num_vectors, kThreads);
     runs_per_block = kThreads / vectors_per_block;
-    num_column_blocks = key_conv_divide_up(num_vectors, vectors_per_block);
+    num_column_blocks = divide_up(num_vectors, vectors_per_block);
     tokens_per_run = KeyConvCudaConfig::kLeastBackwardTokens;
     const int64_t rows = problem.batch_size * problem.num_heads * num_vectors;
     while (tokens_per_run < problem.num_tokens &&
-           rows * key_conv_divide_up(problem.num_tokens, tokens_per_run) > KeyConvCudaConfig::kBackwardThreads) {
+           rows * divide_up(problem.num_tokens, tokens_per_run) > KeyConvCudaConfig::kBackwardThreads) {
       tokens_per_run *= 2;
     }
-    num_chunks = key_conv_divide_up(problem.num_tokens, tokens_per_run * runs_per_block);
+    num_chunks = divide_up(problem.num_tokens, tokens_per_run * runs_per_block);
   }
 
   int64_t num_pieces(const KeyConvProblem& problem) const { return problem.batch_size * num_chunks; }
