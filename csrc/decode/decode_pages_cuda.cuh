@@ -96,8 +96,7 @@ inline DecodeWaves plan_decode_waves(const DecodeGeometry& geometry, int64_t row
   return waves;
 }
 
-// --- on the device
-// ----------------------------------------------------------------------------------------------------
+// --- on the device --------------------------------------------------------------------------------------------------
 
 struct DecodeUnit {
   int32_t sequence;

@@ -2,8 +2,10 @@
 //
 // Steps:
 //   1. grid_row_terms: eight lanes take a token's row, shift = dot(grad_out, out);
-//   2. grid_token_gradients with keys as rows, 3. with queries as rows;
-//   where a bias' gradient is asked for, 4. grid_bias_gradients: sums of pieces of the images and groups, and
+//   2. grid_token_gradients with keys as rows;
+//   3. grid_token_gradients with queries as rows;
+//   where the gradient of a bias is wanted:
+//   4. grid_bias_gradients: sums of pieces of the images and groups;
 //   5. grid_sum_bias: a thread adds the pieces of one element in order.
 // Memory: a float32 a token, and sums of pieces: G * G a head and piece, of kMostBiasBytes at most; one piece alone is
 // summed where it belongs.
