@@ -13,7 +13,8 @@
 //   3. scores, keys in vector lanes: a vector of partial sums a key, turned round in registers;
 //   4. running maximum and sum (online softmax, base 2), weights in place of the scores;
 //   5. the row's running output, rescaled, plus weights x values.
-// Last, 6. merge parts, divide, convert, write out and lse.
+//   last:
+//   6. merge parts, divide, convert, write out and lse.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
 // row all of whose scores are -inf: NaN, as plain softmax. A hidden key is never multiplied with.
 // Determinism: a row's arithmetic depends on its own choices and on shapes alone.

@@ -1,12 +1,12 @@
 // Attention of new tokens to the blocks of a cache that they chose, on CUDA.
 //
-//   out_i = softmax_t(scale * dot(query_i, key_t)) value_t    t in the blocks chosen by query i and at most its
-//   position lse_i = log sum_t exp(scale * dot(query_i, key_t))
+//   out_i = sum_t softmax_t(scale * dot(query_i, key_t)) value_t,   t over the keys of the chosen blocks up to i's own
+//   lse_i = log sum_t exp(scale * dot(query_i, key_t))
 //
 // Bound by memory: every key and value row that a query sees is read once, 16 bytes a lane where rows are aligned; what
 // is computed is little, so that plain multiply-adds do. Heads of a group choose different blocks, so that they share
-// nothing but the cache. Two kernels. moba_decode_attend: a thread block owns one query and a split: some keys of one
-// slot, or some slots. Steps:
+// nothing but the cache. Two kernels.
+// moba_decode_attend: a thread block owns one query and a split: some keys of one slot, or some slots. Steps:
 //   1. where each key of the split lies;
 //   2. scores: a group of 8, 16 or 32 lanes takes a key, kRowsInFlight of them at a time;
 //   3. their maximum, weights and sum;

@@ -6,9 +6,10 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
+#include "../cuda/lane_rows.cuh"
 #include "../cuda/launch.cuh"
-#include "../memory/memory_rows_cuda.cuh"
-#include "../moba/moba_waves_cuda.h"
+#include "../cuda/workspace.h"
 #include "decode_params.h"
 
 namespace topgather {
@@ -95,8 +96,7 @@ inline DecodeWaves plan_decode_waves(const DecodeGeometry& geometry, int64_t row
   return waves;
 }
 
-// --- on the device
-// ----------------------------------------------------------------------------------------------------
+// --- on the device --------------------------------------------------------------------------------------------------
 
 struct DecodeUnit {
   int32_t sequence;

@@ -17,8 +17,10 @@
 //   2. scores and products of values with grad_out, both [keys, queries]; weights and gradients of scores in their
 //      place;
 //   3. grad_value and grad_key of the tile's keys, grad_query of its queries, grad_bias;
-//   last, 4. scale, convert, write.
-// Numerics: as the forward. Determinism: a task's arithmetic depends on shapes alone.
+//   last:
+//   4. scale, convert, write.
+// Numerics: as the forward.
+// Determinism: a task's arithmetic depends on shapes alone.
 #pragma once
 
 #include "grid_forward_cpu.h"

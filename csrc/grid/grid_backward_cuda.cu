@@ -2,8 +2,10 @@
 //
 // Steps:
 //   1. grid_row_terms: eight lanes take a token's row, shift = dot(grad_out, out);
-//   2. grid_token_gradients with keys as rows, 3. with queries as rows;
-//   where a bias' gradient is asked for, 4. grid_bias_gradients: sums of pieces of the images and groups, and
+//   2. grid_token_gradients with keys as rows;
+//   3. grid_token_gradients with queries as rows;
+//   where the gradient of a bias is wanted:
+//   4. grid_bias_gradients: sums of pieces of the images and groups;
 //   5. grid_sum_bias: a thread adds the pieces of one element in order.
 // Memory: a float32 a token, and sums of pieces: G * G a head and piece, of kMostBiasBytes at most; one piece alone is
 // summed where it belongs.
@@ -122,9 +124,9 @@ int64_t num_pieces_of(const GridProblem& problem) {
   const GridGeometry geometry = grid::geometry_of(problem, tokens);
   const int64_t slots = tokens / geometry.slot_tokens;
   const int64_t tiles = int64_t{geometry.num_tiles} * geometry.num_tiles * problem.num_heads;
-  const int64_t wanted = grid::divide_up(GridCudaConfig::kBiasBlocks, tiles);
+  const int64_t wanted = divide_up(GridCudaConfig::kBiasBlocks, tiles);
   const int64_t affordable = GridCudaConfig::kMostBiasBytes / (bias_sums_of(problem) * 4 * slots);
-  const int64_t useful = grid::divide_up(geometry.num_images, slots);
+  const int64_t useful = divide_up(geometry.num_images, slots);
   return std::max<int64_t>(1, std::min({wanted, affordable, useful})) * slots;
 }
 
@@ -132,7 +134,7 @@ int64_t num_tokens_of(const GridProblem& problem) {
   return problem.batch_size * problem.num_heads * problem.rows.size * problem.columns.size;
 }
 
-int64_t shift_bytes_of(const GridProblem& problem) { return grid::divide_up(num_tokens_of(problem) * 4, 256) * 256; }
+int64_t shift_bytes_of(const GridProblem& problem) { return divide_up(num_tokens_of(problem) * 4, 256) * 256; }
 
 // Step 1.
 void launch_row_terms(const GridBackwardParams& params, float* shift, cudaStream_t stream) {
@@ -148,8 +150,8 @@ void launch_row_terms(const GridBackwardParams& params, float* shift, cudaStream
   const int64_t num_tokens = num_tokens_of(problem);
   require(num_tokens <= INT32_MAX, "grid_attention_backward on CUDA takes at most 2^31 - 1 tokens of all heads");
   args.num_tokens = static_cast<uint32_t>(num_tokens);
-  const cuda::LaunchShape shape{dim3(static_cast<unsigned>(grid::divide_up(num_tokens, kRowsPerBlock))),
-                                dim3(kRowThreads), 0, stream};
+  const cuda::LaunchShape shape{dim3(static_cast<unsigned>(divide_up(num_tokens, kRowsPerBlock))), dim3(kRowThreads), 0,
+                                stream};
   with_element(problem.dtype, [&](auto element) { cuda::launch(grid_row_terms<decltype(element)>, shape, args); });
 }
 
@@ -177,7 +179,7 @@ void launch_bias_gradients(const GridBackwardParams& params, GridBackwardArgumen
   const int64_t count = bias_sums_of(problem);
   const GridSumArguments sums{count, static_cast<int32_t>(num_pieces), pieces, params.grad_bias.at<float>()};
   cuda::launch(grid_sum_bias<kRowThreads>,
-               {dim3(static_cast<unsigned>(grid::divide_up(count, kRowThreads))), dim3(kRowThreads), 0, stream}, sums);
+               {dim3(static_cast<unsigned>(divide_up(count, kRowThreads))), dim3(kRowThreads), 0, stream}, sums);
 }
 
 }  // namespace

@@ -1,9 +1,12 @@
 // Grid and window attention backward on CUDA: the kernels that differentiate. grid_backward_cuda.cu launches them.
 //
-//   weight_ij   = exp(scale * dot(query_i, key_j) + bias_ij - lse_i)              recomputed
-//   d_score_ij  = weight_ij * (dot(grad_out_i, value_j) - shift_i),   shift_i = dot(grad_out_i, out_i)
-//   grad_value_j = sum_i weight_ij grad_out_i,   grad_key_j = scale * sum_i d_score_ij query_i
-//   grad_query_i = scale * sum_j d_score_ij key_j,   grad_bias_ij = sum over images and groups of d_score_ij
+//   weight_ij    = exp(scale * dot(query_i, key_j) + bias_ij - lse_i)              recomputed
+//   shift_i      = dot(grad_out_i, out_i)
+//   d_score_ij   = weight_ij * (dot(grad_out_i, value_j) - shift_i)
+//   grad_value_j = sum_i weight_ij grad_out_i
+//   grad_key_j   = scale * sum_i d_score_ij query_i
+//   grad_query_i = scale * sum_j d_score_ij key_j
+//   grad_bias_ij = sum over images and groups of d_score_ij
 //
 // Who owns what: a thread block owns a tile of tokens of one unit, or of several where groups are small
 // (grid_geometry_cuda.cuh), and a warp 16 of them: the rows of its products, whose gradients it sums in registers while
@@ -16,15 +19,16 @@
 //   per kBackwardStep columns:
 //   3. weights and d_scores;
 //   4. gradients += weights or d_scores x columns' rows, or bias sums += d_scores;
-//   last, 5. round and write.
+//   last:
+//   5. round and write.
 // Operations a token: keys as rows 8 G D, queries 6 G D, a bias 4 G D. Bytes: each of the first two reads four rows a
 // token and writes two or one, tiles of the other side from the second-level cache but for the first: 0.6 G operations
 // a byte of 16-bit memory, so that bandwidth bounds small groups. Nothing is fetched ahead; the thread blocks of a
 // multiprocessor hide each other's waits.
 // Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. A scale
 // above 1 is multiplied in before, so that float16 does not lose what it would magnify; a smaller one after. Tokens
-// that are not there weigh 0, and their rows are zeros. NaN and inf spread as in plain softmax. Determinism: no
-// atomics; every sum has an order fixed by shapes.
+// that are not there weigh 0, and their rows are zeros. NaN and inf spread as in plain softmax.
+// Determinism: no atomics; every sum has an order fixed by shapes.
 #pragma once
 
 #include "grid_geometry_cuda.cuh"

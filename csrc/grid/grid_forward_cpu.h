@@ -7,7 +7,9 @@
 // group, and owns their rows of out and lse. Tokens of the next group, and of what is written, are asked for between
 // the steps: rows lie scattered, and reading them would otherwise take longer than the arithmetic. Groups that fit one
 // vector have a task of their own (grid_forward_small_cpu.h). Steps:
-//   once a call, 0. the bias transposed, and in base 2;
+//   once a call:
+//   0. the bias transposed, and in base 2;
+//   per group:
 //   1. keys and values of the group to dense scratch, from wherever they lie;
 //   per tile of kTileQueries queries:
 //   2. gather the queries, transposed and scaled: queries stand in vector lanes, keys are broadcast;
@@ -15,10 +17,11 @@
 //   3. scores [keys, queries], plus bias;
 //   4. running maximum and sum per query (online softmax, base 2), weights in place of the scores;
 //   5. running outputs rescaled, plus weights^T x values;
-//   last, 6. divide, convert, write out and lse.
+//   last:
+//   6. divide, convert, write out and lse.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row all of whose scores are -inf: NaN, as
-// plain softmax. There is no empty row: a token is in its own group. Determinism: a task's arithmetic depends on shapes
-// alone, so any number of threads gives the same bits.
+// plain softmax. There is no empty row: a token is in its own group.
+// Determinism: a task's arithmetic depends on shapes alone, so any number of threads gives the same bits.
 #pragma once
 
 #include <cmath>

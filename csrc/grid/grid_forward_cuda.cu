@@ -12,14 +12,16 @@
 //   3. scores in base 2, plus bias; keys that are not there to -inf;
 //   4. running maximum and sum per query (online softmax);
 //   5. outputs += weights x values;
-//   last, 6. divide, round, write out and lse.
+//   last:
+//   6. divide, round, write out and lse.
 // Bytes: query and out once, keys and values once per tile of queries, from the second-level cache but for the first; a
 // bias is read by every group, from there too. Operations: 4 G D a token, G / 2 a byte of 16-bit memory: bandwidth
 // bounds windows and grids of 49 or 64 tokens by far. Tiles of keys are not fetched ahead; the thread blocks of a
 // multiprocessor hide each other's waits.
 // Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
 // values. A row all of whose scores are -inf, or with one of +inf or NaN: NaN, as plain softmax. There is no empty row:
-// a token is in its own group. Determinism: a row's arithmetic depends on its own group and shapes alone.
+// a token is in its own group.
+// Determinism: a row's arithmetic depends on its own group and shapes alone.
 #include "grid_geometry_cuda.cuh"
 
 namespace topgather {

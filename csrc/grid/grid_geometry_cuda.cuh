@@ -12,6 +12,7 @@
 #include "../common/checks.h"
 #include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
+#include "../cuda/rounding.h"
 #include "../cuda/tile_math.cuh"
 #include "grid_config_cuda.h"
 #include "grid_cuda.h"
@@ -22,8 +23,6 @@ namespace grid {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace grid
 

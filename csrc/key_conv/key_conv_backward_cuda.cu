@@ -8,15 +8,15 @@
 // Who owns what: a thread owns four of a head's channels (one, where rows allow no vectors) and a run of tokens; a
 // thread block owns neighbouring runs of the same channels. Steps:
 //   1. key_conv_backward: a thread walks its run from the last token to the first, beginning W - 1 tokens after it,
-//   with
-//      the rows that the current token sees and the d_s of the W - 1 tokens after it in registers;
+//      with the rows that the current token sees and the d_s of the W - 1 tokens after it in registers;
 //   2. the runs' sums for the weight meet in shared memory, one tap at a time, and the first run's threads add them up:
 //      a piece for each thread block;
 //   3. key_conv_sum_weight: a thread adds the pieces of one weight in order.
 // Memory: keys and grad_out are read once, but for W - 1 rows a run, grad_key is written once; pieces are W * D float32
 // for each thread block.
 // Numerics: float32 sums, rounded once. Without tokens all sums are 0. A token of no sequence gets NaN, and adds
-// nothing. Determinism: every sum has an order fixed by shapes and alignment.
+// nothing.
+// Determinism: every sum has an order fixed by shapes and alignment.
 #include <algorithm>
 
 #include "key_conv_cuda.h"
@@ -234,17 +234,17 @@ struct BackwardCut {
   int64_t num_chunks;
 
   BackwardCut(const KeyConvProblem& problem, int64_t vector) {
-    const int64_t num_vectors = key_conv_divide_up(problem.head_dim, vector);
+    const int64_t num_vectors = divide_up(problem.head_dim, vector);
     vectors_per_block = std::min<int64_t>(num_vectors, kThreads);
     runs_per_block = kThreads / vectors_per_block;
-    num_column_blocks = key_conv_divide_up(num_vectors, vectors_per_block);
+    num_column_blocks = divide_up(num_vectors, vectors_per_block);
     tokens_per_run = KeyConvCudaConfig::kLeastBackwardTokens;
     const int64_t rows = problem.batch_size * problem.num_heads * num_vectors;
     while (tokens_per_run < problem.num_tokens &&
-           rows * key_conv_divide_up(problem.num_tokens, tokens_per_run) > KeyConvCudaConfig::kBackwardThreads) {
+           rows * divide_up(problem.num_tokens, tokens_per_run) > KeyConvCudaConfig::kBackwardThreads) {
       tokens_per_run *= 2;
     }
-    num_chunks = key_conv_divide_up(problem.num_tokens, tokens_per_run * runs_per_block);
+    num_chunks = divide_up(problem.num_tokens, tokens_per_run * runs_per_block);
   }
 
   int64_t num_pieces(const KeyConvProblem& problem) const { return problem.batch_size * num_chunks; }

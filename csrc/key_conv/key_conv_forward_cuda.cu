@@ -117,11 +117,11 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   args.shape = key_conv_shape(problem, kVector);
   const int64_t rows = problem.batch_size * problem.num_heads * args.shape.num_vectors;
   int64_t tokens = KeyConvCudaConfig::kMostForwardTokens;
-  const auto threads = [&] { return rows * key_conv_divide_up(problem.num_tokens, tokens); };
+  const auto threads = [&] { return rows * divide_up(problem.num_tokens, tokens); };
   while (tokens > KeyConvCudaConfig::kLeastForwardTokens && threads() < KeyConvCudaConfig::kForwardThreads) tokens /= 2;
   require(threads() <= INT32_MAX, "key_conv: too many keys for one launch");
   args.num_threads = static_cast<uint32_t>(threads());
-  args.num_runs = static_cast<uint32_t>(key_conv_divide_up(problem.num_tokens, tokens));
+  args.num_runs = static_cast<uint32_t>(divide_up(problem.num_tokens, tokens));
   args.tokens_per_run = static_cast<int32_t>(tokens);
   args.are_heads_closer = params.key.strides[1] < params.key.strides[2];
   args.key = params.key;

@@ -7,6 +7,7 @@
 #include "../common/checks.h"
 #include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
+#include "../cuda/rounding.h"
 #include "../cuda/tile_math.cuh"
 #include "key_conv_config_cuda.h"
 #include "key_conv_params.h"
@@ -156,8 +157,6 @@ constexpr int kKeyConvMostTaps = 8;
 template <int kVector>
 constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMostTaps;
 
-inline int64_t key_conv_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline bool key_conv_is_empty(const KeyConvProblem& problem) {
   return problem.batch_size == 0 || problem.num_heads == 0 || problem.num_tokens == 0;
 }
@@ -166,7 +165,7 @@ inline KeyConvShape key_conv_shape(const KeyConvProblem& problem, int64_t vector
   require(problem.num_heads <= INT32_MAX && problem.head_dim * problem.kernel_width <= INT32_MAX,
           "key_conv: heads and head_dim are too large for CUDA");
   return {static_cast<uint32_t>(problem.num_heads),
-          static_cast<uint32_t>(key_conv_divide_up(problem.head_dim, vector)),
+          static_cast<uint32_t>(divide_up(problem.head_dim, vector)),
           static_cast<int32_t>(problem.head_dim),
           static_cast<int32_t>(problem.kernel_width),
           problem.num_tokens,

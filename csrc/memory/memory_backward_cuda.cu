@@ -20,10 +20,11 @@
 // Numerics: float32 products and sums, rounded once. No ties. Rows of no entry are zero. An entry whose row is num_rows
 // had an index outside the table: no row gets it, and its grad_weights is NaN.
 // Determinism: every sum has an order fixed by sorted positions, shapes and alignment.
+#include "../cuda/dispatch.h"
+#include "../cuda/lane_rows.cuh"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
 #include "memory_kernel_facts.h"
-#include "memory_rows_cuda.cuh"
 
 namespace topgather {
 

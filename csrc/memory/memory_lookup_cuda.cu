@@ -14,9 +14,10 @@
 // Numerics: float32 products and sums, lookup rounded once. No ties. Tokens without entries give zero rows. An index
 // outside [0, num_rows) is not followed: lookup's out row, dot's own product become NaN.
 // Determinism: every sum has an order fixed by shapes and alignment.
+#include "../cuda/dispatch.h"
+#include "../cuda/lane_rows.cuh"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
-#include "memory_rows_cuda.cuh"
 
 namespace topgather {
 

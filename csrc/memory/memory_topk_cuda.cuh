@@ -1,7 +1,8 @@
 // The best pairs of product keys on CUDA: scores of token tiles against key tiles, kept on chip, the best of each half,
 // and the best sums of two.
 //
-//   s1_i = dot(query[:D/2], keys[0, i]), s2_j = dot(query[D/2:], keys[1, j])          never written to global memory
+//   s1_i = dot(query[:D/2], keys[0, i])                                     never written to global memory
+//   s2_j = dot(query[D/2:], keys[1, j])
 //   scores, indices = the top_k largest s1_i + s2_j, descending, with i n + j
 //
 // Who owns what: a thread block owns kRows neighbouring tokens of one head, whose queries lie in shared memory, one
@@ -11,15 +12,16 @@
 //   1. slice by slice, each warp multiplies its rows with its keys and keeps the scores in registers;
 //   2. the scores of kRoundKeys keys at a time go to shared memory;
 //   3. a warp looks at its rows' scores, one a lane. Those better than the worst of the row's sorted list join the
-//   row's
-//      pending entries; whenever 32 are pending, the warp sorts them and merges them into the list;
-//   after both halves, 4. the sums of ranks a and b of the two lists, of those pairs alone that have
-//      (a + 1) (b + 1) <= top_k, the most promising first, are selected in the same way and written out.
+//      row's pending entries; whenever 32 are pending, the warp sorts them and merges them into the list;
+//   after both halves:
+//   4. the sums of ranks a and b of the two lists, of those pairs alone that have (a + 1) (b + 1) <= top_k, the most
+//      promising first, are selected in the same way and written out.
 // Numerics: 16-bit products are exact, sums are float32; float32 takes plain multiply-adds. An entry is a 64-bit
 // number: the score's bits, arranged to order as scores do, then the index, lower ones first, then a bit that says NaN.
 // No two are equal, so results depend neither on the order in which entries come nor on the sort. A NaN half score
 // ranks as +inf, a sum of opposite infinities as -inf; the score written is the true sum, -0 as 0. Every entry beats
-// the zeros of an empty place. Determinism: a row's results depend on its own query and the keys alone.
+// the zeros of an empty place.
+// Determinism: a row's results depend on its own query and the keys alone.
 //
 // What bounds it, counted for T = 16384, H = 4, n = 1024, D = 512, top_k = 32, bfloat16, on an H100: 69 GFLOP are 0.12
 // ms of matrix instructions. A row merges 32 pending entries 6.5 times in each half and 3 times in step 4, which with

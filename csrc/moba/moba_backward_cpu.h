@@ -1,10 +1,11 @@
 // Block attention backward on the CPU: scores recomputed, one pass, five products per tile.
 //
-//   delta_i  = sum_v grad_out_iv * out_iv - grad_lse_i
-//   p_it     = exp(scale * dot(query_i, key_t) - lse_i)
-//   ds_it    = p_it * (dot(grad_out_i, value_t) - delta_i), and with a softcap c times 1 - (s_it / c)^2, s_it capped
-//   grad_value_t = sum_i p_it grad_out_i;  grad_key_t = scale sum_i ds_it query_i;  grad_query_i = scale sum_t ds_it
-//   key_t
+//   delta_i      = sum_v grad_out_iv * out_iv - grad_lse_i
+//   p_it         = exp(scale * dot(query_i, key_t) - lse_i)
+//   ds_it        = p_it * (dot(grad_out_i, value_t) - delta_i), times 1 - (s_it / c)^2 where scores s are capped at c
+//   grad_value_t = sum_i p_it grad_out_i
+//   grad_key_t   = scale * sum_i ds_it query_i
+//   grad_query_i = scale * sum_t ds_it key_t
 //
 // Who owns what: every (query range r, chunk of key blocks c) of a key head's group is one task; it adds to the rows
 // of grad_query of r and to the rows of grad_key and grad_value of c. Tasks run in rounds, task (r, c) in round
@@ -17,7 +18,8 @@
 //   4. add p x grad_out and ds x query to the block's grad_value and grad_key tiles;
 //   5. ds^T x keys, added to grad_query;
 //   6. after the last tile, the block's tiles are added to grad_key and grad_value;
-//   last, 7. where gradients are 16 bits wide, the float32 sums are converted.
+//   last:
+//   7. where gradients are 16 bits wide, the float32 sums are converted.
 // Numerics: float32 sums (float64 for float64). 16-bit gradients are summed in a float32 workspace, of as many key
 // heads at a time as keep the threads busy. Rows without visible keys are in no list: their gradients are 0.
 // Determinism: as above, bitwise, by default.

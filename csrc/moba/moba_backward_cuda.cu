@@ -6,7 +6,9 @@
 //   2. moba_row_terms: a warp takes a query's row, shift = dot(grad_out, out) - grad_lse;
 //   3. moba_attend_blocks_backward: float32 sums of all three gradients;
 //   4. moba_write_grad_query: a warp takes a query's row and rounds it, the deterministic way summing its slots in
-//   order; after a unit's last wave, 5. moba_write_grad_keys rounds the gradients of keys and values.
+//      order;
+//   after a unit's last wave:
+//   5. moba_write_grad_keys: a warp takes a row of the gradients of keys and values and rounds it.
 #include <algorithm>
 #include <cmath>
 

@@ -1,9 +1,11 @@
 // Block attention backward on CUDA, key-stationary: gradients of a key block stay in registers while the queries that
 // chose it come.
 //
-//   weight_ij  = exp(scale * dot(query_i, key_j) - lse_i)                        recomputed
-//   d_weight_ij = dot(grad_out_i, value_j),  d_score_ij = weight_ij * (d_weight_ij - shift_i)
-//   grad_value_j = sum_i weight_ij grad_out_i,  grad_key_j = scale * sum_i d_score_ij query_i
+//   weight_ij    = exp(scale * dot(query_i, key_j) - lse_i)                        recomputed
+//   d_weight_ij  = dot(grad_out_i, value_j)
+//   d_score_ij   = weight_ij * (d_weight_ij - shift_i)
+//   grad_value_j = sum_i weight_ij grad_out_i
+//   grad_key_j   = scale * sum_i d_score_ij query_i
 //   grad_query_i = scale * sum_j d_score_ij key_j
 // with shift_i = dot(grad_out_i, out_i) - grad_lse_i (moba_row_terms) and j over the visible keys of i's blocks.
 //
@@ -15,14 +17,15 @@
 //   3. a warp takes 16 rows by some keys: scores, d_weights; weights and d_scores to shared memory;
 //   4. a warp takes 16 keys by some columns: grad_value += weights^T grad_out, grad_key += d_scores^T query;
 //   5. a warp takes 16 rows by some columns: grad_query = d_scores key, added to where it belongs;
-//   last, 6. grad_key and grad_value added to where they belong.
+//   last:
+//   6. grad_key and grad_value added to where they belong.
 // All query heads of the group stand in the same lists: nothing is expanded.
 // Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. A scale
 // above 1 is multiplied in before, so that float16 does not lose what it would magnify; a smaller one after. Hidden
 // pairs weigh 0, and 0 x inf is NaN: a tile that hides keys and holds numbers that are not finite takes steps 4 and 5
-// in plain arithmetic over visible pairs alone, straight to memory. Ties do not arise. Determinism: sums over thread
-// blocks are atomic additions of float32, in any order; the deterministic way has one item a list, a place of its own
-// for each entry's grad_query, and no atomics.
+// in plain arithmetic over visible pairs alone, straight to memory. Ties do not arise.
+// Determinism: sums over thread blocks are atomic additions of float32, in any order; the deterministic way has one
+// item a list, a place of its own for each entry's grad_query, and no atomics.
 #pragma once
 
 #include "../common/checks.h"

@@ -17,7 +17,8 @@
 //   4. running maximum and sum per query (online softmax, base 2), weights in place of the scores;
 //   5. weights^T x values [queries, V] by the same micro-kernel;
 //   6. rescale and add to the range's running outputs;
-//   last, 7. divide, convert, write out and lse.
+//   last:
+//   7. divide, convert, write out and lse.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
 // row all of whose scores are -inf: NaN, as plain softmax.
 // Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.

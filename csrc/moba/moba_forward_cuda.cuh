@@ -3,7 +3,8 @@
 //
 //   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
 //   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key))                                      [entry]
-//   out_row   = sum_e 2^(lse_e - lse) partial_e,  lse = log2 sum_e 2^lse_e            (moba_merge_slots)
+//   lse       = log2 sum_e 2^lse_e                                                        (moba_merge_slots)
+//   out_row   = sum_e 2^(lse_e - lse) partial_e                                            (moba_merge_slots)
 //
 // Who owns what: a thread block owns a work item, up to kEntriesPerItem entries of one block's list. Its warps take
 // tiles of kRowsPerWarp entries in turn, each on its own: a tile's queries lie in the warp's part of shared memory, its
@@ -18,12 +19,12 @@
 //   6. divide, round to the element type, write partial and lse.
 // Where outputs would not fit the registers (float32, V > 128), the grid's third dimension takes kValueColumns columns
 // of values each, and scores are computed for each of them. Blocks of more than kResidentKeys keys pass through shared
-// memory once per round of tiles, all warps together. Numerics: scores, weights and sums in float32; weights are
-// rounded to a 16-bit element type before they meet the values. A hidden key weighs 0, and 0 x inf is NaN: an item that
-// hides keys and whose values are not all finite takes its entries one at a time, with the hidden keys' rows zeroed. A
-// choice whose scores are all -inf leaves its outputs undivided, with lse -inf; the maximum passes NaN on, so that inf
-// and NaN scores can be told apart. Ties do not arise. Determinism: an entry's arithmetic depends on its own row and
-// block alone.
+// memory once per round of tiles, all warps together.
+// Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
+// values. A hidden key weighs 0, and 0 x inf is NaN: an item that hides keys and whose values are not all finite takes
+// its entries one at a time, with the hidden keys' rows zeroed. A choice whose scores are all -inf leaves its outputs
+// undivided, with lse -inf; the maximum passes NaN on, so that inf and NaN scores can be told apart. Ties do not arise.
+// Determinism: an entry's arithmetic depends on its own row and block alone.
 #pragma once
 
 #include "../common/checks.h"

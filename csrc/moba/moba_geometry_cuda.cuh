@@ -7,12 +7,11 @@
 // can lead out of bounds.
 #pragma once
 
+#include "../cuda/rounding.h"
 #include "../cuda/tile_math.cuh"
 #include "moba_params.h"
 
 namespace topgather {
-
-__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct MobaGeometry {
   int64_t query_len;  // tokens of a sequence; of all of them where packed

@@ -5,16 +5,16 @@
 // names a block its sequence does not have, or one block twice. Nothing is sorted and nothing waits for the host.
 //
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
-//   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per (chunk,
-//   block);
+//   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per
+//      (chunk, block);
 //   2. moba_scan_chunks: a thread takes a block and turns its chunk counts into starts within the block's list;
 //   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks,
 //      and notes each item's block;
 //   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor
-//   per
-//      block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the order
-//      of entries. Choices are read and judged several rows at a time.
-// Numerics: integers. Determinism: counts are sums of ones, everything else has a fixed order.
+//      per block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the
+//      order of entries. Choices are read and judged several rows at a time.
+// Numerics: integers.
+// Determinism: counts are sums of ones, everything else has a fixed order.
 #include <algorithm>
 
 #include "../common/checks.h"
@@ -36,8 +36,7 @@ constexpr int kRowsPerChunk = MobaLayoutConfig::kRowsPerChunk;
 constexpr int kFillWarps = MobaLayoutConfig::kChunksPerThreadBlock;
 }  // namespace
 
-// --- packed sequences
-// --------------------------------------------------------------------------------------------------
+// --- packed sequences -----------------------------------------------------------------------------------------------
 
 struct SequenceArguments {
   const int64_t* cu_seqlens_q;  // [num_sequences + 1] int64, as the user gave them
@@ -136,8 +135,7 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
   return geometry;
 }
 
-// --- block lists
-// -------------------------------------------------------------------------------------------------------
+// --- block lists ----------------------------------------------------------------------------------------------------
 
 namespace {
 

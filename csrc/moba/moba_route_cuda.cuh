@@ -11,13 +11,15 @@
 //   3. members of a group, 8, 16 or 32 lanes by top_k, take a row, a score each: one comparison with the worst score
 //      kept; where any member's beats it, the group enters the scores that do, one at a time, into the row's sorted
 //      list;
-//   last, 4. own block, ascending order, -1 for the rest, written out.
+//   last:
+//   4. own block, ascending order, -1 for the rest, written out.
 // Numerics: scores must rank as float32 does. A 16-bit query times a centroid cut into kParts 16-bit numbers (three of
 // bfloat16, two of float16) sums products that are exact in float32; float32 takes plain multiply-adds. A score that
 // comes out NaN is computed once more in float32 from the uncut centroid, since inf times a part may be NaN where inf
 // times the whole is inf; what is NaN then ranks as +inf. Ties: scores rank by value, then by lower block number, a
 // total order, so that the order of insertion does not matter. Empty lists hold (-inf, no block), which every block
-// beats. Determinism: a row's choice depends on its own row and the centroids alone.
+// beats.
+// Determinism: a row's choice depends on its own row and the centroids alone.
 #pragma once
 
 #include "../common/checks.h"

@@ -1,7 +1,6 @@
 // How many units and queries a wave takes, and what bounds it. Plain host code.
 #include "moba_waves_cuda.h"
 
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -10,20 +9,11 @@
 
 namespace topgather {
 
-namespace {
-std::atomic<int64_t> budget_override{0};
-}  // namespace
-
-int64_t moba_cuda_set_budget(int64_t bytes) { return budget_override.exchange(bytes); }
+int64_t moba_cuda_set_budget(int64_t bytes) { return set_workspace_budget(bytes); }
 
 void throw_rows_too_wide(int64_t num_elements) {
   throw std::invalid_argument("head_dim and value_dim must be at most 256 on CUDA, got " +
                               std::to_string(num_elements));
-}
-
-int64_t workspace_budget(int64_t configured) {
-  const int64_t other = budget_override.load(std::memory_order_relaxed);
-  return other > 0 ? other : configured;
 }
 
 WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand) {

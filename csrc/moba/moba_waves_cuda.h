@@ -5,16 +5,14 @@
 // query heads: row = head_in_group * num_queries + query. An entry is one choice: entry = row * top_k + slot.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
+#include "../cuda/workspace.h"
 #include "moba_config_cuda.h"
 #include "moba_geometry_cuda.cuh"
 #include "moba_params.h"
 
 namespace topgather {
-
-constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q.data != nullptr; }
 
@@ -31,10 +29,6 @@ inline int64_t heads_per_unit(const MobaProblem& problem) { return problem.num_q
 
 // std::invalid_argument, for rows of more elements than there are kernels for.
 [[noreturn]] void throw_rows_too_wide(int64_t num_elements);
-
-// What waves may take of the workspace, if not what MobaWaveConfig says; 0: as it says. For tests of many small waves
-// and for devices with little memory.
-int64_t workspace_budget(int64_t configured);
 
 struct Wave {
   int64_t first_unit;
@@ -68,22 +62,5 @@ struct WavePlan {
 };
 
 WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand);
-
-// Hands out 256-byte aligned pieces of the workspace; without memory behind it, it only counts.
-class WorkspaceCutter {
- public:
-  explicit WorkspaceCutter(void* base) : base_(static_cast<unsigned char*>(base)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    unsigned char* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += multiple_of(count * static_cast<int64_t>(sizeof(T)), 256);
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* base_;
-  int64_t used_ = 0;
-};
 
 }  // namespace topgather

@@ -105,7 +105,7 @@ WRONG_WEIGHTS = "AssertionError: d_weights"
 WRONG_SEARCH = "AssertionError: (indices|scores)"
 
 LOOKUPS = "memory/memory_lookup_cuda.cu"
-ROWS = "memory/memory_rows_cuda.cuh"
+ROWS = "cuda/lane_rows.cuh"
 BACKWARD = "memory/memory_backward_cuda.cu"
 TOPK = "memory/memory_topk_cuda.cuh"
 MEMORY_UNITS = {ROWS: ["memory_lookup_cuda.cu"], TOPK: ["memory_topk_cuda.cu"]}

@@ -1,4 +1,4 @@
-// Rows of a table as lanes of a warp hold them, shared by lookup, dot and backward.
+// Rows of tables and caches as lanes of a warp hold them.
 //
 // A group of 8, 16 or 32 neighbouring lanes shares a row; narrow rows leave room for several groups in a warp. A lane
 // holds 16 bytes of a row whose start, stride and width allow it, else two single elements a group's width apart,
@@ -6,9 +6,8 @@
 #pragma once
 
 #include "../common/checks.h"
-#include "../cuda/dispatch.h"
-#include "../cuda/launch.cuh"
-#include "../cuda/tile_math.cuh"
+#include "launch.cuh"
+#include "tile_math.cuh"
 
 namespace topgather {
 
@@ -28,7 +27,7 @@ struct RowShape {
 template <int kVector>
 RowShape row_shape(int64_t row_dim) {
   constexpr int64_t kPerLane = kVector == 1 ? kPiecesWithoutVectors : kVector;
-  require(row_dim <= INT32_MAX - cuda::kLanes * kPerLane, "rows of memory layers on CUDA must fit 31 bits");
+  require(row_dim <= INT32_MAX - cuda::kLanes * kPerLane, "rows on CUDA must fit 31 bits");
   const int64_t lanes = (row_dim + kPerLane - 1) / kPerLane;
   int32_t lanes_per_row = kLeastLanesPerRow;
   while (lanes_per_row < lanes && lanes_per_row < cuda::kLanes) lanes_per_row *= 2;
@@ -102,7 +101,7 @@ struct LaneColumns {
     }
   }
 
-  // Rows of the workspace start on 16-byte boundaries wherever rows of the table do.
+  // For rows of a workspace that start on 16-byte boundaries wherever rows of the table do.
   __device__ __forceinline__ void store_float32(float* row, const float (&sums)[kCount]) const {
     if constexpr (kVector == 1) {
 #pragma unroll
