@@ -19,13 +19,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @every([*SHARED, *(case for case in PUBLIC if "varlen" in case.name)])
 def test_bits_do_not_depend_on_the_number_of_threads(case: OpCase, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype, CPU, requires_grad=True)
     torch.set_num_threads(1)
-    expected = case.everything(case.inputs(dtype, CPU, requires_grad=True))
+    expected = case.everything(inputs)
     for num_threads in (1, 2, 3, 5):
         torch.set_num_threads(num_threads)
         for run_idx in range(2):
-            found = case.everything(case.inputs(dtype, CPU, requires_grad=True))
-            assert_all_equal(found, expected, f"{num_threads} threads, run {run_idx}")
+            assert_all_equal(case.everything(inputs), expected, f"{num_threads} threads, run {run_idx}")
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -43,16 +43,14 @@ def test_the_same_bits_from_run_to_run(case: OpCase, dtype: torch.dtype, device:
 def test_concurrent_calls_give_the_same_bits(case: OpCase, num_threads: int, device: torch.device) -> None:
     """Six Python threads at once, each on other numbers, each several times."""
     torch.set_num_threads(num_threads)
-    assert_concurrent_calls_agree(
-        lambda seed: case.everything(case.inputs(torch.float32, device, seed, requires_grad=True)), num_threads
-    )
+    inputs = [case.inputs(torch.float32, device, seed, requires_grad=True) for seed in range(6)]
+    assert_concurrent_calls_agree(lambda seed: case.everything(inputs[seed], seed), num_threads)
 
 
 @every(one_of_each())
 def test_concurrent_calls_that_share_threads(case: OpCase) -> None:
-    assert_concurrent_calls_agree(
-        lambda seed: case.everything(case.inputs(torch.float32, CPU, seed, requires_grad=True)), 3, 1, 4
-    )
+    inputs = [case.inputs(torch.float32, CPU, seed, requires_grad=True) for seed in range(4)]
+    assert_concurrent_calls_agree(lambda seed: case.everything(inputs[seed], seed), 3, num_runs=1, num_callers=4)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
