@@ -194,7 +194,7 @@ void write_grad_keys(const MobaProblem& problem, const MobaGeometry& geometry, i
 
 int64_t moba_backward_workspace_bytes(const MobaBackwardParams& params, const CudaPlace&) {
   const MobaProblem& problem = params.problem;
-  const bool is_deterministic = params.is_deterministic;
+  const bool is_deterministic = params.deterministic;
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return 0;
   WorkspaceCutter cutter(nullptr);
   const WavePlan plan = plan_backward(problem, is_deterministic);
@@ -205,7 +205,7 @@ int64_t moba_backward_workspace_bytes(const MobaBackwardParams& params, const Cu
 
 void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& given, const CudaPlace& place) {
   const MobaProblem& problem = params.problem;
-  const bool is_deterministic = params.is_deterministic;
+  const bool is_deterministic = params.deterministic;
   const BackwardKernel& kernel = kernel_for(problem);
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return;
   const DeviceGuard guard(place.device);

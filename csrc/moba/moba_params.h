@@ -51,7 +51,7 @@ TOPGATHER_FIELDS(MobaRouteParams, problem, query, key, block_indices)
 struct MobaForwardParams {
   MobaProblem problem;
   double scale;
-  double softcap;  // scaled scores become softcap * tanh(score / softcap); 0: they stay
+  double softcap;                         // scaled scores become softcap * tanh(score / softcap); 0: they stay
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
   Array<const void, 4> value;             // [batch, kv head, key, V] dtype
@@ -66,8 +66,8 @@ TOPGATHER_FIELDS(MobaForwardParams, problem, scale, softcap, query, key, value, 
 struct MobaBackwardParams {
   MobaProblem problem;
   double scale;
-  double softcap;  // as in the forward
-  bool is_deterministic;                  // on CUDA: the same bits every time; the CPU's always are
+  double softcap;                         // as in the forward
+  bool deterministic;                     // on CUDA: the same bits every time; the CPU's always are
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
   Array<const void, 4> value;             // [batch, kv head, key, V] dtype
@@ -82,7 +82,7 @@ struct MobaBackwardParams {
   Array<void, 4> grad_value;  // [batch, kv head, key, V] dtype
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value", "grad_out"};
 };
-TOPGATHER_FIELDS(MobaBackwardParams, problem, scale, softcap, is_deterministic, query, key, value, block_indices, out, lse,
+TOPGATHER_FIELDS(MobaBackwardParams, problem, scale, softcap, deterministic, query, key, value, block_indices, out, lse,
                  grad_out, grad_lse, grad_query, grad_key, grad_value)
 
 }  // namespace topgather

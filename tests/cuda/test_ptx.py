@@ -380,7 +380,7 @@ def test_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
 KERNEL_CASES: list[Case] = [
     *(MobaCase(dtype) for dtype in FLOAT_TYPES),
     *(
-        MobaCase(dtype, value_dim=40, lengths=(30, 0, 50), is_causal=False, is_deterministic=True, num_kv_heads=2)
+        MobaCase(dtype, value_dim=40, lengths=(30, 0, 50), is_causal=False, deterministic=True, num_kv_heads=2)
         for dtype in FLOAT_TYPES
     ),
     *(MobaCase(dtype, head_dim=128, value_dim=96, num_tokens=50) for dtype in FLOAT_TYPES),

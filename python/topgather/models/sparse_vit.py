@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts, check_number
 from ..nn.memory import _copy_reference
 from ..ops import _checks as checks
-from ..ops.grid import GRID, axis_of
-from ..ops.grid import Pair
+from ..ops.grid import GRID, Pair, axis_of
 
 
 class SparseViT(nn.Module):

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as checks
 from ..ops import grid_attention, window_attention
-from ..ops.grid import GRID, WINDOW, axis_of
-from ..ops.grid import Pair
+from ..ops.grid import GRID, WINDOW, Pair, axis_of
 
 CHANNELS_FIRST, CHANNELS_LAST = LAYOUTS = ("channels_first", "channels_last")
 

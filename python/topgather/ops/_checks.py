@@ -129,7 +129,9 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, other_name: str, other: Tens
     check_same_device(name, cu_seqlens, other_name, other)
 
 
-def check_boundaries(name: str, cu_seqlens: Tensor, total: int, total_name: str, max_name: str, max_seqlen: int) -> None:
+def check_boundaries(
+    name: str, cu_seqlens: Tensor, total: int, total_name: str, max_name: str, max_seqlen: int
+) -> None:
     """Raise unless ``cu_seqlens`` delimits ``total`` tokens. Reads what the tensor holds."""
     boundaries = cu_seqlens.to(torch.int64)
     if boundaries[0].item() != 0:

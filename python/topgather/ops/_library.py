@@ -94,6 +94,7 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 from collections.abc import Callable
 
+
 def define(schema: str) -> None:
     """Declare an op by its schema."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -102,7 +103,6 @@ def define(schema: str) -> None:
 def register_fake(name: str, kernel: Callable[..., Any]) -> None:
     """Register what shapes, dtypes and strides the op returns, for tracing and the meta device."""
     torch.library.register_fake(f"topgather::{name}", kernel, lib=library)
-
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 An :class:`Op` says once what an op takes and returns, what is checked, what its native entry point is and how it is
 differentiated. :func:`register` generates from it, as source, the kernels of the CPU and of CUDA, the fake kernel, the
-``autograd.Function`` and the rules for autocast, vmap and forward mode, and hands them to the dispatcher. Functions of a
-description name what they need in their signatures: arguments, results and ``locals`` of the op. The fields of the
+``autograd.Function`` and the rules for autocast, vmap and forward mode, and hands them to the dispatcher. Functions of
+a description name what they need in their signatures: arguments, results and ``locals`` of the op. The fields of the
 native parameter struct are filled by name as well, in the order that the native module tells. A name that nobody
 gives is an ``ImportError``.
 """
@@ -47,7 +47,7 @@ class Op:
             of whatever else the function names.
         zeroed: results that the CPU kernel adds to.
         backward: name of the op, or a function, that makes the gradients. Of its parameters, ``grad_<result>`` is the
-            gradient of a result (if nothing depends on it zeros, or None where it may be None), ``needs_grad_<argument>``
+            gradient of a result (where nothing depends on it zeros, or None if allowed), ``needs_grad_<argument>``
             whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. A result without such a
             parameter is not differentiable.
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
@@ -386,9 +386,7 @@ class _Generator:
             name = self.op.derivative_of
 
             def refuse() -> None:
-                raise RuntimeError(
-                    f"topgather: {name} has no double backward; its gradients cannot be differentiated"
-                )
+                raise RuntimeError(f"topgather: {name} has no double backward; its gradients cannot be differentiated")
 
             backward = refuse
         signature = inspect.signature(backward).parameters
@@ -405,7 +403,9 @@ class _Generator:
         options = [
             name
             for name in dict.fromkeys(asked)
-            if (name in known and name not in tensors) or name.removesuffix("_meta") in self.tensors and name not in tensors
+            if (name in known and name not in tensors)
+            or (name.removesuffix("_meta") in self.tensors
+            and name not in tensors)
         ]
         return tensors, options
 
@@ -483,8 +483,8 @@ class _Generator:
         tangents = [f"tangent_{name}" if name in self.tensors else "_" + name for name in self.arguments]
         if op.forward_mode is None:
             message = (
-                f"topgather: {op.derivative_of or self.name} has no derivative in forward mode (jvp, linearize, jacfwd, "
-                f"dual numbers); reverse mode has one (backward, grad, vjp, jacrev)"
+                f"topgather: {op.derivative_of or self.name} has no derivative in forward mode (jvp, linearize, "
+                f"jacfwd, dual numbers); reverse mode has one (backward, grad, vjp, jacrev)"
             )
             source.line(f"def forward_mode(ctx, {', '.join(tangents)}):", 0)
             source.line(f"raise NotImplementedError({source.bound(message, 'message')})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
@@ -38,17 +37,6 @@ def boundaries(tensor: Tensor) -> Tensor:
 def sums_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor in the dtype of sums of ``like``, contiguous."""
     return tensor.to(sum_dtype(like.dtype)).contiguous()
-
-
-def empty_like_rows(like: Tensor, dim: int) -> Tensor:
-    """A tensor of ``like``'s shape but for its last dimension, laid out as ``like`` is.
-
-    So that the transposed view of a [B, N, H, D] projection gets an output that transposes back without a copy.
-    """
-    if like.ndim == 4 and like.stride(1) < like.stride(2):
-        batch, heads, tokens, _ = like.shape
-        return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-    return like.new_empty((*like.shape[:-1], dim))
 
 
 def sums_like_query(tensor: Tensor, query: Tensor) -> Tensor:

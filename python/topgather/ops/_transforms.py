@@ -34,7 +34,9 @@ def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if is_mutable:
-            raise NotImplementedError(f"topgather: {schema.name.partition('::')[2]} writes its arguments: not under vmap")
+            raise NotImplementedError(
+                f"topgather: {schema.name.partition('::')[2]} writes its arguments: not under vmap"
+            )
         given = defaults | dict(zip(names, args, strict=False)) | kwargs
         mapped = {name: dim for name, dim in zip(names, in_dims, strict=False) if dim is not None}
         folds = (

@@ -41,13 +41,13 @@ def grid_attention(
             last dimension: the views of a fused ``[B, H, W, 3, heads, D]`` projection need no copy.
         key: the same shape and dtype.
         value: the same shape and dtype.
-        grid_size: largest number of tokens of a group, ``(rows, columns)``, or an int for a square: the strides are then
-            ``ceil(H / rows)`` and ``ceil(W / columns)``.
+        grid_size: largest number of tokens of a group, ``(rows, columns)``, or an int for a square: the strides are
+            then ``ceil(H / rows)`` and ``ceil(W / columns)``.
         stride: instead of ``grid_size``, the distance between a group's tokens, which keeps the rate of sparsity as
             images grow. 1 is global attention.
         bias: ``[heads, G, G]``, added to the scaled scores, query before key, of query's dtype or float32 (float64 for
-            float64). ``G`` is the largest number of tokens that a group has, ``ceil(H / stride_rows) * ceil(W / stride_columns)``, a
-            group's tokens counted row by row.
+            float64). ``G`` is the largest number of tokens that a group has, ``ceil(H / stride_rows) *
+            ceil(W / stride_columns)``, a group's tokens counted row by row.
         scale: factor on the scores; ``D ** -0.5`` if None.
 
     Returns:

@@ -92,9 +92,7 @@ def _check(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor
     checks.check_size("weight", weight, 1, key.size(-1), "head_dim of key")
     width = weight.size(2)
     if not MIN_WIDTH <= width <= MAX_WIDTH:
-        raise ValueError(
-            f"weight must have between {MIN_WIDTH} and {MAX_WIDTH} taps, got shape {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight must have between {MIN_WIDTH} and {MAX_WIDTH} taps, got shape {tuple(weight.shape)}")
     if cu_seqlens is not None:
         checks.check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
     if state is None:

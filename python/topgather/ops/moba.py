@@ -247,7 +247,7 @@ def moba_attention(
         block_indices = routing.block_indices
     out, lse = call(
         _ops.moba_attention.default, query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query),
-        is_deterministic=is_deterministic, softcap=softcap, sinks=sinks,
+        deterministic=is_deterministic, softcap=softcap, sinks=sinks,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -553,7 +553,7 @@ def _attention_backward(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    is_deterministic: bool,
+    deterministic: bool,
     softcap: float | None,
     sinks: Tensor | None,
     needs_grad_sinks: bool,
@@ -563,7 +563,7 @@ def _attention_backward(
     def backward(grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> tuple[Tensor, ...]:
         gradients: tuple[Tensor, ...] = _ops.moba_attention_backward.default(
             grad_out, grad_lse, query, key, value, out, lse, block_indices, block_size, is_causal, scale,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_deterministic, softcap,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic, softcap,
         )  # fmt: skip
         return gradients
 
@@ -631,7 +631,8 @@ register(
     Op(
         schema="moba_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
         "Tensor out, Tensor lse, Tensor block_indices, SymInt block_size, bool is_causal, float scale, "
-        f"{_SEQUENCES}, bool is_deterministic=False, float? softcap=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+        f"{_SEQUENCES}, bool deterministic=False, float? softcap=None) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
         check=_check_backward,
         check_content=_check_content,
         cuda_check=_cuda_check,
@@ -653,7 +654,7 @@ register(
 register(
     Op(
         schema="moba_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, SymInt block_size, "
-        f"bool is_causal, float scale, {_SEQUENCES}, bool is_deterministic=False, float? softcap=None, "
+        f"bool is_causal, float scale, {_SEQUENCES}, bool deterministic=False, float? softcap=None, "
         "Tensor? sinks=None) -> (Tensor out, Tensor lse)",
         check=_check,
         check_content=_check_content,

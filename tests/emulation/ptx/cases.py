@@ -65,13 +65,13 @@ class MobaCase:
     lengths: tuple[int, ...] = ()
     num_heads: int = 2
     num_kv_heads: int = 1
-    is_deterministic: bool = False
+    deterministic: bool = False
 
     least_launches = 12
 
     def __str__(self) -> str:
         parts = [FLOAT_TYPES[self.dtype], f"{self.head_dim}x{self.value_dim}", "causal" if self.is_causal else "full"]
-        return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.is_deterministic)
+        return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.deterministic)
 
     def run(self, recorder: Recorder) -> None:
         """Routing, forward and backward."""
@@ -104,7 +104,7 @@ class MobaCase:
         recorder.call(
             "moba_attention_backward",
             **attended,
-            is_deterministic=self.is_deterministic,
+            deterministic=self.deterministic,
             grad_out=rows(recorder.random, heads, self.value_dim),
             grad_lse=recorder.random(*leading, dtype=torch.float32),
             grad_query=rows(recorder.zeros, heads, self.head_dim),
