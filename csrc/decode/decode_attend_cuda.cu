@@ -22,6 +22,7 @@
 // whatever the others are.
 #include <algorithm>
 
+#include "../cuda/scores.cuh"
 #include "decode_config_cuda.h"
 #include "decode_cuda.h"
 #include "decode_pages_cuda.cuh"
@@ -68,6 +69,7 @@ struct DecodeAttendArguments {
   RowShape key_shape;
   RowShape value_shape;
   float score_scale;                      // scale * log2(e)
+  float softcap;                          // softcap * log2(e); 0: scores stay
   Array<const void, 4> query;             // [batch, query head, M, D] dtype
   Array<const void, 4> key_pages;         // [page, kv head, page_size, D] dtype
   Array<const void, 4> value_pages;       // [page, kv head, page_size, V] dtype
@@ -171,7 +173,9 @@ __device__ __forceinline__ void score_keys(const DecodeAttendArguments& args, co
     const int key = step + lane_in_row * num_groups + group;
     if (lane_in_row < kRowsInFlight && key < keys.count) {
       const int32_t page = keys.places[key].page;
-      keys.scores[key] = page >= 0 ? dot * args.score_scale : (page == kNoSuchPage ? not_a_number() : -INFINITY);
+      float score = dot * args.score_scale;
+      if (args.softcap > 0.0f) score = cuda::cap_score(score, args.softcap, 1.0f / args.softcap);
+      keys.scores[key] = page >= 0 ? score : (page == kNoSuchPage ? not_a_number() : -INFINITY);
     }
   }
 }
@@ -285,6 +289,7 @@ struct DecodeMergeArguments {
   DecodeWave wave;
   int32_t num_splits;
   Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  Array<const void, 1> sinks;             // [query head] float32, or data null
   const DecodeSplitState* states;         // [unit of the wave, row, split]
   const float* partial_out;               // [unit of the wave, row, split, V] float32
   Array<void, 4> out;                     // [batch, query head, M, V] dtype
@@ -389,9 +394,12 @@ __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const Deco
       // Tells all threads that they have been used and may be overwritten.
       __syncthreads();
     }
-    // Seen, but all at -inf: 0 / 0.
-    if (is_column) out[column] = cuda::from_float<Element>(sees_any ? result / sum : 0.0f);
-    if (column == 0) *lse = sees_any && fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
+    const float row_lse = sees_any && fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
+    // Seen, but all at -inf: 0 / 0, unless a sink gives the sum something.
+    const bool is_zero = !sees_any || (row_lse == -INFINITY && cuda::has_sink(args.sinks, row.head));
+    const float share = cuda::share_beside_sink(row_lse, args.sinks, row.head);
+    if (is_column) out[column] = cuda::from_float<Element>(is_zero ? 0.0f : result / sum * share);
+    if (column == 0) *lse = row_lse;
     first_column += kMergeThreads;
   } while (first_column < geometry.value_dim);
 }
@@ -478,6 +486,7 @@ void decode_for(const DecodeParams& params, const DecodePlan& plan, const Decode
     args.wave = wave;
     args.splits = plan.splits;
     args.score_scale = static_cast<float>(problem.scale) * kLog2E;
+    args.softcap = static_cast<float>(params.softcap) * kLog2E;
     args.query = params.query;
     args.key_pages = params.key_pages;
     args.value_pages = params.value_pages;
@@ -492,8 +501,8 @@ void decode_for(const DecodeParams& params, const DecodePlan& plan, const Decode
     cuda::launch(moba_decode_merge<Element>,
                  {dim3(static_cast<unsigned>(wave.num_units) * static_cast<unsigned>(wave.num_rows)),
                   dim3(kMergeThreads), sizeof(MergeSharedMemory), stream},
-                 {plan.geometry, wave, plan.splits.count, params.block_indices, workspace.states, workspace.partial_out,
-                  params.out, params.lse});
+                 {plan.geometry, wave, plan.splits.count, params.block_indices, params.sinks, workspace.states,
+                  workspace.partial_out, params.out, params.lse});
   }
 }
 

@@ -264,6 +264,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       args.value_elements = static_cast<int32_t>(value_elements);
       const auto scale = static_cast<float>(params.scale);
       args.score_scale = scale * backward::kLog2E;
+      args.softcap = static_cast<float>(params.softcap) * backward::kLog2E;
       args.d_score_scale = std::abs(scale) > 1.0f ? scale : 1.0f;
       args.gradient_scale = std::abs(scale) > 1.0f ? 1.0f : scale;
       args.query = params.query;

@@ -26,6 +26,7 @@ struct MergeArguments {
   int32_t value_dim;
   int32_t partial_elements;
   Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 1> sinks;             // [query head] float32, or data null
   const uint16_t* is_row_valid;           // [unit, row] uint16
   const void* partial_out;                // [unit, entry, partial_elements] dtype
   const float* partial_lse;               // [unit, entry] float32, base 2
@@ -88,17 +89,20 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
       }
     }
   }
-  // Seen, but all at -inf: 0 / 0. Not seen: 0.
-  const float factor = !is_valid ? NAN : (sees_any ? 1.0f / sum : 0.0f);
+  float lse = fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
+  if (!sees_any) lse = is_valid ? -INFINITY : NAN;
+  // Seen, but all at -inf: 0 / 0, unless a sink gives the sum something. Not seen: 0.
+  const float share = cuda::share_beside_sink(lse, args.sinks, place.head);
+  const bool is_zero = is_valid && (!sees_any || (lse == -INFINITY && cuda::has_sink(args.sinks, place.head)));
+  const float factor = is_valid ? share / sum : NAN;
   Element* out = args.out.at<Element>(unit.batch_idx, place.head, place.query);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const int column = (p * cuda::kLanes + lane) * 2;
-    cuda::store_row_pair(out, column, args.value_dim, result[p][0] * factor, result[p][1] * factor);
+    cuda::store_row_pair(out, column, args.value_dim, is_zero ? 0.0f : result[p][0] * factor,
+                         is_zero ? 0.0f : result[p][1] * factor);
   }
   if (lane == 0) {
-    float lse = fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
-    if (!sees_any) lse = is_valid ? -INFINITY : NAN;
     *args.lse.at<float>(unit.batch_idx, place.head, place.query) = lse;
   }
 }
@@ -185,6 +189,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
       args.value_dim = static_cast<int32_t>(problem.value_dim);
       args.partial_elements = static_cast<int32_t>(partial_elements_of(problem));
       args.score_scale = static_cast<float>(params.scale) * kLog2E;
+      args.softcap = static_cast<float>(params.softcap) * kLog2E;
       args.query = params.query;
       args.key = params.key;
       args.value = params.value;
@@ -194,8 +199,8 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     }
     merge(problem.dtype,
           {geometry, wave, workspace.lists.num_rows, static_cast<int32_t>(problem.value_dim),
-           static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, workspace.lists.is_row_valid,
-           workspace.partial_out, workspace.partial_lse, params.out, params.lse},
+           static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, params.sinks,
+           workspace.lists.is_row_valid, workspace.partial_out, workspace.partial_lse, params.out, params.lse},
           stream);
   }
 }

@@ -2,7 +2,7 @@
 // come.
 //
 //   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
-//   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key))                                      [entry]
+//   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key)), capped where there is a softcap      [entry]
 //   lse       = log2 sum_e 2^lse_e                                                        (moba_merge_slots)
 //   out_row   = sum_e 2^(lse_e - lse) partial_e                                            (moba_merge_slots)
 //
@@ -29,6 +29,7 @@
 
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
+#include "../cuda/scores.cuh"
 #include "moba_cuda.h"
 #include "moba_stages_cuda.cuh"
 
@@ -42,6 +43,7 @@ struct ForwardArguments {
   int32_t value_dim;
   int32_t partial_elements;    // of a row of partial_out
   float score_scale;           // scale * log2(e)
+  float softcap;               // softcap * log2(e); 0: scores stay
   Array<const void, 4> query;  // [batch, query head, query, D] dtype
   Array<const void, 4> key;    // [batch, kv head, key, D] dtype
   Array<const void, 4> value;  // [batch, kv head, key, V] dtype
@@ -196,6 +198,20 @@ template <typename Element, int kHeadDim>
 using RunningOf =
     Running<MobaForwardTiles<Element, kHeadDim>::kRowBlocks, MobaForwardTiles<Element, kHeadDim>::kValueColumns>;
 
+// Step 3's cap.
+template <int kRowBlocks, int kStepBlocks>
+__device__ __forceinline__ void cap_scores(float (&scores)[kRowBlocks][kStepBlocks][4], float cap) {
+  const float inverse_cap = 1.0f / cap;
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kStepBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[m][n][e] = cuda::cap_score(scores[m][n][e], cap, inverse_cap);
+    }
+  }
+}
+
 // Step 3's mask: keys from num_visible on, counted from the block's start, are hidden from a row.
 template <int kRowBlocks, int kStepBlocks>
 __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kStepBlocks][4], int first_key,
@@ -302,6 +318,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
         for (int e = 0; e < 4; ++e) scores[m][n][e] *= args.score_scale;
       }
     }
+    if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
     if (first_key + step + kStepKeys > least_visible) hide_keys(scores, first_key + step, rows.num_visible);
     online_softmax(scores, running);
     if constexpr (Tiles::kIsFloat) {
