@@ -9,7 +9,6 @@ void bind_moba(pybind11::module_& module);
 void bind_moba_cuda(pybind11::module_& module);  // called by bind_moba where CUDA is built
 
 void bind_memory(pybind11::module_& module);
-void bind_memory_cuda(pybind11::module_& module);  // called by bind_memory where CUDA is built
 
 void bind_grid(pybind11::module_& module);
 void bind_grid_cuda(pybind11::module_& module);  // called by bind_grid where CUDA is built

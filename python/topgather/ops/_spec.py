@@ -45,11 +45,12 @@ class Op:
         zeroed: results that the CPU kernel adds to.
         backward: name of the op, or a function, that makes the gradients. Of its parameters, ``grad_<result>`` is the
             gradient of a result (zeros, or None where it may be, if nothing depends on it), ``needs_grad_<argument>``
-            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. A result without such a
-            parameter is not differentiable.
+            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone, ``ctx`` the node of the
+            graph. A result without such a parameter is not differentiable.
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
         forward_mode: makes the tangents of the results, of arguments and ``tangent_<argument>`` (None where zero).
-        derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so.
+        derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so. An op's
+            name, or the argument that says it.
         autocast: by argument, in order, what it becomes where autocast is on: a function of ``tensor``,
             ``device_type`` and of arguments.
         batch: dimension, by argument and result, along which problems do not depend on each other: vmap folds its own
@@ -105,6 +106,8 @@ def register(op: Op) -> None:
     _cuda.KERNELS[name] = cuda_kernel
     torch.library.register_fake(f"topgather::{name}", generator.fake(), lib=library)
     library.impl(name, generator.autograd(), "Autograd")
+    if generator.transformable is not None:
+        library.impl(name, generator.transforms(), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_vmap(f"topgather::{name}", generator.vmap(), lib=library)
     if op.autocast:
         for device_type, key in AUTOCAST_KEYS.items():
@@ -165,6 +168,7 @@ class _Generator:
         self.results: list[str] = [result.name for result in schema.returns]
         self.tensors = [a.name for a in schema.arguments if str(a.type) in ("Tensor", "Optional[Tensor]")]
         self.here = {name: name for name in self.arguments}
+        self.transformable: Any = None  # the autograd.Function that torch.func can transform
         positional = self.arguments[: len(self.arguments) - self.num_keyword_only]
         # How one calls the op with names of these arguments.
         self.passed = ", ".join([*positional, *(f"{name}={name}" for name in self.arguments[len(positional) :])])
@@ -266,27 +270,30 @@ class _Generator:
             "below_autograd": below_autograd,
             "in_forward_mode": in_forward_mode,
             "is_grad_enabled": torch.is_grad_enabled,
-            "transforms_active": torch._C._are_functorch_transforms_active,
-            "through_transforms": _transforms.through_transforms,
         }
         source.line(f"def autograd_kernel({self._signature(source)}):", 0)
         arguments = ", ".join(self.arguments)
         if op.backward is not None or op.derivative_of is not None:
-            source.globals |= dict(zip(("Plain", "Transformable"), self._functions(), strict=True))
+            source.globals["Plain"], self.transformable = self._functions()
             needs = [
                 f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
                 for name in self.tensors
             ]
-            source.line("if transforms_active():")
-            source.line("with through_transforms():", 2)
-            source.line(f"return Transformable.apply({arguments})", 3)
             source.line(f"if in_forward_mode() or (is_grad_enabled() and ({' or '.join(needs)})):")
             source.line(f"return Plain.apply({arguments})", 2)
         source.line("with below_autograd():")
         source.line(f"return op({self.passed})", 2)
         return source.compiled("autograd_kernel")
 
-    def _functions(self) -> tuple[type, type]:
+    def transforms(self) -> Function:
+        """The kernel of torch.func's transforms, which see an ``autograd.Function`` only if its call precedes them."""
+        source = self._source()
+        source.globals["Transformable"] = self.transformable
+        source.line(f"def transforms_kernel({self._signature(source)}):", 0)
+        source.line(f"return Transformable.apply({', '.join(self.arguments)})")
+        return source.compiled("transforms_kernel")
+
+    def _functions(self) -> tuple[Any, Any]:
         """Two ``autograd.Function``: one for plain calls, one that torch.func can transform, whose calls cost more."""
         run, save, backward, forward_mode = self._forward(), self._save(), self._backward(), self._forward_mode()
 
@@ -324,14 +331,13 @@ class _Generator:
             optional = {a.name: str(a.type).startswith("Optional") for a in schema.arguments}
             return list(optional), optional, overload
         if backward is None:
-            name = self.op.derivative_of
+            owner = self.op.derivative_of
 
-            def refuse() -> None:
-                raise RuntimeError(
-                    f"topgather: {name} has no double backward; its gradients cannot be differentiated"
-                )
+            def refuse(name: str | None = owner) -> None:
+                raise RuntimeError(f"topgather: {name} has no double backward; its gradients cannot be differentiated")
 
-            backward = refuse
+            parameters = [owner] if owner in self.arguments else []
+            return parameters, dict.fromkeys(parameters, False), refuse
         parameters = list(inspect.signature(backward).parameters)
         return parameters, dict.fromkeys(parameters, False), backward
 
@@ -396,7 +402,7 @@ class _Generator:
             result = name.removeprefix("grad_")
             if result in differentiable and result != name and len(differentiable) > 1 and not optional[name]:
                 source.line(f"if grad_{result} is None: grad_{result} = zeros_like({result})")
-            elif not (result in differentiable and result != name) and name not in (*tensors, *options):
+            elif not (result in differentiable and result != name) and name not in (*tensors, *options, "ctx"):
                 raise ImportError(f"topgather: {self.name}: its backward asks for {name!r}, which nothing gives")
             values.append(name)
         given = list(op.gradients)
@@ -420,16 +426,20 @@ class _Generator:
 
     def _forward_mode(self) -> Function:
         op, source = self.op, self._source()
+        saved, options = self._saved()
         tangents = [f"tangent_{name}" if name in self.tensors else "_" + name for name in self.arguments]
         if op.forward_mode is None:
+            owner = op.derivative_of or self.name
             message = (
-                f"topgather: {op.derivative_of or self.name} has no derivative in forward mode (jvp, linearize, jacfwd, "
-                f"dual numbers); reverse mode has one (backward, grad, vjp, jacrev)"
+                " has no derivative in forward mode (jvp, linearize, jacfwd, dual numbers); reverse mode has one "
+                "(backward, grad, vjp, jacrev)"
             )
             source.line(f"def forward_mode(ctx, {', '.join(tangents)}):", 0)
-            source.line(f"raise NotImplementedError({source.bound(message, 'message')})")
+            if owner in options:
+                source.line(f"{_tuple_of(options)} = ctx.options")
+            name = owner if owner in options else repr(owner)
+            source.line(f"raise NotImplementedError('topgather: ' + {name} + {source.bound(message, 'message')})")
             return source.compiled("forward_mode")
-        saved, options = self._saved()
         source.line(f"def forward_mode(ctx, {', '.join(tangents)}):", 0)
         source.line(f"{_tuple_of(saved)} = ctx.saved_tensors")
         if options:

@@ -13,25 +13,6 @@ if TYPE_CHECKING:
     from ._spec import Op
 
 
-_FUNCTORCH_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
-for _name in ("FuncTorchDynamicLayerBackMode", "FuncTorchGradWrapper", "FuncTorchBatched", "FuncTorchVmapMode"):
-    _FUNCTORCH_KEYS = _FUNCTORCH_KEYS | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _name))
-_MODE_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
-)
-
-
-def through_transforms() -> Any:
-    """A context inside an Autograd kernel in which torch.func's transforms see calls again.
-
-    Under a transform the dispatcher calls that kernel with the transforms' keys switched off, and an
-    ``autograd.Function`` must be seen by all of them.
-    """
-    included = torch._C._dispatch_tls_local_include_set() | _MODE_KEYS
-    excluded = torch._C._dispatch_tls_local_exclude_set() - _FUNCTORCH_KEYS
-    return torch._C._ForceDispatchKeyGuard(included, excluded)
-
-
 def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
     """The rule that ``torch.library.register_vmap`` and ``autograd.Function.vmap`` take.
 
@@ -47,6 +28,11 @@ def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if is_mutable:
             raise NotImplementedError(f"topgather: {schema.name.partition('::')[2]} writes its arguments: not under vmap")
+        if op.fake_results is not None:
+            raise NotImplementedError(
+                f"topgather: the sizes of what {schema.name.partition('::')[2]} returns depend on what tensors hold: "
+                f"not under vmap, where gradients must be dense"
+            )
         given = dict(zip(names, args, strict=False)) | kwargs
         mapped = {name: dim for name, dim in zip(names, in_dims, strict=False) if dim is not None}
         folds = (
