@@ -8,7 +8,6 @@ namespace topgather {
 void bind_moba(pybind11::module_& module);
 
 void bind_memory(pybind11::module_& module);
-void bind_memory_cuda(pybind11::module_& module);  // called by bind_memory where CUDA is built
 
 void bind_grid(pybind11::module_& module);
 

@@ -5,6 +5,7 @@
 // so that neighbouring lanes read neighbouring memory either way. What a group holds at a time is a slab of the row.
 #pragma once
 
+#include "../common/array.h"
 #include "../common/checks.h"
 #include "launch.cuh"
 #include "tile_math.cuh"
@@ -36,11 +37,9 @@ RowShape row_shape(int64_t row_dim) {
 }
 
 // Whether rows may be read 16 bytes at a time.
-template <typename Element>
-bool has_vector_rows(const void* data, int64_t stride, int64_t row_dim) {
-  constexpr int64_t kVector = kElementsPerVector<Element>;
-  return data == nullptr ||
-         (reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVector == 0 && row_dim % kVector == 0);
+template <typename Element, typename T>
+bool has_vector_rows(const Array<T, 2>& rows) {
+  return rows.sizes[1] % kElementsPerVector<Element> == 0 && rows.has_aligned_rows(16);
 }
 
 // A lane's part of a row as it is stored; zeros until it is loaded.

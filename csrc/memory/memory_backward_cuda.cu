@@ -24,7 +24,7 @@
 #include "../cuda/lane_rows.cuh"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
-#include "memory_kernel_facts.h"
+#include "memory_rows_cuda.cuh"
 
 namespace topgather {
 
@@ -387,10 +387,8 @@ void launch_pieces(MemoryBackwardArguments args, int64_t row_dim, cudaStream_t s
 template <typename Element>
 void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments args, cudaStream_t stream) {
   const int64_t row_dim = params.problem.row_dim;
-  const void* values = args.values;
-  if (has_vector_rows<Element>(values, args.values_stride, row_dim) &&
-      has_vector_rows<Element>(args.grad_out, args.grad_out_stride, row_dim) &&
-      has_vector_rows<Element>(args.grad_rows, row_dim, row_dim)) {
+  if ((args.values == nullptr || has_vector_rows<Element>(params.values)) &&
+      has_vector_rows<Element>(params.grad_out) && has_vector_rows<Element>(params.grad_rows)) {
     launch_pieces<Element, kElementsPerVector<Element>>(args, row_dim, stream);
   } else {
     launch_pieces<Element, 1>(args, row_dim, stream);
@@ -410,7 +408,8 @@ void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments ar
 
 }  // namespace
 
-int64_t memory_backward_workspace_bytes(const MemoryProblem& problem) {
+int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, const CudaPlace&) {
+  const MemoryProblem& problem = params.problem;
   const int64_t num_pieces = num_pieces_of(problem);
   return num_pieces < 2 ? 0 : num_pieces * 2 * problem.row_dim * static_cast<int64_t>(sizeof(float));
 }
@@ -418,45 +417,42 @@ int64_t memory_backward_workspace_bytes(const MemoryProblem& problem) {
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
   const MemoryProblem& problem = params.problem;
   require(problem.num_entries() <= INT32_MAX - kEntriesPerPiece, "memory_backward: at most 2^31 - 129 entries on CUDA");
-  require(workspace.bytes >= memory_backward_workspace_bytes(problem), "memory_backward: the workspace is too small");
+  require(workspace.bytes >= memory_backward_workspace_bytes(params, place),
+          "memory_backward: the workspace is too small");
   const DeviceGuard guard(place.device);
   const StageRange range("memory: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes(problem.dtype);
   if (grad_bytes > 0) {
-    cuda_require(cudaMemsetAsync(params.grad_rows, 0, static_cast<size_t>(grad_bytes), stream),
+    cuda_require(cudaMemsetAsync(params.grad_rows.data, 0, static_cast<size_t>(grad_bytes), stream),
                  "clearing gradients of rows");
   }
-  if (problem.num_entries() == 0 || (problem.row_dim == 0 && params.grad_weights == nullptr)) return;
+  if (problem.num_entries() == 0 || (problem.row_dim == 0 && params.grad_weights.data == nullptr)) return;
   MemoryBackwardArguments args{};
   args.bag_size = static_cast<uint32_t>(problem.bag_size);
   args.num_rows = static_cast<int32_t>(problem.num_rows);
   args.num_entries = static_cast<int32_t>(problem.num_entries());
   args.num_pieces = static_cast<int32_t>(num_pieces_of(problem));
-  args.values = params.grad_weights == nullptr ? nullptr : params.values;
-  args.values_stride = params.values_stride;
-  args.order = params.order;
-  args.sorted_rows = params.sorted_rows;
-  args.targets = params.targets;
-  args.weights = static_cast<const float*>(params.weights);
-  args.grad_out = params.grad_out;
-  args.grad_out_stride = params.grad_out_stride;
-  args.grad_rows = params.grad_rows;
-  args.grad_weights = static_cast<float*>(params.grad_weights);
+  args.values = params.grad_weights.data == nullptr ? nullptr : params.values.data;
+  args.values_stride = params.values.strides[0];
+  args.order = params.order.data;
+  args.sorted_rows = params.sorted_rows.data;
+  args.targets = params.targets.data;
+  args.weights = params.weights.at<float>();
+  args.grad_out = params.grad_out.data;
+  args.grad_out_stride = params.grad_out.strides[0];
+  args.grad_rows = params.grad_rows.data;
+  args.grad_weights = params.grad_weights.at<float>();
   args.sums = static_cast<float*>(workspace.data);
   with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, args, stream); });
-}
-
-void add_memory_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
-    facts.push_back({"memory_backward_pieces", dtype, 0, kThreads, dot_bytes(kMostWarps)});
-  }
 }
 
 std::vector<CudaKernelFacts> memory_cuda_kernel_facts() {
   std::vector<CudaKernelFacts> facts;
   add_product_key_kernel_facts(facts);
-  add_memory_backward_kernel_facts(facts);
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    facts.push_back({"memory_backward_pieces", dtype, 0, kThreads, dot_bytes(kMostWarps)});
+  }
   return facts;
 }
 

@@ -138,15 +138,15 @@ void memory_lookup_storage(const MemoryLookupParams& params) {
   constexpr int kRowsPerPass = MemoryLookupConfig::kRowsPerPass;
   const MemoryProblem& problem = params.problem;
   const int64_t row_dim = problem.row_dim, bag_size = problem.bag_size;
-  const T* weights = static_cast<const T*>(params.weights);
-  Storage* out = static_cast<Storage*>(params.out);
+  const T* weights = params.weights.at<T>();
   if (row_dim == 0) return;
   for_each_token_range<T>(problem, [&](int64_t first_token, int64_t last_token, T* scratch) {
-    const EntryRows<Storage> table{static_cast<const Storage*>(params.values), params.values_stride, params.indices,
+    const EntryRows<Storage> table{params.values.at<Storage>(), params.values.strides[0], params.indices.data,
                                    last_token * bag_size - 1};
     for (int64_t token = first_token; token < last_token; ++token) {
+      Storage* out = params.out.at<Storage>(token);
       T* sums = scratch;
-      if constexpr (std::is_same_v<Storage, T>) sums = out + token * row_dim;
+      if constexpr (std::is_same_v<Storage, T>) sums = out;
       const int64_t last = (token + 1) * bag_size;
       int64_t entry = token * bag_size;
       if (bag_size >= kRowsPerPass) {
@@ -160,7 +160,7 @@ void memory_lookup_storage(const MemoryLookupParams& params) {
       }
       for (; entry < last; ++entry) add_weighted_rows<false, 1>(table, weights, entry, row_dim, sums);
       if constexpr (!std::is_same_v<Storage, T>) {
-        for (int64_t d = 0; d < row_dim; ++d) out[token * row_dim + d] = from_compute<Storage>(sums[d]);
+        for (int64_t d = 0; d < row_dim; ++d) out[d] = from_compute<Storage>(sums[d]);
       }
     }
   });
@@ -172,17 +172,16 @@ void memory_dot_storage(const MemoryDotParams& params) {
   constexpr int kRowsPerPass = MemoryLookupConfig::kRowsPerPass;
   const MemoryProblem& problem = params.problem;
   const int64_t row_dim = problem.row_dim, bag_size = problem.bag_size;
-  const Storage* x_rows = static_cast<const Storage*>(params.x);
-  T* out = static_cast<T*>(params.out);
+  T* out = params.out.at<T>();
   if (row_dim == 0) {  // there may be no memory behind rows
     for (int64_t entry = 0; entry < problem.num_entries(); ++entry) out[entry] = 0;
     return;
   }
   for_each_token_range<T>(problem, [&](int64_t first_token, int64_t last_token, T* scratch) {
-    const EntryRows<Storage> table{static_cast<const Storage*>(params.values), params.values_stride, params.indices,
+    const EntryRows<Storage> table{params.values.at<Storage>(), params.values.strides[0], params.indices.data,
                                    last_token * bag_size - 1};
     for (int64_t token = first_token; token < last_token; ++token) {
-      const T* x = dense_rows(x_rows + token * params.x_stride, 0, 1, row_dim, row_dim, scratch).data;
+      const T* x = dense_rows(params.x.at<Storage>(token), 0, 1, row_dim, row_dim, scratch).data;
       const int64_t last = (token + 1) * bag_size;
       int64_t entry = token * bag_size;
       for (; entry + kRowsPerPass <= last; entry += kRowsPerPass) {

@@ -85,9 +85,8 @@ void pack_keys(const ProductKeyParams& params, const KeyPanels<ComputeOf<Storage
     const int64_t panel = task % panels.num_panels();
     const int64_t half = task / panels.num_panels() % 2;
     const int64_t head = task / panels.num_panels() / 2;
-    const Storage* source = static_cast<const Storage*>(params.keys) + head * params.keys_head_stride +
-                            half * params.keys_half_stride + panel * kWidth * params.keys_row_stride;
-    gather_rows_transposed<Storage>([&](int64_t i) { return source + i * params.keys_row_stride; },
+    const Storage* source = params.keys.at<Storage>(head, half, panel * kWidth);
+    gather_rows_transposed<Storage>([&](int64_t i) { return source + i * params.keys.strides[2]; },
                                     min64(kWidth, params.num_keys - panel * kWidth), params.half_dim, T(1),
                                     panels.panel_at(head, half, panel), panels.width_of(panel));
   });
@@ -339,9 +338,8 @@ struct ProductKeyTask {
   // Step 2 for `count` tokens of a head.
   void score(int64_t head, int64_t half, int64_t first_token, int64_t count) {
     const int64_t half_dim = params.half_dim;
-    const Storage* query = static_cast<const Storage*>(params.query) + first_token * params.query_token_stride +
-                           head * params.query_head_stride + half * half_dim;
-    const RowBlock<T> queries = dense_rows(query, params.query_token_stride, count, half_dim, half_dim, query_tile);
+    const Storage* query = params.query.at<Storage>(first_token, head, half);
+    const RowBlock<T> queries = dense_rows(query, params.query.strides[0], count, half_dim, half_dim, query_tile);
     T* scores = half_scores[half];
     for (int64_t panel = 0; panel < panels.num_panels(); ++panel) {
       const int64_t width = panels.width_of(panel);
@@ -431,8 +429,7 @@ struct ProductKeyTask {
     score(head, 0, first_token, count);
     score(head, 1, first_token, count);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = (first_token + i) * params.num_heads + head;
-      search(i, static_cast<T*>(params.scores) + row * params.top_k, params.indices + row * params.top_k);
+      search(i, params.scores.at<T>(first_token + i, head), params.indices.at<int64_t>(first_token + i, head));
     }
   }
 };

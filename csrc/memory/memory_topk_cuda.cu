@@ -3,7 +3,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "memory_kernel_facts.h"
 #include "memory_topk_cuda.cuh"
 
 namespace topgather {
@@ -45,7 +44,7 @@ void list_pairs(ProductKeyArguments& args) {
 
 }  // namespace
 
-void product_key_topk_cuda(const ProductKeyParams& params, const CudaPlace& place) {
+void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&, const CudaPlace& place) {
   const ProductKeyKernel& kernel = kernel_for(params);
   if (params.num_tokens == 0 || params.num_heads == 0) return;
   const DeviceGuard guard(place.device);
@@ -61,15 +60,16 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaPlace& plac
   args.half_dim = static_cast<int32_t>(params.half_dim);
   args.top_k = static_cast<int32_t>(params.top_k);
   args.num_stages = static_cast<int32_t>(num_stages);
-  args.query = params.query;
-  args.query_token_stride = params.query_token_stride;
-  args.query_head_stride = params.query_head_stride;
-  args.keys = params.keys;
-  args.keys_head_stride = params.keys_head_stride;
-  args.keys_half_stride = params.keys_half_stride;
-  args.keys_row_stride = params.keys_row_stride;
-  args.scores = static_cast<float*>(params.scores);
-  args.indices = params.indices;
+  args.query = params.query.data;
+  args.query_token_stride = params.query.strides[0];
+  args.query_head_stride = params.query.strides[1];
+  args.query_half_stride = params.query.strides[2];
+  args.keys = params.keys.data;
+  args.keys_head_stride = params.keys.strides[0];
+  args.keys_half_stride = params.keys.strides[1];
+  args.keys_row_stride = params.keys.strides[2];
+  args.scores = params.scores.at<float>();
+  args.indices = params.indices.data;
   list_pairs(args);
   kernel.launch(args, num_tiles * params.num_heads, kernel.shared_bytes(params.half_dim, num_stages),
                 static_cast<cudaStream_t>(place.stream));

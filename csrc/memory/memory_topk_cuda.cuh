@@ -60,6 +60,7 @@ struct ProductKeyArguments {
   const void* query;  // [T, H, 2, whole row] dtype
   int64_t query_token_stride;
   int64_t query_head_stride;
+  int64_t query_half_stride;
   const void* keys;  // [H, 2, n, whole row] dtype
   int64_t keys_head_stride;
   int64_t keys_half_stride;
@@ -500,7 +501,7 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
     product_key::RowState state{NAN, 0};
     // The barrier after the last scores went to shared memory saw the last products of the half before.
     for (int slice = 0; slice < num_slices; ++slice) {
-      product_key::copy_slice<Shared::kThreads>(query_tiles[slice], query + half * row_chunks * kPerChunk,
+      product_key::copy_slice<Shared::kThreads>(query_tiles[slice], query + half * args.query_half_stride,
                                                 args.query_token_stride, tokens_left, slice, row_chunks);
     }
     product_key::KeyStream<Element, kPerLane> stream{keys + half * args.keys_half_stride};

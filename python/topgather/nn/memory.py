@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as checks
 from ..ops import expert_lookup, memory_lookup, product_key_topk
-from ..ops._memory_kernels import MOST_KEYS
+from ..ops._memory_ops import MAX_KEYS
 from ..ops.memory import ACTIVATIONS
 
 QUERY_NORMS = ("batch", "rms")
@@ -623,8 +623,8 @@ def memory_parameter_groups(
 
 def _check_num_keys(num_keys: Any) -> None:
     checks.check_count("num_keys", num_keys)
-    if num_keys > MOST_KEYS:
-        raise ValueError(f"num_keys must be at most {MOST_KEYS}, got {num_keys}")
+    if num_keys > MAX_KEYS:
+        raise ValueError(f"num_keys must be at most {MAX_KEYS}, got {num_keys}")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -48,11 +48,12 @@ class Op:
         zeroed: results that the CPU kernel adds to.
         backward: name of the op, or a function, that makes the gradients. Of its parameters, ``grad_<result>`` is the
             gradient of a result (where nothing depends on it zeros, or None if allowed), ``needs_grad_<argument>``
-            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. A result without such a
-            parameter is not differentiable.
+            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone, ``ctx`` the node of the
+            graph. A result without such a parameter is not differentiable.
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
         forward_mode: makes the tangents of the results, of arguments and ``tangent_<argument>`` (None where zero).
-        derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so.
+        derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so. An op's
+            name, or the argument that says it.
         not_differentiable: for an op without gradients, what is said where one would be recorded.
         autocast: by argument, in order, what it becomes where autocast is on: a function of ``tensor``,
             ``device_type`` and of arguments.
@@ -383,12 +384,13 @@ class _Generator:
             optional = {a.name: str(a.type).startswith("Optional") for a in schema.arguments}
             return list(optional), optional, overload
         if backward is None:
-            name = self.op.derivative_of
+            owner = self.op.derivative_of
 
-            def refuse() -> None:
+            def refuse(name: str | None = owner) -> None:
                 raise RuntimeError(f"topgather: {name} has no double backward; its gradients cannot be differentiated")
 
-            backward = refuse
+            parameters = [owner] if owner in self.arguments else []
+            return parameters, dict.fromkeys(parameters, False), refuse
         signature = inspect.signature(backward).parameters
         optional = {name: "None" in str(parameter.annotation) for name, parameter in signature.items()}
         return list(signature), optional, backward
@@ -404,8 +406,7 @@ class _Generator:
             name
             for name in dict.fromkeys(asked)
             if (name in known and name not in tensors)
-            or (name.removesuffix("_meta") in self.tensors
-            and name not in tensors)
+            or (name.removesuffix("_meta") in self.tensors and name not in tensors)
         ]
         return tensors, options
 
@@ -456,7 +457,7 @@ class _Generator:
             result = name.removeprefix("grad_")
             if result in differentiable and result != name and len(differentiable) > 1 and not optional[name]:
                 source.line(f"if grad_{result} is None: grad_{result} = zeros_like({result})")
-            elif not (result in differentiable and result != name) and name not in (*tensors, *options):
+            elif not (result in differentiable and result != name) and name not in (*tensors, *options, "ctx"):
                 raise ImportError(f"topgather: {self.name}: its backward asks for {name!r}, which nothing gives")
             values.append(name)
         given = list(op.gradients)
@@ -480,16 +481,20 @@ class _Generator:
 
     def _forward_mode(self) -> Function:
         op, source = self.op, self._source()
+        saved, options = self._saved()
         tangents = [f"tangent_{name}" if name in self.tensors else "_" + name for name in self.arguments]
         if op.forward_mode is None:
+            owner = op.derivative_of or self.name
             message = (
-                f"topgather: {op.derivative_of or self.name} has no derivative in forward mode (jvp, linearize, "
-                f"jacfwd, dual numbers); reverse mode has one (backward, grad, vjp, jacrev)"
+                " has no derivative in forward mode (jvp, linearize, jacfwd, dual numbers); reverse mode has one "
+                "(backward, grad, vjp, jacrev)"
             )
             source.line(f"def forward_mode(ctx, {', '.join(tangents)}):", 0)
-            source.line(f"raise NotImplementedError({source.bound(message, 'message')})")
+            if owner in options:
+                source.line(f"{_tuple_of(options)} = ctx.options")
+            name = owner if owner in options else repr(owner)
+            source.line(f"raise NotImplementedError('topgather: ' + {name} + {source.bound(message, 'message')})")
             return source.compiled("forward_mode")
-        saved, options = self._saved()
         source.line(f"def forward_mode(ctx, {', '.join(tangents)}):", 0)
         source.line(f"{_tuple_of(saved)} = ctx.saved_tensors")
         if options:
