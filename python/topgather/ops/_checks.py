@@ -156,7 +156,3 @@ def check_size(name: str, tensor: Tensor, dim: int, expected: Any, meaning: str)
         raise ValueError(
             f"{name} must have size {expected} in dimension {dim} ({meaning}), got shape {tuple(tensor.shape)}"
         )
-
-
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

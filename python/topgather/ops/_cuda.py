@@ -17,14 +17,6 @@ ROW_BYTES = 16
 KERNELS: dict[str, Callable[..., Any]] = {}
 
 
-def register_kernels(kernels: dict[str, Callable[..., Any]]) -> None:
-    from ._library import library
-
-    for name, kernel in kernels.items():
-        library.impl(name, kernel, "CUDA")
-    KERNELS.update(kernels)
-
-
 def native_module() -> Any:
     """The module that holds the kernels; the tests put the emulated one in its place."""
     if not _native.has_cuda:
