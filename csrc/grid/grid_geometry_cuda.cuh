@@ -1,7 +1,7 @@
 // Tiles of an image's groups, for every CUDA stage: where tokens lie, copies of their rows in and out.
 //
 // A unit is one group of one head of one image. Tokens of a group are numbered as in a bias, token (i, j) is
-// i * most_columns + j, also where the group is smaller: numbers that it lacks are tokens that are not there, rows of
+// i * max_columns + j, also where the group is smaller: numbers that it lacks are tokens that are not there, rows of
 // zeros with weight 0. A tile is kTokens successive numbers of one unit, or, where groups are small, of several units
 // in slots of 16 or 32, a slot a unit.
 #pragma once
@@ -41,7 +41,7 @@ struct GridGeometry {
   uint32_t num_groups;
   uint32_t num_images;   // batch * num_groups: groups of one head in all images
   uint32_t most_tokens;  // of a group
-  uint32_t most_columns;
+  uint32_t max_columns;
   uint32_t num_tiles;  // of a unit
   int32_t slot_tokens;
   int32_t head_dim;
@@ -82,8 +82,7 @@ __device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const
     const uint32_t batch = image / geometry.num_groups, group = image - batch * geometry.num_groups;
     const uint32_t row_group = group / geometry.columns.num_groups;
     const uint32_t column_group = group - row_group * geometry.columns.num_groups;
-    const uint32_t token_row = number / geometry.most_columns,
-                   token_column = number - token_row * geometry.most_columns;
+    const uint32_t token_row = number / geometry.max_columns, token_column = number - token_row * geometry.max_columns;
     const uint32_t row = row_group * geometry.rows.group_step + token_row * geometry.rows.token_step;
     const uint32_t column = column_group * geometry.columns.group_step + token_column * geometry.columns.token_step;
     is_there = unit < geometry.num_units() && number < geometry.most_tokens && row < geometry.rows.size &&
@@ -237,7 +236,7 @@ inline GridGeometry geometry_of(const GridProblem& problem, int64_t tile_tokens)
   geometry.num_groups = narrow(problem.num_groups());
   geometry.num_images = narrow(problem.batch_size * problem.num_groups());
   geometry.most_tokens = narrow(most_tokens);
-  geometry.most_columns = narrow(problem.columns.most_tokens);
+  geometry.max_columns = narrow(problem.columns.most_tokens);
   geometry.num_tiles = narrow(divide_up(most_tokens, tile_tokens));
   const int64_t slot_tokens = most_tokens <= 16 ? 16 : (most_tokens <= 32 ? 32 : tile_tokens);
   geometry.slot_tokens = static_cast<int32_t>(slot_tokens);
@@ -270,10 +269,10 @@ bool has_aligned_rows(const Image& image, const GridProblem& problem) {
 template <typename Kernel, size_t kCount>
 const Kernel& kernel_for(const Kernel (&table)[kCount], const GridProblem& problem) {
   for (const Kernel& kernel : table) {
-    if (kernel.dtype == problem.dtype && problem.head_dim <= kernel.most_head_dim) return kernel;
+    if (kernel.dtype == problem.dtype && problem.head_dim <= kernel.max_head_dim) return kernel;
   }
   throw std::invalid_argument("grid attention on CUDA takes float32, bfloat16 and float16 and head_dim up to " +
-                              std::to_string(kGridMostHeadDim) + ", got dtype code " +
+                              std::to_string(kGridMaxHeadDim) + ", got dtype code " +
                               std::to_string(static_cast<int>(problem.dtype)) + " and head_dim " +
                               std::to_string(problem.head_dim));
 }

@@ -14,8 +14,8 @@ namespace topgather {
 std::vector<CudaKernelFacts> memory_cuda_kernel_facts();
 
 // Of the sizes that kernels take; others raise std::invalid_argument. float32, bfloat16 and float16.
-constexpr int64_t kProductKeyMostHalfDim = 256;
-constexpr int64_t kProductKeyMostTopK = 128;
+constexpr int64_t kProductKeyMaxHalfDim = 256;
+constexpr int64_t kProductKeyMaxTopK = 128;
 
 // query, keys: rows start on 16-byte boundaries and hold whole multiples of 16 bytes, the part past half_dim being
 // zeros. top_k <= num_keys is not needed, top_k <= num_keys^2 is.

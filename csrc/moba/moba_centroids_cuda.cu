@@ -6,7 +6,8 @@
 // num_groups-th row; threads of one row stand side by side, so that reads coalesce. Steps, per panel of columns:
 //   1. each thread sums its rows in registers;
 //   2. the row groups' sums meet in shared memory;
-//   3. the first group adds them in order, divides and writes; the router also learns the largest magnitude of a unit.
+//   3. the first group adds them in order, divides and writes; for the router it also writes the largest magnitude of a
+//      unit.
 // Numerics: float32 sums of float32, bfloat16 or float16 keys. Ties do not arise. An empty key tensor has no blocks and
 // launches nothing; the last block of a sequence may be short and is divided by the keys it has.
 // Determinism: every sum is taken in an order fixed by shapes and alignment.
@@ -20,10 +21,10 @@ namespace topgather {
 namespace {
 
 constexpr int kThreads = MobaCentroidConfig::kThreads;
-constexpr int kMostVector = 8;
+constexpr int kMaxVector = 8;
 
 struct SharedMemory {
-  float sums[kThreads][kMostVector];
+  float sums[kThreads][kMaxVector];
 };
 
 // Step 1. Rows that are 16-byte aligned come in whole vectors.
@@ -114,8 +115,8 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
                          is_aligned(args.key.data, args.key.head_stride) &&
                          is_aligned(args.key.data, args.key.batch_stride) && args.row_elements % kVector == 0 &&
                          args.head_dim % kVector == 0;
-  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
-    const int64_t count = num_units - done < MobaWaveConfig::kMostUnits ? num_units - done : MobaWaveConfig::kMostUnits;
+  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMaxUnits) {
+    const int64_t count = num_units - done < MobaWaveConfig::kMaxUnits ? num_units - done : MobaWaveConfig::kMaxUnits;
     CentroidArguments part = args;
     part.first_unit += done;
     if (args.is_by_unit)
