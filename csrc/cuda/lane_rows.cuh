@@ -12,7 +12,7 @@
 
 namespace topgather {
 
-constexpr int kLeastLanesPerRow = 8;
+constexpr int kMinLanesPerRow = 8;
 constexpr int kPiecesWithoutVectors = 2;
 
 template <typename Element>
@@ -30,7 +30,7 @@ RowShape row_shape(int64_t row_dim) {
   constexpr int64_t kPerLane = kVector == 1 ? kPiecesWithoutVectors : kVector;
   require(row_dim <= INT32_MAX - cuda::kLanes * kPerLane, "rows on CUDA must fit 31 bits");
   const int64_t lanes = (row_dim + kPerLane - 1) / kPerLane;
-  int32_t lanes_per_row = kLeastLanesPerRow;
+  int32_t lanes_per_row = kMinLanesPerRow;
   while (lanes_per_row < lanes && lanes_per_row < cuda::kLanes) lanes_per_row *= 2;
   const int64_t slabs = (lanes + lanes_per_row - 1) / lanes_per_row;
   return {static_cast<int32_t>(row_dim), lanes_per_row, static_cast<int32_t>(slabs > 0 ? slabs : 1)};

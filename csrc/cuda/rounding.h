@@ -1,4 +1,4 @@
-// Divisions rounded up, on either side.
+// Integers rounded up, on host and device.
 #pragma once
 
 #include <cuda_runtime_api.h>

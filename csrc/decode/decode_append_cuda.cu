@@ -140,9 +140,9 @@ void launch_for(const CacheAppendParams& params, cudaStream_t stream) {
   const int64_t blocks_per_unit = divide_up(problem.query_len - 1, problem.block_size) + 1;
   const int64_t num_items = blocks_per_unit * args.geometry.num_units;
   require(num_items < INT32_MAX, "moba_cache_append: more than 2^31 - 1 blocks to append to");
-  const int64_t most_new = problem.query_len < problem.block_size ? problem.query_len : problem.block_size;
+  const int64_t max_new = problem.query_len < problem.block_size ? problem.query_len : problem.block_size;
   const int64_t widest = problem.head_dim < problem.value_dim ? problem.value_dim : problem.head_dim;
-  require(most_new * widest < INT32_MAX - DecodeAppendCudaConfig::kPiecesInFlight * kThreads,
+  require(max_new * widest < INT32_MAX - DecodeAppendCudaConfig::kPiecesInFlight * kThreads,
           "moba_cache_append: the new tokens of one block must have fewer than 2^31 elements a head");
   args.blocks_per_unit = static_cast<uint32_t>(blocks_per_unit);
   args.are_key_rows_aligned = has_whole_pieces(params.key) && has_whole_pieces(params.key_pages);

@@ -10,7 +10,7 @@
 //   1. queries, scaled and padded to whole vectors;
 //   2. key-major lists of the rows' choices, by counting;
 //   per block in ascending order, per kTileKeys of its keys, per row that chose it:
-//   3. scores, keys in vector lanes: a vector of partial sums a key, turned round in registers;
+//   3. scores, keys in vector lanes: a vector of partial sums per key, transposed in registers;
 //   4. running maximum and sum (online softmax, base 2), weights in place of the scores;
 //   5. the row's running output, rescaled, plus weights x values.
 //   last:
@@ -280,8 +280,8 @@ struct AttendTask {
       const int64_t num_listed = lists.offsets[block + 1] - lists.offsets[block];
       if (num_listed == 0) continue;
       const int64_t first_key = block * problem.block_size;
-      // Rows ascend by token: the last sees the most.
-      const int64_t most_keys = min64(problem.block_size, position_of(listed[num_listed - 1]) + 1 - first_key);
+      // Rows ascend by token: the last row's visible range bounds the others'.
+      const int64_t max_keys = min64(problem.block_size, position_of(listed[num_listed - 1]) + 1 - first_key);
       const Place place = place_of(problem, sequence, first_key);
       const Storage* key_rows = page_row<Storage>(params.key_pages, kv_head, place);
       const Storage* value_rows = page_row<Storage>(params.value_pages, kv_head, place);
@@ -340,8 +340,8 @@ struct AttendTask {
 // Parts that a row's slots are split into, from shapes alone.
 inline int64_t splits_of(const DecodeProblem& problem, int64_t tasks_without) {
   const int64_t keys = min64(problem.top_k * problem.block_size, problem.pages_per_sequence * problem.page_size);
-  const int64_t by_keys = keys / DecodeConfig::kLeastKeysPerSplit;
-  const int64_t wanted = ceil_div(DecodeConfig::kLeastTasks, max64(tasks_without, 1));
+  const int64_t by_keys = keys / DecodeConfig::kMinKeysPerSplit;
+  const int64_t wanted = ceil_div(DecodeConfig::kMinTasks, max64(tasks_without, 1));
   return max64(1, min64(min64(by_keys, wanted), problem.top_k));
 }
 

@@ -40,7 +40,7 @@ constexpr int kThreads = Config::kThreads;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kRowsInFlight = Config::kRowsInFlight;
 static_assert(kRowsInFlight == 4, "lanes' sums are added four at a time");
-constexpr int kMostPieces = 8;  // columns of a row that a lane holds
+constexpr int kMaxPieces = 8;  // columns of a row that a lane holds
 constexpr int kMergeThreads = Config::kMergeThreads;
 constexpr int kMergeWarps = kMergeThreads / kLanes;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -83,7 +83,7 @@ namespace {
 struct AttendSharedMemory {
   float maximum[kWarps];
   float sum[kWarps];
-  float columns[kMostPieces][kThreads];
+  float columns[kMaxPieces][kThreads];
   // Behind it, of the split's keys: places [keys_per_split] CachePlace, scores and weights [keys_per_split] float32.
   static size_t bytes(int64_t keys_per_split) {
     return sizeof(AttendSharedMemory) + static_cast<size_t>(keys_per_split) * (sizeof(CachePlace) + 8);
@@ -203,7 +203,7 @@ template <typename Element, int kVector>
 __device__ __forceinline__ void add_values(const DecodeAttendArguments& args, const DecodeRow& row,
                                            AttendSharedMemory& shared, const SplitKeys& keys, float* out) {
   using Columns = LaneColumns<Element, kVector>;
-  static_assert(Columns::kCount <= kMostPieces, "columns of a lane");
+  static_assert(Columns::kCount <= kMaxPieces, "columns of a lane");
   const int lanes_per_row = args.value_shape.lanes_per_row;
   const int lane_in_row = lane_id() % lanes_per_row;
   const int group = static_cast<int>(threadIdx.x) / lanes_per_row, num_groups = kThreads / lanes_per_row;
@@ -410,7 +410,7 @@ DecodeSplits plan_splits(const DecodeProblem& problem) {
   const int64_t block_size = problem.block_size;
   // Without overflow: sizes fit 31 bits.
   const int64_t keys =
-      std::clamp(divide_up(problem.top_k * block_size, Config::kMostSplits), Config::kLeastKeys, Config::kMostKeys);
+      std::clamp(divide_up(problem.top_k * block_size, Config::kMaxSplits), Config::kMinKeys, Config::kMaxKeys);
   DecodeSplits splits{};
   if (block_size > keys) {
     const int64_t per_slot = divide_up(block_size, keys), keys_of_slot = divide_up(block_size, per_slot);
@@ -454,7 +454,7 @@ struct DecodeWorkspace {
 };
 
 DecodeWorkspace take_workspace(const DecodePlan& plan, WorkspaceCutter& cutter) {
-  const int64_t splits = plan.waves.most_rows(plan.geometry) * plan.splits.count;
+  const int64_t splits = plan.waves.max_rows(plan.geometry) * plan.splits.count;
   DecodeWorkspace workspace{};
   workspace.states = cutter.take<DecodeSplitState>(splits);
   workspace.partial_out = cutter.take<float>(splits * plan.geometry.value_dim);

@@ -1,7 +1,7 @@
 // The CUDA entry points of decoding with a cache. Absent from a build without CUDA.
 //
 // Everything is queued on the caller's stream; nothing waits for the device, and how much workspace is needed follows
-// from shapes alone. Lengths, page tables and choices are read by kernels. What they say is never believed: a token
+// from shapes alone. Lengths, page tables and choices are read by kernels. They are always checked: a token
 // without a place is not stored, a query whose sequence, pages or choices cannot be gets NaN, and nothing outside the
 // tensors is touched. Rows may start anywhere; where all of a call start on 16-byte boundaries they are read so.
 #pragma once

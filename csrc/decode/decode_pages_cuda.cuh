@@ -70,7 +70,7 @@ struct DecodeWaves {
   int64_t num_unit_steps;
   int64_t num_token_steps;
 
-  int64_t most_rows(const DecodeGeometry& geometry) const { return units_per_wave * tokens_per_wave * geometry.group; }
+  int64_t max_rows(const DecodeGeometry& geometry) const { return units_per_wave * tokens_per_wave * geometry.group; }
   int64_t count() const { return num_unit_steps * num_token_steps; }
   DecodeWave wave(const DecodeGeometry& geometry, int64_t wave_idx) const {
     const int64_t unit = wave_idx / num_token_steps * units_per_wave;
@@ -84,7 +84,7 @@ struct DecodeWaves {
 };
 
 inline DecodeWaves plan_decode_waves(const DecodeGeometry& geometry, int64_t row_bytes, int64_t configured_budget) {
-  const auto within = [](int64_t count, int64_t most) { return count < 1 ? 1 : (count < most ? count : most); };
+  const auto within = [](int64_t count, int64_t limit) { return count < 1 ? 1 : (count < limit ? count : limit); };
   const int64_t budget = workspace_budget(configured_budget);
   const int64_t token_bytes = row_bytes * geometry.group;
   DecodeWaves waves{};

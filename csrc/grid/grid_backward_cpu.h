@@ -10,8 +10,8 @@
 //
 // Who owns what: a token is in one group, so a group of a head owns its rows of every gradient: nothing is shared but
 // grad_bias. A task is a few groups of heads one after the other, or, with a grad_bias, an equal share of one head's
-// groups; each task sums grad_bias on its own, and the tasks' sums are added in order at the end. Memory is asked for
-// in advance as in the forward. Steps per group:
+// groups; each task sums grad_bias on its own, and the tasks' sums are added in order at the end. Memory is
+// prefetched as in the forward. Steps per group:
 //   1. keys, values, queries and grad_out to dense scratch; delta and lse;
 //   per tile of queries, per tile of keys:
 //   2. scores and products of values with grad_out, both [keys, queries]; weights and gradients of scores in their
@@ -53,7 +53,7 @@ struct GridBackwardTask {
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 5> next;  // of the group that follows
   TokensAhead<Storage, 3> written;     // of this one
-  int64_t num_asked = 0;               // tokens that each ask_for_tokens asks for
+  int64_t num_prefetched = 0;          // tokens by each call of prefetch_tokens
 
   GridBackwardTask(const GridBackwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
@@ -108,18 +108,18 @@ struct GridBackwardTask {
     }
   }
 
-  void ask_for_tokens() {
-    next.ask(num_asked);
-    written.ask(num_asked);
+  void prefetch_tokens() {
+    next.prefetch(num_prefetched);
+    written.prefetch(num_prefetched);
   }
 
   // Gradients of [num_rows, padded D]; is_first: nothing is there yet.
   void add_product(const GemmOperands<T>& product, int64_t num_rows, bool is_first) {
-    const auto ask = [&] { ask_for_tokens(); };
+    const auto prefetch = [&] { prefetch_tokens(); };
     if (is_first) {
-      tile_gemm_asking<false>(product, num_rows, padded_dim, ask);
+      tile_gemm_prefetching<false>(product, num_rows, padded_dim, prefetch);
     } else {
-      tile_gemm_asking<true>(product, num_rows, padded_dim, ask);
+      tile_gemm_prefetching<true>(product, num_rows, padded_dim, prefetch);
     }
   }
 
@@ -128,13 +128,13 @@ struct GridBackwardTask {
     const int64_t depth = params.problem.head_dim;
     const int64_t padded_count = round_up(count, kLanes<T>);
     T* key_rows = keys + first_key * padded_dim;
-    const auto ask = [&] { ask_for_tokens(); };
-    tile_gemm_asking<false>(
+    const auto prefetch = [&] { prefetch_tokens(); };
+    tile_gemm_prefetching<false>(
         GemmOperands<T>{key_rows, padded_dim, 1, query_columns, kTileQueries, weights, kTileQueries, depth}, num_keys,
-        padded_count, ask);
-    tile_gemm_asking<false>(GemmOperands<T>{values + first_key * padded_dim, padded_dim, 1, grad_out_columns,
-                                            kTileQueries, grad_scores, kTileQueries, depth},
-                            num_keys, padded_count, ask);
+        padded_count, prefetch);
+    tile_gemm_prefetching<false>(GemmOperands<T>{values + first_key * padded_dim, padded_dim, 1, grad_out_columns,
+                                                 kTileQueries, grad_scores, kTileQueries, depth},
+                                 num_keys, padded_count, prefetch);
     if (bias.exists()) {
       add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, weights,
                kTileQueries);
@@ -197,8 +197,8 @@ struct GridBackwardTask {
 
 // In how many pieces a head's groups are summed to grad_bias; by shapes alone.
 inline int64_t bias_pieces(const GridProblem& problem, int64_t bytes_per_head) {
-  const int64_t by_memory = GridConfig::kMostBiasBytes / max64(bytes_per_head * problem.num_heads, 1);
-  return max64(1, min64(problem.batch_size * problem.num_groups(), min64(by_memory, GridConfig::kMostBiasPieces)));
+  const int64_t by_memory = GridConfig::kMaxBiasBytes / max64(bytes_per_head * problem.num_heads, 1);
+  return max64(1, min64(problem.batch_size * problem.num_groups(), min64(by_memory, GridConfig::kMaxBiasPieces)));
 }
 
 // What every task of a backward shares.

@@ -7,7 +7,7 @@
 //   where the gradient of a bias is wanted:
 //   4. grid_bias_gradients: sums of pieces of the images and groups;
 //   5. grid_sum_bias: a thread adds the pieces of one element in order.
-// Memory: a float32 a token, and sums of pieces: G * G a head and piece, of kMostBiasBytes at most; one piece alone is
+// Memory: a float32 a token, and sums of pieces: G * G a head and piece, of kMaxBiasBytes at most; one piece alone is
 // summed where it belongs.
 #include <algorithm>
 #include <cmath>
@@ -80,7 +80,7 @@ namespace {
 
 struct GridBackwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;
+  int64_t max_head_dim;
   int64_t tokens;
   int64_t threads;
   int64_t shared_bytes;
@@ -125,7 +125,7 @@ int64_t num_pieces_of(const GridProblem& problem) {
   const int64_t slots = tokens / geometry.slot_tokens;
   const int64_t tiles = int64_t{geometry.num_tiles} * geometry.num_tiles * problem.num_heads;
   const int64_t wanted = divide_up(GridCudaConfig::kBiasBlocks, tiles);
-  const int64_t affordable = GridCudaConfig::kMostBiasBytes / (bias_sums_of(problem) * 4 * slots);
+  const int64_t affordable = GridCudaConfig::kMaxBiasBytes / (bias_sums_of(problem) * 4 * slots);
   const int64_t useful = divide_up(geometry.num_images, slots);
   return std::max<int64_t>(1, std::min({wanted, affordable, useful})) * slots;
 }
@@ -242,7 +242,7 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
 
 void grid::add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridBackwardKernel& kernel : kBackwardKernels) {
-    facts.push_back({"grid_token_gradients", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+    facts.push_back({"grid_token_gradients", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
   }
   for (const Dtype dtype : kCudaDtypes) {
     with_element(dtype, [&](auto element) {

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
   const uint32_t block = blockIdx.x / geometry.num_tiles, tile = blockIdx.x - block * geometry.num_tiles;
   const uint32_t first_unit = block * (kTokens / static_cast<uint32_t>(geometry.slot_tokens));
   const auto unit_of = [first_unit](uint32_t slot) { return first_unit + slot; };
-  // Step 1. Tiles of short groups may be empty: such thread blocks leave, whole.
+  // Step 1. Tiles of short groups may be empty: such thread blocks return as a whole.
   if (!grid::place_tokens(geometry, unit_of, tile * kTokens, shared.row_places)) return;
   grid::gather_rows_async(shared.row_first, kAreRowsKeys ? args.key : args.query, shared.row_places, head_dim);
   grid::gather_rows_async(shared.row_second, kAreRowsKeys ? args.value : args.grad_out, shared.row_places, head_dim);

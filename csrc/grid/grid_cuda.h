@@ -14,7 +14,7 @@ namespace topgather {
 std::vector<CudaKernelFacts> grid_cuda_kernel_facts();
 
 // Largest head_dim that kernels take; float32, bfloat16 and float16.
-constexpr int64_t kGridMostHeadDim = 128;
+constexpr int64_t kGridMaxHeadDim = 128;
 
 // Needs no workspace.
 void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);

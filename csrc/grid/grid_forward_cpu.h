@@ -4,8 +4,8 @@
 //   lse_i = log sum_t exp(scale * dot(query_i, key_t) + bias_it)
 //
 // Who owns what: a task is a few groups of heads one after the other, or up to kQueriesPerTask queries of a large
-// group, and owns their rows of out and lse. Tokens of the next group, and of what is written, are asked for between
-// the steps: rows lie scattered, and reading them would otherwise take longer than the arithmetic. Groups that fit one
+// group, and owns their rows of out and lse. Tokens of the next group, and of what is written, are prefetched between
+// the steps: rows lie scattered, and waiting for them would take longer than the arithmetic. Groups that fit one
 // vector have a task of their own (grid_forward_small_cpu.h). Steps:
 //   once a call:
 //   0. the bias transposed, and in base 2;
@@ -59,7 +59,7 @@ struct GridForwardTask {
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 3> next;  // of the group that follows
   TokensAhead<Storage, 1> written;     // of this one
-  int64_t num_asked = 0;               // tokens that each ask_for_tokens asks for
+  int64_t num_prefetched = 0;          // tokens by each call of prefetch_tokens
 
   GridForwardTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
@@ -133,10 +133,10 @@ struct GridForwardTask {
     for (int64_t i = 0; i < padded_count; ++i) running_max[i] = -std::numeric_limits<T>::infinity();
     for (int64_t first_key = 0; first_key < group.num_tokens; first_key += kTileKeys) {
       const int64_t num_keys = min64(kTileKeys, group.num_tokens - first_key);
-      const auto ask = [&] { ask_for_tokens(); };
-      tile_gemm_asking<false>(GemmOperands<T>{keys + first_key * padded_dim, padded_dim, 1, query_tile, kTileQueries,
-                                              scores, kTileQueries, problem.head_dim},
-                              num_keys, padded_count, ask);
+      const auto prefetch = [&] { prefetch_tokens(); };
+      tile_gemm_prefetching<false>(GemmOperands<T>{keys + first_key * padded_dim, padded_dim, 1, query_tile,
+                                                   kTileQueries, scores, kTileQueries, problem.head_dim},
+                                   num_keys, padded_count, prefetch);
       if (bias.exists()) {
         add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, scores,
                  kTileQueries);
@@ -145,21 +145,21 @@ struct GridForwardTask {
       const GemmOperands<T> product{scores,     1,        kTileQueries, values + first_key * padded_dim,
                                     padded_dim, out_tile, padded_dim,   num_keys};
       if (first_key == 0) {
-        tile_gemm_asking<false>(product, count, padded_dim, ask);
+        tile_gemm_prefetching<false>(product, count, padded_dim, prefetch);
       } else {
         for (int64_t i = 0; i < count; ++i) {
           T* row = out_tile + i * padded_dim;
           for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store<T>(row + d, load<T>(row + d) * rescale[i]);
         }
-        tile_gemm_asking<true>(product, count, padded_dim, ask);
+        tile_gemm_prefetching<true>(product, count, padded_dim, prefetch);
       }
     }
     finish(group, first, count);
   }
 
-  void ask_for_tokens() {
-    next.ask(num_asked);
-    written.ask(num_asked);
+  void prefetch_tokens() {
+    next.prefetch(num_prefetched);
+    written.prefetch(num_prefetched);
   }
 
   // Step 6.
@@ -197,7 +197,7 @@ struct GridForwardTask {
 
 // By shapes alone.
 inline int64_t groups_per_task(int64_t num_groups) {
-  return max64(1, min64(GridConfig::kMostGroupsPerTask, num_groups / GridConfig::kLeastTasks));
+  return max64(1, min64(GridConfig::kMaxGroupsPerTask, num_groups / GridConfig::kMinTasks));
 }
 
 template <template <typename> typename TaskOf, typename Storage>

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
   const uint32_t block = blockIdx.x / geometry.num_tiles, tile = blockIdx.x - block * geometry.num_tiles;
   const uint32_t first_unit = block * (kTokens / static_cast<uint32_t>(geometry.slot_tokens));
   const auto unit_of = [first_unit](uint32_t slot) { return first_unit + slot; };
-  // Step 1. Tiles of short groups may be empty: such thread blocks leave, whole.
+  // Step 1. Tiles of short groups may be empty: such thread blocks return as a whole.
   if (!grid::place_tokens(geometry, unit_of, tile * kTokens, shared.query_places)) return;
   grid::gather_rows_async(shared.query, args.query, shared.query_places, geometry.head_dim);
   cuda::copy_async_commit();
@@ -216,7 +216,7 @@ namespace {
 
 struct GridForwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;
+  int64_t max_head_dim;
   int64_t tokens;
   int64_t threads;
   int64_t shared_bytes;
@@ -265,7 +265,7 @@ void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace&, co
 
 void grid::add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridForwardKernel& kernel : kForwardKernels) {
-    facts.push_back({"grid_attend", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+    facts.push_back({"grid_attend", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
   }
 }
 

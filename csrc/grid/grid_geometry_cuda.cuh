@@ -264,10 +264,10 @@ inline bool has_whole_chunks(const MutableImage& image) {
 template <typename Kernel, size_t kCount>
 const Kernel& kernel_for(const Kernel (&table)[kCount], const GridProblem& problem) {
   for (const Kernel& kernel : table) {
-    if (kernel.dtype == problem.dtype && problem.head_dim <= kernel.most_head_dim) return kernel;
+    if (kernel.dtype == problem.dtype && problem.head_dim <= kernel.max_head_dim) return kernel;
   }
   throw std::invalid_argument("grid attention on CUDA takes float32, bfloat16 and float16 and head_dim up to " +
-                              std::to_string(kGridMostHeadDim) + ", got dtype code " +
+                              std::to_string(kGridMaxHeadDim) + ", got dtype code " +
                               std::to_string(static_cast<int>(problem.dtype)) + " and head_dim " +
                               std::to_string(problem.head_dim));
 }

@@ -103,7 +103,7 @@ struct KeyConvPieces {
 
   KeyConvPieces(const KeyConvProblem& problem, const KeyConvCut& cut)
       : num_items(problem.batch_size * cut.num_chunks),
-        items_per_piece(ceil_div(num_items, KeyConvConfig::kMostPieces)),
+        items_per_piece(ceil_div(num_items, KeyConvConfig::kMaxPieces)),
         num_pieces(ceil_div(num_items, items_per_piece)) {}
 };
 

@@ -79,7 +79,7 @@ __device__ __forceinline__ void walk_run(const KeyConvBackwardArguments& args, c
   const int64_t stop = first == 0 && args.grad_state.data != nullptr ? 1 - shape.width : first;
 #pragma unroll 1
   for (; t >= stop; --t) {
-    // What the next token needs is asked for now.
+    // Prefetches what the next token needs.
     Row next_row;
     load_key(shape, args.key, args.state, place, t - kTaps, next_row);
     float grad[kVector];
@@ -238,7 +238,7 @@ struct BackwardCut {
     vectors_per_block = std::min<int64_t>(num_vectors, kThreads);
     runs_per_block = kThreads / vectors_per_block;
     num_column_blocks = divide_up(num_vectors, vectors_per_block);
-    tokens_per_run = KeyConvCudaConfig::kLeastBackwardTokens;
+    tokens_per_run = KeyConvCudaConfig::kMinBackwardTokens;
     const int64_t rows = problem.batch_size * problem.num_heads * num_vectors;
     while (tokens_per_run < problem.num_tokens &&
            rows * divide_up(problem.num_tokens, tokens_per_run) > KeyConvCudaConfig::kBackwardThreads) {
@@ -279,7 +279,7 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   if (problem.kernel_width <= kFewTaps<kVector>) {
     cuda::launch(key_conv_backward<Element, kVector, kFewTaps<kVector>>, shape, args);
   } else {
-    cuda::launch(key_conv_backward<Element, kVector, kKeyConvMostTaps>, shape, args);
+    cuda::launch(key_conv_backward<Element, kVector, kKeyConvMaxTaps>, shape, args);
   }
   if (pieces == nullptr) return;
   KeyConvSumArguments sums{};

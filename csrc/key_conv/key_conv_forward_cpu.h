@@ -12,9 +12,9 @@
 //      that are left over go through tiles too.
 // Memory: each key is read once from memory (its W - 1 further uses find it in the first-level cache) and each result
 // written once.
-// Numerics: sums in float32 (float64 for float64), rounded once to the nearest, in bfloat16 away from zero where two
-// are equally near. Without tokens nothing is written. A key that is not finite reaches the W tokens that see it, in
-// its channel alone.
+// Numerics: sums in float32 (float64 for float64), rounded once to the nearest; bfloat16 ties round away from zero:
+// they are rare, and exact ties-to-even costs a sixth of the time. Without tokens nothing is written. A key that is not
+// finite reaches the W tokens that see it, in its channel alone.
 // Determinism: every result is computed alone, its terms in ascending l: the same bits however work or a sequence is
 // cut.
 #pragma once
@@ -26,7 +26,7 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-// What add_silu wants a convolution's taps to be multiplied by.
+// The factor of a convolution's taps that add_silu expects.
 template <typename Storage>
 inline constexpr ComputeOf<Storage> kTapFactor = 1;
 
@@ -70,7 +70,7 @@ inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
   const Rows<Storage> out = tile.out.from(first, 0);
   for (int64_t group = 0; group < tile.num_groups; ++group) {
     const int64_t c = group * Group::kCount;
-    // Long rows are too many places at once for the hardware to foresee. May lie past the tensors' ends.
+    // Long rows are more streams than the hardware prefetcher follows. May lie past the tensors' ends.
 #pragma GCC unroll 4
     for (int i = kTokens; i < 2 * kTokens; ++i) {
       prefetch_second_level(keys[i] + c);

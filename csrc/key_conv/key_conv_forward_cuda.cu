@@ -6,7 +6,7 @@
 // Who owns what: a thread owns 16 bytes of a head's channels (one, where rows allow no vectors) and a run of tokens.
 // Threads of one row stand side by side, then heads or runs, whichever lie closer, so that accesses coalesce. Steps:
 //   1. weights and the W - 1 rows before the run go to registers;
-//   2. the next kStep rows are asked for together;
+//   2. the next kStep rows are loaded together;
 //   3. each token's result is made and written; the rows move on. Where a sequence of a pack begins, the rows before it
 //      become zeros.
 // Memory: a key is read once, but for W - 1 rows a run, and a result written once.
@@ -116,9 +116,9 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   KeyConvForwardArguments args{};
   args.shape = key_conv_shape(problem, kVector);
   const int64_t rows = problem.batch_size * problem.num_heads * args.shape.num_vectors;
-  int64_t tokens = KeyConvCudaConfig::kMostForwardTokens;
+  int64_t tokens = KeyConvCudaConfig::kMaxForwardTokens;
   const auto threads = [&] { return rows * divide_up(problem.num_tokens, tokens); };
-  while (tokens > KeyConvCudaConfig::kLeastForwardTokens && threads() < KeyConvCudaConfig::kForwardThreads) tokens /= 2;
+  while (tokens > KeyConvCudaConfig::kMinForwardTokens && threads() < KeyConvCudaConfig::kForwardThreads) tokens /= 2;
   require(threads() <= INT32_MAX, "key_conv: too many keys for one launch");
   args.num_threads = static_cast<uint32_t>(threads());
   args.num_runs = static_cast<uint32_t>(divide_up(problem.num_tokens, tokens));
@@ -132,7 +132,7 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   if (problem.kernel_width <= kFewTaps<kVector>) {
     cuda::launch(key_conv_forward<Element, kVector, kFewTaps<kVector>>, shape, args);
   } else {
-    cuda::launch(key_conv_forward<Element, kVector, kKeyConvMostTaps>, shape, args);
+    cuda::launch(key_conv_forward<Element, kVector, kKeyConvMaxTaps>, shape, args);
   }
 }
 

@@ -50,13 +50,13 @@ struct KeyConvCut {
   // A task takes about `task_numbers` numbers.
   KeyConvCut(const KeyConvProblem& problem, bool are_heads_neighbours, int64_t task_numbers) {
     const int64_t dim = problem.head_dim;
-    const int64_t most_heads = are_heads_neighbours ? max64(1, KeyConvConfig::kPanelChannels / dim) : 1;
-    heads_per_panel = min64(most_heads, problem.num_heads);
+    const int64_t max_heads = are_heads_neighbours ? max64(1, KeyConvConfig::kPanelChannels / dim) : 1;
+    heads_per_panel = min64(max_heads, problem.num_heads);
     num_panels = ceil_div(problem.num_heads, heads_per_panel);
     const int64_t channels = heads_per_panel * dim;
-    tokens_per_chunk = max64(KeyConvConfig::kLeastTaskTokens, task_numbers / channels);
+    tokens_per_chunk = max64(KeyConvConfig::kMinTaskTokens, task_numbers / channels);
     num_chunks = ceil_div(problem.num_tokens, tokens_per_chunk);
-    tile_tokens = max64(KeyConvConfig::kLeastTileTokens, KeyConvConfig::kTileNumbers / channels);
+    tile_tokens = max64(KeyConvConfig::kMinTileTokens, KeyConvConfig::kTileNumbers / channels);
   }
 };
 

@@ -75,7 +75,7 @@ struct Channels {
   }
 };
 
-// What every kernel knows of a problem.
+// The problem as every kernel takes it.
 struct KeyConvShape {
   uint32_t num_heads;
   uint32_t num_vectors;  // of a row
@@ -152,10 +152,10 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + cuda::
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-constexpr int kKeyConvMostTaps = 8;
+constexpr int kKeyConvMaxTaps = 8;
 // Up to so many, a kernel of their own. Rows without vectors are slow either way: they have one for all.
 template <int kVector>
-constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMostTaps;
+constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMaxTaps;
 
 inline bool key_conv_is_empty(const KeyConvProblem& problem) {
   return problem.batch_size == 0 || problem.num_heads == 0 || problem.num_tokens == 0;

@@ -1,7 +1,7 @@
 // Gradients of lookups and of dot products with rows of a table, on the CPU.
 //
 //   grad_rows[target] = sum over the entries tk of a row of weights_tk * grad_out_t     [num_targets, W]
-//   grad_weights_tk   = dot(values[row], grad_out_t)                                    [T, K], where asked for
+//   grad_weights_tk   = dot(values[row], grad_out_t)                                    [T, K], where wanted
 //
 // Entries come sorted by row, so the entries of a row are a run of sorted positions. The table is read, and its
 // gradient written, once and in order; only the rows of grad_out are scattered, and those T rows mostly lie in cache.
@@ -14,7 +14,7 @@
 //      a. no entry: zeros;
 //      b. else the sum of the run: entries before its first whole block, sums of its whole blocks in order, entries
 //         after the last of them.
-// Both add up to kEntriesPerPass entries per walk over the row, and ask for the rows of entries kPrefetchEntries on.
+// Both add up to kEntriesPerPass entries per walk over the row, and prefetch the rows of entries kPrefetchEntries on.
 // Numerics: products and sums in float32 (float64 for float64), gradients rounded once; a dot product sums lanes over
 // the row, then the lanes, then what is left of the row.
 // Determinism: what is added in which order depends on the sorted entries alone.

@@ -1,12 +1,12 @@
 // Gradients of lookup and dot on CUDA, over entries sorted by row.
 //
 //   grad_rows[target] = sum over a row's entries of weights_tk * grad_out_t       [num_targets, W]
-//   grad_weights_tk   = dot(values[row], grad_out_t)                              [T, K], where it is asked for
+//   grad_weights_tk   = dot(values[row], grad_out_t)                              [T, K], where wanted
 //
 // Sorted entries are cut into pieces of kEntriesPerPiece. The entries of one row form a run; most runs lie within a
-// piece, a row that everyone wants runs through thousands. Who owns what: a group of 8, 16 or 32 lanes, as wide as a
-// row needs, walks one piece for one slab of columns at a time; the slabs of a piece go round the warps of a thread
-// block. Steps, a kernel each after rows have been set to zero:
+// piece; the run of a row that very many tokens chose goes through thousands. Who owns what: a group of 8, 16 or 32
+// lanes, as wide as a row needs, walks one piece for one slab of columns at a time; the slabs of a piece go round the
+// warps of a thread block. Steps, a kernel each after rows have been set to zero:
 //   1. memory_backward_pieces: walks a piece in order. A run that lies within the piece is written to grad_rows; what
 //      began in an earlier piece goes to the piece's head sum, what goes on in the next to its tail sum. Products with
 //      values are added over columns, the slabs meet in shared memory;
@@ -35,13 +35,13 @@ using cuda::warp_id;
 
 namespace {
 constexpr int kThreads = MemoryBackwardCudaConfig::kThreads;
-constexpr int kMostWarps = kThreads / kLanes;
+constexpr int kMaxWarps = kThreads / kLanes;
 constexpr int kBlocksPerProcessor = MemoryBackwardCudaConfig::kBlocksPerProcessor;
 constexpr int kEntriesPerPiece = MemoryBackwardCudaConfig::kEntriesPerPiece;
 constexpr int kEntriesInFlight = MemoryBackwardCudaConfig::kEntriesInFlight;
 constexpr int kPiecesPerStretch = MemoryBackwardCudaConfig::kPiecesPerStretch;
 constexpr int kPiecesInFlight = MemoryBackwardCudaConfig::kPiecesInFlight;
-constexpr int kMostGroups = kLanes / kLeastLanesPerRow;
+constexpr int kMaxGroups = kLanes / kMinLanesPerRow;
 static_assert(kEntriesPerPiece % kLanes == 0, "pieces are read in whole rounds of any group");
 static_assert(kEntriesInFlight == 4, "lanes' sums are added four at a time");
 }  // namespace
@@ -72,7 +72,7 @@ constexpr int32_t kNoRow = -1;
 
 // Of a group that walks a piece, in one round: products of every entry with values, added over a slab's columns.
 struct SharedMemory {
-  float dots[kMostWarps][kMostGroups][kEntriesPerPiece];
+  float dots[kMaxWarps][kMaxGroups][kEntriesPerPiece];
 };
 
 // The row of sorted entry `position`, kNoRow where there is no such entry or it has none.
@@ -277,13 +277,13 @@ __device__ __forceinline__ void add_sums(const float* sums, int64_t step, int co
   }
 }
 
-// How many of `most` positions first, first + step, .. lie in the run of `row`, one after the other.
-__device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args, int64_t first, int64_t step, int most,
-                                            int32_t row) {
+// How many of max_count positions first, first + step, .. lie in the run of `row`, one after the other.
+__device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args, int64_t first, int64_t step,
+                                            int max_count, int32_t row) {
   int count = 0;
-  while (count < most) {
+  while (count < max_count) {
     const int mine = count + lane_id();
-    const bool is_in_run = mine < most && row_at(args, first + mine * step) == row;
+    const bool is_in_run = mine < max_count && row_at(args, first + mine * step) == row;
     const unsigned outside = ~__ballot_sync(kAllLanes, is_in_run);
     if (outside != 0) return count + __ffs(static_cast<int>(outside)) - 1;
     count += kLanes;
@@ -296,7 +296,7 @@ __device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args,
 // Step 2. Stretches are counted from the second: no run reaches into the first from before.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_stretches(const MemoryBackwardArguments args) {
-  const SumTask task = sum_task(args, blockIdx.x * kMostWarps + static_cast<uint32_t>(warp_id()));
+  const SumTask task = sum_task(args, blockIdx.x * kMaxWarps + static_cast<uint32_t>(warp_id()));
   const int64_t first_piece = (static_cast<int64_t>(task.idx) + 1) * kPiecesPerStretch;
   if (first_piece + kPiecesPerStretch > args.num_pieces) return;  // whole warps, and nothing is done by the block
   const int32_t row = row_at(args, first_piece * kEntriesPerPiece - 1);
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_runs(const MemoryBackwardArguments args) {
-  const SumTask task = sum_task(args, blockIdx.x * kMostWarps + static_cast<uint32_t>(warp_id()));
+  const SumTask task = sum_task(args, blockIdx.x * kMaxWarps + static_cast<uint32_t>(warp_id()));
   if (task.idx >= args.num_pieces - 1) return;  // whole warps, and nothing is done by the block
   const int64_t begin = task.idx;
   const int64_t last_entry = (begin + 1) * kEntriesPerPiece - 1;
@@ -330,10 +330,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   add_sums(tail_sum(args, begin), sum_step, 1, task.first_column, row_dim, totals);
 
   const auto add_heads = [&](int64_t first_piece, int64_t end_piece) {
-    const int most = static_cast<int>(end_piece - first_piece);
-    const int count = count_in_run(args, first_piece * kEntriesPerPiece, kEntriesPerPiece, most, row);
+    const int num_heads = static_cast<int>(end_piece - first_piece);
+    const int count = count_in_run(args, first_piece * kEntriesPerPiece, kEntriesPerPiece, num_heads, row);
     add_sums(head_sum(args, first_piece), sum_step, count, task.first_column, row_dim, totals);
-    return count == most;
+    return count == num_heads;
   };
   // Heads up to the next stretch.
   const int64_t num_pieces = args.num_pieces;
@@ -367,15 +367,13 @@ int64_t num_pieces_of(const MemoryProblem& problem) {
   return (problem.num_entries() + kEntriesPerPiece - 1) / kEntriesPerPiece;
 }
 
-int64_t dot_bytes(int64_t warps) {
-  return warps * static_cast<int64_t>(sizeof(float)) * kMostGroups * kEntriesPerPiece;
-}
+int64_t dot_bytes(int64_t warps) { return warps * static_cast<int64_t>(sizeof(float)) * kMaxGroups * kEntriesPerPiece; }
 
 template <typename Element, int kVector>
 void launch_pieces(MemoryBackwardArguments args, int64_t row_dim, cudaStream_t stream) {
   args.shape = row_shape<kVector>(row_dim);
-  args.warps_per_piece = args.shape.num_slabs < kMostWarps ? args.shape.num_slabs : kMostWarps;
-  const int pieces_abreast = kMostWarps / args.warps_per_piece;
+  args.warps_per_piece = args.shape.num_slabs < kMaxWarps ? args.shape.num_slabs : kMaxWarps;
+  const int pieces_abreast = kMaxWarps / args.warps_per_piece;
   const int warps = pieces_abreast * args.warps_per_piece;
   const int pieces = pieces_abreast * (kLanes / args.shape.lanes_per_row);
   cuda::launch(memory_backward_pieces<Element, kVector>,
@@ -398,7 +396,7 @@ void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments ar
   const int64_t slabs = (row_dim + kSumSlab - 1) / kSumSlab;
   const auto shape_for = [&](int64_t count) {
     require(count * slabs <= INT32_MAX, "too many entries for one launch of memory_backward");
-    return cuda::LaunchShape{dim3(static_cast<unsigned>((count * slabs + kMostWarps - 1) / kMostWarps)), dim3(kThreads),
+    return cuda::LaunchShape{dim3(static_cast<unsigned>((count * slabs + kMaxWarps - 1) / kMaxWarps)), dim3(kThreads),
                              0, stream};
   };
   const int64_t num_stretches = args.num_pieces / kPiecesPerStretch;

@@ -15,8 +15,8 @@ std::vector<CudaKernelFacts> memory_cuda_kernel_facts();
 void add_product_key_kernel_facts(std::vector<CudaKernelFacts>& facts);  // its part of them
 
 // Of the sizes that kernels take; others raise std::invalid_argument. float32, bfloat16 and float16.
-constexpr int64_t kProductKeyMostHalfDim = 256;
-constexpr int64_t kProductKeyMostTopK = 128;
+constexpr int64_t kProductKeyMaxHalfDim = 256;
+constexpr int64_t kProductKeyMaxTopK = 128;
 
 // top_k <= num_keys is not needed, top_k <= num_keys^2 is. No workspace.
 void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace& workspace, const CudaPlace& place);

@@ -5,8 +5,8 @@
 //
 // Who owns what: a task is a few consecutive tokens, cut by shapes alone. Steps per token:
 //   1. take kRowsPerPass entries; walk their rows a cache line at a time, side by side;
-//   2. at every line, ask for the same line of the entries kPrefetchEntries further on, in the tokens that follow too:
-//      rows are too scattered for the hardware to foresee, and asked for in one burst they would wait for each other;
+//   2. at every line, prefetch the same line of the entries kPrefetchEntries further on, in the tokens that follow too:
+//      rows are too scattered for the hardware prefetcher, and prefetches in one burst would wait for each other;
 //   3. lookup adds the lines to the token's sums, dot to a vector of its own for every entry.
 // Numerics: products and sums in float32 (float64 for float64), rounded once. The sums of a lookup run over k in
 // ascending order; a dot product sums lanes over the row, then the lanes, then what is left of the row.
@@ -31,7 +31,7 @@ struct EntryRows {
   const Storage* values;
   int64_t stride;
   const int64_t* indices;
-  int64_t last_entry;  // nothing further is asked for in advance
+  int64_t last_entry;  // nothing past it is prefetched
 
   const Storage* of(int64_t entry) const { return values + indices[entry] * stride; }
   const Storage* ahead_of(int64_t entry) const {
@@ -109,7 +109,7 @@ inline void dot_rows(const EntryRows<Storage>& table, const ComputeOf<Storage>* 
 // Of `count` positions with so many elements each, those of a task.
 inline int64_t positions_per_task(int64_t count, int64_t elements) {
   using Config = MemoryLookupConfig;
-  return max64(min64(Config::kElementsPerTask / max64(elements, 1), count / Config::kLeastTasks), 1);
+  return max64(min64(Config::kElementsPerTask / max64(elements, 1), count / Config::kMinTasks), 1);
 }
 
 // Calls body(first, last, scratch) for ranges of tokens; scratch is row_dim elements of the compute type. Every token

@@ -5,12 +5,12 @@
 //
 // Who owns what: a group of 8, 16 or 32 lanes, as wide as a row needs, owns in lookup one slab of one token's out, in
 // dot as many of a token's entries as it has lanes. Steps:
-//   1. each lane reads one entry of the group's next ones, ahead of its turn; the group hears of it by shuffles;
-//   2. the rows of several entries are asked for at once, a slab of each;
+//   1. each lane reads one entry of the group's next ones, ahead of its turn, and passes it to the group by shuffles;
+//   2. the rows of several entries are loaded at once, a slab of each;
 //   3. lookup adds them, entries ascending; dot adds products, slabs ascending, then lanes.
 // Memory: T K rows are read once (2 W bytes each of 16-bit types), which is nearly all; 12 bytes an entry, out and x
 // are small beside them. Every access of a group is to neighbouring bytes. Warps of one token stand side by side, so
-// that a row's slabs are asked for together.
+// that a row's slabs are loaded together.
 // Numerics: float32 products and sums, lookup rounded once. No ties. Tokens without entries give zero rows. An index
 // outside [0, num_rows) is not followed: lookup's out row, dot's own product become NaN.
 // Determinism: every sum has an order fixed by shapes and alignment.
@@ -31,7 +31,7 @@ constexpr int kThreads = MemoryLookupCudaConfig::kThreads;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kBlocksPerProcessor = MemoryLookupCudaConfig::kBlocksPerProcessor;
 constexpr int kRowsInFlight = MemoryLookupCudaConfig::kRowsInFlight;
-static_assert(kLeastLanesPerRow % kRowsInFlight == 0, "a group's entries go by in whole steps");
+static_assert(kMinLanesPerRow % kRowsInFlight == 0, "a group's entries go by in whole steps");
 static_assert(kRowsInFlight % 4 == 0, "lanes' sums are added four at a time");
 }  // namespace
 

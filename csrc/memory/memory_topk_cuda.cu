@@ -15,14 +15,14 @@ constexpr ProductKeyKernel kKernels[] = {product_key_kernel<BFloat16, 1>(), prod
                                          product_key_kernel<float, 1>(),    product_key_kernel<float, 4>()};
 
 const ProductKeyKernel& kernel_for(const ProductKeyParams& params) {
-  if (params.half_dim <= kProductKeyMostHalfDim) {
+  if (params.half_dim <= kProductKeyMaxHalfDim) {
     for (const ProductKeyKernel& kernel : kKernels) {
-      if (params.dtype == kernel.dtype && params.top_k <= kernel.most_top_k) return kernel;
+      if (params.dtype == kernel.dtype && params.top_k <= kernel.max_top_k) return kernel;
     }
   }
   throw std::invalid_argument("product_key_topk on CUDA takes float32, bfloat16 and float16, head_dim up to " +
-                              std::to_string(2 * kProductKeyMostHalfDim) + " and top_k up to " +
-                              std::to_string(kProductKeyMostTopK) + ", got dtype code " +
+                              std::to_string(2 * kProductKeyMaxHalfDim) + " and top_k up to " +
+                              std::to_string(kProductKeyMaxTopK) + ", got dtype code " +
                               std::to_string(static_cast<int>(params.dtype)) + ", head_dim " +
                               std::to_string(2 * params.half_dim) + " and top_k " + std::to_string(params.top_k));
 }
@@ -30,7 +30,7 @@ const ProductKeyKernel& kernel_for(const ProductKeyParams& params) {
 // Pairs of ranks that can be among the top_k, by (a + 1) (b + 1): as many sums, at least, are as large as theirs.
 void list_pairs(ProductKeyArguments& args) {
   const int last = std::min(args.top_k, args.num_keys) - 1;
-  int32_t ends[kProductKeyMostTopK + 1] = {};
+  int32_t ends[kProductKeyMaxTopK + 1] = {};
   const auto for_each_pair = [&](const auto& visit) {
     for (int a = 0; a <= last; ++a) {
       for (int b = 0; b <= last && (a + 1) * (b + 1) <= args.top_k; ++b) visit(a, b, (a + 1) * (b + 1));
@@ -77,9 +77,9 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&,
 
 void add_product_key_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const ProductKeyKernel& kernel : kKernels) {
-    const char* name = kernel.most_top_k <= 32 ? "product_key_topk, top_k <= 32" : "product_key_topk, top_k <= 128";
-    facts.push_back({name, kernel.dtype, 2 * kProductKeyMostHalfDim, kernel.threads,
-                     kernel.shared_bytes(kProductKeyMostHalfDim, kernel.stages(kProductKeyMostHalfDim))});
+    const char* name = kernel.max_top_k <= 32 ? "product_key_topk, top_k <= 32" : "product_key_topk, top_k <= 128";
+    facts.push_back({name, kernel.dtype, 2 * kProductKeyMaxHalfDim, kernel.threads,
+                     kernel.shared_bytes(kProductKeyMaxHalfDim, kernel.stages(kProductKeyMaxHalfDim))});
   }
 }
 

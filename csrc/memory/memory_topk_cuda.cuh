@@ -47,7 +47,7 @@ constexpr int count_rank_pairs(int top_k) {
   for (int a = 1; a <= top_k; ++a) count += top_k / a;
   return count;
 }
-constexpr int kMostRankPairs = count_rank_pairs(kProductKeyMostTopK);
+constexpr int kMaxRankPairs = count_rank_pairs(kProductKeyMaxTopK);
 
 struct ProductKeyArguments {
   uint32_t num_tiles;  // of a head
@@ -68,7 +68,7 @@ struct ProductKeyArguments {
   float* scores;     // [T, H, top_k] float32
   int64_t* indices;  // [T, H, top_k] int64
   int32_t num_pairs;
-  uint16_t pairs[kMostRankPairs];  // a + 256 b, the smallest (a + 1) (b + 1) first
+  uint16_t pairs[kMaxRankPairs];  // a + 256 b, the smallest (a + 1) (b + 1) first
 };
 
 // kPerLane: entries of a row's list that each lane of a warp holds, for top_k up to 32 kPerLane.
@@ -101,7 +101,7 @@ struct alignas(128) ProductKeySharedMemory {
   }
   // As many as fit, two at least: one is multiplied while another arrives.
   static constexpr int64_t stages(int64_t half_dim) {
-    int64_t num_stages = ProductKeyCudaConfig::kMostStages;
+    int64_t num_stages = ProductKeyCudaConfig::kMaxStages;
     while (num_stages > 2 && bytes(half_dim, num_stages) > ProductKeyCudaConfig::kSharedBytes) --num_stages;
     return num_stages;
   }
@@ -373,7 +373,7 @@ __device__ __forceinline__ void store_scores(Shared& shared, const float (&sums)
   }
 }
 
-// What a warp knows of its rows: lane r of row r.
+// A warp's state of its rows: lane r holds row r's.
 struct RowState {
   float worst;
   int num_pending;
@@ -556,7 +556,7 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
 // What a launch of the kernel for one element type and length of lists needs to know of it.
 struct ProductKeyKernel {
   Dtype dtype;
-  int64_t most_top_k;
+  int64_t max_top_k;
   int64_t threads;
   int64_t rows;
   int64_t (*stages)(int64_t half_dim);
@@ -567,8 +567,8 @@ struct ProductKeyKernel {
 template <typename Element, int kPerLane>
 constexpr ProductKeyKernel product_key_kernel() {
   using Shared = ProductKeySharedMemory<Element, kPerLane>;
-  static_assert(Shared::bytes(kProductKeyMostHalfDim, 2) <= ProductKeyCudaConfig::kSharedBytes);
-  static_assert(Shared::kListLength <= kProductKeyMostTopK);
+  static_assert(Shared::bytes(kProductKeyMaxHalfDim, 2) <= ProductKeyCudaConfig::kSharedBytes);
+  static_assert(Shared::kListLength <= kProductKeyMaxTopK);
   return {kDtypeOf<Element>,
           Shared::kListLength,
           Shared::kThreads,

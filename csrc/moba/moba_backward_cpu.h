@@ -123,15 +123,15 @@ struct BackwardTask {
     const MobaProblem& problem = params.problem;
     IntegerVector<T> limits[kMaxVectors];
     const TileVisibility visibility = visible_keys<T>(problem, range, queries, count, first_key, num_keys, limits);
-    if (visibility.most == 0) return;
+    if (visibility.max_keys == 0) return;
     const int64_t padded_count = round_up(count, kLanes<T>);
     const int64_t num_vectors = padded_count / kLanes<T>;
     gather_rows(rows.query, params.query.strides[2], queries, count, problem.head_dim, padded_head_dim, query_rows,
                 padded_head_dim);
     gather_rows(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, padded_value_dim,
                 grad_out_rows, padded_value_dim);
-    const int64_t seen = visibility.most;
-    if (visibility.least < seen && count > 1 &&
+    const int64_t seen = visibility.max_keys;
+    if (visibility.min_keys < seen && count > 1 &&
         !(all_finite(keys.data, keys.row_stride, seen, problem.head_dim) &&
           all_finite(values.data, values.row_stride, seen, problem.value_dim) &&
           all_finite(query_rows, padded_head_dim, count, problem.head_dim) &&
@@ -169,8 +169,8 @@ struct BackwardTask {
     }
     if (visibility.least < seen) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
-      hide_later_keys(weights, kTileQueries, num_vectors, visibility.least, seen, limits, T(0));
-      hide_later_keys(grad_scores, kTileQueries, num_vectors, visibility.least, seen, limits, T(0));
+      hide_later_keys(weights, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
+      hide_later_keys(grad_scores, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
     }
     tile_gemm<true>(GemmOperands<T>{weights, kTileQueries, 1, grad_out_rows, padded_value_dim, grad_value_tile,
                                     padded_value_dim, count},
@@ -253,12 +253,12 @@ class Backward {
   void run() {
     const int64_t num_units = problem_.batch_size * problem_.num_kv_heads;
     if (num_units == 0 || extent_.num_ranges == 0) return;
-    most_rounds_ = group_size_ * extent_.most_ranges;
+    max_rounds_ = group_size_ * extent_.max_ranges;
     const int num_workers =
-        useful_threads(problem_.num_threads, num_units * most_rounds_, 5 * pair_operations(problem_, extent_));
+        useful_threads(problem_.num_threads, num_units * max_rounds_, 5 * pair_operations(problem_, extent_));
     ScratchCutter measure(nullptr);
     BackwardTask<Storage>(params_, measure);
-    worker_bytes_ = max64(measure.used(), round_up(extent_.most_blocks * 4, 64));
+    worker_bytes_ = max64(measure.used(), round_up(extent_.max_blocks * 4, 64));
     const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes_ * num_workers));
     scratch_ = scratch.get();
     const AlignedBuffer starts = allocate_aligned(static_cast<size_t>(problem_.batch_size) * sizeof(int64_t));
@@ -274,7 +274,7 @@ class Backward {
                    });
 
     // In place, all units run together; with a workspace, so many that each round has tasks for every thread.
-    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, most_rounds_));
+    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, max_rounds_));
     AlignedBuffer workspace;
     if constexpr (!kSumsInPlace) {
       workspace_bytes_ = round_up(unit_elements(extent_.longest) * static_cast<int64_t>(sizeof(T)), 64);
@@ -286,9 +286,8 @@ class Backward {
       if constexpr (!kSumsInPlace) {
         for_each_task(num_workers, wave_units, [&](int64_t index, int) { clear_unit(index); });
       }
-      for (round_ = 0; round_ < most_rounds_; ++round_) {
-        for_each_task(num_workers, wave_units * most_rounds_,
-                      [&](int64_t task, int worker) { run_task(task, worker); });
+      for (round_ = 0; round_ < max_rounds_; ++round_) {
+        for_each_task(num_workers, wave_units * max_rounds_, [&](int64_t task, int worker) { run_task(task, worker); });
       }
       if constexpr (!kSumsInPlace) {
         for_each_task(num_workers, wave_units, [&](int64_t index, int) { convert_unit(index); });
@@ -363,8 +362,8 @@ class Backward {
   }
 
   void run_task(int64_t task, int worker) const {
-    const int64_t unit = first_unit_ + task / most_rounds_;
-    const int64_t row_idx = task % most_rounds_;
+    const int64_t unit = first_unit_ + task / max_rounds_;
+    const int64_t row_idx = task % max_rounds_;
     const int64_t sequence_idx = unit / problem_.num_kv_heads;
     const Sequence sequence = sequence_at(problem_, sequence_idx);
     const int64_t num_ranges = ranges_in(problem_, sequence);
@@ -433,7 +432,7 @@ class Backward {
   const MobaProblem& problem_;
   RangeExtent extent_;
   int64_t group_size_;
-  int64_t most_rounds_ = 0;      // of any unit
+  int64_t max_rounds_ = 0;       // of any unit
   int64_t worker_bytes_ = 0;     // scratch of one worker
   int64_t workspace_bytes_ = 0;  // sums of one unit
   int64_t first_unit_ = 0;       // of the wave

@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kRowWarps = 8;
 constexpr int kRowThreads = kRowWarps * cuda::kLanes;
-// Waves of a unit whose float32 gradients of keys leave less than this of the budget get this much all the same.
-constexpr int64_t kLeastWaveBytes = int64_t{128} << 20;
+// Minimum budget of a wave beside the float32 gradients of keys of its unit.
+constexpr int64_t kMinWaveBytes = int64_t{128} << 20;
 
 }  // namespace
 
@@ -142,8 +142,8 @@ WavePlan plan_backward(const MobaProblem& problem, bool is_deterministic) {
   const int64_t unit_bytes =
       list_unit_bytes(problem) + problem.key_len * (elements_of(problem.head_dim) + elements_of(problem.value_dim)) * 4;
   const int64_t budget = workspace_budget(MobaWaveConfig::kBackwardBudget);
-  const int64_t least = unit_bytes + std::min(budget, kLeastWaveBytes);
-  return plan_waves(problem, {row_bytes, unit_bytes, std::max(budget, least)});
+  const int64_t min_budget = unit_bytes + std::min(budget, kMinWaveBytes);
+  return plan_waves(problem, {row_bytes, unit_bytes, std::max(budget, min_budget)});
 }
 
 BackwardWorkspace take_workspace(const MobaProblem& problem, bool is_deterministic, int64_t num_units,
@@ -167,7 +167,7 @@ void clear(float* sums, int64_t count, cudaStream_t stream) {
 
 // Step 3. The deterministic way takes the chunks of large blocks one after the other: each adds to the same rows.
 void attend_backward(const BackwardKernel& kernel, BackwardArguments args, cudaStream_t stream) {
-  if (args.lists.most_items == 0) return;
+  if (args.lists.max_items == 0) return;
   const StageRange range("moba: attention backward");
   const auto num_chunks = static_cast<int32_t>(divide_up(args.geometry.block_size, kernel.keys_per_chunk));
   const auto needed = static_cast<int32_t>(divide_up(args.geometry.key_len, kernel.keys_per_chunk));
@@ -295,7 +295,7 @@ void add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
     with_element(dtype, [&](auto element) {
       for (const BackwardKernel& kernel : backward_kernels(element)) {
         facts.push_back(
-            {"moba_attend_blocks_backward", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+            {"moba_attend_blocks_backward", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
       }
     });
   }

@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
   const Unit unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
   const int chunk = args.first_chunk + static_cast<int>(blockIdx.x % static_cast<unsigned>(args.num_chunks));
   WorkItem item;
-  // Step 1. The grid is a bound taken from shapes: thread blocks past the last item leave, whole, and so do those whose
+  // Step 1. The grid is a bound taken from shapes: whole thread blocks past the last item return, and so do those whose
   // part of a short block is empty.
   const auto item_idx = static_cast<int32_t>(blockIdx.x / static_cast<unsigned>(args.num_chunks));
   if (!find_work_item(args.geometry, args.lists, unit_in_wave, item_idx, item)) return;
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
 
 struct BackwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;  // and value_dim
+  int64_t max_head_dim;  // and value_dim
   int64_t threads;
   int64_t shared_bytes;
   int64_t entries_per_item;
@@ -441,7 +441,7 @@ constexpr BackwardKernel backward_kernel() {
           Shared::Tiles::kEntriesPerItem,
           Shared::kKeys,
           [](const BackwardArguments& args, cudaStream_t stream) {
-            const dim3 grid(static_cast<unsigned>(args.lists.most_items * args.num_chunks),
+            const dim3 grid(static_cast<unsigned>(args.lists.max_items * args.num_chunks),
                             static_cast<unsigned>(args.wave.num_units));
             cuda::launch(moba_attend_blocks_backward<Element, kHeadDim>,
                          {grid, dim3(Shared::kThreads), sizeof(Shared), stream}, args);

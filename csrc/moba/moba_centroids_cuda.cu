@@ -6,7 +6,8 @@
 // num_groups-th row; threads of one row stand side by side, so that reads coalesce. Steps, per panel of columns:
 //   1. each thread sums its rows in registers;
 //   2. the row groups' sums meet in shared memory;
-//   3. the first group adds them in order, divides and writes; the router also learns the largest magnitude of a unit.
+//   3. the first group adds them in order, divides and writes; for the router it also writes the largest magnitude of a
+//      unit.
 // Numerics: float32 sums of float32, bfloat16 or float16 keys. Ties do not arise. An empty key tensor has no blocks and
 // launches nothing; the last block of a sequence may be short and is divided by the keys it has.
 // Determinism: every sum is taken in an order fixed by shapes and alignment.
@@ -20,10 +21,10 @@ namespace topgather {
 namespace {
 
 constexpr int kThreads = MobaCentroidConfig::kThreads;
-constexpr int kMostVector = 8;
+constexpr int kMaxVector = 8;
 
 struct SharedMemory {
-  float sums[kThreads][kMostVector];
+  float sums[kThreads][kMaxVector];
 };
 
 // Step 1. Rows that are 16-byte aligned come in whole vectors.

@@ -4,8 +4,8 @@
 // [queries, V] = weights x value pairs. Keys and values of a block are packed into pairs once per range, then serve
 // every tile of queries that chose the block.
 // Numerics: products of bfloat16 with float32 sums; exponentials and the sum of weights in float32; the weights that
-// meet the values are rounded to bfloat16. Infinities among hidden values never get here: the caller sends such tiles
-// the general way.
+// meet the values are rounded to bfloat16. Infinities among hidden values never get here: the caller takes the
+// general path for such tiles.
 #pragma once
 
 #include <limits>
@@ -22,7 +22,7 @@ struct AmxForwardTile {
   static constexpr int64_t kTileQueries = kAmxPanel;
   static constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
-  int64_t tile_keys;  // most keys of a block packed at once, a multiple of 32
+  int64_t tile_keys;  // maximum of keys of a block packed at once, a multiple of 32
   int64_t head_dim;
   int64_t value_dim;
   int64_t padded_head_dim;   // to 32

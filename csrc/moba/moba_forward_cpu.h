@@ -41,8 +41,8 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 
 // How many of a block's keys, from first_key on, each query of a tile may see; all of them where not causal.
 struct TileVisibility {
-  int64_t least;
-  int64_t most;
+  int64_t min_keys;
+  int64_t max_keys;
 };
 
 template <typename T>
@@ -52,9 +52,9 @@ inline TileVisibility visible_keys(const MobaProblem& problem, const QueryRange&
   if (!problem.is_causal) return {num_keys, num_keys};
   const int64_t offset = range.first_query + range.sequence.position_offset + 1 - first_key;
   const auto limit_of = [&](int64_t i) { return max64(0, min64(num_keys, queries[i] + offset)); };
-  // Queries ascend, so the ends of the tile bound it.
+  // Queries ascend: the first query's visible range is the shortest, the last one's the longest.
   const TileVisibility visibility{limit_of(0), limit_of(count - 1)};
-  if (visibility.least < num_keys) {
+  if (visibility.min_keys < num_keys) {
     const int64_t padded = round_up(count, kLanes<T>);
     for (int64_t i = 0; i < padded; ++i) {
       limits[i / kLanes<T>][i % kLanes<T>] = static_cast<Integer>(limit_of(min64(i, count - 1)));
@@ -91,7 +91,7 @@ inline bool uses_matrix_unit(double scale) {
   return kHasMatrixUnit<Storage> && scale > 0;
 }
 
-// Some keys of a block, with their values: where they lie, and as the micro-kernel wants them once it has asked.
+// Some keys of a block, with their values: where they lie, and, once needed, as the micro-kernel takes them.
 template <typename Storage>
 struct KeyTile {
   int64_t first_key;  // within the sequence
@@ -215,7 +215,7 @@ struct ForwardTask {
     IntegerVector<T> limits[kMaxVectors];
     const TileVisibility visibility =
         visible_keys<T>(problem, range, queries, count, tile.first_key, tile.num_keys, limits);
-    if (visibility.most == 0) return;
+    if (visibility.max_keys == 0) return;
     prefetch_rows(running_out, padded_value_dim, queries, count, padded_value_dim);
     prefetch_rows(range_query, params.query.strides[2], queries + count, num_following, problem.head_dim);
     const bool hides_keys = visibility.least < visibility.most;
@@ -230,7 +230,7 @@ struct ForwardTask {
     if constexpr (kHasMatrixUnit<Storage>) {
       if (uses_matrix_unit<Storage>(params.scale) && hides_only_finite) {
         const auto limit_of = [&](int64_t i) {
-          return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.most;
+          return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.max_keys;
         };
         amx.attend(range_query, params.query.strides[2], queries, count, visibility.most, limit_of, running_max,
                    running_sum, rescale);
@@ -255,12 +255,12 @@ struct ForwardTask {
       cap_scores(scores, kTileQueries, padded_count / kLanes<T>, visibility.most, static_cast<T>(params.softcap * kLog2E));
     }
     if (hides_keys) {
-      hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.least, visibility.most, limits,
+      hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.min_keys, visibility.max_keys, limits,
                       -std::numeric_limits<T>::infinity());
     }
-    softmax_all_columns(visibility.most, queries, count, rescale);
+    softmax_all_columns(visibility.max_keys, queries, count, rescale);
     tile_gemm<false>(GemmOperands<T>{scores, 1, kTileQueries, tile.values.data, tile.values.row_stride, out_tile,
-                                     padded_value_dim, visibility.most},
+                                     padded_value_dim, visibility.max_keys},
                      count, padded_value_dim);
     add_to_running(queries, count, rescale, out_tile, padded_value_dim);
   }
@@ -401,20 +401,20 @@ struct ForwardTask {
 };
 
 struct RangeExtent {
-  int64_t most_queries = 0;  // in one range
-  int64_t most_blocks = 0;   // in one sequence
-  int64_t most_ranges = 0;   // in one head of a sequence
-  int64_t num_ranges = 0;    // over all sequences and query heads
-  Sequence longest{};        // no sequence's: the most queries and the most keys of any
+  int64_t max_queries = 0;  // in one range
+  int64_t max_blocks = 0;   // in one sequence
+  int64_t max_ranges = 0;   // in one head of a sequence
+  int64_t num_ranges = 0;   // over all sequences and query heads
+  Sequence longest{};       // no sequence's own: the maximum of queries and the maximum of keys over all sequences
 };
 
 inline RangeExtent range_extent(const MobaProblem& problem) {
   RangeExtent extent;
   for (int64_t s = 0; s < problem.batch_size; ++s) {
     const Sequence sequence = sequence_at(problem, s);
-    extent.most_queries = max64(extent.most_queries, queries_per_range(problem, sequence));
-    extent.most_blocks = max64(extent.most_blocks, sequence.num_blocks);
-    extent.most_ranges = max64(extent.most_ranges, ranges_in(problem, sequence));
+    extent.max_queries = max64(extent.max_queries, queries_per_range(problem, sequence));
+    extent.max_blocks = max64(extent.max_blocks, sequence.num_blocks);
+    extent.max_ranges = max64(extent.max_ranges, ranges_in(problem, sequence));
     extent.num_ranges += ranges_in(problem, sequence) * problem.num_query_heads;
     extent.longest.query_len = max64(extent.longest.query_len, sequence.query_len);
     extent.longest.key_len = max64(extent.longest.key_len, sequence.key_len);
@@ -426,14 +426,14 @@ inline RangeExtent range_extent(const MobaProblem& problem) {
 // reports is thrown once all are done.
 template <typename RunRange>
 void for_each_range(const MobaProblem& problem, int num_workers, const RunRange& run_range) {
-  const int64_t most_ranges = range_extent(problem).most_ranges;
+  const int64_t max_ranges = range_extent(problem).max_ranges;
   RoutingFault first_fault{};
   int32_t has_fault = 0;
-  const int64_t num_tasks = problem.batch_size * problem.num_query_heads * most_ranges;
+  const int64_t num_tasks = problem.batch_size * problem.num_query_heads * max_ranges;
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
-    const int64_t range_idx = task % most_ranges;
-    const int64_t head = task / most_ranges % problem.num_query_heads;
-    const int64_t sequence_idx = task / most_ranges / problem.num_query_heads;
+    const int64_t range_idx = task % max_ranges;
+    const int64_t head = task / max_ranges % problem.num_query_heads;
+    const int64_t sequence_idx = task / max_ranges / problem.num_query_heads;
     const Sequence sequence = sequence_at(problem, sequence_idx);
     const int64_t size = queries_per_range(problem, sequence);
     const int64_t first_query = range_idx * size;
@@ -453,7 +453,7 @@ void for_each_range(const MobaProblem& problem, int num_workers, const RunRange&
 // Multiply-adds of one product of chosen queries with keys: what the number of threads is judged by.
 inline double pair_operations(const MobaProblem& problem, const RangeExtent& extent) {
   const double keys_per_query =
-      static_cast<double>(min64(problem.top_k, extent.most_blocks)) * static_cast<double>(problem.block_size);
+      static_cast<double>(min64(problem.top_k, extent.max_blocks)) * static_cast<double>(problem.block_size);
   const double num_rows = static_cast<double>(problem.num_query_heads) * static_cast<double>(problem.query_len) *
                           (problem.cu_seqlens_q.data == nullptr ? static_cast<double>(problem.batch_size) : 1.0);
   return num_rows * keys_per_query * static_cast<double>(problem.head_dim + problem.value_dim);
@@ -466,11 +466,11 @@ void forward_storage(const MobaForwardParams& params) {
   if (extent.num_ranges == 0) return;
   const int num_workers = useful_threads(problem.num_threads, extent.num_ranges, pair_operations(problem, extent));
   ScratchCutter measure(nullptr);
-  ForwardTask<Storage>(params, extent.most_queries, extent.most_blocks, measure);
+  ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, measure);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used()) * num_workers);
   for_each_range(problem, num_workers, [&](const QueryRange& range, int64_t, int64_t, int worker) {
     ScratchCutter cutter(scratch.get() + measure.used() * worker);
-    return ForwardTask<Storage>(params, extent.most_queries, extent.most_blocks, cutter).run(range);
+    return ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, cutter).run(range);
   });
 }
 

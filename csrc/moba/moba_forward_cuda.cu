@@ -179,7 +179,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     WorkspaceCutter wave_cutter = wave_start;
     const ForwardWorkspace workspace = take_workspace(problem, wave.num_units, wave.num_queries, wave_cutter);
     build_block_lists({geometry, wave, params.block_indices, workspace.lists}, stream);
-    if (workspace.lists.most_items > 0) {
+    if (workspace.lists.max_items > 0) {
       const StageRange attention("moba: attention");
       ForwardArguments args{};
       args.geometry = geometry;
@@ -209,8 +209,7 @@ void add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const Dtype dtype : kCudaDtypes) {
     with_element(dtype, [&](auto element) {
       for (const ForwardKernel& kernel : forward_kernels(element)) {
-        facts.push_back(
-            {"moba_attend_blocks", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+        facts.push_back({"moba_attend_blocks", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
       }
     });
   }

@@ -76,7 +76,7 @@ using cuda::kLanes;
 using cuda::lane_id;
 using cuda::warp_id;
 
-// A tile of entries as a warp sees it: lane r knows row r.
+// A tile of entries as a warp holds it: lane r has row r.
 struct Rows {
   int32_t entry;         // -1: the row is not there
   int32_t num_visible;   // keys of the block; rows that are not there see all, so that they hide none
@@ -167,11 +167,11 @@ __device__ __forceinline__ void gather_queries_async(const ForwardArguments& arg
   }
 }
 
-__device__ __forceinline__ int32_t least_of_warp(int32_t value) {
+__device__ __forceinline__ int32_t min_of_warp(int32_t value) {
   for (int distance = 16; distance > 0; distance /= 2) value = min(value, __shfl_xor_sync(kAllLanes, value, distance));
   return value;
 }
-__device__ __forceinline__ int32_t most_of_warp(int32_t value) {
+__device__ __forceinline__ int32_t max_of_warp(int32_t value) {
   for (int distance = 16; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
   return value;
 }
@@ -301,9 +301,9 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
   using Tiles = typename Shared::Tiles;
   constexpr int kStepKeys = Tiles::kStepKeys;
   const int first_row = warp_id() * Tiles::kRowBlocks * 16;
-  const int32_t least_visible = least_of_warp(rows.num_visible);
-  const int32_t most_visible = most_of_warp(rows.entry >= 0 ? rows.num_visible : 0);
-  const int end = min(num_keys, most_visible - first_key);
+  const int32_t min_visible = min_of_warp(rows.num_visible);
+  const int32_t max_visible = max_of_warp(rows.entry >= 0 ? rows.num_visible : 0);
+  const int end = min(num_keys, max_visible - first_key);
 #pragma unroll 1
   for (int step = 0; step < end; step += kStepKeys) {
     float scores[Tiles::kRowBlocks][kStepKeys / 8][4];
@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   const int64_t unit_in_wave = blockIdx.y;
   const Unit unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
   WorkItem item;
-  // Step 1. The grid is a bound taken from shapes: thread blocks past the last item leave, whole.
+  // Step 1. The grid is a bound taken from shapes: whole thread blocks past the last item return.
   if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x), item)) return;
   const bool fits = item.block.num_keys <= Tiles::kResidentKeys;
   if (fits) forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, 0, item.block.num_keys, shared);
@@ -472,7 +472,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
 
 struct ForwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;  // and value_dim
+  int64_t max_head_dim;  // and value_dim
   int64_t threads;
   int64_t shared_bytes;
   int64_t entries_per_item;
@@ -490,7 +490,7 @@ constexpr ForwardKernel forward_kernel() {
           Shared::Tiles::kEntriesPerItem,
           [](const ForwardArguments& args, cudaStream_t stream) {
             const int64_t num_panels = divide_up(args.value_dim, Shared::kValueColumns);
-            const dim3 grid(static_cast<unsigned>(args.lists.most_items), static_cast<unsigned>(args.wave.num_units),
+            const dim3 grid(static_cast<unsigned>(args.lists.max_items), static_cast<unsigned>(args.wave.num_units),
                             static_cast<unsigned>(num_panels > 0 ? num_panels : 1));
             cuda::launch(moba_attend_blocks<Element, kHeadDim>, {grid, dim3(Shared::kThreads), sizeof(Shared), stream},
                          args);

@@ -44,7 +44,7 @@ struct QueryRange {
 inline int64_t queries_per_range(const MobaProblem& problem, const Sequence& sequence) {
   const int64_t chosen = max64(1, min64(problem.top_k, sequence.num_blocks));
   const int64_t wanted = round_up(ceil_div(sequence.num_blocks * MobaRangeConfig::kQueriesPerBlock, chosen), 64);
-  return min64(max64(wanted, MobaRangeConfig::kLeastQueries), round_up(max64(sequence.query_len, 1), 64));
+  return min64(max64(wanted, MobaRangeConfig::kMinQueries), round_up(max64(sequence.query_len, 1), 64));
 }
 
 inline int64_t ranges_in(const MobaProblem& problem, const Sequence& sequence) {

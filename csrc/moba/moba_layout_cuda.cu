@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kLanes) moba_prepare_sequences(const SequenceA
     const uint32_t high = __shfl_sync(kAllLanes, static_cast<uint32_t>(static_cast<uint64_t>(value) >> 32), source);
     return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
   };
-  const auto clamped = [](int64_t value, int64_t most) { return value < 0 ? 0 : (value > most ? most : value); };
+  const auto clamped = [](int64_t value, int64_t limit) { return value < 0 ? 0 : (value > limit ? limit : value); };
   for (int64_t first = 0; first <= args.num_sequences; first += kLanes) {
     const int64_t i = first + lane;
     const bool is_there = i <= args.num_sequences;
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
   const int64_t num_blocks = args.geometry.num_blocks;
   int32_t* list_starts = args.lists.list_starts + blockIdx.x * (num_blocks + 1);
   int32_t* item_starts = args.lists.item_starts + blockIdx.x * (num_blocks + 1);
-  int32_t* item_blocks = args.lists.item_blocks + blockIdx.x * args.lists.most_items;
+  int32_t* item_blocks = args.lists.item_blocks + blockIdx.x * args.lists.max_items;
   int32_t entries_before = 0, items_before = 0;
   for (int64_t first = 0; first < num_blocks; first += kThreads) {
     const int64_t block = first + threadIdx.x;
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
   }
 }
 
-// Step 4. Shared memory, where it is asked for: cursors [chunk of the thread block, block] int32.
+// Step 4. Dynamic shared memory, where there is any: cursors [chunk of the thread block, block] int32.
 __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const LayoutArguments args) {
   const MobaGeometry& geometry = args.geometry;
   const BlockListsOnDevice& lists = args.lists;
@@ -363,11 +363,11 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
   lists.entries_per_item = static_cast<int32_t>(entries_per_item);
   // Every item but a list's last is full, and there are no more lists than blocks or choices.
   const int64_t num_entries = lists.num_rows * problem.top_k;
-  lists.most_items = num_blocks > 0 ? num_entries / entries_per_item + std::min(num_blocks, num_entries) : 0;
+  lists.max_items = num_blocks > 0 ? num_entries / entries_per_item + std::min(num_blocks, num_entries) : 0;
   lists.counts = cutter.take<int32_t>(num_units * lists.num_chunks * num_blocks);
   lists.list_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
   lists.item_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
-  lists.item_blocks = cutter.take<int32_t>(num_units * lists.most_items);
+  lists.item_blocks = cutter.take<int32_t>(num_units * lists.max_items);
   lists.entries = cutter.take<int32_t>(num_units * num_entries);
   lists.is_row_valid = cutter.take<uint16_t>(num_units * lists.num_rows);
   return lists;
@@ -390,7 +390,7 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
   cuda::launch(moba_scan_blocks, {dim3(num_units), dim3(kThreads), sizeof(ScanSharedMemory), stream}, args);
   LayoutArguments fill = args;
   const int64_t cursor_bytes = kFillWarps * num_blocks * static_cast<int64_t>(sizeof(int32_t));
-  fill.are_cursors_shared = cursor_bytes <= MobaLayoutConfig::kMostCursorBytes;
+  fill.are_cursors_shared = cursor_bytes <= MobaLayoutConfig::kMaxCursorBytes;
   cuda::launch(moba_fill_lists,
                {dim3(grid(lists.num_chunks, kFillWarps), num_units), dim3(kFillWarps * kLanes),
                 fill.are_cursors_shared ? static_cast<size_t>(cursor_bytes) : 0, stream},

@@ -43,11 +43,11 @@ void mean_of_rows(const Storage* rows, int64_t row_stride, int64_t count, int64_
 template <typename Storage, typename CentroidOf>
 void compute_centroids(const MobaProblem& problem, const Array<const void, 4>& key, const CentroidOf& centroid_of) {
   constexpr int64_t kBlocksPerTask = MobaRouteConfig::kCentroidsPerTask;
-  int64_t most_blocks = 0;
+  int64_t max_blocks = 0;
   for (int64_t s = 0; s < problem.batch_size; ++s) {
-    most_blocks = max64(most_blocks, sequence_at(problem, s).num_blocks);
+    max_blocks = max64(max_blocks, sequence_at(problem, s).num_blocks);
   }
-  const int64_t chunks_per_head = ceil_div(most_blocks, kBlocksPerTask);
+  const int64_t chunks_per_head = ceil_div(max_blocks, kBlocksPerTask);
   const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_kv_heads) *
                                 static_cast<double>(problem.key_len * problem.head_dim);
@@ -124,11 +124,11 @@ struct RouteTask {
   // Steps 2 and 3: the lists of a tile of queries, the i-th of which may see the first visible[i] blocks.
   // chunk_of(first, count) gives the centroids of so many blocks from `first` on, as a RowBlock.
   template <typename ChunkOf>
-  void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* visible, int64_t most_visible) {
+  void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* visible, int64_t max_visible) {
     const int64_t head_dim = params.problem.head_dim;
     for (int64_t i = 0; i < list_length * kVectorsPerTile; ++i) kept[i] = IntegerVector<T>{} - 1;
-    for (int64_t first = 0; first < most_visible; first += kChunkBlocks) {
-      const int64_t count = min64(kChunkBlocks, most_visible - first);
+    for (int64_t first = 0; first < max_visible; first += kChunkBlocks) {
+      const int64_t count = min64(kChunkBlocks, max_visible - first);
       const RowBlock<T> chunk = chunk_of(first, count);
       const GemmOperands<T> product{chunk.data, chunk.row_stride, 1,       query_tile, kTileQueries,
                                     scores,     kTileQueries,     head_dim};
@@ -184,16 +184,16 @@ struct RouteTask {
       IntegerVector<T> visible[kVectorsPerTile];
       int32_t rows[kTileQueries];
       int64_t own[kTileQueries];
-      int64_t most_visible = 0;
+      int64_t max_visible = 0;
       for (int64_t i = 0; i < kTileQueries; ++i) {
         rows[i] = static_cast<int32_t>(i);
         const int64_t position = tile + min64(i, count - 1) + sequence.position_offset;
         own[i] = problem.is_causal ? (position < 0 ? -1 : position / problem.block_size) : -1;
         const int64_t num_visible = problem.is_causal ? max64(own[i], 0) : sequence.num_blocks;
         visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
-        most_visible = max64(most_visible, num_visible);
+        max_visible = max64(max_visible, num_visible);
       }
-      const bool needs_scores = most_visible > list_length && list_length > 0;
+      const bool needs_scores = max_visible > list_length && list_length > 0;
       if (needs_scores) {
         const Array<const void, 4>& query = params.query;
         gather_transposed(query.at<Storage>(sequence.batch_idx, head, sequence.query_start + tile), query.strides[2],
@@ -201,7 +201,7 @@ struct RouteTask {
         const auto chunk_of = [&](int64_t first, int64_t) -> RowBlock<T> {
           return {centroids + first * problem.head_dim, problem.head_dim};
         };
-        select(chunk_of, ceil_div(count, kLanes<T>), visible, most_visible);
+        select(chunk_of, ceil_div(count, kLanes<T>), visible, max_visible);
       }
       for (int64_t i = 0; i < count; ++i) {
         int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, sequence.query_start + tile + i);
@@ -222,18 +222,18 @@ void route_storage(const MobaRouteParams& params) {
   using Task = RouteTask<Storage>;
   const MobaProblem& problem = params.problem;
   int64_t total_blocks = 0;
-  int64_t most_blocks = 0;
-  int64_t most_queries = 0;
+  int64_t max_blocks = 0;
+  int64_t max_queries = 0;
   const AlignedBuffer starts_buffer = allocate_aligned(static_cast<size_t>(problem.batch_size + 1) * sizeof(int64_t));
   int64_t* block_starts = reinterpret_cast<int64_t*>(starts_buffer.get());
   for (int64_t s = 0; s < problem.batch_size; ++s) {
     const Sequence sequence = sequence_at(problem, s);
     block_starts[s] = total_blocks;
     total_blocks += sequence.num_blocks;
-    most_blocks = max64(most_blocks, sequence.num_blocks);
-    most_queries = max64(most_queries, sequence.query_len);
+    max_blocks = max64(max_blocks, sequence.num_blocks);
+    max_queries = max64(max_queries, sequence.query_len);
   }
-  const int64_t list_length = min64(problem.is_causal ? problem.top_k - 1 : problem.top_k, most_blocks);
+  const int64_t list_length = min64(problem.is_causal ? problem.top_k - 1 : problem.top_k, max_blocks);
   const AlignedBuffer centroid_buffer =
       allocate_aligned(static_cast<size_t>(total_blocks * problem.num_kv_heads * problem.head_dim) * sizeof(T));
   T* centroids = reinterpret_cast<T*>(centroid_buffer.get());
@@ -244,10 +244,10 @@ void route_storage(const MobaRouteParams& params) {
   };
   if (list_length > 0) compute_centroids<Storage>(problem, params.key, centroid_of);
 
-  const int64_t chunks_per_head = ceil_div(most_queries, Task::kQueriesPerTask);
+  const int64_t chunks_per_head = ceil_div(max_queries, Task::kQueriesPerTask);
   const int64_t num_tasks = problem.batch_size * problem.num_query_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.num_query_heads * problem.query_len) *
-                                static_cast<double>(most_blocks * problem.head_dim + problem.top_k);
+                                static_cast<double>(max_blocks * problem.head_dim + problem.top_k);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
   const size_t worker_bytes =
       static_cast<size_t>(round_up(static_cast<int64_t>(Task::scratch_bytes(problem.head_dim, list_length)), 64));

@@ -16,7 +16,7 @@ namespace topgather {
 namespace {
 
 constexpr int kSplitThreads = 256;
-constexpr int64_t kMostThreadBlocks = 2048;  // of the router where lists lie in global memory
+constexpr int64_t kMaxThreadBlocks = 2048;  // of the router where lists lie in global memory
 
 struct RouteWorkspace {
   float* centroids;      // [unit, block, row_elements] float32
@@ -109,18 +109,18 @@ RoutePlan plan_route(const MobaProblem& problem) {
   const int64_t budget = workspace_budget(MobaWaveConfig::kRouteBudget);
   const int64_t unit_bytes = blocks_per_unit(problem) * plan.row_elements * (4 + 2 * parts_of(problem.dtype)) + 4;
   // Work is numbered in 31 bits.
-  const int64_t most_by_index = INT32_MAX / (plan.num_tiles * heads_per_unit(problem));
-  require(most_by_index >= 1, "moba_route: more than 2^31 - 1 tiles of queries in one key head");
-  plan.units_per_step = std::clamp<int64_t>(std::min(budget / unit_bytes, most_by_index), 1, count_units(problem));
+  const int64_t max_by_index = INT32_MAX / (plan.num_tiles * heads_per_unit(problem));
+  require(max_by_index >= 1, "moba_route: more than 2^31 - 1 tiles of queries in one key head");
+  plan.units_per_step = std::clamp<int64_t>(std::min(budget / unit_bytes, max_by_index), 1, count_units(problem));
   const int64_t work = plan.num_tiles * plan.units_per_step * heads_per_unit(problem);
   plan.shared_bytes = plan.kernel->shared_bytes(plan.list_length);
-  plan.are_lists_shared = plan.shared_bytes <= cuda::most_shared_bytes();
+  plan.are_lists_shared = plan.shared_bytes <= cuda::max_shared_bytes();
   plan.thread_blocks = work;
   if (!plan.are_lists_shared) {
     plan.shared_bytes = plan.kernel->shared_bytes(0);
     const int64_t list_bytes = plan.kernel->queries_per_tile * plan.list_length * 8;
-    const int64_t most = std::clamp<int64_t>((budget / 2) / list_bytes, 1, kMostThreadBlocks);
-    plan.thread_blocks = std::min(work, most);
+    const int64_t max_blocks = std::clamp<int64_t>((budget / 2) / list_bytes, 1, kMaxThreadBlocks);
+    plan.thread_blocks = std::min(work, max_blocks);
   }
   return plan;
 }
@@ -145,12 +145,12 @@ RouteWorkspace take_workspace(const MobaProblem& problem, const RoutePlan& plan,
 template <typename Element>
 void split(const SplitArguments& args, int64_t num_units, cudaStream_t stream) {
   const auto grid_x = static_cast<unsigned>(divide_up(args.unit_elements, kSplitThreads));
-  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
+  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMaxUnits) {
     SplitArguments part = args;
     part.centroids += done * args.unit_elements;
     part.parts = static_cast<Element*>(args.parts) + done * args.unit_elements * kCentroidParts<Element>;
     if (args.largest != nullptr) part.largest += done;
-    const auto count = static_cast<unsigned>(std::min(num_units - done, MobaWaveConfig::kMostUnits));
+    const auto count = static_cast<unsigned>(std::min(num_units - done, MobaWaveConfig::kMaxUnits));
     cuda::launch(moba_split_centroids<Element>, {dim3(grid_x, count), dim3(kSplitThreads), 0, stream}, part);
   }
 }
@@ -240,7 +240,7 @@ void add_route_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const Dtype dtype : kCudaDtypes) {
     with_element(dtype, [&](auto element) {
       for (const RouteKernel& kernel : route_kernels(element)) {
-        facts.push_back({"moba_route", kernel.dtype, kernel.most_head_dim, kernel.threads,
+        facts.push_back({"moba_route", kernel.dtype, kernel.max_head_dim, kernel.threads,
                          static_cast<int64_t>(kernel.shared_bytes(8))});
       }
     });

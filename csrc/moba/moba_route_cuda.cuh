@@ -300,8 +300,8 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
     const int64_t first_query = tile * Shared::kQueries;
     const Element* query_rows = args.query.at<Element>(unit.batch_idx, head, sequence.first_query + first_query);
 
-    const int32_t most_visible = route::place_rows(geometry, sequence, first_query, shared);
-    const bool needs_scores = args.list_length > 0 && most_visible > args.list_length;
+    const int32_t max_visible = route::place_rows(geometry, sequence, first_query, shared);
+    const bool needs_scores = args.list_length > 0 && max_visible > args.list_length;
     if (needs_scores) {
       route::copy_rows(shared.query, query_rows, args.query.strides[2], sequence.num_queries - first_query,
                        Shared::kQueries, used_chunks, row_chunks, Shared::kThreads);
@@ -311,9 +311,9 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
         lists.blocks[i] = route::kNoBlock;
       }
       const int64_t unit_block = unit_in_step * geometry.num_blocks + sequence.first_block;
-      for (int32_t first_block = 0; first_block < most_visible; first_block += Shared::kCentroids) {
+      for (int32_t first_block = 0; first_block < max_visible; first_block += Shared::kCentroids) {
         const int count =
-            most_visible - first_block < Shared::kCentroids ? most_visible - first_block : Shared::kCentroids;
+            max_visible - first_block < Shared::kCentroids ? max_visible - first_block : Shared::kCentroids;
         const Element* parts =
             static_cast<const Element*>(args.parts) + (unit_block + first_block) * kParts * args.row_elements;
         // Step 1: part by part, each part's rows together.
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
 // What a launch of the kernel for one element type and head dimension needs to know of it.
 struct RouteKernel {
   Dtype dtype;
-  int64_t most_head_dim;
+  int64_t max_head_dim;
   int64_t threads;
   int64_t queries_per_tile;
   size_t (*shared_bytes)(int64_t list_length);

@@ -23,7 +23,7 @@ struct BlockListsOnDevice {
   uint16_t* is_row_valid;  // [unit, row] uint16: the row's choices exist and differ
   int64_t num_chunks;      // of a unit
   int64_t num_rows;        // of a unit
-  int64_t most_items;      // of a unit: a bound taken from shapes
+  int64_t max_items;       // of a unit: a bound taken from shapes
   int32_t entries_per_item;
 };
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ bool find_work_item(const MobaGeometry& geometry, con
   const int32_t* item_starts = lists.item_starts + unit_in_wave * (num_blocks + 1);
   const int32_t* list_starts = lists.list_starts + unit_in_wave * (num_blocks + 1);
   if (item_idx >= item_starts[num_blocks]) return false;
-  const int64_t block = lists.item_blocks[unit_in_wave * lists.most_items + item_idx];
+  const int64_t block = lists.item_blocks[unit_in_wave * lists.max_items + item_idx];
   const int32_t first = list_starts[block] + (item_idx - item_starts[block]) * lists.entries_per_item;
   const int32_t left = list_starts[block + 1] - first;
   item.entries = lists.entries + unit_in_wave * lists.num_rows * geometry.top_k + first;
@@ -96,7 +96,7 @@ __device__ __forceinline__ WaveRow wave_row(const MobaGeometry& geometry, const 
 template <typename Kernel>
 const Kernel& narrowest_kernel(const Kernel (&kernels)[3], int64_t num_elements) {
   for (const Kernel& kernel : kernels) {
-    if (num_elements <= kernel.most_head_dim) return kernel;
+    if (num_elements <= kernel.max_head_dim) return kernel;
   }
   throw_rows_too_wide(num_elements);
 }

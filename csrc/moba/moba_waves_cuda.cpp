@@ -20,13 +20,13 @@ WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand) {
   const int64_t group = heads_per_unit(problem);
   const int64_t num_units = count_units(problem);
   int64_t queries = (demand.budget - demand.unit_bytes) / (demand.row_bytes * group);
-  const int64_t most_by_index = INT32_MAX / (group * problem.top_k);
-  queries = queries < most_by_index ? queries : most_by_index;
+  const int64_t max_by_index = INT32_MAX / (group * problem.top_k);
+  queries = queries < max_by_index ? queries : max_by_index;
   if (queries >= problem.query_len) {
     const int64_t unit_bytes = demand.unit_bytes + problem.query_len * group * demand.row_bytes;
     int64_t units = unit_bytes > 0 ? demand.budget / unit_bytes : num_units;
     units = units < 1 ? 1 : (units < num_units ? units : num_units);
-    units = units < MobaWaveConfig::kMostUnits ? units : MobaWaveConfig::kMostUnits;
+    units = units < MobaWaveConfig::kMaxUnits ? units : MobaWaveConfig::kMaxUnits;
     return {units, problem.query_len, divide_up(num_units, units), 1};
   }
   queries = queries < 1 ? 1 : queries;
