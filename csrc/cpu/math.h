@@ -81,8 +81,8 @@ inline Vector<double> exp2_vector(Vector<double> x) {
 inline Vector<float> tanh_vector(const Vector<float>& x) {
   // Near 0 the difference from 1 would lose what tells small numbers apart: there the series' first terms.
   const Vector<float> square = x * x;
-  constexpr float kCoefficients[6] = {1.0f,           -1.0f / 3.0f,    2.0f / 15.0f,
-                                      -17.0f / 315.0f, 62.0f / 2835.0f, -1382.0f / 155925.0f};
+  constexpr float kCoefficients[6] = {
+      1.0f, -1.0f / 3.0f, 2.0f / 15.0f, -17.0f / 315.0f, 62.0f / 2835.0f, -1382.0f / 155925.0f};
   const Vector<float> series = x * polynomial(square, kCoefficients);
   const Vector<float> away = 1.0f - 2.0f / (exp2_vector(maximum(x, -x) * static_cast<float>(2.0 * kLog2E)) + 1.0f);
   return square < 0.1f ? series : (x < 0.0f ? -away : away);

@@ -93,8 +93,8 @@ inline void add_kernel_facts(pybind11::module_& module, const char* name, std::v
   module.def(name, [facts] {
     pybind11::list rows;
     for (const CudaKernelFacts& kernel : facts()) {
-      rows.append(pybind11::make_tuple(kernel.name, static_cast<int>(kernel.dtype), kernel.most_head_dim,
-                                       kernel.threads, kernel.shared_bytes));
+      rows.append(pybind11::make_tuple(kernel.name, static_cast<int>(kernel.dtype), kernel.max_head_dim, kernel.threads,
+                                       kernel.shared_bytes));
     }
     return rows;
   });

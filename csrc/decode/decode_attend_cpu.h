@@ -285,8 +285,8 @@ struct AttendTask {
       const Place place = place_of(problem, sequence, first_key);
       const Storage* key_rows = page_row<Storage>(params.key_pages, kv_head, place);
       const Storage* value_rows = page_row<Storage>(params.value_pages, kv_head, place);
-      for (int64_t first = 0; first < most_keys; first += kTileKeys) {
-        const int64_t count = min64(kTileKeys, most_keys - first);
+      for (int64_t first = 0; first < max_keys; first += kTileKeys) {
+        const int64_t count = min64(kTileKeys, max_keys - first);
         const RowBlock<T> keys = dense_rows(key_rows + first * params.key_pages.strides[2], params.key_pages.strides[2],
                                             count, problem.head_dim, rows.padded_head_dim, key_scratch);
         const RowBlock<T> values =

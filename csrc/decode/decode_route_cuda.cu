@@ -51,10 +51,10 @@ struct DecodeScoreArguments {
   uint32_t tiles_per_unit;
   int32_t rows_per_tile;
   int32_t row_elements;            // of a query in shared memory
-  int32_t most_blocks;             // of a sequence
+  int32_t max_blocks;              // of a sequence
   Array<const void, 4> query;      // [batch, query head, M, D] dtype
   Array<const void, 4> centroids;  // [page, kv head, blocks of a page, D] float32
-  uint32_t* ranks;                 // [unit of the wave, row, most_blocks] uint32
+  uint32_t* ranks;                 // [unit of the wave, row, max_blocks] uint32
 };
 
 namespace {
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
 struct SelectBlocksArguments {
   DecodeGeometry geometry;
   DecodeWave wave;
-  int32_t most_blocks;              // of a sequence
-  const uint32_t* ranks;            // [unit of the wave, row, most_blocks] uint32
+  int32_t max_blocks;               // of a sequence
+  const uint32_t* ranks;            // [unit of the wave, row, max_blocks] uint32
   Array<int32_t, 4> block_indices;  // [batch, query head, M, K]
 };
 

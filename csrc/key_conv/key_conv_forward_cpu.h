@@ -168,7 +168,7 @@ class KeyConvForwardTask {
   // The allocator gives a large result memory that was never touched, and a smaller one sometimes.
   void populate_rows(int64_t batch_idx, int64_t head_idx, int64_t first, int64_t last) const {
     const int64_t row_bytes = params_.out.strides[2] * static_cast<int64_t>(sizeof(Storage));
-    if ((last - first) * row_bytes < KeyConvConfig::kLeastFreshBytes) return;
+    if ((last - first) * row_bytes < KeyConvConfig::kMinFreshBytes) return;
     if (!is_fresh(params_.out.at<Storage>(batch_idx, head_idx, (first + last) / 2))) return;
     populate_pages(params_.out.at<Storage>(batch_idx, head_idx, first), (last - first) * row_bytes);
   }

@@ -449,7 +449,7 @@ std::vector<CudaKernelFacts> memory_cuda_kernel_facts() {
   std::vector<CudaKernelFacts> facts;
   add_product_key_kernel_facts(facts);
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
-    facts.push_back({"memory_backward_pieces", dtype, 0, kThreads, dot_bytes(kMostWarps)});
+    facts.push_back({"memory_backward_pieces", dtype, 0, kThreads, dot_bytes(kMaxWarps)});
   }
   return facts;
 }

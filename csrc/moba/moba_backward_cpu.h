@@ -167,7 +167,7 @@ struct BackwardTask {
     } else {
       weigh<false>(seen, num_vectors, lse_base2, delta, T(0));
     }
-    if (visibility.least < seen) {
+    if (visibility.min_keys < seen) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
       hide_later_keys(weights, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
       hide_later_keys(grad_scores, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));

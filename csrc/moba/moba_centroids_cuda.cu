@@ -110,8 +110,8 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
   constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
   const bool is_vector =
       args.key.has_aligned_rows(16) && args.row_elements % kVector == 0 && args.head_dim % kVector == 0;
-  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
-    const int64_t count = num_units - done < MobaWaveConfig::kMostUnits ? num_units - done : MobaWaveConfig::kMostUnits;
+  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMaxUnits) {
+    const int64_t count = num_units - done < MobaWaveConfig::kMaxUnits ? num_units - done : MobaWaveConfig::kMaxUnits;
     CentroidArguments part = args;
     part.first_unit += done;
     if (args.is_by_unit)

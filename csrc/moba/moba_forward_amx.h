@@ -38,8 +38,8 @@ struct AmxForwardTile {
   float* out_tile;        // [kTileQueries, padded V]
 
   template <typename Cutter>
-  AmxForwardTile(const MobaProblem& problem, double scale, double softcap, int64_t most_keys, Cutter& scratch)
-      : tile_keys(most_keys),
+  AmxForwardTile(const MobaProblem& problem, double scale, double softcap, int64_t max_keys, Cutter& scratch)
+      : tile_keys(max_keys),
         head_dim(problem.head_dim),
         value_dim(problem.value_dim),
         padded_head_dim(round_up(problem.head_dim, kAmxDepth)),

@@ -218,13 +218,14 @@ struct ForwardTask {
     if (visibility.max_keys == 0) return;
     prefetch_rows(running_out, padded_value_dim, queries, count, padded_value_dim);
     prefetch_rows(range_query, params.query.strides[2], queries + count, num_following, problem.head_dim);
-    const bool hides_keys = visibility.least < visibility.most;
+    const bool hides_keys = visibility.min_keys < visibility.max_keys;
     // The matrix unit multiplies whole steps of 32 keys.
-    const int64_t num_multiplied =
-        uses_matrix_unit<Storage>(params.scale) ? min64(tile.num_keys, round_up(visibility.most, 32)) : visibility.most;
+    const int64_t num_multiplied = uses_matrix_unit<Storage>(params.scale)
+                                       ? min64(tile.num_keys, round_up(visibility.max_keys, 32))
+                                       : visibility.max_keys;
     const bool hides_only_finite =
-        all_finite(tile.value_rows + visibility.least * params.value.strides[2], params.value.strides[2],
-                   num_multiplied - visibility.least, problem.value_dim);
+        all_finite(tile.value_rows + visibility.min_keys * params.value.strides[2], params.value.strides[2],
+                   num_multiplied - visibility.min_keys, problem.value_dim);
     alignas(64) T rescale[kTileQueries];
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
@@ -232,7 +233,7 @@ struct ForwardTask {
         const auto limit_of = [&](int64_t i) {
           return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.max_keys;
         };
-        amx.attend(range_query, params.query.strides[2], queries, count, visibility.most, limit_of, running_max,
+        amx.attend(range_query, params.query.strides[2], queries, count, visibility.max_keys, limit_of, running_max,
                    running_sum, rescale);
         add_to_running(queries, count, rescale, amx.out_tile, amx.padded_value_dim);
         return;
@@ -250,9 +251,10 @@ struct ForwardTask {
                       static_cast<T>(params.scale * kLog2E), query_tile, kTileQueries);
     tile_gemm<false>(GemmOperands<T>{tile.keys.data, tile.keys.row_stride, 1, query_tile, kTileQueries, scores,
                                      kTileQueries, problem.head_dim},
-                     visibility.most, padded_count);
+                     visibility.max_keys, padded_count);
     if (params.softcap > 0) {
-      cap_scores(scores, kTileQueries, padded_count / kLanes<T>, visibility.most, static_cast<T>(params.softcap * kLog2E));
+      cap_scores(scores, kTileQueries, padded_count / kLanes<T>, visibility.max_keys,
+                 static_cast<T>(params.softcap * kLog2E));
     }
     if (hides_keys) {
       hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.min_keys, visibility.max_keys, limits,
@@ -341,7 +343,8 @@ struct ForwardTask {
         T score = 0;
         for (int64_t d = 0; d < problem.head_dim; ++d) score += to_compute(query_row[d]) * to_compute(key_row[d]);
         score *= static_cast<T>(params.scale);
-        if (params.softcap > 0) score = static_cast<T>(params.softcap) * std::tanh(score / static_cast<T>(params.softcap));
+        if (params.softcap > 0)
+          score = static_cast<T>(params.softcap) * std::tanh(score / static_cast<T>(params.softcap));
         if (score > largest || std::isnan(score)) largest = score;
         if (std::isnan(largest)) return;
       }

@@ -319,7 +319,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
       }
     }
     if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
-    if (first_key + step + kStepKeys > least_visible) hide_keys(scores, first_key + step, rows.num_visible);
+    if (first_key + step + kStepKeys > min_visible) hide_keys(scores, first_key + step, rows.num_visible);
     online_softmax(scores, running);
     if constexpr (Tiles::kIsFloat) {
       const int g = lane_id() / 4, t = lane_id() % 4;
