@@ -1,7 +1,7 @@
 """Decoding with a cache behind the dispatcher: schemas, checks, CPU kernels and fake kernels.
 
 A cache is pages of keys, values and centroids; ``csrc/decode/decode_params.h`` says how they lie. None of the ops has a
-gradient. :mod:`topgather.cache` and :mod:`topgather.ops.decode` are what users call, and
+gradient. :mod:`topgather.cache` is what users call, and
 :mod:`topgather.ops._decode_cuda` has the CUDA kernels.
 """
 

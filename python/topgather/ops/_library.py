@@ -29,8 +29,33 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def define(schema: str) -> None:
-    """Declare an op by its schema."""
+    """Declare an op by its schema. What it says the op writes to, the op is seen to have written to."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.topgather, schema.split("(")[0]).default
+    if op._schema.is_mutable:
+        _register_version_bump(op)
+
+
+def _register_version_bump(op: Any) -> None:
+    """Count every call of the op as a write, so that a backward that needs what it overwrote raises.
+
+    Kernels write through addresses, which torch does not see.
+    """
+    written = [
+        (index, argument.name)
+        for index, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        for index, name in written:
+            tensor = args[index] if index < len(args) else kwargs.get(name)
+            if tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+        return result
+
+    library.impl(op._schema.name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
 def register_fake(name: str, kernel: Callable[..., Any]) -> None:
