@@ -24,12 +24,12 @@ ops = torch.ops.topgather
 def make(cls: type, device: torch.device | str = "cpu", conv: bool = False, **changes: Any) -> Any:
     options: dict[str, Any] = {"block_size": 4, "max_seq_len": 64, "device": device, **changes}
     if conv:
-        options["conv_weight"] = torch.randn(2, 8, 3, device=device, generator=torch.Generator(device).manual_seed(1))
+        options["conv_weight"] = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)).to(device)
     return cls(1, 2, 8, **options)
 
 
-def tokens(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(1, 2, count, 8, generator=torch.Generator().manual_seed(seed))
+def tokens(count: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(1, 2, count, 8, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
@@ -57,12 +57,12 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("used", MODES)
 @pytest.mark.parametrize("made", MODES)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_any_mode_after_any_other(cls: type, made: str, used: str, step: str, conv: bool, device: torch.device) -> None:
+def test_any_mode_after_any_other(cls: type, made: str, used: str, step: str, conv: bool) -> None:
     """Made in one mode, changed in a second, gone on with in the first and in none: the same bits as in no mode."""
 
     def run(first: str, second: str) -> list[Tensor]:
         with MODES[first]():
-            cache = make(cls, device, conv)
+            cache = make(cls, conv=conv)
             cache.append(tokens(10, 3), tokens(10, 4))
         with MODES[second]():
             made_by_step = STEPS[step](cache)
@@ -85,7 +85,7 @@ def test_tensors_of_a_cache_are_ordinary_ones(cls: type) -> None:
         cache = make(cls, conv=True)
         cache.append(tokens(10), tokens(10))
         cache.reorder([0, 0])
-        cache.truncate(5)
+        cache.truncate(7)
         caches = [cache, cache.copy()]
     for each in caches:
         for name, held in vars(each).items():
@@ -98,7 +98,7 @@ def test_a_weight_that_is_trained_convolves_without_gradient(device: torch.devic
         1, 2, 8, block_size=4, max_seq_len=64, device=device, conv_weight=torch.nn.Parameter(cache.conv_weight)
     )
     for each in (cache, trained, trained.copy()):
-        each.append(tokens(10), tokens(10))
+        each.append(tokens(10, device=device), tokens(10, device=device))
         assert not each.key.requires_grad
         assert torch.equal(each.key, cache.key)
 
@@ -106,13 +106,14 @@ def test_a_weight_that_is_trained_convolves_without_gradient(device: torch.devic
 # --- what records gradients is refused ----------------------------------------------------------------------------------
 
 
-def decode(query: Tensor) -> Tensor:
-    cache = make(tg.MobaCache, query.device)
+def make_decode() -> Callable[[Tensor], Tensor]:
+    cache = make(tg.MobaCache)
     cache.append(tokens(10), tokens(10))
-    return tg.moba_decode(query, cache, top_k=2)
+    return lambda query: tg.moba_decode(query, cache, top_k=2)
 
 
 def test_gradients_are_refused_beneath_vmap() -> None:
+    decode = make_decode()
     query = tokens(1)[None].repeat(3, 1, 1, 1, 1).requires_grad_()
     for in_dims in (0, 1):
         batch = query.transpose(0, in_dims)
@@ -128,7 +129,7 @@ def test_gradients_are_refused_beneath_vmap() -> None:
 
 
 def test_tangents_are_refused() -> None:
-    query = tokens(1)
+    query, decode = tokens(1), make_decode()
     for run in (
         lambda: torch.func.jvp(decode, (query,), (query,)),
         lambda: torch.vmap(lambda tangent: torch.func.jvp(decode, (query,), (tangent,)))(query[None]),
@@ -198,7 +199,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize("step", ["append", "truncate", "reorder"])
 def test_a_backward_through_what_was_overwritten_raises(step: str, device: torch.device) -> None:
     """As it does through a tensor that ``copy_`` overwrote."""
-    cache = make(tg.MobaCache, device, **{})
     cache = tg.MobaCache(2, 2, 8, block_size=4, max_seq_len=16, device=device)
     key, value, other = (torch.randn(2, 2, 10, 8, device=device) for _ in range(3))
     cache.append(key, value)
@@ -242,8 +242,8 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_a_copy_is_its_own(cls: type, how: str, conv: bool, device: torch.device) -> None:
     """No memory and no list is shared, and both go on as the one would have."""
     cache = make(cls, device, conv, value_dim=6)
-    value = tokens(10, 4)[..., :6].contiguous()
-    cache.append(tokens(10, 3), value)
+    value = tokens(10, 4, device)[..., :6].contiguous()
+    cache.append(tokens(10, 3, device), value)
     other = COPIES[how](cache)
     assert type(other) is cls and vars(other).keys() == vars(cache).keys()
     for name, held in vars(cache).items():
@@ -255,12 +255,12 @@ def test_a_copy_is_its_own(cls: type, how: str, conv: bool, device: torch.device
             assert copied == held and copied is not held, name
         else:
             assert copied == held, name
-    decoded = tg.moba_decode(tokens(1, 9), cache, top_k=2)
-    other.append(tokens(2, 5), value[:, :, :2])
-    other.truncate(3)
-    other.reorder([0, 0])
+    decoded = tg.moba_decode(tokens(1, 9, device), cache, top_k=2)
+    other.append(tokens(2, 5, device), value[:, :, :2])
+    other.truncate(9)
+    other.reorder([0])
     other.reset()
-    assert cache.lengths == [10] and torch.equal(tg.moba_decode(tokens(1, 9), cache, top_k=2), decoded)
+    assert cache.lengths == [10] and torch.equal(tg.moba_decode(tokens(1, 9, device), cache, top_k=2), decoded)
 
 
 def test_copies_in_a_list_stay_one() -> None:
@@ -277,7 +277,7 @@ SAME = {
     "block_size": ({"block_size": BIG}, {"block_size": 64}),
     "page_size": ({"page_size": 4 * (BIG // 4)}, {"page_size": 64}),
     "both": ({"block_size": BIG, "page_size": BIG}, {"block_size": 64, "page_size": 64}),
-    "max_seq_len": ({"max_seq_len": BIG, "num_pages": 16}, {}),
+    "max_seq_len": ({"max_seq_len": BIG, "num_pages": 16}, {}),  # its memory is that of its pages
 }
 
 
@@ -290,12 +290,14 @@ def test_more_than_there_is(cls: type, name: str, conv: bool, device: torch.devi
         return
     outs = []
     for changes in (large, same):
+        if cls is tg.PagedMobaCache:
+            changes = {"num_pages": 16, **changes}
         cache = make(cls, device, conv, **changes)
-        cache.append(tokens(30, 3), tokens(30, 4))
+        cache.append(tokens(30, 3, device), tokens(30, 4, device))
         cache.truncate(27)
         cache.reorder([0, 0])
-        cache.append(tokens(2, 5).repeat(2, 1, 1, 1), tokens(2, 6).repeat(2, 1, 1, 1))
-        query = tokens(2, 7).repeat(2, 1, 1, 1)
+        cache.append(tokens(2, 5, device).repeat(2, 1, 1, 1), tokens(2, 6, device).repeat(2, 1, 1, 1))
+        query = tokens(2, 7, device).repeat(2, 1, 1, 1)
         for top_k in (1, 2, BIG, None):
             outs.append(tg.moba_decode(query, cache, top_k))
     for out, expected in zip(outs[: len(outs) // 2], outs[len(outs) // 2 :], strict=True):
@@ -338,7 +340,11 @@ def test_more_than_memory_holds_is_refused_in_words(cls: type, changes: dict[str
         (lambda: torch.zeros(2, 8, 9), ValueError, "conv_weight must have between 2 and 8 taps"),
         (lambda: torch.zeros(2, 8, 1), ValueError, "conv_weight must have between 2 and 8 taps"),
         (lambda: torch.zeros(2, 8, 0), ValueError, "conv_weight must have between 2 and 8 taps"),
-        (lambda: torch.zeros(2, 8, 3).double(), TypeError, "conv_weight must have the cache's dtype.*got torch.float64"),
+        (
+            lambda: torch.zeros(2, 8, 3).double(),
+            TypeError,
+            "conv_weight must have the cache's dtype.*got torch.float64",
+        ),
         (lambda: torch.zeros(2, 8, 3).half(), TypeError, "conv_weight must have the cache's dtype.*got torch.float16"),
         (lambda: torch.zeros(2, 8, 3).long(), TypeError, "conv_weight must have the cache's dtype.*got torch.int64"),
         (lambda: torch.zeros(2, 8, 3, device="meta"), ValueError, "conv_weight must be on the cache's device"),
