@@ -175,7 +175,7 @@ struct GridBackwardTask {
       next = {problem, *following, {&params.key, &params.value, &params.query, &params.grad_out, &params.out}};
     }
     written = {problem, group, {&params.grad_query, &params.grad_key, &params.grad_value}};
-    num_asked = tokens_per_ask<T>(problem.max_tokens(), padded_dim, 2, 3);
+    num_prefetched = tokens_per_prefetch<T>(problem.max_tokens(), padded_dim, 2, 3);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, num_tokens, problem.head_dim,
                            padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, num_tokens, problem.head_dim,

@@ -183,7 +183,7 @@ struct GridForwardTask {
     next = {};
     if (following != nullptr) next = {problem, *following, {&params.query, &params.key, &params.value}};
     written = {problem, group, {&params.out}};
-    num_asked = tokens_per_ask<T>(problem.max_tokens(), padded_dim, 1, 1);
+    num_prefetched = tokens_per_prefetch<T>(problem.max_tokens(), padded_dim, 1, 1);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, group.num_tokens,
                            problem.head_dim, padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, group.num_tokens,

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from ..cache import MobaCache, PagedMobaCache
-from ..ops.decode import moba_decode
+from ..cache import MobaCache, PagedMobaCache, moba_decode
 from ._attend import LastOne, NewTokens, Settings, as_autocast
 
 # Under this name a layer is tied to the keys it returns.

@@ -333,10 +333,11 @@ class _Generator:
             "increment_version": torch.autograd.graph.increment_version,
         }
         source.line(f"def count_versions({self._signature(source)}):", 0)
+        source.line("with below():")
+        source.line(f"result = op({self.passed})", 2)
         for name in self.written:
             source.line(f"increment_version({name})")
-        source.line("with below():")
-        source.line(f"return op({self.passed})", 2)
+        source.line("return result")
         return source.compiled("count_versions")
 
     def _functions(self) -> tuple[type, type]:

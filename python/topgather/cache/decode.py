@@ -8,10 +8,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .._base_cache import BaseCache
-from ..cache import MobaCache, PagedMobaCache
-from . import _checks as checks
-from .moba import BlockRouting
+from ..ops import BlockRouting
+from ..ops import _checks as checks
+from ._base import BaseCache
+from ._checks import check_no_gradient
+from .contiguous import MobaCache
+from .paged import PagedMobaCache
 
 # From this many new tokens on, keys are worth fetching once for all of them: moba_attention's kernels.
 _PREFILL_TOKENS = 64
@@ -40,6 +42,18 @@ def moba_decode(
     return_lse: Literal[True],
     routing: BlockRouting | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def moba_decode(
+    query: Tensor,
+    cache: MobaCache | PagedMobaCache,
+    top_k: int | None = ...,
+    scale: float | None = ...,
+    num_tokens: Sequence[int] | Tensor | None = ...,
+    return_lse: bool = ...,
+    routing: BlockRouting | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def moba_decode(
@@ -80,9 +94,12 @@ def moba_decode(
         ValueError: a wrong shape, stride, device or option; a query that requires grad where gradients are recorded;
             ``routing`` naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
+        NotImplementedError: a dual tensor of forward-mode differentiation.
 
     On CUDA what a tensor holds is not waited for: a query whose ``routing`` is at fault, or whose sequence has outgrown
     the cache, gets NaN instead of an error.
+
+    Under ``torch.compile`` a step with :meth:`MobaCache.append` and this is one graph for all tokens.
     """
     checks.check_tensor("query", query)
     if not isinstance(cache, BaseCache):
@@ -97,10 +114,7 @@ def moba_decode(
         raise ValueError(
             f"query must have shape [{cache.batch_size}, heads, tokens, {cache.head_dim}], got {tuple(query.shape)}"
         )
-    if query.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "query must not require grad: moba_decode has no gradient; use torch.no_grad(), or moba_attention"
-        )
+    check_no_gradient("query", query, "moba_decode has no gradient; use torch.no_grad(), or moba_attention")
     query_len = query.size(2)
     counts, count_tensor = _counts_of(cache, num_tokens, query_len)
     lengths = cache.lengths_on_host
@@ -151,7 +165,7 @@ def _counts_of(
 def _choice_of(routing: BlockRouting, cache: BaseCache) -> Tensor:
     if not isinstance(routing, BlockRouting):
         raise TypeError(f"routing must be a topgather.BlockRouting or None, got {type(routing).__name__}")
-    if routing.block_size != cache.block_size:
+    if min(routing.block_size, cache.max_seq_len) != cache.block_size:
         raise ValueError(f"routing must have the cache's block_size, {cache.block_size}, got {routing.block_size}")
     return routing.block_indices
 
