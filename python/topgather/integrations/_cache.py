@@ -88,7 +88,7 @@ class MobaLayer(DynamicLayer):
         if self.moba_cache is not None and expected:
             returned = key_states, value_states
         else:
-            self._to_columns()
+            self.to_columns()
             returned = super().update(key_states, value_states)
         self.num_columns += key_states.shape[2]
         self.is_initialized = True
@@ -181,6 +181,11 @@ class MobaLayer(DynamicLayer):
 
     # --------------------------------------------------------------------------- what the attention function asks of it
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the last tokens of ``update`` are still to be attended to."""
+        return self._updated is not None
+
     def attend(
         self,
         query: Tensor,
@@ -198,12 +203,7 @@ class MobaLayer(DynamicLayer):
         are all tokens or, where blocks hold the others, the new ones. ``is_packed``: whether they are several sequences
         in a row.
         """
-        if self._updated is None:
-            raise ValueError(
-                "the layer's keys were attended to already: a module that calls its attention function twice in a "
-                'forward cannot decode with attn_implementation="moba"; use topgather.integrations.transformers.'
-                "register(replace_cache=False) and transformers' own cache, which gives the same tokens"
-            )
+        assert self._updated is not None
         if key.shape[2] != self._updated[0].shape[2]:
             raise ValueError(
                 f"key must have the tokens that the cache returned, {self._updated[0].shape[2]}, got {key.shape[2]}"
@@ -287,7 +287,7 @@ class MobaLayer(DynamicLayer):
 
     # ------------------------------------------------------------------------------------------------- columns, blocks
 
-    def _to_columns(self) -> None:
+    def to_columns(self) -> None:
         """Hold what blocks hold as columns, zeros where there is padding."""
         if self.moba_cache is None:
             return

@@ -32,6 +32,7 @@ _logger = logging.getLogger(__name__)
 
 _HOOKED = "_topgather_hooked"
 _ASKED = "_topgather_asked"
+_CALLS_TWICE = "_topgather_calls_twice"
 
 # Kinds of layers, of config.layer_types.
 _FULL = frozenset({"full_attention", "attention", "hybrid"})
@@ -176,6 +177,22 @@ def hook_attention(module: nn.Module) -> None:
         module.__dict__[_HOOKED] = True
 
 
+def layer_of(module: nn.Module, key: torch.Tensor) -> MobaLayer | None:
+    """The cache layer that the running ``module`` has its keys in, whose new tokens ``key [B, H, N, D]`` ends with.
+
+    None where it has none, and where a module calls its attention function more than once in a forward (DiffLlama): its
+    layer goes back to columns, and stays there.
+    """
+    layer = _forward.layer_asked_by(module)
+    if layer is None or layer.is_pending:
+        return layer
+    if not module.__dict__.get(_CALLS_TWICE) and key.shape[2] != layer.num_columns:
+        _refuse(module, "it attends twice in a forward, and its cache was filled by a module that does not")
+    module.__dict__[_CALLS_TWICE] = True
+    layer.to_columns()
+    return None
+
+
 def _attends_by_blocks(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == IMPLEMENTATION
 
@@ -246,6 +263,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if cache is None or layer_idx is None or not hasattr(cache, "layers"):
         return
     expects = _attends_by_blocks(module) and not is_local(module, getattr(module, "sliding_window", None))
+    expects = expects and not module.__dict__.get(_CALLS_TWICE)
     if expects:
         _replace_layer(cache, layer_idx)
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None

@@ -43,7 +43,7 @@ from ._attend import (
     sequence_starts,
 )
 from ._cache import MobaLayer
-from ._models import hook_attention, is_local, watch_models
+from ._models import hook_attention, is_local, layer_of, watch_models
 
 __all__ = ["make_cache", "register", "set_moba"]
 
@@ -281,7 +281,9 @@ def _mask(
             **{**kwargs, "allow_is_causal_skip": False},
         )
         return mask
-    if use_vmap or not _is_causal(mask_function):
+    if torch.compiler.is_compiling() and not use_vmap and mask_function is not masking_utils.causal_mask_function:
+        _assert_causal(mask_function, batch_size, kv_length, device)
+    elif use_vmap or not _is_causal(mask_function):
         raise ValueError(
             f'attn_implementation="{IMPLEMENTATION}" is causal attention with padding; it cannot apply '
             "or_mask_function, and_mask_function, block_sequence_ids or is_causal=False"
@@ -352,6 +354,19 @@ def _is_causal(mask_function: Any) -> bool:
     return True
 
 
+_IN_COMPILED = "is not seen under torch.compile: pass cu_seq_lens_q and cu_seq_lens_k"
+
+
+def _assert_causal(mask_function: Any, batch_size: int, num_tokens: int, device: torch.device | str) -> None:
+    """Where a mask function cannot be looked into: that a token sees the one before it, and not the one after."""
+    batch, head = torch.arange(batch_size, device=device)[:, None], torch.zeros((), dtype=torch.int64, device=device)
+    earlier = torch.arange(num_tokens - 1, device=device)[None]
+    is_causal = mask_function(batch, head, earlier + 1, earlier) & ~mask_function(batch, head, earlier, earlier + 1)
+    torch._assert_async(
+        is_causal.all(), f"a mask that is not causal, or position_ids of several sequences in a row, {_IN_COMPILED}"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ sequences in a row
 
 
@@ -374,8 +389,7 @@ def _segments(mask: Tensor | None, batch_size: int, num_tokens: int, arguments: 
         if torch.compiler.is_compiling():
             torch._assert_async(
                 starts.logical_not().all(),
-                "position_ids that start several sequences in a row are not seen under torch.compile: pass "
-                "cu_seq_lens_q and cu_seq_lens_k",
+                f"position_ids that start several sequences in a row: that {_IN_COMPILED}",
             )
             return None
     else:
@@ -468,7 +482,7 @@ def _attention(
     _check_mask(attention_mask)
     scores = Scores.of_arguments(scaling, kwargs)
     settings = _settings_of(module)
-    layer = None if torch.compiler.is_compiling() else _forward.layer_asked_by(module)
+    layer = None if torch.compiler.is_compiling() else layer_of(module, key)
     given = key, value
     query, key, value = as_autocast(query, key, value)
     num_queries = query.shape[2]
