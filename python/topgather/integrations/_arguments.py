@@ -80,25 +80,28 @@ class Scores:
         return {"scale": self.scale}
 
     @staticmethod
-    def of_arguments(scaling: float | None, arguments: dict[str, Any]) -> Scores:
+    def of_arguments(module: nn.Module, scaling: float | None, arguments: dict[str, Any]) -> Scores:
         """Those of a call, where the ops know them."""
         sinks = next((arguments[name] for name in ("s_aux", "sinks") if arguments.get(name) is not None), None)
         scores = Scores(scaling, arguments.get("softcap"), sinks)
         for name in ("softcap", "sinks"):
             if name not in scores.of_op and getattr(scores, name) is not None:
                 called = "s_aux" if name == "sinks" and arguments.get("s_aux") is not None else name
-                raise ValueError(f"{called} is not supported {_BY_US}, got {_shown(getattr(scores, name))}")
+                raise ValueError(f"{called} is not supported {by_us(module)}, got {_shown(getattr(scores, name))}")
         return scores
 
 
-_BY_US = f'by attn_implementation="{IMPLEMENTATION}"'
+
+def by_us(module: nn.Module) -> str:
+    """Who refuses, and whom, for messages."""
+    return f'by attn_implementation="{IMPLEMENTATION}" in {type(module).__name__}'
 
 
 def _shown(value: Any) -> str:
     return str(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
-def check_names(arguments: dict[str, Any]) -> None:
+def check_names(module: nn.Module, arguments: dict[str, Any]) -> None:
     """Raise ``ValueError`` for the first argument that is not None and nobody would read."""
     for name, value in arguments.items():
         if value is None or name in USED or name in OF_OTHER_PARTS:
@@ -106,7 +109,8 @@ def check_names(arguments: dict[str, Any]) -> None:
         if name == "output_attentions" and value is False:
             continue
         reason = REFUSED.get(name)
-        raise ValueError(f"{name} is not supported {_BY_US}, got {_shown(value)}" + (f": {reason}" if reason else ""))
+        because = f": {reason}" if reason else ""
+        raise ValueError(f"{name} is not supported {by_us(module)}, got {_shown(value)}{because}")
 
 
 def check_dropout(module: nn.Module, dropout: float) -> None:
@@ -117,10 +121,10 @@ def check_dropout(module: nn.Module, dropout: float) -> None:
     named = [name for name, value in fields if "drop" in name and not isinstance(value, bool) and value == dropout]
     named.sort(key=lambda name: "att" not in name)
     hint = f": set config.{named[0]} to 0" if named else ""
-    raise ValueError(f"dropout must be 0 {_BY_US}, got {dropout}{hint}")
+    raise ValueError(f"dropout must be 0 {by_us(module)}, got {dropout}{hint}")
 
 
 def check_causal(module: nn.Module, is_causal: bool | None) -> None:
     """Raise ``ValueError`` for attention to later tokens."""
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(f"is_causal must be True {_BY_US}, got False in {type(module).__name__}")
+        raise ValueError(f"is_causal must be True {by_us(module)}, got False")

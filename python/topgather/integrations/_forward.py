@@ -39,6 +39,11 @@ def end(model: nn.Module) -> Any:
     return _drop(model)
 
 
+def name_of_model() -> str:
+    """The class of the model whose forward is in progress, for messages."""
+    return type(_state.in_progress[-1][0]).__name__ if _state.in_progress else "the model"
+
+
 def _drop(model: nn.Module) -> Any:
     for depth, (other, note) in enumerate(_state.in_progress):
         if other is model:

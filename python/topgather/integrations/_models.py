@@ -40,7 +40,9 @@ _LOCAL = frozenset({"sliding_attention", "chunked_attention", "hybrid_sliding"})
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mamba", "mamba2", "moe", "mlp", "recurrent", "dummy"})
 
 # Models that ask transformers' attention interface and do more than it is told, by config.model_type.
-_REFUSED: dict[str, str] = {}
+_REFUSED = {
+    "doge": "it adds a learned mask of its own to the scores",
+}
 
 
 def watch_models() -> None:

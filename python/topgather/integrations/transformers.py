@@ -33,7 +33,7 @@ except ImportError as error:
     raise_unless_too_old(error)
 
 from . import _forward
-from ._arguments import IMPLEMENTATION, OF_OTHER_PARTS, USED, Scores, check_causal, check_dropout, check_names
+from ._arguments import IMPLEMENTATION, OF_OTHER_PARTS, USED, Scores, by_us, check_causal, check_dropout, check_names
 from ._attend import (
     PackedRows,
     Settings,
@@ -285,8 +285,8 @@ def _mask(
         _assert_causal(mask_function, batch_size, kv_length, device)
     elif use_vmap or not _is_causal(mask_function):
         raise ValueError(
-            f'attn_implementation="{IMPLEMENTATION}" is causal attention with padding; it cannot apply '
-            "or_mask_function, and_mask_function, block_sequence_ids or is_causal=False"
+            f'attn_implementation="{IMPLEMENTATION}" is causal attention with padding; in {_forward.name_of_model()} '
+            "it cannot apply or_mask_function, and_mask_function, block_sequence_ids or is_causal=False"
         )
     if q_length is None:
         assert cache_position is not None
@@ -477,10 +477,10 @@ def _attention(
     if is_local(module, kwargs.get("sliding_window")):
         return _attend_locally(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     check_dropout(module, dropout)
-    check_names(kwargs)
+    check_names(module, kwargs)
     check_causal(module, kwargs.get("is_causal"))
-    _check_mask(attention_mask)
-    scores = Scores.of_arguments(scaling, kwargs)
+    _check_mask(module, attention_mask)
+    scores = Scores.of_arguments(module, scaling, kwargs)
     settings = _settings_of(module)
     layer = None if torch.compiler.is_compiling() else layer_of(module, key)
     given = key, value
@@ -511,12 +511,11 @@ def _attention(
     return out.transpose(1, 2), None
 
 
-def _check_mask(mask: Any) -> None:
+def _check_mask(module: nn.Module, mask: Any) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            "attention_mask must have 2 dimensions, [batch, tokens], "
-            f'by attn_implementation="{IMPLEMENTATION}", got {shape}'
+            f"attention_mask must have 2 dimensions, [batch, tokens], to be read {by_us(module)}, got {shape}"
         )
 
 
@@ -556,7 +555,7 @@ def _attend_locally(
         return out
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        check_names(kwargs)
+        check_names(module, kwargs)
         raise ValueError(f"{type(module).__name__} needs attention of its own for {sorted(own.keys() - _OF_SDPA)}")
     if mask.dtype == torch.bool:
         hidden = torch.finfo(query.dtype).min
