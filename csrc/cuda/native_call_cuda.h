@@ -18,7 +18,6 @@ struct CudaEntry {
   // Null where no workspace is needed.
   int64_t (*workspace_bytes)(const Params& params, const CudaPlace& place) = nullptr;
 };
-};
 
 inline constexpr int64_t kAlignedRowBytes = 16;
 
