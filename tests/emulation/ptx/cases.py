@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topgather.ops._library import describe
+
 from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
@@ -47,6 +49,12 @@ class Recorder:
         getattr(self.module, entry_point)(*arguments, 0, 0)
         self.launches += take_recording(self.module)
 
+    def enter(self, native: str, given: dict[str, Any]) -> None:
+        """Run ``<native>_cuda`` with those of the given fields that it takes, and the workspace that it asks for."""
+        fields = [describe(given[name]) for name in self.module.argument_names[f"{native}_cuda"][:-4]]
+        count = getattr(self.module, f"{native}_workspace_bytes", None)
+        self.call(f"{native}_cuda", *fields, *self.workspace(0 if count is None else count(*fields, 0)))
+
 
 @dataclass(frozen=True)
 class MobaCase:
@@ -73,58 +81,43 @@ class MobaCase:
         parts = [FLOAT_TYPES[self.dtype], f"{self.head_dim}x{self.value_dim}", "causal" if self.is_causal else "full"]
         return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.is_deterministic)
 
-    def _problem(self, recorder: Recorder) -> tuple[Any, ...]:
-        boundaries = [0, 0]
-        if self.lengths:
-            starts = torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64)
-            boundaries = [recorder.keep(each).data_ptr() for each in (starts, starts.clone())]
-        sizes = (len(self.lengths) or 1, self.num_heads, self.num_kv_heads, self.num_tokens, self.num_tokens)
-        return (
-            DTYPE_CODES[self.dtype],
-            *sizes,
-            self.head_dim,
-            self.value_dim,
-            self.block_size,
-            self.top_k,
-            self.is_causal,
-            self.head_dim**-0.5,
-            *boundaries,
-            1,
-        )
-
     def run(self, recorder: Recorder) -> None:
         """Centroids, routing, forward and backward."""
-        problem = self._problem(recorder)
+        starts = torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64)
         heads, kv_heads, dtype = self.num_heads, self.num_kv_heads, self.dtype
+        shape = (heads, self.num_tokens)
 
-        def call(kind: str, entry_point: str, tensors: list[Tensor], *more: Any) -> None:
-            workspace = recorder.workspace(recorder.module.moba_cuda_workspace_bytes(kind, problem, 0))
-            rows = [(tensor.data_ptr(), *tensor.stride()[:3]) for tensor in tensors]
-            recorder.call(entry_point, problem, *rows, workspace, *more)
+        def tokens(make: Any, heads: int, dim: int) -> Tensor:
+            tensor: Tensor = make(1, heads, self.num_tokens, dim, dtype=dtype)
+            return tensor.transpose(1, 2) if self.lengths else tensor
 
-        def random(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-            return recorder.random(1, heads, self.num_tokens, dim, dtype=dtype)
-
-        def zeros(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-            return recorder.zeros(1, heads, self.num_tokens, dim, dtype=dtype)
-
-        query = random(heads, self.head_dim, dtype)
-        key = random(kv_heads, self.head_dim, dtype)
-        value = random(kv_heads, self.value_dim, dtype)
-        block_indices = zeros(heads, self.top_k, torch.int32)
-        out = zeros(heads, self.value_dim, dtype)
-        lse = zeros(heads, 1, torch.float32)
-        call("route", "moba_route_cuda", [query, key, block_indices])
-        call("forward", "moba_forward_cuda", [query, key, value, block_indices, out, lse])
-        saved = [query, key, value, block_indices, out, lse]
-        incoming = [random(heads, self.value_dim, dtype), random(heads, 1, torch.float32)]
-        gradients = [
-            zeros(heads, self.head_dim, dtype),
-            zeros(kv_heads, self.head_dim, dtype),
-            zeros(kv_heads, self.value_dim, dtype),
-        ]
-        kind = "backward_deterministic" if self.is_deterministic else "backward"
-        call(kind, "moba_backward_cuda", saved + incoming + gradients, self.is_deterministic)
+        query, key = tokens(recorder.random, heads, self.head_dim), tokens(recorder.random, kv_heads, self.head_dim)
+        value = tokens(recorder.random, kv_heads, self.value_dim)
+        problem: dict[str, Any] = {
+            "block_size": self.block_size,
+            "is_causal": self.is_causal,
+            "cu_seqlens_q": recorder.keep(starts) if self.lengths else None,
+            "cu_seqlens_k": recorder.keep(starts.clone()) if self.lengths else None,
+            "num_threads": 1,
+            "scale": self.head_dim**-0.5,
+            "query": query,
+            "key": key,
+            "value": value,
+            "block_indices": recorder.zeros(1, *shape, self.top_k, dtype=torch.int32),
+            "out": tokens(recorder.zeros, heads, self.value_dim),
+            "lse": recorder.zeros(1, *shape, dtype=torch.float32),
+        }
+        recorder.enter("moba_route", problem)
+        recorder.enter("moba_attention", problem)
+        gradients = {
+            "is_deterministic": self.is_deterministic,
+            "grad_out": tokens(recorder.random, heads, self.value_dim),
+            "grad_lse": recorder.random(1, *shape, dtype=torch.float32),
+            "grad_query": tokens(recorder.zeros, heads, self.head_dim),
+            "grad_key": tokens(recorder.zeros, kv_heads, self.head_dim),
+            "grad_value": tokens(recorder.zeros, kv_heads, self.value_dim),
+        }
+        recorder.enter("moba_attention_backward", problem | gradients)
 
 
 @dataclass(frozen=True)
@@ -342,31 +335,26 @@ class KeyConvCase:
         packed = bool(self.lengths)
         batch, heads, tokens = (1, 2, sum(self.lengths)) if packed else (2, 2, self.num_tokens)
         bounds = recorder.keep(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64))
-        sequences = (bounds.data_ptr(), len(self.lengths)) if packed else (0, 0)
-        dtypes = (DTYPE_CODES[self.dtype], DTYPE_CODES[torch.float32])
-        problem = (*dtypes, batch, heads, tokens, self.head_dim, self.width, *sequences, 1)
 
-        def rows(tensor: Tensor) -> tuple[int, ...]:
-            return (tensor.data_ptr(), *tensor.stride()[:3])
+        def keys(count: int, make: Any) -> Tensor:
+            tensor: Tensor = make(batch, heads, count, self.head_dim, dtype=self.dtype)
+            return tensor.transpose(1, 2) if packed else tensor
 
-        def keys(count: int, make: Any) -> tuple[int, ...]:
-            return rows(make(batch, heads, count, self.head_dim, dtype=self.dtype))
-
-        nothing = (0, 0, 0, 0)
-        key, grad_out = keys(tokens, recorder.random), keys(tokens, recorder.random)
-        state = nothing if packed else keys(self.width - 1, recorder.random)
-        weight = recorder.random(heads, self.head_dim, self.width, dtype=torch.float32).data_ptr()
-        recorder.call("key_conv_forward_cuda", problem, key, state, weight, keys(tokens, recorder.zeros))
-        grad_state = nothing if packed else keys(self.width - 1, recorder.zeros)
-        recorder.call(
-            "key_conv_backward_cuda",
-            problem,
-            (grad_out, key, state),
-            weight,
-            (keys(tokens, recorder.zeros), grad_state),
-            recorder.zeros(heads, self.head_dim, self.width, dtype=torch.float32).data_ptr(),
-            recorder.workspace(recorder.module.key_conv_backward_workspace_bytes(problem, True)),
-        )
+        problem = {
+            "cu_seqlens": bounds if packed else None,
+            "num_threads": 1,
+            "key": keys(tokens, recorder.random),
+            "state": None if packed else keys(self.width - 1, recorder.random),
+            "weight": recorder.random(heads, self.head_dim, self.width, dtype=torch.float32),
+        }
+        recorder.enter("key_conv", problem | {"out": keys(tokens, recorder.zeros)})
+        gradients = {
+            "grad_out": keys(tokens, recorder.random),
+            "grad_key": keys(tokens, recorder.zeros),
+            "grad_state": None if packed else keys(self.width - 1, recorder.zeros),
+            "grad_weight": recorder.zeros(heads, self.head_dim, self.width, dtype=torch.float32),
+        }
+        recorder.enter("key_conv_backward", problem | gradients)
 
 
 Case = MobaCase | ProductKeyCase | MemoryCase | GridCase | DecodeCase | KeyConvCase
