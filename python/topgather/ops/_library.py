@@ -68,7 +68,11 @@ def in_forward_mode() -> bool:
 
 def needs_grad(args: tuple[Any, ...]) -> bool:
     """Whether a call with these arguments is to be differentiated."""
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
