@@ -360,8 +360,7 @@ ARITHMETIC = [
     PlantedBug("backward, deterministic: lists cut into items", BACKWARD_STEPS,
                "is_deterministic ? INT32_MAX :", "", "deterministic long list", RACE),
     PlantedBug("backward, deterministic: atomic sums all the same", BACKWARD_STEPS,
-               "plan_backward(problem, is_deterministic); const MobaGeometry",
-               "plan_backward(problem, is_deterministic); is_deterministic = false; const MobaGeometry",
+               "= params.is_deterministic; const BackwardKernel&", "= false; const BackwardKernel&",
                "deterministic", "AssertionError: d_.*: bits differ"),
 ]
 

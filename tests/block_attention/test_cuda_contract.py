@@ -29,7 +29,8 @@ from tests.common.runs import assert_all_equal
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from topgather import reference
-from topgather.ops import _cuda, _moba_cuda
+from topgather.ops import _cuda
+from topgather.ops._library import DTYPE_CODES
 
 WAYS = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
 CASE = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=90, head_dim=24, block_size=8, top_k=4)
@@ -485,24 +486,26 @@ def test_both_ways_agree(dtype: torch.dtype, cuda_device: torch.device) -> None:
     assert_bitwise_equal("lse", results[0].lse, results[1].lse)
 
 
-def test_the_argument_overrules_the_flag(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_argument_overrules_the_flag(
+    native: Any, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """None follows torch.use_deterministic_algorithms, True and False do not."""
-    kinds: list[str] = []
-    workspace = _moba_cuda._workspace
+    ways: list[bool] = []
+    backward = native.moba_attention_backward_cuda
+    position = native.argument_names["moba_attention_backward_cuda"].index("is_deterministic")
 
-    def spy(kind: str, *rest: Any) -> Any:
-        kinds.append(kind)
-        return workspace(kind, *rest)
+    def spy(*arguments: Any) -> None:
+        ways.append(arguments[position])
+        backward(*arguments)
 
-    monkeypatch.setattr(_moba_cuda, "_workspace", spy)
+    monkeypatch.setattr(native, "moba_attention_backward_cuda", spy)
     for flag in (False, True):
         torch.use_deterministic_algorithms(flag, warn_only=True)
         try:
             for argument in (None, False, True):
-                kinds.clear()
+                ways.clear()
                 attend(CASE, torch.float32, cuda_device, argument)
-                wanted = flag if argument is None else argument
-                assert kinds[-1] == ("backward_deterministic" if wanted else "backward"), (flag, argument)
+                assert ways == [flag if argument is None else argument], (flag, argument)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -604,64 +607,104 @@ def test_budgets_split_units_and_queries(
         assert waves == (num_units * case.query_len, num_units * case.query_len)
 
 
-KINDS = ["route", "forward", "backward", "backward_deterministic"]
+# Entry points with a workspace, and whether gradients are deterministic.
+WITH_WORKSPACE = pytest.mark.parametrize(
+    ("entry", "is_deterministic"),
+    [
+        ("moba_route", False),
+        ("moba_attention", False),
+        ("moba_attention_backward", False),
+        ("moba_attention_backward", True),
+    ],
+)
 
 
-def problem_fields(dtype: torch.dtype, batch: int, num_heads: int, num_kv_heads: int, length: int, top_k: int) -> Any:
-    """A problem as the native side takes it; no memory is behind it."""
-    code = _moba_cuda.DTYPE_CODES[dtype]
-    return (code, batch, num_heads, num_kv_heads, length, length, 128, 128, 128, top_k, True, 0.1, 0, 0, 1)
+def workspace_bytes(
+    native: Any,
+    device: torch.device,
+    entry: str,
+    is_deterministic: bool,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    length: int,
+    top_k: int,
+) -> int:
+    """What an entry point asks for. Its tensors are described alone: no memory is behind them."""
+    batch, num_heads, num_kv_heads = heads
+
+    def tensor(num_heads: int, *last: int, dtype: torch.dtype = dtype) -> Any:
+        meta = torch.empty((batch, num_heads, length, *last), dtype=dtype, device="meta")
+        return 16, DTYPE_CODES[dtype], tuple(meta.shape), meta.stride()
+
+    fields = {
+        "block_size": 128,
+        "is_causal": True,
+        "cu_seqlens_q": None,
+        "cu_seqlens_k": None,
+        "num_threads": 1,
+        "scale": 0.1,
+        "is_deterministic": is_deterministic,
+        "block_indices": tensor(num_heads, top_k, dtype=torch.int32),
+        **dict.fromkeys(("query", "out", "grad_out", "grad_query"), tensor(num_heads, 128)),
+        **dict.fromkeys(("key", "value", "grad_key", "grad_value"), tensor(num_kv_heads, 128)),
+        **dict.fromkeys(("lse", "grad_lse"), tensor(num_heads, dtype=torch.float32)),
+    }
+    count = f"{entry}_workspace_bytes"
+    size = getattr(native, count)(*(fields[name] for name in native.argument_names[count][:-1]), device.index or 0)
+    assert isinstance(size, int)
+    return size
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_workspace_is_bounded(kind: str, dtype: torch.dtype, native: Any, cuda_device: torch.device) -> None:
+@WITH_WORKSPACE
+def test_workspace_is_bounded(
+    entry: str, is_deterministic: bool, dtype: torch.dtype, native: Any, cuda_device: torch.device
+) -> None:
     """However long the problem: the budget, and in the backward one key head's float32 gradients and 128 MiB."""
-    device = cuda_device.index or 0
-    sizes = []
-    for length in (2**14, 2**17, 2**20):
-        fields = problem_fields(dtype, 4, 32, 8, length, 16)
-        size = native.moba_cuda_workspace_bytes(kind, fields, device)
+    lengths = (2**14, 2**17, 2**20)
+
+    def size_of(length: int) -> int:
+        return workspace_bytes(native, cuda_device, entry, is_deterministic, dtype, (4, 32, 8), length, 16)
+
+    sizes = [size_of(length) for length in lengths]
+    for length, size in zip(lengths, sizes, strict=True):
         of_one_unit = length * (128 + 128) * 4
-        assert 0 < size <= (2**30 if kind.startswith("backward") else 2**29) + of_one_unit + 2**28, (length, size)
-        sizes.append(size)
+        assert 0 < size <= (2**30 if entry.endswith("backward") else 2**29) + of_one_unit + 2**28, (length, size)
     native.moba_cuda_set_budget(2**24)
-    for length, size in zip((2**14, 2**17, 2**20), sizes, strict=True):
-        fields = problem_fields(dtype, 4, 32, 8, length, 16)
-        small = native.moba_cuda_workspace_bytes(kind, fields, device)
+    for length, size in zip(lengths, sizes, strict=True):
+        small = size_of(length)
         assert small <= 2**24 + length * (128 + 128) * 4 + 2**22, (length, small)
         assert small <= size
 
 
 @pytest.mark.parametrize("budget", [0, 100_000, 1])
-@pytest.mark.parametrize("kind", KINDS)
+@WITH_WORKSPACE
 def test_workspace_is_the_same_each_time_it_is_asked_for(
-    kind: str, budget: int, native: Any, cuda_device: torch.device
+    entry: str, is_deterministic: bool, budget: int, native: Any, cuda_device: torch.device
 ) -> None:
     native.moba_cuda_set_budget(budget)
-    fields = problem_fields(torch.bfloat16, 2, 4, 2, 300, 3)
-    size = native.moba_cuda_workspace_bytes(kind, fields, cuda_device.index or 0)
-    assert size == native.moba_cuda_workspace_bytes(kind, fields, cuda_device.index or 0) > 0
-    with pytest.raises(ValueError, match="kind of workspace"):
-        native.moba_cuda_workspace_bytes("sideways", fields, 0)
+    first, second = (
+        workspace_bytes(native, cuda_device, entry, is_deterministic, torch.bfloat16, (2, 4, 2), 300, 3)
+        for _ in range(2)
+    )
+    assert first == second > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@WITH_WORKSPACE
 def test_a_workspace_one_byte_smaller_is_refused(
-    kind: str, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    entry: str, is_deterministic: bool, native: Any, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = AttentionCase(query_len=100, top_k=3)
     inputs = make_inputs(case, torch.bfloat16, cuda_device)
     gradients = make_gradients(case, torch.bfloat16, cuda_device, 0)
-    whole = _moba_cuda._workspace
-    asked_for = []
+    whole = getattr(native, f"{entry}_workspace_bytes")
+    sizes: list[int] = []
 
-    def smaller(asked: str, *arguments: Any) -> Tensor:
-        asked_for.append(asked)
-        workspace = whole(asked, *arguments)
-        return workspace[:-1] if asked == kind else workspace
+    def smaller(*arguments: Any) -> int:
+        sizes.append(whole(*arguments) - 1)
+        return sizes[-1]
 
-    monkeypatch.setattr(_moba_cuda, "_workspace", smaller)
+    monkeypatch.setattr(native, f"{entry}_workspace_bytes", smaller)
     with pytest.raises(ValueError, match="workspace is smaller"):
-        run_attention(*inputs, *gradients, case, deterministic=kind == "backward_deterministic")
-    assert asked_for[-1] == kind
+        run_attention(*inputs, *gradients, case, deterministic=is_deterministic)
+    assert len(sizes) == 1

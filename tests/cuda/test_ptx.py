@@ -407,7 +407,7 @@ KERNEL_CASES: list[Case] = [
 @pytest.fixture(scope="module")
 def emulated() -> ModuleType:
     module = load_emulated("_native_emulated")
-    if module is None or not hasattr(module, "moba_forward_cuda"):
+    if module is None or not hasattr(module, "moba_attention_cuda"):
         pytest.skip(f"_native_emulated is not built in {emulation_folder()}; see tests/emulation/CMakeLists.txt")
     return module
 

@@ -91,7 +91,6 @@ class Scores:
         return scores
 
 
-
 def by_us(module: nn.Module) -> str:
     """Who refuses, and whom, for messages."""
     return f'by attn_implementation="{IMPLEMENTATION}" in {type(module).__name__}'

@@ -6,6 +6,8 @@ and devices only, never at values, so they run under fake tensors and while comp
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ def check_tensor(name: str, value: Any) -> Tensor:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise unless ``value`` is an int (not a bool) of at least ``least`` that fits 31 bits."""
+    if type(value) is int and least <= value < 2**31:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < least or value > 2**31 - 1:
@@ -56,7 +60,7 @@ def check_scale(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float or None, got {value!r} of type {type(value).__name__}")
-    if not abs(value) <= torch.finfo(torch.float64).max:
+    if not abs(value) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {value}")
 
 
@@ -109,6 +113,24 @@ def check_contiguous_rows(name: str, tensor: Tensor) -> None:
             f"{name} must have a contiguous last dimension, got strides {tuple(tensor.stride())}; "
             f"call .contiguous() on it"
         )
+
+
+def check_operands(named: Sequence[tuple[str, Tensor]], ndim: int, layout: str) -> None:
+    """Raise unless tensors have ``ndim`` dimensions, contiguous rows, and the first one's floating dtype and device."""
+    first_name, first = named[0]
+    dtype, device = first.dtype, first.device
+    for name, tensor in named:
+        # Asked here, so that a call that is right costs no more calls.
+        if tensor.dim() != ndim:
+            check_ndim(name, tensor, ndim, layout)
+        if tensor.dtype not in FLOATING_DTYPES:
+            check_floating(name, tensor)
+        if tensor.dtype != dtype:
+            check_same_dtype(name, tensor, first_name, first)
+        if tensor.device != device:
+            check_same_device(name, tensor, first_name, first)
+        if tensor.stride(-1) != 1:
+            check_contiguous_rows(name, tensor)
 
 
 def check_sum_operand(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:

@@ -23,7 +23,8 @@ def empty_like_rows(like: Tensor, dim: int) -> Tensor:
 
     So that the transposed view of a ``[B, N, H, D]`` projection gets an output that transposes back without a copy.
     """
-    if like.ndim == 4 and like.stride(1) < like.stride(2):
+    strides = like.stride()
+    if len(strides) == 4 and strides[1] < strides[2]:
         batch, heads, tokens, _ = like.shape
         return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
     return like.new_empty((*like.shape[:-1], dim))

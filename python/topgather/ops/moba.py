@@ -406,24 +406,25 @@ def _check(
     checks.check_scale(scale)
     checks.check_softcap(softcap)
     packed = cu_seqlens_q is not None
-    layout = "[total_tokens, heads, dim]" if packed else "[batch, heads, tokens, dim]"
-    named = [("query", query), ("key", key)] + ([("value", value)] if value is not None else [])
-    for name, tensor in named:
-        checks.check_ndim(name, tensor, 3 if packed else 4, layout)
-        checks.check_floating(name, tensor)
-        checks.check_same_dtype(name, tensor, "query", query)
-        checks.check_same_device(name, tensor, "query", query)
-        if not packed:
-            checks.check_size(name, tensor, 0, query.size(0), "batch size of query")
-        checks.check_contiguous_rows(name, tensor)
-    head_axis, token_axis = (1, 0) if packed else (1, 2)
-    checks.check_size("key", key, -1, query.size(-1), "head_dim of query")
-    if query.size(-1) < 1:
-        raise ValueError(f"query must have a head_dim of at least 1, got shape {tuple(query.shape)}")
+    named = [("query", query), ("key", key)]
     if value is not None:
-        checks.check_size("value", value, head_axis, key.size(head_axis), "heads of key")
-        checks.check_size("value", value, token_axis, key.size(token_axis), "tokens of key")
-    num_query_heads, num_kv_heads = query.size(head_axis), key.size(head_axis)
+        named.append(("value", value))
+    checks.check_operands(
+        named, 3 if packed else 4, "[total_tokens, heads, dim]" if packed else "[batch, heads, tokens, dim]"
+    )
+    # Sizes are compared here, so that a call that is right costs little.
+    query_shape, key_shape = query.shape, key.shape
+    if not packed and key_shape[0] != query_shape[0]:
+        checks.check_size("key", key, 0, query_shape[0], "batch size of query")
+    if key_shape[-1] != query_shape[-1]:
+        checks.check_size("key", key, -1, query_shape[-1], "head_dim of query")
+    if query_shape[-1] < 1:
+        raise ValueError(f"query must have a head_dim of at least 1, got shape {tuple(query_shape)}")
+    if value is not None:
+        for dim, meaning in enumerate(("tokens", "heads") if packed else ("batch size", "heads", "tokens")):
+            if value.size(dim) != key_shape[dim]:
+                checks.check_size("value", value, dim, key_shape[dim], f"{meaning} of key")
+    num_query_heads, num_kv_heads = query_shape[1], key_shape[1]
     if num_kv_heads < 1 or num_query_heads < 1 or num_query_heads % num_kv_heads != 0:
         raise ValueError(
             f"query must have a multiple of key's heads, at least one, got {num_query_heads} query heads "
@@ -443,7 +444,7 @@ def _check(
         raise TypeError(f"block_indices must have dtype torch.int32, got {block_indices.dtype}")
     checks.check_same_device("block_indices", block_indices, "query", query)
     leading = _per_query(query)
-    if block_indices.ndim != len(leading) + 1 or tuple(block_indices.shape[:-1]) != leading:
+    if block_indices.shape[:-1] != leading:
         raise ValueError(f"block_indices must have shape {list(leading)} + [top_k], got {tuple(block_indices.shape)}")
     if block_indices.size(-1) < 1:
         raise ValueError("block_indices must have at least one slot per query, got a last dimension of 0")
@@ -510,7 +511,8 @@ def _cuda_check(query: Tensor, value: Tensor | None = None) -> None:
 
 def _per_query(query: Tensor, *last: int) -> tuple[int, ...]:
     """Shape of what stands once a head and query: ``[B, Hq, Nq]``, packed ``[Hq, total_q]``, and ``last``."""
-    return (*((query.size(1), query.size(0)) if query.ndim == 3 else query.shape[:3]), *last)
+    shape = query.shape
+    return (shape[1], shape[0], *last) if len(shape) == 3 else (*shape[:-1], *last)
 
 
 def _centroids(key: Tensor, block_size: int) -> Tensor:
