@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 
 from ..ops import _checks as checks
 from ..ops import _decode_ops  # noqa: F401  registers the ops
-from ..ops._key_conv_kernels import LEAST_WIDTH, MOST_WIDTH
+from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH
 from ..ops._library import sum_dtype
 from ..ops.key_conv import key_conv
 from ._checks import check_counts, check_device_dtype, check_no_gradient, check_not_transformed
@@ -313,9 +313,9 @@ class BaseCache:
             raise ValueError(
                 f"conv_weight must have shape [{self.num_kv_heads}, {self.head_dim}, width], got {tuple(weight.shape)}"
             )
-        if not LEAST_WIDTH <= weight.size(2) <= MOST_WIDTH:
+        if not MIN_WIDTH <= weight.size(2) <= MAX_WIDTH:
             raise ValueError(
-                f"conv_weight must have between {LEAST_WIDTH} and {MOST_WIDTH} taps, got shape {tuple(weight.shape)}"
+                f"conv_weight must have between {MIN_WIDTH} and {MAX_WIDTH} taps, got shape {tuple(weight.shape)}"
             )
         if weight.dtype not in (self.dtype, sum_dtype(self.dtype)):
             allowed = " or ".join(str(dtype) for dtype in dict.fromkeys((self.dtype, sum_dtype(self.dtype))))
