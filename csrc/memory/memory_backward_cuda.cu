@@ -24,7 +24,6 @@
 #include "../cuda/lane_rows.cuh"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
-#include "memory_rows_cuda.cuh"
 
 namespace topgather {
 
