@@ -57,7 +57,7 @@ def test_every_mutator_has_a_valid_call() -> None:
         assert {"append", "truncate", "reorder", "reset"} <= names
 
 
-# --- states of a cache --------------------------------------------------------------------------------------------------
+# --- states of a cache ------------------------------------------------------------------------------------------------
 
 
 def make(cls: type, device: torch.device, conv: bool, num_pages: int = 12) -> Any:
@@ -122,7 +122,7 @@ def differences(before: Any, after: Any, path: str = "cache") -> list[str]:
     return [] if same else [path]
 
 
-# --- inputs that are refused ----------------------------------------------------------------------------------------------
+# --- inputs that are refused ------------------------------------------------------------------------------------------
 
 
 def dual(tensor: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def test_shared_pages(
     assert not differences(before, state_of(cache))
 
 
-# --- failures half-way --------------------------------------------------------------------------------------------------
+# --- failures half-way ------------------------------------------------------------------------------------------------
 
 
 class _FailsAt(TorchDispatchMode):
@@ -316,7 +316,7 @@ def test_a_call_that_runs_out_of_memory_changes_nothing(
         assert torch.equal(cache._raw_keys, expected._raw_keys)
 
 
-# --- the harness itself -------------------------------------------------------------------------------------------------
+# --- the harness itself -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", CLASSES)

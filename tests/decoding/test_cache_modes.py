@@ -103,7 +103,7 @@ def test_a_weight_that_is_trained_convolves_without_gradient(device: torch.devic
         assert torch.equal(each.key, cache.key)
 
 
-# --- what records gradients is refused ----------------------------------------------------------------------------------
+# --- what records gradients is refused --------------------------------------------------------------------------------
 
 
 def make_decode() -> Callable[[Tensor], Tensor]:
@@ -141,7 +141,7 @@ def test_tangents_are_refused() -> None:
             run()
 
 
-# --- writes that autograd must see --------------------------------------------------------------------------------------
+# --- writes that autograd must see ------------------------------------------------------------------------------------
 
 
 def mutable_ops() -> list[str]:
@@ -269,7 +269,7 @@ def test_copies_in_a_list_stay_one() -> None:
     assert left is right and left is not cache
 
 
-# --- sizes beyond what there is -----------------------------------------------------------------------------------------
+# --- sizes beyond what there is ---------------------------------------------------------------------------------------
 
 BIG = 2**31 - 1
 # What means the same as the largest number.
@@ -331,7 +331,7 @@ def test_more_than_memory_holds_is_refused_in_words(cls: type, changes: dict[str
         cls(**options)
 
 
-# --- weights of the convolution -----------------------------------------------------------------------------------------
+# --- weights of the convolution ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_more_than_memory_holds_is_refused_in_words(cls: type, changes: dict[str
         (
             lambda: torch.zeros(2, 8, 3).double(),
             TypeError,
-            "conv_weight must have the cache's dtype.*got torch.float64",
+            "conv_weight must have the cache.*got torch.float64",
         ),
         (lambda: torch.zeros(2, 8, 3).half(), TypeError, "conv_weight must have the cache's dtype.*got torch.float16"),
         (lambda: torch.zeros(2, 8, 3).long(), TypeError, "conv_weight must have the cache's dtype.*got torch.int64"),
