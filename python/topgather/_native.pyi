@@ -1,8 +1,7 @@
 """Compiled kernels.
 
 An entry point, ``<op>_cpu`` or ``<op>_cuda``, takes one positional argument a field of its parameter struct
-(csrc/*/*_params.h), in the order that ``argument_names`` tells, and returns nothing: python/topgather/ops/_spec.py fills
-them by name.
+(csrc/*/*_params.h), in the order that ``argument_names`` tells, and returns nothing: ops/_spec.py fills them by name.
 """
 
 from typing import Any

@@ -500,8 +500,8 @@ def test_settings_are_saved_with_the_model(tmp_path: Any) -> None:
     [
         ({"dropout": 0.1}, ValueError, "dropout"),
         ({"sliding_window": 64}, ValueError, "sliding_window"),
-        ({"softcap": 30.0}, ValueError, "softcap"),
-        ({"s_aux": torch.zeros(4)}, ValueError, "s_aux"),
+        ({"softcap": -30.0}, ValueError, "softcap"),
+        ({"s_aux": torch.zeros(5)}, ValueError, "sinks"),
         ({"position_bias": torch.zeros(1, 4, 20, 20)}, ValueError, "position_bias"),
         ({"output_attentions": True}, ValueError, "output_attentions"),
         ({"is_causal": False}, ValueError, "is_causal"),

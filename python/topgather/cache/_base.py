@@ -25,9 +25,8 @@ from torch.compiler import is_compiling
 
 from ..ops import _checks as checks
 from ..ops import _decode_ops  # noqa: F401  registers the ops
-from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH
 from ..ops._library import sum_dtype
-from ..ops.key_conv import key_conv
+from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH, key_conv
 from ._checks import check_counts, check_device_dtype, check_no_gradient, check_not_transformed
 
 ROW_BYTES = 16  # rows start on such boundaries, so that CUDA kernels read them in place

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -15,47 +15,38 @@ from ._checks import check_no_gradient
 from .contiguous import MobaCache
 from .paged import PagedMobaCache
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # From this many new tokens on, keys are worth fetching once for all of them: moba_attention's kernels.
 _PREFILL_TOKENS = 64
 
 
+class _Options(TypedDict, total=False):
+    """What every overload takes by name, beside the arguments it lists."""
+
+    routing: BlockRouting | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
+# fmt: off
 @overload
 def moba_decode(
-    query: Tensor,
-    cache: MobaCache | PagedMobaCache,
-    top_k: int | None = ...,
-    scale: float | None = ...,
-    num_tokens: Sequence[int] | Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-    routing: BlockRouting | None = ...,
+    query: Tensor, cache: MobaCache | PagedMobaCache, top_k: int | None = ..., scale: float | None = ...,
+    num_tokens: Sequence[int] | Tensor | None = ..., return_lse: Literal[False] = ..., **options: Unpack[_Options],
 ) -> Tensor: ...
-
-
 @overload
 def moba_decode(
-    query: Tensor,
-    cache: MobaCache | PagedMobaCache,
-    top_k: int | None = ...,
-    scale: float | None = ...,
-    num_tokens: Sequence[int] | Tensor | None = ...,
-    *,
-    return_lse: Literal[True],
-    routing: BlockRouting | None = ...,
+    query: Tensor, cache: MobaCache | PagedMobaCache, top_k: int | None = ..., scale: float | None = ...,
+    num_tokens: Sequence[int] | Tensor | None = ..., *, return_lse: Literal[True], **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
-
-
 @overload
 def moba_decode(
-    query: Tensor,
-    cache: MobaCache | PagedMobaCache,
-    top_k: int | None = ...,
-    scale: float | None = ...,
-    num_tokens: Sequence[int] | Tensor | None = ...,
-    return_lse: bool = ...,
-    routing: BlockRouting | None = ...,
+    query: Tensor, cache: MobaCache | PagedMobaCache, top_k: int | None = ..., scale: float | None = ...,
+    num_tokens: Sequence[int] | Tensor | None = ..., return_lse: bool = ..., **options: Unpack[_Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+# fmt: on
 def moba_decode(
     query: Tensor,
     cache: MobaCache | PagedMobaCache,
@@ -64,6 +55,8 @@ def moba_decode(
     num_tokens: Sequence[int] | Tensor | None = None,
     return_lse: bool = False,
     routing: BlockRouting | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from the newest tokens to a cache that holds them already (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -83,6 +76,8 @@ def moba_decode(
         return_lse: also return the log-sum-exp of each query's scaled scores.
         routing: a choice of blocks to use instead of making one, with ``block_indices [B, Hq, M, k]``; ``top_k`` is
             then not looked at.
+        softcap: if given, scaled scores become ``softcap * tanh(score / softcap)``, as in :func:`moba_attention`.
+        sinks: ``[Hq]``, a logit per head that joins each row's softmax, as in :func:`moba_attention`.
 
     Returns:
         ``out [B, Hq, M, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also ``lse [B, Hq, M]``,
@@ -105,6 +100,9 @@ def moba_decode(
     if not isinstance(cache, BaseCache):
         raise TypeError(f"cache must be a topgather.MobaCache or PagedMobaCache, got {type(cache).__name__}")
     checks.check_scale(scale)
+    checks.check_softcap(softcap)
+    if sinks is not None:
+        checks.check_tensor("sinks", sinks)
     checks.check_flag("return_lse", return_lse)
     if query.dtype != cache.dtype:
         raise TypeError(f"query must have the cache's dtype, {cache.dtype}, got {query.dtype}")
@@ -136,12 +134,12 @@ def moba_decode(
         with torch.autocast(query.device.type, enabled=False):
             out, lse = torch.ops.topgather.moba_attention.default(
                 query, cache.key_pages[:, :, :longest], cache.value_pages[:, :, :longest], block_indices,
-                cache.block_size, True, factor,
+                cache.block_size, True, factor, softcap=softcap, sinks=sinks,
             )  # fmt: skip
     else:
         out, lse = torch.ops.topgather.moba_decode.default(
             query, cache.key_pages, cache.value_pages, block_indices, cache.seq_lens, cache.page_table, count_tensor,
-            cache.block_size, factor,
+            cache.block_size, factor, softcap, sinks,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -77,18 +77,13 @@ class Scores:
     @property
     def of_op(self) -> dict[str, Any]:
         """Keyword arguments of the ops of block attention."""
-        return {"scale": self.scale}
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
 
     @staticmethod
     def of_arguments(module: nn.Module, scaling: float | None, arguments: dict[str, Any]) -> Scores:
         """Those of a call, where the ops know them."""
         sinks = next((arguments[name] for name in ("s_aux", "sinks") if arguments.get(name) is not None), None)
-        scores = Scores(scaling, arguments.get("softcap"), sinks)
-        for name in ("softcap", "sinks"):
-            if name not in scores.of_op and getattr(scores, name) is not None:
-                called = "s_aux" if name == "sinks" and arguments.get("s_aux") is not None else name
-                raise ValueError(f"{called} is not supported {by_us(module)}, got {_shown(getattr(scores, name))}")
-        return scores
+        return Scores(scaling, arguments.get("softcap"), sinks)
 
 
 def by_us(module: nn.Module) -> str:

@@ -128,14 +128,22 @@ def sequence_starts(position_ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, settings: Settings, scores: Scores) -> Tensor:
     """Causal attention, query ``i`` at position ``i + Nk - Nq``: ``[B, Hq, Nq, Dv]``, differentiable."""
-    if settings.top_k is not None:
-        return moba_attention(query, key, value, settings.block_size, settings.top_k, **scores.of_op)
+    top_k = _num_blocks(settings, scores, key.shape[2])
+    if top_k is not None:
+        return moba_attention(query, key, value, settings.block_size, top_k, **scores.of_op)
     num_queries, num_keys = query.shape[2], key.shape[2]
     visible = None
     if 1 < num_queries < num_keys:
         # torch's is_causal puts query i at position i.
         visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
     return _dense(query, key, value, visible, num_queries == num_keys, scores)
+
+
+def _num_blocks(settings: Settings, scores: Scores, num_keys: int) -> int | None:
+    """Blocks of a query; None for torch's dense attention, which knows neither caps of scores nor sinks."""
+    if settings.top_k is not None or (scores.softcap is None and scores.sinks is None):
+        return settings.top_k
+    return max(1, -(-num_keys // settings.block_size))
 
 
 def _dense(
@@ -164,7 +172,8 @@ def attend_packed(
     """The same within each packed sequence; 0 for rows of no sequence."""
     batch_size, _, num_tokens, _ = query.shape
     packed = queries.gather(query), keys.gather(key), keys.gather(value)
-    if settings.top_k is None:
+    top_k = _num_blocks(settings, scores, keys.max_seqlen)
+    if top_k is None:
         out = _attend_densely_to_packed(*packed, queries, keys, settings, scores)
     else:
         out = moba_attention_varlen(
@@ -174,7 +183,7 @@ def attend_packed(
             queries.max_seqlen,
             keys.max_seqlen,
             settings.block_size,
-            settings.top_k,
+            top_k,
             **scores.of_op,
         )
     return queries.scatter(out, batch_size, num_tokens)
