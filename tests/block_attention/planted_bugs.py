@@ -16,6 +16,10 @@ from tests.block_attention.helpers import (
     make_inputs,
     run_attention,
 )
+from tests.block_attention.test_softcap_and_sinks import (
+    test_against_reference,
+    test_decoding_gives_the_rows_of_attention,
+)
 from tests.block_attention.test_varlen import Packed
 from tests.common import emulated
 from tests.common.tensors import assert_bitwise_equal, integer_tensor
@@ -151,6 +155,10 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "routing long lists": routing_long_lists_case,
     "routing ties": routing_ties_case,
     "centroids": centroids_case,
+    "softcap and sinks": lambda: test_against_reference(BFLOAT16, {"softcap": 1.5, "has_sinks": True}, True, CPU),
+    "decoding with softcap and sinks": lambda: test_decoding_gives_the_rows_of_attention(
+        BFLOAT16, {"softcap": 1.5, "has_sinks": True}, CPU
+    ),
 }
 
 
@@ -165,6 +173,7 @@ LAYOUT = "moba/moba_layout_cuda.cu"
 FORWARD = "moba/moba_forward_cuda.cuh"
 MERGE = "moba/moba_forward_cuda.cu"
 BACKWARD = "moba/moba_backward_cuda.cuh"
+DECODE_ATTEND = "decode/decode_attend_cuda.cu"
 BACKWARD_STEPS = "moba/moba_backward_cuda.cu"
 ROUTE = "moba/moba_route_cuda.cuh"
 ROUTE_STEPS = "moba/moba_route_cuda.cu"
@@ -310,6 +319,21 @@ LISTS = [
                "varlen", WRONG_CHOICE, BLOCK_ATTENTION_UNITS[ROUTE]),
 ]
 
+SCORES = [
+    PlantedBug("forward: scores not capped", FORWARD,
+               "if (args.softcap > 0.0f) cap_scores(scores, args.softcap);", "", "softcap and sinks", WRONG_OUT),
+    PlantedBug("backward: the slope of the cap forgotten", BACKWARD,
+               "slope *= 1.0f - share * share;", "", "softcap and sinks", "AssertionError: gradient of query"),
+    PlantedBug("merge: the sink forgotten", MERGE,
+               "const float factor = is_valid ? share / sum : NAN;",
+               "const float factor = is_valid ? 1.0f / sum : NAN;",
+               "softcap and sinks", WRONG_OUT),
+    PlantedBug("decode: scores not capped", DECODE_ATTEND,
+               "if (args.softcap > 0.0f) score =", "if (false) score =", "decoding with softcap and sinks", WRONG_OUT),
+    PlantedBug("decode: the sink forgotten", DECODE_ATTEND,
+               "result / sum * share", "result / sum", "decoding with softcap and sinks", WRONG_OUT),
+]
+
 ARITHMETIC = [
     PlantedBug("tiles: left operands of an mma swapped", TILE_MATH,
                "left[m][1] = pack2<Element>(w[m][2 * k][2], w[m][2 * k][3]); left[m][2]",
@@ -390,6 +414,7 @@ BLOCK_ATTENTION_BUGS = [
     *BARRIERS,
     *COPIES_AND_ATOMICS,
     *LISTS,
+    *SCORES,
     *ARITHMETIC,
     *CHOICES,
 ]
