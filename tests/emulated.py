@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from topgather.ops import _cuda
+from topgather.ops._library import use_exchange
 
 FOLDER = os.environ.get("TOPGATHER_EMULATION") or None
 
@@ -29,7 +30,9 @@ def native(checked: bool = True) -> Any:
     assert FOLDER is not None, "TOPGATHER_EMULATION must name the folder that `make emulation` built in"
     if FOLDER not in sys.path:
         sys.path.insert(0, FOLDER)
-    return importlib.import_module("_native_emulated_checked" if checked else "_native_emulated")
+    module = importlib.import_module("_native_emulated_checked" if checked else "_native_emulated")
+    use_exchange(module)
+    return module
 
 
 @contextmanager

@@ -13,6 +13,13 @@ def cuda_architectures() -> str: ...
 def cuda_toolkit() -> str: ...
 def cuda_devices() -> list[str]: ...
 
+# What the entry points of ops take, `<name>_cpu` and `<name>_cuda`, in order: the fields of their parameter structs.
+argument_names: dict[str, list[str]]
+aligned_arguments: dict[str, list[str]]
+
+def use_exchange(capsule: object, /) -> bool: ...
+def memory_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...
+
 _Tensor = tuple[int, int, int, int]
 _Problem = tuple[Any, ...]
 _Workspace = tuple[int, int]
@@ -90,45 +97,6 @@ def moba_backward_cuda(
     stream: int,
     /,
 ) -> None: ...
-
-_Rows = tuple[int, int]
-
-def product_key_topk_cpu(fields: tuple[int, ...], /) -> None: ...
-def product_key_topk_cuda(fields: tuple[int, ...], device: int, stream: int, /) -> None: ...
-def memory_lookup_cpu(problem: _Problem, values: _Rows, indices: int, weights: int, out: int, /) -> None: ...
-def memory_lookup_cuda(
-    problem: _Problem, values: _Rows, indices: int, weights: int, out: int, device: int, stream: int, /
-) -> None: ...
-def memory_dot_cpu(problem: _Problem, values: _Rows, indices: int, x: _Rows, out: int, /) -> None: ...
-def memory_dot_cuda(
-    problem: _Problem, values: _Rows, indices: int, x: _Rows, out: int, device: int, stream: int, /
-) -> None: ...
-def memory_backward_workspace_bytes(problem: _Problem, /) -> int: ...
-def memory_backward_cpu(
-    problem: _Problem,
-    values: _Rows,
-    sorted_entries: tuple[int, int, int],
-    weights: int,
-    grad_out: _Rows,
-    num_targets: int,
-    grad_rows: int,
-    grad_weights: int,
-    /,
-) -> None: ...
-def memory_backward_cuda(
-    problem: _Problem,
-    values: _Rows,
-    sorted_entries: tuple[int, int, int],
-    weights: int,
-    grad_out: _Rows,
-    num_targets: int,
-    grad_rows: int,
-    grad_weights: int,
-    workspace: _Workspace,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
 def moba_cache_append_cpu(
     problem: _Problem,
     key: _Tensor,
@@ -200,7 +168,6 @@ def grid_backward_cpu(
     grad_bias: int,
     /,
 ) -> None: ...
-def memory_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...
 def grid_forward_cuda(
     problem: _Problem,
     query: _Image,
@@ -227,27 +194,3 @@ def grid_backward_cuda(
     /,
 ) -> None: ...
 def grid_cuda_kernel_facts() -> list[tuple[str, int, int, int, int]]: ...
-def key_conv_forward_cpu(problem: _Problem, key: _Tensor, state: _Tensor, weight: int, out: _Tensor, /) -> None: ...
-def key_conv_backward_cpu(
-    problem: _Problem,
-    inputs: tuple[_Tensor, ...],
-    weight: int,
-    gradients: tuple[_Tensor, ...],
-    grad_weight: int,
-    /,
-) -> None: ...
-def key_conv_forward_cuda(
-    problem: _Problem, key: _Tensor, state: _Tensor, weight: int, out: _Tensor, device: int, stream: int, /
-) -> None: ...
-def key_conv_backward_workspace_bytes(problem: _Problem, needs_grad_weight: bool, /) -> int: ...
-def key_conv_backward_cuda(
-    problem: _Problem,
-    inputs: tuple[_Tensor, ...],
-    weight: int,
-    gradients: tuple[_Tensor, ...],
-    grad_weight: int,
-    workspace: _Workspace,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topgather.ops._library import describe
+
 from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
@@ -46,6 +48,16 @@ class Recorder:
         self.module.start_recording()
         getattr(self.module, entry_point)(*arguments, 0, 0)
         self.launches += take_recording(self.module)
+
+    def run(self, native: str, **fields: Any) -> None:
+        """Run an entry point with these fields of its parameter struct, on device 0 and the default stream."""
+        fields["num_threads"] = 1
+        names = self.module.argument_names[f"{native}_cuda"][
+            : -len(("workspace", "workspace_bytes", "device", "stream"))
+        ]
+        arguments = [describe(fields[name]) for name in names]
+        count = getattr(self.module, f"{native}_workspace_bytes", None)
+        self.call(f"{native}_cuda", *arguments, *self.workspace(0 if count is None else count(*arguments, 0)))
 
 
 @dataclass(frozen=True)
@@ -145,18 +157,14 @@ class ProductKeyCase:
 
     def run(self, recorder: Recorder) -> None:
         """Scores and indices."""
-        heads, keys, dim, count = self.num_heads, self.num_keys, self.half_dim, self.num_tokens * self.num_heads
-        query = recorder.random(self.num_tokens, heads, 2 * dim, dtype=self.dtype)
-        table = recorder.random(heads, 2, keys, dim, dtype=self.dtype)
-        scores = recorder.zeros(count, self.top_k, dtype=torch.float32)
-        indices = recorder.zeros(count, self.top_k, dtype=torch.int64)
-        recorder.call(
-            "product_key_topk_cuda",
-            (
-                *(DTYPE_CODES[self.dtype], self.num_tokens, heads, keys, dim, self.top_k, 1),
-                *(query.data_ptr(), *query.stride()[:2], table.data_ptr(), *table.stride()[:3]),
-                *(scores.data_ptr(), indices.data_ptr()),
-            ),
+        tokens, heads, dim = self.num_tokens, self.num_heads, self.half_dim
+        recorder.run(
+            "product_key_topk",
+            query=recorder.random(tokens, heads, 2, dim, dtype=self.dtype),
+            keys=recorder.random(heads, 2, self.num_keys, dim, dtype=self.dtype),
+            top_k=self.top_k,
+            scores=recorder.zeros(tokens, heads, self.top_k, dtype=torch.float32),
+            indices=recorder.zeros(tokens, heads, self.top_k, dtype=torch.int64),
         )
 
 
@@ -180,33 +188,28 @@ class MemoryCase:
     def run(self, recorder: Recorder) -> None:
         """Forward where it is wanted, and backward with gradients of rows and weights."""
         rows, dim, tokens, entries = self.num_rows, self.row_dim, self.num_tokens, self.bag_size
-        problem = (DTYPE_CODES[self.dtype], rows, dim, tokens, entries, 1)
         indices = torch.randint(rows, (tokens, entries)).masked_fill(torch.rand(tokens, entries) < self.hot, 1)
         indices = recorder.keep(indices.masked_fill(torch.rand(tokens, entries) < 0.01, rows))
         values = recorder.random(rows, dim, dtype=self.dtype)
         x = recorder.random(tokens, dim, dtype=self.dtype)
         weights = recorder.random(tokens, entries, dtype=torch.float32)
-        table, x_rows = (values.data_ptr(), dim), (x.data_ptr(), dim)
         if self.is_forward:
             out = recorder.zeros(tokens, dim, dtype=self.dtype)
-            recorder.call("memory_lookup_cuda", problem, table, indices.data_ptr(), weights.data_ptr(), out.data_ptr())
+            recorder.run("memory_lookup", values=values, indices=indices, weights=weights, out=out)
             dots = recorder.zeros(tokens, entries, dtype=torch.float32)
-            recorder.call("memory_dot_cuda", problem, table, indices.data_ptr(), x_rows, dots.data_ptr())
+            recorder.run("memory_dot", values=values, indices=indices, x=x, out=dots)
         sorted_rows, order = torch.sort(indices.flatten().to(torch.int32), stable=True)
-        grad_values = recorder.zeros(rows, dim, dtype=self.dtype)
-        grad_weights = recorder.zeros(tokens, entries, dtype=torch.float32)
-        sorted_rows, order = recorder.keep(sorted_rows), recorder.keep(order)
-        recorder.call(
-            "memory_backward_cuda",
-            problem,
-            table,
-            (order.data_ptr(), sorted_rows.data_ptr(), sorted_rows.data_ptr()),
-            weights.data_ptr(),
-            x_rows,
-            rows,
-            grad_values.data_ptr(),
-            grad_weights.data_ptr(),
-            recorder.workspace(recorder.module.memory_backward_workspace_bytes(problem)),
+        sorted_rows = recorder.keep(sorted_rows)
+        recorder.run(
+            "memory_backward",
+            grad_out=x,
+            values=values,
+            weights=weights,
+            order=recorder.keep(order),
+            sorted_rows=sorted_rows,
+            targets=sorted_rows,
+            grad_rows=recorder.zeros(rows, dim, dtype=self.dtype),
+            grad_weights=recorder.zeros(tokens, entries, dtype=torch.float32),
         )
 
 
