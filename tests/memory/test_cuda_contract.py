@@ -22,7 +22,7 @@ from tests.memory.helpers import (
     search,
 )
 from topgather import reference
-from topgather.ops import _memory_cuda
+from topgather.ops import _memory_ops
 
 # The last row is named by the tests alone.
 CASE = LookupCase(num_rows=41, width=20, num_tokens=15)
@@ -129,9 +129,9 @@ def test_indices_are_looked_at_on_request(cuda_device: torch.device, monkeypatch
     arguments = (lookup.x, lookup.values_in, lookup.values, lookup.indices, lookup.weights)
     for value in ("", "0", None):
         if value is None:
-            monkeypatch.delenv(_memory_cuda.CHECK_INDICES_VARIABLE)
+            monkeypatch.delenv(_memory_ops.CHECK_INDICES_VARIABLE)
         else:
-            monkeypatch.setenv(_memory_cuda.CHECK_INDICES_VARIABLE, value)
+            monkeypatch.setenv(_memory_ops.CHECK_INDICES_VARIABLE, value)
         lookup.indices[3, 2] = -1
         assert tg.memory_lookup(lookup.values, lookup.indices, lookup.weights)[3].isnan().all()
     monkeypatch.setenv("TOPGATHER_CHECK_INDICES", "1")
@@ -153,10 +153,10 @@ def test_indices_are_looked_at_on_request(cuda_device: torch.device, monkeypatch
 @pytest.mark.parametrize(
     "case",
     [
-        TopkCase(num_tokens=5, num_keys=50, top_k=_memory_cuda.MOST_TOP_K),
-        TopkCase(num_tokens=5, num_keys=50, top_k=_memory_cuda.MOST_TOP_K + 1),
-        TopkCase(num_tokens=3, num_keys=20, head_dim=2 * _memory_cuda.MOST_HALF_DIM),
-        TopkCase(num_tokens=3, num_keys=20, head_dim=2 * _memory_cuda.MOST_HALF_DIM + 2),
+        TopkCase(num_tokens=5, num_keys=50, top_k=_memory_ops.MAX_TOP_K),
+        TopkCase(num_tokens=5, num_keys=50, top_k=_memory_ops.MAX_TOP_K + 1),
+        TopkCase(num_tokens=3, num_keys=20, head_dim=2 * _memory_ops.MAX_HALF_DIM),
+        TopkCase(num_tokens=3, num_keys=20, head_dim=2 * _memory_ops.MAX_HALF_DIM + 2),
     ],
     ids=str,
 )
@@ -164,10 +164,10 @@ def test_on_both_sides_of_what_the_kernel_takes(
     case: TopkCase, dtype: torch.dtype, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed = []
-    original = _memory_cuda.composed_topk
-    monkeypatch.setattr(_memory_cuda, "composed_topk", lambda *args: composed.append(1) or original(*args))
+    original = _memory_ops.composed_topk
+    monkeypatch.setattr(_memory_ops, "composed_topk", lambda *args: composed.append(1) or original(*args))
     check_topk(case, dtype, cuda_device)
-    fits = case.top_k <= _memory_cuda.MOST_TOP_K and case.head_dim <= 2 * _memory_cuda.MOST_HALF_DIM
+    fits = case.top_k <= _memory_ops.MAX_TOP_K and case.head_dim <= 2 * _memory_ops.MAX_HALF_DIM
     assert (not composed) == fits
 
 
@@ -183,7 +183,7 @@ def test_the_composition_equals_the_kernel(kind: str, cuda_device: torch.device)
         keys[0, 0, 3], keys[0, 1, 5], keys[1, 1, 2:9], keys[1, 0, 0] = torch.nan, -torch.inf, torch.inf, torch.nan
     for top_k in (1, 9, 31, 128):
         scores, indices = tg.product_key_topk(query, keys, top_k)
-        composed, composed_indices = _memory_cuda.composed_topk(query.unflatten(2, (2, 6)), keys, top_k)
+        composed, composed_indices = _memory_ops.composed_topk(query.unflatten(2, (2, 6)), keys, top_k)
         assert torch.equal(indices, composed_indices)
         torch.testing.assert_close(scores, composed, rtol=1e-5, atol=1e-5, equal_nan=True)
         if kind == "integers":
@@ -195,7 +195,7 @@ def test_the_composition_takes_tokens_by_chunks(cuda_device: torch.device, monke
     query, keys = (t.detach() for t in make_topk_inputs(case, torch.float32, cuda_device))
     expected = tg.product_key_topk(query, keys, 150)
     for most_bytes in (1, 100_000, 200_000):
-        monkeypatch.setattr(_memory_cuda, "COMPOSED_BYTES", most_bytes)
+        monkeypatch.setattr(_memory_ops, "COMPOSED_BYTES", most_bytes)
         scores, indices = tg.product_key_topk(query, keys, 150)
         assert_topk_contract(scores, indices, query, keys, 150)
         assert torch.equal(indices, expected[1])

@@ -1,5 +1,7 @@
-"""Numerical gradients of memory layers in float64, on the CPU; double backward is right or refused, everywhere."""
+"""Numerical gradients of memory layers in float64, on the CPU; second derivatives are right or refused."""
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +18,12 @@ pytestmark = pytest.mark.sanitize
 CPU = torch.device("cpu")
 
 
+def gradcheck_both_modes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> bool:
+    """Reverse and forward mode, and tangents and gradients under vmap."""
+    modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    return torch.autograd.gradcheck(function, inputs, **modes)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -28,7 +36,7 @@ CPU = torch.device("cpu")
 def test_search(case: TopkCase) -> None:
     """The choice has a margin far above gradcheck's step on this data, or this would fail."""
     inputs = make_topk_inputs(case, torch.float64, CPU)
-    assert torch.autograd.gradcheck(lambda query, keys: tg.product_key_topk(query, keys, case.top_k)[0], inputs)
+    assert gradcheck_both_modes(lambda query, keys: tg.product_key_topk(query, keys, case.top_k)[0], inputs)
 
 
 LOOKUPS = [
@@ -42,7 +50,7 @@ LOOKUPS = [
 def test_lookup(case: LookupCase) -> None:
     lookup = make_lookup(case, torch.float64, CPU)
     inputs = (lookup.values, lookup.weights)
-    assert torch.autograd.gradcheck(lambda values, weights: tg.memory_lookup(values, lookup.indices, weights), inputs)
+    assert gradcheck_both_modes(lambda values, weights: tg.memory_lookup(values, lookup.indices, weights), inputs)
 
 
 class WithDenseGradient(torch.autograd.Function):
@@ -75,7 +83,7 @@ def test_dot(case: LookupCase) -> None:
     def dot(values_in: Tensor, x: Tensor) -> Tensor:
         return torch.ops.topgather.memory_dot(values_in, lookup.indices, x)
 
-    assert torch.autograd.gradcheck(dot, (lookup.values_in, lookup.x))
+    assert gradcheck_both_modes(dot, (lookup.values_in, lookup.x))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu", "identity"])
@@ -86,7 +94,7 @@ def test_experts(case: LookupCase, activation: str) -> None:
     def experts(x: Tensor, values_in: Tensor, values_out: Tensor, weights: Tensor) -> Tensor:
         return tg.expert_lookup(x, values_in, values_out, lookup.indices, weights, activation)
 
-    assert torch.autograd.gradcheck(experts, (lookup.x, lookup.values_in, lookup.values, lookup.weights))
+    assert gradcheck_both_modes(experts, (lookup.x, lookup.values_in, lookup.values, lookup.weights))
 
 
 def test_a_layer_of_both() -> None:
@@ -100,7 +108,7 @@ def test_a_layer_of_both() -> None:
         scores, indices = tg.product_key_topk(query, keys, 3)
         return tg.memory_lookup(values, indices.flatten(1), scores.softmax(-1).flatten(1))
 
-    assert torch.autograd.gradcheck(layer, (query, keys, values))
+    assert gradcheck_both_modes(layer, (query, keys, values))
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
@@ -110,7 +118,7 @@ def test_double_backward_of_a_table_is_refused(sparse_grad: bool, device: torch.
     out = tg.memory_lookup(lookup.values, lookup.indices, lookup.weights, sparse_grad)
     d_values, d_weights = torch.autograd.grad(out.square().sum(), (lookup.values, lookup.weights), create_graph=True)
     assert torch.equal(d_values.detach().to_dense(), _first_order(lookup.values, lookup.indices, lookup.weights))
-    with pytest.raises(RuntimeError, match="no double backward"):
+    with pytest.raises(RuntimeError, match="memory_lookup has no double backward"):
         torch.autograd.grad(d_weights.square().sum(), lookup.weights)
 
 
@@ -123,8 +131,48 @@ def test_double_backward_of_keys_is_refused(device: torch.device, device_kind: s
     query, keys = make_topk_inputs(TopkCase(), widest_dtype(device_kind), device)
     scores, _ = tg.product_key_topk(query, keys, 8)
     (d_keys,) = torch.autograd.grad(scores.square().sum(), keys, create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
+    with pytest.raises(RuntimeError, match="product_key_topk has no double backward"):
         d_keys.sum().backward()
+    lookup = make_lookup(LookupCase(), widest_dtype(device_kind), device)
+    dots = torch.ops.topgather.memory_dot(lookup.values_in, lookup.indices, lookup.x)
+    (d_values_in,) = torch.autograd.grad(dots.square().sum(), lookup.values_in, create_graph=True)
+    with pytest.raises(RuntimeError, match="memory_dot has no double backward"):
+        d_values_in.sum().backward()
+
+
+def test_forward_mode_of_gradients_of_tables_is_refused() -> None:
+    """In words that name the op that was called."""
+    query, keys = (t.detach() for t in make_topk_inputs(TopkCase(), torch.float64, CPU))
+    with pytest.raises(NotImplementedError, match="product_key_topk has no derivative in forward mode"):
+        torch.func.hessian(lambda keys: tg.product_key_topk(query, keys, 8)[0].square().sum())(keys)
+
+
+@pytest.mark.parametrize("mapped", [(0, 0), (None, 0), (0, None), (1, 1)], ids=str)
+def test_transforms_equal_a_loop(mapped: tuple[int | None, ...]) -> None:
+    """Outputs and gradients under vmap, whatever is mapped, and no warning of torch's."""
+    query, keys = make_topk_inputs(TopkCase(), torch.float64, CPU)
+    lookup = make_lookup(LookupCase(), torch.float64, CPU)
+    functions: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (lambda query, keys: tg.product_key_topk(query, keys, 8)[0], (query, keys)),
+        (lambda values, weights: tg.memory_lookup(values, lookup.indices, weights), (lookup.values, lookup.weights)),
+        (lambda values, x: torch.ops.topgather.memory_dot(values, lookup.indices, x), (lookup.values_in, lookup.x)),
+    ]
+    for function, tensors in functions:
+        inputs = [
+            tensor.detach() if dim is None else torch.stack([tensor.detach(), 2 * tensor.detach()], dim)
+            for tensor, dim in zip(tensors, mapped, strict=True)
+        ]
+        gradient = torch.func.grad(lambda *args, f=function: f(*args).square().sum(), argnums=(0, 1))
+        for each in (function, gradient):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                actual = torch.vmap(each, mapped)(*inputs)
+            for row in range(2):
+                one = [t if dim is None else t.select(dim, row) for t, dim in zip(inputs, mapped, strict=True)]
+                expected = each(*(t.contiguous() for t in one))
+                pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+                for left, right in pairs:
+                    torch.testing.assert_close(left[row], right, rtol=1e-12, atol=1e-12)
 
 
 def test_double_backward_past_the_table_is_right(device: torch.device, device_kind: str) -> None:

@@ -1,5 +1,6 @@
 """Gradients of tables: sparse beside dense, tables used twice or frozen, optimizers, and rows no one names."""
 
+import weakref
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -23,6 +24,7 @@ from tests.memory.helpers import (
     run_experts,
     run_lookup,
 )
+from topgather.ops import _memory_ops
 
 pytestmark = pytest.mark.sanitize
 
@@ -74,6 +76,32 @@ def test_stored_sparse_gradient_is_coalesced(experts: bool, device: torch.device
     for table in tables:
         assert table.grad is not None and table.grad.is_sparse and table.grad.is_coalesced()
         assert torch.equal(table.grad.indices()[0], lookup.indices.unique())
+
+
+def test_a_backward_leaves_nothing_behind(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a gradient, of the table or of others: no hook, and not the touched rows."""
+    lookup = make_lookup(CASE, torch.float32, device)
+    table, weights = lookup.values, lookup.weights
+    touched: list[weakref.ref[Tensor]] = []
+    keep_coalesced = _memory_ops._keep_coalesced
+
+    def noted(rows: Tensor) -> None:
+        touched.append(weakref.ref(rows))
+        keep_coalesced(rows)
+
+    monkeypatch.setattr(_memory_ops, "_keep_coalesced", noted)
+
+    def backward(**options: Any) -> None:
+        tg.memory_lookup(table, lookup.indices, weights, True).backward(lookup.grad_out, **options)
+
+    def grad(of: Tensor) -> None:
+        torch.autograd.grad(tg.memory_lookup(table, lookup.indices, weights, True), of, lookup.grad_out)
+
+    for run in (backward, lambda: backward(inputs=[weights]), lambda: backward(inputs=[table]), lambda: grad(table)):
+        run()
+        table.grad = None
+        assert not table._post_accumulate_grad_hooks and not table._backward_hooks
+    assert touched and all(rows() is None for rows in touched)
 
 
 def backward_into(lookup: Lookup, table: Tensor, sparse_grad: bool) -> Tensor:

@@ -91,6 +91,7 @@ def test_compile_dynamic_shapes(device: torch.device) -> None:
 
 @pytest.mark.parametrize("is_leaf", [True, False], ids=["leaf", "made"])
 def test_compile_with_sparse_gradients(is_leaf: bool, device: torch.device) -> None:
+    """One graph; a leaf's stored gradient is marked as coalesced, as without compiling."""
     torch._dynamo.reset()
     lookup = make_lookup(LOOKUP, torch.float32, device)
 
@@ -98,10 +99,13 @@ def test_compile_with_sparse_gradients(is_leaf: bool, device: torch.device) -> N
         return tg.memory_lookup(values if is_leaf else values * 2, lookup.indices, weights, sparse_grad=True)
 
     gradients = []
-    for function in (look_up, torch.compile(look_up, fullgraph=True, backend="aot_eager")):
-        out = function(lookup.values, lookup.weights)
-        gradients.append(torch.autograd.grad(out, (lookup.values, lookup.weights), lookup.grad_out))
-    assert gradients[1][0].is_sparse
+    counter = CompileCounterWithBackend("aot_eager")
+    for function in (look_up, torch.compile(look_up, backend=counter)):
+        lookup.values.grad = lookup.weights.grad = None
+        function(lookup.values, lookup.weights).backward(lookup.grad_out)
+        gradients.append((lookup.values.grad, lookup.weights.grad))
+    assert counter.frame_count == 1
+    assert gradients[1][0].is_sparse and (gradients[1][0].is_coalesced() or not is_leaf)
     for left, right in zip(*gradients, strict=True):
         torch.testing.assert_close(left.to_dense(), right.to_dense())
 
@@ -165,24 +169,46 @@ def test_autocast_leaves_float64_alone() -> None:
         assert tg.expert_lookup(*arguments).dtype == torch.float64
 
 
-def test_autocast_still_refuses_what_it_cannot_cast(device: torch.device) -> None:
+WRONG_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "int": lambda weights: weights.int(),
+    "bool": lambda weights: weights > 0,
+    "complex": lambda weights: weights + 0j,
+    "float64": lambda weights: weights.double(),
+    "[T, 1]": lambda weights: weights[:, :1],
+    "[1, K]": lambda weights: weights[:1],
+    "[]": lambda weights: weights[0, 0],
+    "[2, T, K]": lambda weights: weights.expand(2, *weights.shape),
+}
+
+
+@pytest.mark.parametrize("is_autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
+def test_the_same_is_refused_with_and_without_autocast(wrong: str, is_autocast: bool, device: torch.device) -> None:
     lookup = make_lookup(LOOKUP, torch.float32, device)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        with pytest.raises(TypeError, match="weights"):
-            tg.memory_lookup(lookup.values, lookup.indices, lookup.weights.int())
-        with pytest.raises(TypeError, match="x"):
-            arguments = (lookup.values_in, lookup.values, lookup.indices, lookup.weights)
-            tg.expert_lookup(lookup.x.int(), *arguments)
+    tables = (lookup.values_in, lookup.values)
+    weights = WRONG_WEIGHTS[wrong](lookup.weights.detach())
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_autocast):
+        for call in (
+            lambda: tg.memory_lookup(lookup.values, lookup.indices, weights),
+            lambda: tg.expert_lookup(lookup.x, *tables, lookup.indices, weights),
+        ):
+            with pytest.raises((TypeError, ValueError), match=r"weights must have the (dtype|shape) of"):
+                call()
+        for x in (lookup.x.int(), lookup.x.double(), lookup.x[:1]):
+            with pytest.raises((TypeError, ValueError), match="x must have"):
+                tg.expert_lookup(x, *tables, lookup.indices, lookup.weights)
 
 
-def test_a_fake_sparse_gradient_has_as_many_rows_as_data_would_say(device: torch.device) -> None:
+def test_a_fake_sparse_gradient_has_the_shape_of_the_table(device: torch.device) -> None:
+    """How many rows it holds only data would tell."""
     real_arguments = arguments_of(torch.bfloat16, device)["memory_backward_sparse"]
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         arguments = (mode.from_tensor(a) if isinstance(a, Tensor) else a for a in real_arguments)
-        rows, grad_rows, grad_weights = torch.ops.topgather.memory_backward_sparse(*arguments)
-    assert rows.dtype == torch.int64 and grad_rows.dtype == torch.bfloat16 and grad_weights.dtype == torch.float32
-    assert not isinstance(rows.shape[0], int) and rows.shape[0] is not None
-    assert grad_rows.shape[1] == 9 and grad_weights.shape == (7, 8)
+        grad_values, grad_weights = torch.ops.topgather.memory_backward_sparse(*arguments)
+    real, _ = torch.ops.topgather.memory_backward_sparse(*real_arguments)
+    assert grad_values.is_sparse and grad_values.is_coalesced() and grad_values.shape == real.shape == (100, 9)
+    assert grad_values.dtype == real.dtype == torch.bfloat16
+    assert grad_weights.dtype == torch.float32 and grad_weights.shape == (7, 8)
 
 
 def test_public_functions_on_meta_tensors() -> None:

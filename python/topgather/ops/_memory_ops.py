@@ -155,19 +155,53 @@ def _dense_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) 
     return values.new_empty(values.shape), _empty_weights(values, indices, needs_grad_weights)
 
 
+def _touched_rows(values: Tensor, sorted_rows: Tensor, is_first: Tensor) -> Tensor:
+    """Their number is a size of the result: on CUDA this waits for the device, as no other op does."""
+    return sorted_rows[is_first & (sorted_rows < values.size(0))].to(torch.int64)
+
+
 def _sparse_gradients(
-    values: Tensor, indices: Tensor, needs_grad_weights: bool, sorted_rows: Tensor, is_first: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The number of touched rows is a size of the results: on CUDA this waits for the device, as no other op does."""
-    rows = sorted_rows[is_first & (sorted_rows < values.size(0))].to(torch.int64)
-    grad_rows = values.new_empty((rows.size(0), values.size(1)))
-    return rows, grad_rows, _empty_weights(values, indices, needs_grad_weights)
+    values: Tensor, indices: Tensor, needs_grad_weights: bool, rows: Tensor, grad_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    _keep_coalesced(rows)
+    grad_values = torch.sparse_coo_tensor(
+        rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
+    )
+    return grad_values, _empty_weights(values, indices, needs_grad_weights)
 
 
-def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
-    num_touched = torch.library.get_ctx().new_dynamic_size()
-    rows, grad_rows = indices.new_empty((num_touched,), dtype=torch.int64), (num_touched, values.size(1))
-    return rows, values.new_empty(grad_rows), _empty_weights(values, indices, needs_grad_weights)
+def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
+    """With as many rows as there are entries: how many are touched only data can tell, and nobody who traces asks."""
+    num_entries = indices.size(0) * indices.size(1)
+    rows = indices.new_empty((1, num_entries), dtype=torch.int64)
+    grad_values = torch.sparse_coo_tensor(
+        rows, values.new_empty((num_entries, values.size(1))), values.shape, is_coalesced=True, check_invariants=False
+    )
+    return grad_values, _empty_weights(values, indices, needs_grad_weights)
+
+
+def _keep_coalesced(rows: Tensor) -> None:
+    """Inside a backward: where the gradient of just these rows becomes a leaf's, mark it as coalesced there.
+
+    torch stores a sparse gradient without its mark, and an optimizer would sort and copy all of it again. The mark is
+    set at the end of this backward, and nothing of it is left afterwards. Holding on to ``rows`` until then makes sure
+    that no other gradient's indices can lie at their address.
+    """
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return
+    accumulators = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+    leaves = [following.variable for following, _ in node.next_functions if isinstance(following, accumulators)]
+
+    def mark() -> None:
+        for leaf in leaves:
+            grad = leaf.grad
+            if grad is None or not grad.is_sparse or grad._nnz() != rows.numel():
+                continue
+            if grad._indices().data_ptr() == rows.data_ptr():
+                grad._coalesced_(True)
+
+    torch.autograd.Variable._execution_engine.queue_callback(mark)
 
 
 def _in_sum_dtype(tensor: Tensor, values: Tensor) -> Tensor:
@@ -202,7 +236,7 @@ register(
 )
 register(
     Op(
-        schema=f"memory_backward_sparse({_backward_arguments}) -> (Tensor rows, Tensor grad_rows, Tensor grad_weights)",
+        schema=f"memory_backward_sparse({_backward_arguments}) -> (Tensor grad_values, Tensor grad_weights)",
         native="memory_backward",
         check=_check_backward,
         check_content=_check_content,
@@ -211,6 +245,8 @@ register(
             **_entry_locals,
             "is_first": _is_first,
             "targets": lambda is_first: is_first.cumsum(0, dtype=torch.int32).sub_(1),
+            "rows": _touched_rows,
+            "grad_rows": lambda values, rows: values.new_empty((rows.size(0), values.size(1))),
         },
         inputs=_backward_inputs,
         results=_sparse_gradients,
@@ -220,48 +256,11 @@ register(
 )
 
 
-def _table_gradients(
-    ctx: Any,
-    is_sparse: bool,
-    grad_out: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    needs_grad_weights: bool,
-    owner: str,
-) -> tuple[Tensor, Tensor]:
+def _table_gradients(sparse_grad: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Gradients of a table, dense or sparse, and of weights; the latter empty unless asked for."""
-    arguments = (grad_out, values, indices, weights, needs_grad_weights, owner)
-    if not is_sparse:
-        grad_values, grad_weights = _ops.memory_backward.default(*arguments)
-        return grad_values, grad_weights
-    rows, grad_rows, grad_weights = _ops.memory_backward_sparse.default(*arguments)
-    grad_values = torch.sparse_coo_tensor(
-        rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
-    )
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        _keep_coalesced(ctx.next_functions[0][0], rows)
+    op = _ops.memory_backward_sparse if sparse_grad else _ops.memory_backward
+    grad_values, grad_weights = op.default(*arguments)
     return grad_values, grad_weights
-
-
-def _keep_coalesced(accumulator: Any, rows: Tensor) -> None:
-    """Mark the gradient that ``accumulator`` stores as coalesced, if it then is the gradient of just these rows.
-
-    torch stores a sparse gradient without its mark, and an optimizer would sort and copy all of it again. The mark is
-    set at the end of this backward, and nothing of it is left afterwards. Holding on to ``rows`` until then makes sure
-    that no other gradient's indices can lie at their address.
-    """
-    if not isinstance(accumulator, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
-        return
-
-    def mark() -> None:
-        grad = accumulator.variable.grad
-        if grad is None or not grad.is_sparse:
-            return
-        if grad._nnz() == rows.numel() and grad._indices().data_ptr() == rows.data_ptr():
-            grad._coalesced_(True)
-
-    torch.autograd.Variable._execution_engine.queue_callback(mark)
 
 
 # --- memory_lookup and memory_dot -----------------------------------------------------------------------------------
@@ -273,7 +272,6 @@ def follow_table(tensor: Tensor, values: Tensor, device_type: str) -> Tensor:
 
 
 def _lookup_backward(
-    ctx: Any,
     grad_out: Tensor,
     values: Tensor,
     indices: Tensor,
@@ -284,7 +282,7 @@ def _lookup_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     if needs_grad_values:
         arguments = (grad_out, values, indices, weights, needs_grad_weights)
-        return _table_gradients(ctx, sparse_grad, *arguments, "memory_lookup")
+        return _table_gradients(sparse_grad, *arguments, "memory_lookup")
     return None, _ops.memory_dot.default(values, indices, grad_out)
 
 
@@ -295,7 +293,6 @@ def _lookup_forward(
 
 
 def _dot_backward(
-    ctx: Any,
     grad_out: Tensor,
     values: Tensor,
     indices: Tensor,
@@ -306,7 +303,7 @@ def _dot_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_values = grad_x = None
     if needs_grad_values:
-        grad_values, _ = _table_gradients(ctx, sparse_grad, x, values, indices, grad_out, False, "memory_dot")
+        grad_values, _ = _table_gradients(sparse_grad, x, values, indices, grad_out, False, "memory_dot")
     if needs_grad_x:
         grad_x = _ops.memory_lookup.default(values, indices, grad_out)
     return grad_values, grad_x

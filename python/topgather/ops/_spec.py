@@ -48,8 +48,8 @@ class Op:
         zeroed: results that the CPU kernel adds to.
         backward: name of the op, or a function, that makes the gradients. Of its parameters, ``grad_<result>`` is the
             gradient of a result (where nothing depends on it zeros, or None if allowed), ``needs_grad_<argument>``
-            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone, ``ctx`` the node of the
-            graph. A result without such a parameter is not differentiable.
+            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. A result without such a
+            parameter is not differentiable.
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
         forward_mode: makes the tangents of the results, of arguments and ``tangent_<argument>`` (None where zero).
         derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so. An op's
@@ -458,7 +458,7 @@ class _Generator:
             result = name.removeprefix("grad_")
             if result in differentiable and result != name and len(differentiable) > 1 and not optional[name]:
                 source.line(f"if grad_{result} is None: grad_{result} = zeros_like({result})")
-            elif not (result in differentiable and result != name) and name not in (*tensors, *options, "ctx"):
+            elif not (result in differentiable and result != name) and name not in (*tensors, *options):
                 raise ImportError(f"topgather: {self.name}: its backward asks for {name!r}, which nothing gives")
             values.append(name)
         given = list(op.gradients)
