@@ -95,7 +95,8 @@ class OpCase:
             return {name: inputs[name] for name in self.written}
         if isinstance(found, tg.BlockRouting):
             found = found.block_indices
-        return dict(zip(self.results, (found,) if isinstance(found, Tensor) else found, strict=True))
+        named = dict(zip(self.results, (found,) if isinstance(found, Tensor) else found, strict=True))
+        return {name: result.to_dense() if result.is_sparse else result for name, result in named.items()}
 
     def everything(self, inputs: Inputs, seed: int = 0) -> dict[str, Tensor]:
         """Results, and under ``grad_<name>`` the gradients of the arguments that require one, for random gradients."""
@@ -396,7 +397,7 @@ MEMORY = [
         "ops.memory_backward_sparse",
         ops.memory_backward_sparse.default,
         _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True),
-        ("rows", "grad_rows", "grad_weights"),
+        ("grad_values", "grad_weights"),
     ),
 ]
 
