@@ -132,9 +132,9 @@ def state(cache: Any) -> list[Any]:
         blocks = None
         if isinstance(layer, MobaLayer) and layer.moba_cache is not None:
             held = layer.moba_cache
-            blocks = (held.lengths, [each.clone() for each in layer._rows()])
+            blocks = (held.lengths, [layer._columns_of(rows) for rows in layer._rows()])
         raw = getattr(layer, "raw", None)
-        found.append((layer.get_seq_length(), type(layer), layer.keys, layer.values, raw and list(raw), blocks))
+        found.append((layer.get_seq_length(), isinstance(layer, MobaLayer), layer.keys, layer.values, raw and list(raw), blocks))
     return found
 
 
