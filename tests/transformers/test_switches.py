@@ -134,7 +134,9 @@ def state(cache: Any) -> list[Any]:
             held = layer.moba_cache
             blocks = (held.lengths, [layer._columns_of(rows) for rows in layer._rows()])
         raw = getattr(layer, "raw", None)
-        found.append((layer.get_seq_length(), isinstance(layer, MobaLayer), layer.keys, layer.values, raw and list(raw), blocks))
+        found.append(
+            (layer.get_seq_length(), isinstance(layer, MobaLayer), layer.keys, layer.values, raw and list(raw), blocks)
+        )
     return found
 
 

@@ -105,7 +105,7 @@ class BaseCache:
 
     def _allocate(self, num_pages: int) -> None:
         def rows(dim: int) -> Tensor:
-            return aligned_rows(num_pages, self.num_kv_heads, self.page_size, dim, self.dtype, self.device)
+            return aligned_rows((num_pages, self.num_kv_heads, self.page_size, dim), self.dtype, self.device)
 
         self.key_pages = rows(self.head_dim)
         self.value_pages = rows(self.value_dim)
@@ -521,7 +521,7 @@ class BaseCache:
         with ordinary_tensors():
             for name, held in vars(self).items():
                 if name in ("key_pages", "value_pages"):
-                    made = aligned_rows(*held.shape, self.dtype, device).copy_(held)
+                    made: Any = aligned_rows(held.shape, self.dtype, device).copy_(held)
                 elif isinstance(held, Tensor):
                     made = make(held)
                 else:
@@ -538,13 +538,12 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def aligned_rows(
-    num_pages: int, num_heads: int, num_rows: int, dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def aligned_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[num_pages, num_heads, num_rows, dim]``, not filled in; every row starts at a multiple of ``ROW_BYTES``."""
+    *leading, dim = shape
     per_row = ROW_BYTES // dtype.itemsize
     padded = -(-dim // per_row) * per_row
-    return torch.empty((num_pages, num_heads, num_rows, padded), dtype=dtype, device=device)[..., :dim]
+    return torch.empty((*leading, padded), dtype=dtype, device=device)[..., :dim]
 
 
 def _rows_from(tensor: Tensor, first: Tensor, count: int) -> Tensor:

@@ -84,7 +84,7 @@ class MobaCache(BaseCache):
             if name == "centroids":
                 made[name] = pages.new_empty(sizes)
             else:
-                made[name] = aligned_rows(*sizes, self.dtype, self.device)
+                made[name] = aligned_rows(sizes, self.dtype, self.device)
             made[name][:, :, :used] = pages[:, :, :used].index_select(0, chosen)
         return Rearrangement(None, nothing_to_do, lambda: vars(self).update(made))
 

@@ -1,4 +1,4 @@
-"""The keyword arguments that transformers' models hand to an attention function, one list for each thing done with them.
+"""The keyword arguments that transformers' models hand to an attention function, by what is done with them.
 
 An argument in none of these lists raises: a model that passes one means something by it.
 """

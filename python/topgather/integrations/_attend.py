@@ -2,9 +2,9 @@
 
 A batch reaches the attention of a transformers model as ``query [B, Hq, Nq, D]`` and ``key, value [B, Hkv, Nk, D]``,
 with a mask ``[B, Nk]`` that says which tokens are real, and with positions or boundaries that say where sequences start
-within a row. Neither is a mask of scores, for a block's mean key would still hold what is hidden: real tokens are packed
-one after the other, attended to as sequences of their own, and the results put back in their places, with zeros at the
-padding.
+within a row. Neither is a mask of scores, for a block's mean key would still hold what is hidden: real tokens are
+packed one after the other, attended to as sequences of their own, and the results put back in their places, with zeros
+at the padding.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def _attend_densely_to_packed(
     """One sequence after the other: torch's fast dense kernels know no packed sequences."""
     if torch.compiler.is_compiling():
         visible = visible_in_packed(queries.cu_seqlens, keys.cu_seqlens, query.shape[0], key.shape[0])
-        batch = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-        return _dense(*batch, visible, False, scores)[0].transpose(0, 1)
+        one_query, one_key, one_value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        return _dense(one_query, one_key, one_value, visible, False, scores)[0].transpose(0, 1)
     outs = []
     boundaries = queries.cu_seqlens.tolist(), keys.cu_seqlens.tolist()
     lengths_q, lengths_k = ([end - start for start, end in pairwise(each)] for each in boundaries)

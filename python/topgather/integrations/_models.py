@@ -1,4 +1,4 @@
-"""What becomes of a model when it is told to attend by blocks: checked when it is made or switched, watched when it runs.
+"""A model that is told to attend by blocks is checked when it is made or switched, and watched when it runs.
 
 transformers asks ``PreTrainedModel.get_correct_attn_implementation`` what a model can do, when it is made and when its
 ``attn_implementation`` is set. Here it gets an answer for ``"moba"``:
@@ -69,7 +69,7 @@ def watch_models() -> None:
         return applicable
 
     setattr(get_correct_attn_implementation, _HOOKED, True)
-    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+    setattr(PreTrainedModel, "get_correct_attn_implementation", get_correct_attn_implementation)  # noqa: B010  a method
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -91,7 +91,8 @@ def _check_model(model: PreTrainedModel) -> None:
     reason = _REFUSED.get(model.config.model_type)
     if reason is not None:
         _refuse(model, reason)
-    if not _asks_interface(type(model)):
+    kind: Any = type(model)  # hashable, which types of modules do not say
+    if not _asks_interface(kind):
         _refuse(model, "it computes its attention itself, and does not go through transformers' attention interface")
     known = _FULL | _LOCAL | _WITHOUT_ATTENTION
     unknown = sorted(set(getattr(model.config, "layer_types", None) or ()) - known)
@@ -283,5 +284,6 @@ def _replace_layer(cache: Cache, layer_idx: int) -> None:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(layer_idx + 1 - len(cache.layers)))
-    if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is DynamicLayer:
-        cache.layers[layer_idx] = MobaLayer.of(cache.layers[layer_idx])
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if isinstance(layer, DynamicLayer) and type(layer) is DynamicLayer:
+        cache.layers[layer_idx] = MobaLayer.of(layer)

@@ -263,12 +263,12 @@ def _mask(
     which queries and which keys are real, where the place of the queries among the keys is on the device.
     """
     if local_size is not None:
-        positions = (
+        positions: dict[str, Any] = (
             {"q_length": q_length, "q_offset": q_offset}
             if cache_position is None
             else {"cache_position": cache_position}
         )
-        mask: Tensor = masking_utils.sdpa_mask(
+        mask: Any = masking_utils.sdpa_mask(
             batch_size=batch_size,
             kv_length=kv_length,
             kv_offset=kv_offset,
@@ -531,7 +531,7 @@ def _attend_locally(
 ) -> Tensor:
     """A layer that attends to a window or chunk, as the model does without us: ``[B, Nq, Hq, Dv]``.
 
-    ``mask`` is bool ``[B, 1, Nq, Nk]``. With arguments that torch's attention does not know it is the model's eager one.
+    ``mask`` is bool ``[B, 1, Nq, Nk]``. Arguments that torch's attention does not know go to the model's eager one.
     """
     if mask is None or mask.ndim != 4:
         raise ValueError(
