@@ -1,4 +1,4 @@
-"""Keyword arguments of attention functions: read, known to mean nothing here, or refused by name; nothing is dropped."""
+"""Keyword arguments of attention functions: read, known to mean nothing here, or refused by name; none is dropped."""
 
 import ast
 import importlib.util

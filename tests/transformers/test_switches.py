@@ -85,7 +85,14 @@ def test_a_switch_in_mid_conversation(family: Any, kind: str, dense: str) -> Non
     if kind != "its own":
         cache = moba.make_cache(model, 64 if kind == "paged" else None, paged=kind == "paged")
     parts = []
-    for start, end, enabled in ((0, 8, True), (8, 10, True), (10, 11, False), (11, 15, False), (15, 17, True), (17, 20, False)):
+    for start, end, enabled in (
+        (0, 8, True),
+        (8, 10, True),
+        (10, 11, False),
+        (11, 15, False),
+        (15, 17, True),
+        (17, 20, False),
+    ):
         moba.set_moba(model, enabled=enabled, dense_implementation=dense)
         parts.append(step(model, ids, mask, start, end, cache))
         if kind != "its own":
@@ -127,7 +134,9 @@ def state(cache: Any) -> list[Any]:
             held = layer.moba_cache
             blocks = (held.lengths, [layer._columns_of(rows) for rows in layer._rows()])
         raw = getattr(layer, "raw", None)
-        found.append((layer.get_seq_length(), isinstance(layer, MobaLayer), layer.keys, layer.values, raw and list(raw), blocks))
+        found.append(
+            (layer.get_seq_length(), isinstance(layer, MobaLayer), layer.keys, layer.values, raw and list(raw), blocks)
+        )
     return found
 
 

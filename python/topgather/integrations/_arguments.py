@@ -1,4 +1,4 @@
-"""The keyword arguments that transformers' models hand to an attention function, one list for each thing done with them.
+"""The keyword arguments that transformers' models hand to an attention function, a list for each thing done with them.
 
 An argument in none of these lists raises: a model that passes one means something by it.
 """
@@ -89,7 +89,6 @@ class Scores:
                 called = "s_aux" if name == "sinks" and arguments.get("s_aux") is not None else name
                 raise ValueError(f"{called} is not supported {by_us(module)}, got {_shown(getattr(scores, name))}")
         return scores
-
 
 
 def by_us(module: nn.Module) -> str:

@@ -1,8 +1,8 @@
 """What an attention call of a batch comes down to: rows of a padded or packed batch, and attention over them.
 
 A batch reaches the attention of a transformers model as ``query [B, Hq, Nq, D]`` and ``key, value [B, Hkv, Nk, D]``,
-with a mask ``[B, Nk]`` that says which tokens are real, and with positions or boundaries that say where sequences start
-within a row. Neither is a mask of scores, for a block's mean key would still hold what is hidden: real tokens are packed
+with a mask ``[B, Nk]`` that says which tokens are real, and positions or boundaries that say where sequences start in a
+row. Neither is a mask of scores, for a block's mean key would still hold what is hidden: real tokens are packed
 one after the other, attended to as sequences of their own, and the results put back in their places, with zeros at the
 padding.
 """

@@ -34,7 +34,7 @@ def begin(model: nn.Module, note: Any) -> None:
 
 
 def end(model: nn.Module) -> Any:
-    """It is over, and ``begin``'s note returned. What was remembered is forgotten: its tensors may get other content."""
+    """It is over: ``begin``'s note. What was remembered is forgotten, for its tensors may get other content."""
     _state.memo = None
     return _drop(model)
 

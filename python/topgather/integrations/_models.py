@@ -1,4 +1,4 @@
-"""What becomes of a model when it is told to attend by blocks: checked when it is made or switched, watched when it runs.
+"""What becomes of a model that is told to attend by blocks: checked when it is made or switched, watched when it runs.
 
 transformers asks ``PreTrainedModel.get_correct_attn_implementation`` what a model can do, when it is made and when its
 ``attn_implementation`` is set. Here it gets an answer for ``"moba"``:

@@ -196,9 +196,7 @@ def make_cache(
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
     return Cache(
-        layers=[
-            MobaLayer(max_seq_len, paged, num_pages) if type(layer) is DynamicLayer else layer for layer in layers
-        ]
+        layers=[MobaLayer(max_seq_len, paged, num_pages) if type(layer) is DynamicLayer else layer for layer in layers]
     )
 
 
@@ -265,9 +263,11 @@ def _mask(
     which queries and which keys are real, where the place of the queries among the keys is on the device.
     """
     if local_size is not None:
-        positions = {"q_length": q_length, "q_offset": q_offset} if cache_position is None else {
-            "cache_position": cache_position
-        }
+        positions = (
+            {"q_length": q_length, "q_offset": q_offset}
+            if cache_position is None
+            else {"cache_position": cache_position}
+        )
         mask: Tensor = masking_utils.sdpa_mask(
             batch_size=batch_size,
             kv_length=kv_length,
@@ -375,9 +375,7 @@ def _segments(mask: Tensor | None, batch_size: int, num_tokens: int, arguments: 
 
     They are told by ``cu_seq_lens_q``, by ``seq_idx``, or by ``position_ids``.
     """
-    boundaries, seq_idx, position_ids = (
-        arguments.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids")
-    )
+    boundaries, seq_idx, position_ids = (arguments.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
     if boundaries is not None:
         _check_one_row(batch_size)
         rows = torch.arange(num_tokens, device=boundaries.device)
@@ -417,9 +415,7 @@ def _packed_rows(
         _check_one_row(batch_size)
         queries, keys = arguments["cu_seq_lens_q"], arguments.get("cu_seq_lens_k")
         of_queries = _forward.remembered(PackedRows.of_boundaries, queries, num_queries)
-        return of_queries, of_queries if keys is None else _forward.remembered(
-            PackedRows.of_boundaries, keys, num_keys
-        )
+        return of_queries, of_queries if keys is None else _forward.remembered(PackedRows.of_boundaries, keys, num_keys)
     segments = None
     if num_queries > 1 and num_queries == num_keys:
         segments = _segments_once(mask, batch_size, num_queries, arguments)
@@ -535,7 +531,7 @@ def _attend_locally(
 ) -> Tensor:
     """A layer that attends to a window or chunk, as the model does without us: ``[B, Nq, Hq, Dv]``.
 
-    ``mask`` is bool ``[B, 1, Nq, Nk]``. With arguments that torch's attention does not know it is the model's eager one.
+    ``mask`` is bool ``[B, 1, Nq, Nk]``. With arguments that torch's attention does not know: its eager one.
     """
     if mask is None or mask.ndim != 4:
         raise ValueError(
