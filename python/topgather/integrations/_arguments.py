@@ -85,6 +85,7 @@ class Scores:
         sinks = next((arguments[name] for name in ("s_aux", "sinks") if arguments.get(name) is not None), None)
         return Scores(scaling, arguments.get("softcap"), sinks)
 
+
 def by_us(module: nn.Module) -> str:
     """Who refuses, and whom, for messages."""
     return f'by attn_implementation="{IMPLEMENTATION}" in {type(module).__name__}'
