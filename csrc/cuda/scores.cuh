@@ -20,6 +20,12 @@ __device__ __forceinline__ float cap_score(float score, float cap, float inverse
   return cap * tanh_of(score * inverse_cap);
 }
 
+// The derivative of a capped score by the score.
+__device__ __forceinline__ float slope_of_cap(float capped, float inverse_cap) {
+  const float share = capped * inverse_cap;
+  return 1.0f - share * share;
+}
+
 // What a row's weighted values are multiplied with beside the sum of its keys' weights: the share of the whole sum that
 // the keys have, exp(lse) / (exp(lse) + exp(sink)). 1 without sinks.
 __device__ __forceinline__ float share_beside_sink(float lse, const Array<const void, 1>& sinks, int64_t head_idx) {

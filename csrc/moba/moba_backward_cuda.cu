@@ -265,6 +265,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       const auto scale = static_cast<float>(params.scale);
       args.score_scale = scale * backward::kLog2E;
       args.softcap = static_cast<float>(params.softcap) * backward::kLog2E;
+      args.inverse_softcap = 1.0f / args.softcap;
       args.d_score_scale = std::abs(scale) > 1.0f ? scale : 1.0f;
       args.gradient_scale = std::abs(scale) > 1.0f ? 1.0f : scale;
       args.query = params.query;

@@ -45,10 +45,11 @@ struct BackwardArguments {
   bool is_deterministic;
   int32_t head_dim;
   int32_t value_dim;
-  int32_t key_elements;           // of a row of grad_query and grad_key
-  int32_t value_elements;         // of a row of grad_value
-  float score_scale;              // scale * log2(e)
-  float softcap;                  // softcap * log2(e); 0: scores stay
+  int32_t key_elements;    // of a row of grad_query and grad_key
+  int32_t value_elements;  // of a row of grad_value
+  float score_scale;       // scale * log2(e)
+  float softcap;           // softcap * log2(e); 0: scores stay
+  float inverse_softcap;
   float d_score_scale;            // on gradients of scores before they are rounded
   float gradient_scale;           // on grad_query and grad_key; the two make scale
   Array<const void, 4> query;     // [batch, query head, query, D] dtype
@@ -180,13 +181,20 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
   const int first_key = warp_id() / Shared::kRowWarps * Shared::kKeysPerWarp;
   if (first_key >= Shared::kKeys) return;  // whole warps
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const float inverse_cap = 1.0f / args.softcap;  // not used where scores are not capped
 #pragma unroll 1
   for (int key = first_key; key < first_key + Shared::kKeysPerWarp; key += 16) {
     float scores[1][2][4], d_weights[1][2][4];
     cuda::fill(scores, 0.0f);
     cuda::fill(d_weights, 0.0f);
     cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, key, num_keys - key, args.head_dim);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] *= args.score_scale;
+    if (args.softcap > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        scores[0][i / 4][i % 4] = cuda::cap_score(scores[0][i / 4][i % 4], args.softcap, args.inverse_softcap);
+      }
+    }
     cuda::multiply_by_rows(d_weights, shared.grad_out, first_row, shared.value, key, num_keys - key, args.value_dim);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -199,15 +207,11 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const bool is_visible = key + n * 8 + 2 * t + e < num_visible;
-          float score = scores[0][n][2 * h + e] * args.score_scale, slope = args.d_score_scale;
-          if (args.softcap > 0.0f) {
-            const float share = cuda::tanh_of(score * inverse_cap);
-            score = args.softcap * share;
-            slope *= 1.0f - share * share;
-          }
+          float& score = scores[0][n][2 * h + e];
           const float weight = cuda::exp2_approximate(score - lse);
           weights[e] = is_visible ? weight : 0.0f;
-          d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) * slope : 0.0f;
+          d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) * args.d_score_scale : 0.0f;
+          if (args.softcap > 0.0f) d_scores[e] *= cuda::slope_of_cap(score, args.inverse_softcap);
         }
         cuda::store_pair(shared.weights, row, key + n * 8 + 2 * t, weights[0], weights[1]);
         cuda::store_pair(shared.d_scores, row, key + n * 8 + 2 * t, d_scores[0], d_scores[1]);

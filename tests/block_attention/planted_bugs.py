@@ -323,7 +323,7 @@ SCORES = [
     PlantedBug("forward: scores not capped", FORWARD,
                "if (args.softcap > 0.0f) cap_scores(scores, args.softcap);", "", "softcap and sinks", WRONG_OUT),
     PlantedBug("backward: the slope of the cap forgotten", BACKWARD,
-               "slope *= 1.0f - share * share;", "", "softcap and sinks", "AssertionError: gradient of query"),
+               "if (args.softcap > 0.0f) d_scores[e] *= cuda::slope_of_cap(score, args.inverse_softcap);", "", "softcap and sinks", "AssertionError: gradient of query"),
     PlantedBug("merge: the sink forgotten", MERGE,
                "const float factor = is_valid ? share / sum : NAN;",
                "const float factor = is_valid ? 1.0f / sum : NAN;",
