@@ -98,7 +98,8 @@ def test_unsupported_dtype_throughout(case: OpCase, device: torch.device) -> Non
 def test_float64_is_for_the_cpu(case: OpCase, cuda_device: torch.device) -> None:
     inputs = case.inputs(torch.float32, cuda_device)
     inputs |= {name: inputs[name].double() for name in case.tensors(floating=True)}
-    with pytest.raises(TypeError, match=rf"\b({tensors_of(case)})\b"):
+    # expert_lookup hands its tables to an op that calls them values.
+    with pytest.raises(TypeError, match=rf"\b({tensors_of(case)}|values)\b"):
         case.function(**inputs)
 
 

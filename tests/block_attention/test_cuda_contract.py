@@ -492,7 +492,7 @@ def test_the_argument_overrules_the_flag(
     """None follows torch.use_deterministic_algorithms, True and False do not."""
     ways: list[bool] = []
     backward = native.moba_attention_backward_cuda
-    position = native.argument_names["moba_attention_backward_cuda"].index("is_deterministic")
+    position = native.argument_names["moba_attention_backward_cuda"].index("deterministic")
 
     def spy(*arguments: Any) -> None:
         ways.append(arguments[position])
@@ -643,7 +643,9 @@ def workspace_bytes(
         "cu_seqlens_k": None,
         "num_threads": 1,
         "scale": 0.1,
-        "is_deterministic": is_deterministic,
+        "deterministic": is_deterministic,
+        "softcap": None,
+        "sinks": None,
         "block_indices": tensor(num_heads, top_k, dtype=torch.int32),
         **dict.fromkeys(("query", "out", "grad_out", "grad_query"), tensor(num_heads, 128)),
         **dict.fromkeys(("key", "value", "grad_key", "grad_value"), tensor(num_kv_heads, 128)),

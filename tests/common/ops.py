@@ -20,6 +20,7 @@ import topgather as tg
 from tests.block_attention.helpers import AttentionCase
 from tests.block_attention.helpers import make_inputs as make_attention_inputs
 from tests.common.tensors import random_tensor
+from tests.common.tolerances import accumulation_dtype
 from tests.decoding.helpers import DecodeCase, filled_cache
 from tests.grid.helpers import GridCase
 from tests.grid.helpers import make_inputs as make_grid_inputs
@@ -153,6 +154,11 @@ def _routing(case: AttentionCase, heads: Inputs, bounds: Inputs) -> Tensor:
     return ops.moba_route(heads["query"], heads["key"], case.block_size, case.top_k, case.is_causal, **bounds)
 
 
+def _scores(num_heads: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    """What changes scores: a cap and sinks."""
+    return {"softcap": 1.5, "sinks": random_tensor((num_heads,), accumulation_dtype(dtype), device, seed + 6)}
+
+
 def _attention(case: AttentionCase, is_packed: bool, is_routed: bool) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         heads = _heads(case, dtype, device, seed, is_packed)
@@ -160,7 +166,7 @@ def _attention(case: AttentionCase, is_packed: bool, is_routed: bool) -> Callabl
         inputs = {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
         if is_routed:
             routing = tg.BlockRouting(_routing(case, heads, bounds), case.block_size)
-            inputs |= {"top_k": None, "routing": routing}
+            inputs |= {"top_k": None, "routing": routing, **_scores(case.num_heads, dtype, device, seed)}
         return {**inputs, "scale": 0.3, "return_lse": True, "deterministic": True}
 
     return draw
@@ -189,18 +195,21 @@ def _attention_op(case: AttentionCase, is_packed: bool, is_backward: bool) -> Ca
         bounds = _bounds(device) if is_packed else {}
         choice = _routing(case, heads, bounds)
         tail = {"block_size": case.block_size, "is_causal": True, "scale": 0.3, **bounds, "deterministic": True}
-        forward = {**heads, "block_indices": choice, **tail}
+        scores = _scores(case.num_heads, dtype, device, seed) if is_packed else {}
+        forward = {**heads, "block_indices": choice, **tail, **scores}
         if not is_backward:
             return forward
         out, lse = ops.moba_attention(**forward)
         grad_out, grad_lse = (random_tensor(tuple(t.shape), t.dtype, device, seed + 5) for t in (out, lse))
         saved = {"out": out, "lse": lse, "block_indices": choice}
+        tail |= {"softcap": scores["softcap"]} if is_packed else {}
         return {"grad_out": grad_out, "grad_lse": grad_lse, **heads, **saved, **tail}
 
     return draw
 
 
 HEADS = ("query", "key", "value")
+HEADS_AND_SINKS = (*HEADS, "sinks")
 OUT_LSE = ("out", "lse")
 GRADIENTS = ("grad_query", "grad_key", "grad_value")
 
@@ -221,13 +230,15 @@ def attention_cases(name: str, case: AttentionCase) -> list[OpCase]:
 
 BLOCK_ATTENTION = [
     *attention_cases("", SMALL),
-    OpCase("moba_attention(routing)", tg.moba_attention, _attention(SMALL, False, True), **_gives(HEADS, OUT_LSE)),
+    OpCase(
+        "moba_attention(routing)", tg.moba_attention, _attention(SMALL, False, True), **_gives(HEADS_AND_SINKS, OUT_LSE)
+    ),
     OpCase("moba_attention_varlen", tg.moba_attention_varlen, _attention(SMALL, True, False), **_gives(HEADS, OUT_LSE)),
     OpCase(
         "moba_attention_varlen(routing)",
         tg.moba_attention_varlen,
         _attention(SMALL, True, True),
-        **_gives(HEADS, OUT_LSE),
+        **_gives(HEADS_AND_SINKS, OUT_LSE),
     ),
     OpCase("moba_route_varlen", tg.moba_route_varlen, _route(SMALL, True), ("block_indices",)),
     OpCase("ops.block_centroids", ops.block_centroids.default, _centroids(SMALL), **_gives(("key",), ("centroids",))),
@@ -240,7 +251,7 @@ BLOCK_ATTENTION = [
                 f"ops.moba_attention{suffix}",
                 ops.moba_attention.default,
                 _attention_op(SMALL, is_packed, False),
-                **_gives(HEADS, OUT_LSE),
+                **_gives(HEADS_AND_SINKS if is_packed else HEADS, OUT_LSE),
             ),
             OpCase(
                 f"ops.moba_attention_backward{suffix}",
@@ -277,6 +288,7 @@ def _decode(case: DecodeCase, pages: int, is_routed: bool = False) -> Callable[.
             tail = (cache.seq_lens, cache.page_table, counts, cache.block_size, cache.page_size, case.slots)
             choice = ops.moba_decode_route(inputs["query"], cache.centroids, *tail)
             inputs |= {"top_k": None, "routing": tg.BlockRouting(choice, cache.block_size)}
+            inputs |= _scores(case.num_heads, dtype, device, seed)
         return inputs
 
     return draw
@@ -302,7 +314,8 @@ def _decode_op(name: str, case: DecodeCase, pages: int) -> Callable[..., Inputs]
         if name == "moba_decode_route":
             return {"query": query, "centroids": rows["centroids"], **places, **search}
         choice = ops.moba_decode_route(query, rows.pop("centroids"), **places, **search)
-        return {"query": query, **rows, "block_indices": choice, **places, "scale": 0.3}
+        scores = _scores(case.num_heads, dtype, device, seed) if pages else {}
+        return {"query": query, **rows, "block_indices": choice, **places, "scale": 0.3, **scores}
 
     return draw
 
@@ -390,13 +403,13 @@ MEMORY = [
     OpCase(
         "ops.memory_backward",
         ops.memory_backward.default,
-        _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True),
+        _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True, owner="memory_lookup"),
         ("grad_values", "grad_weights"),
     ),
     OpCase(
         "ops.memory_backward_sparse",
         ops.memory_backward_sparse.default,
-        _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True),
+        _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True, owner="memory_lookup"),
         ("grad_values", "grad_weights"),
     ),
 ]

@@ -236,13 +236,14 @@ class BaseCache:
         if num_tokens is None:
             return [query_len] * self.batch_size, None
         if isinstance(num_tokens, Tensor):
+            checks.check_tensor("num_tokens", num_tokens)
             if num_tokens.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"num_tokens must have dtype torch.int32 or torch.int64, got {num_tokens.dtype}")
             if tuple(num_tokens.shape) != (self.batch_size,):
                 raise ValueError(
                     f"num_tokens must have shape [{self.batch_size}] (batch size), got {tuple(num_tokens.shape)}"
                 )
-            if num_tokens.device.type == "cuda" or is_compiling():
+            if num_tokens.device.type != "cpu" or is_compiling():
                 if num_tokens.device != self.device:
                     raise ValueError(
                         f"num_tokens must be on the CPU or the cache's device, {self.device}, got {num_tokens.device}"

@@ -324,6 +324,7 @@ def moba_attention_varlen(
     checks.check_flag("return_lse", return_lse)
     _check_routing(routing, block_size, top_k)
     is_deterministic = _is_deterministic(deterministic)
+    _check_scores(softcap, sinks)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if routing is None:
         block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal, *sequences)
