@@ -521,7 +521,7 @@ def test_it_recalls(make: Make) -> None:
         ({"key_dim": 0}, ValueError, "key_dim"),
         ({"key_dim": 7}, ValueError, "key_dim"),
         ({"key_dim": None}, TypeError, "key_dim"),
-        ({"query_norm": "layer"}, ValueError, "query_norm"),
+        ({"query_norm": "instance"}, ValueError, "query_norm"),
         ({"query_norm": True}, TypeError, "query_norm"),
         ({"key_norm": 1}, TypeError, "key_norm"),
         ({"value_dropout": 1.0}, ValueError, "value_dropout"),

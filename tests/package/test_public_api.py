@@ -103,6 +103,7 @@ def test_signatures() -> None:
         }
         for name in FUNCTIONS
     }
+    scores = {"softcap": None, "sinks": None}
     attention = {
         "block_size": 128,
         "top_k": None,
@@ -111,6 +112,7 @@ def test_signatures() -> None:
         "return_lse": False,
         "routing": None,
         "deterministic": None,
+        **scores,
     }
     route = {"block_size": 128, "top_k": 8, "is_causal": True}
     assert defaults == {
@@ -119,7 +121,7 @@ def test_signatures() -> None:
         "moba_route": route,
         "moba_route_varlen": route,
         "block_centroids": {"block_size": 128},
-        "moba_decode": {"top_k": 8, "scale": None, "num_tokens": None, "return_lse": False, "routing": None},
+        "moba_decode": {"top_k": 8, "scale": None, "num_tokens": None, "return_lse": False, "routing": None, **scores},
         "key_conv": {"cu_seqlens": None, "state": None},
         "product_key_topk": {},
         "memory_lookup": {"sparse_grad": False},

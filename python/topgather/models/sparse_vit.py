@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts, check_number
-from ..nn.memory import _copy_reference
+from ..nn._init import TruncatedNormalLinear, reset_modules
+from ..nn._tables import check_number, copy_reference, parameter_to_load
+from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts
 from ..ops import _checks as checks
 from ..ops.grid import GRID, Pair, axis_of
 
@@ -130,7 +131,10 @@ class SparseViT(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, **place) for dim in dims[2:])
         map_channels = [dim for dim, stage_rates in zip(dims[2:], rates, strict=True) for _ in stage_rates]
         self.fusion = LearnableFeatureFusion(map_channels, fusion_dim, out_channels, init_value, **place)
-        self.apply(_reset_linear)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_modules(*self.children())
 
     def _stages(self) -> list[tuple[PatchEmbedding, list[ConvBlock | SparseAttentionBlock]]]:
         stages: Any = zip(self.embeddings, self.stages, strict=True)
@@ -153,12 +157,13 @@ class SparseViT(nn.Module):
         at the end of each rate, then of the fourth. The last of a stage is normalised over channels.
 
         Raises:
-            TypeError: ``x`` is not a tensor.
+            TypeError: ``x`` is not a tensor of floating-point numbers.
             ValueError: ``x`` has not the shape ``[B, in_channels, H, W]``, or no pixels.
         """
         checks.check_tensor("x", x)
         checks.check_ndim("x", x, 4, "[batch, in_channels, rows, columns]")
         checks.check_size("x", x, 1, self.in_channels, "in_channels of the model")
+        checks.check_floating("x", x)
         if x.size(2) < 1 or x.size(3) < 1:
             raise ValueError(f"x must have at least one row and column, got shape {tuple(x.shape)}")
         maps: list[Tensor] = []
@@ -182,7 +187,7 @@ class SparseViT(nn.Module):
         """Logits ``[B, out_channels, H, W]`` of the mask of ``x [B, in_channels, H, W]``.
 
         Raises:
-            TypeError: ``x`` is not a tensor.
+            TypeError: ``x`` is not a tensor of floating-point numbers.
             ValueError: ``x`` has not the shape ``[B, in_channels, H, W]``, or no pixels.
         """
         mask: Tensor = self.fusion(self.features(x))
@@ -262,17 +267,18 @@ class SparseViT(nn.Module):
             else:
                 published[f"norms.{stage - 2}"] = f"encoder_net.norm{number}"
         targets: dict[str, Tensor] = {}
-        for index, gamma in enumerate(self.fusion.gammas):
+        for index, gamma in enumerate(parameter_to_load(self.fusion, "gammas")):
             published[f"fusion.projections.{index}"] = f"lmu.conv_layer{index + 1}"
             targets[f"lmu.gamma{index + 1}"] = gamma
         for own, name in published.items():
             if own.endswith("gamma"):
-                targets[name] = self.get_parameter(own)
+                block_name, _, gamma_name = own.rpartition(".")
+                targets[name] = parameter_to_load(self.get_submodule(block_name), gamma_name)
             else:
                 parts = self.get_submodule(own).state_dict(keep_vars=True)
                 targets |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         counters = [name for name in targets if name.endswith("num_batches_tracked")]
-        _copy_reference(targets, state_dict, prefix, may_miss=counters, unused=unused)
+        copy_reference(targets, state_dict, prefix, may_miss=counters, unused=unused)
 
     def extra_repr(self) -> str:
         """The model's options, as ``print`` shows them."""
@@ -347,6 +353,12 @@ class ConvBlock(nn.Module):
         return x + drop_path(self.mlp_out(hidden), self.drop_path_rate, self.training)
 
 
+class _SparseAttention(SparseSelfAttention2d):
+    """With projections drawn as the model's others."""
+
+    _linear = TruncatedNormalLinear
+
+
 class SparseAttentionBlock(nn.Module):
     """A transformer block over ``[B, H, W, dim]``: attention inside grids, a perceptron with a depthwise convolution of
     3 x 3 between its layers, and layer scale on both.
@@ -380,15 +392,25 @@ class SparseAttentionBlock(nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.drop_path_rate = drop_path_rate
         self.attention_norm = nn.LayerNorm(dim, eps=1e-6, **place)
-        self.attention = SparseSelfAttention2d(
+        self.attention = _SparseAttention(
             dim, num_heads, **group_size, qkv_bias=qkv_bias, layout=CHANNELS_LAST, **place
         )
-        self.attention_gamma = nn.Parameter(torch.full((dim,), float(init_value), **place))
+        self.attention_gamma = nn.Parameter(torch.empty(dim, **place))
         self.mlp_norm = nn.LayerNorm(dim, eps=1e-6, **place)
-        self.mlp_in = nn.Linear(dim, hidden_dim, **place)
+        self.mlp_in = TruncatedNormalLinear(dim, hidden_dim, **place)
         self.mlp_conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **place)
-        self.mlp_out = nn.Linear(hidden_dim, dim, **place)
-        self.mlp_gamma = nn.Parameter(torch.full((dim,), float(init_value), **place))
+        self.mlp_out = TruncatedNormalLinear(hidden_dim, dim, **place)
+        self.mlp_gamma = nn.Parameter(torch.empty(dim, **place))
+        self.init_value = float(init_value)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.constant_(self.attention_gamma, self.init_value)
+        nn.init.constant_(self.mlp_gamma, self.init_value)
+
+    def reset_parameters(self) -> None:
+        self._reset_own()
+        reset_modules(*self.children())
 
     def forward(self, x: Tensor) -> Tensor:
         attended = self.attention_gamma * self.attention(self.attention_norm(x))
@@ -433,10 +455,3 @@ def _num_pairs(attention: SparseSelfAttention2d, sides: tuple[int, int], is_glob
         num_groups = axis_of(GRID, side, step).num_groups
         pairs *= sum(len(range(group, side, step)) ** 2 for group in range(num_groups))
     return pairs
-
-
-def _reset_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

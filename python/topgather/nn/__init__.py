@@ -1,7 +1,9 @@
 """Layers built on the ops, for people who want projections included."""
 
+from ._tables import memory_parameter_groups
+from ._usage import MemoryUsage
 from .grid import LearnableFeatureFusion, SparseSelfAttention2d
-from .memory import MemoryPool, MemoryUsage, PeerMemory, ProductKeyMemory, memory_parameter_groups
+from .memory import MemoryPool, PeerMemory, ProductKeyMemory
 from .moba import MobaAttention
 
 __all__ = [

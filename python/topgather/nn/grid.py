@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..ops import _checks as checks
 from ..ops import grid_attention, window_attention
 from ..ops.grid import GRID, WINDOW, Pair, axis_of
+from ._init import reset_modules
+from ._tables import check_number
 
 CHANNELS_FIRST, CHANNELS_LAST = LAYOUTS = ("channels_first", "channels_last")
 
@@ -54,6 +56,9 @@ class SparseSelfAttention2d(nn.Module):
 
     relative_position_table: nn.Parameter | None
 
+    # The class of the projections, which says how they are drawn.
+    _linear: type[nn.Linear] = nn.Linear
+
     def __init__(
         self,
         dim: int,
@@ -93,26 +98,36 @@ class SparseSelfAttention2d(nn.Module):
         self.stride = given.get("stride")
         self.window_size = given.get("window_size")
         self.layout = layout
-        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+        self.qkv_proj = self._linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.out_proj = self._linear(dim, dim, bias=bias, device=device, dtype=dtype)
         self.relative_position_table = None
         if relative_position_bias:
             ((rows, columns),) = given.values()
             table = torch.empty(num_heads, 2 * rows - 1, 2 * columns - 1, device=device, dtype=dtype)
             self.relative_position_table = nn.Parameter(table)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        if self.relative_position_table is not None:
             nn.init.normal_(self.relative_position_table, std=0.02)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        self._reset_own()
+        reset_modules(self.qkv_proj, self.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each group of ``x``, ``[B, dim, H, W]`` or ``[B, H, W, dim]``; returns the same shape.
 
         Raises:
-            TypeError: ``x`` is not a tensor.
+            TypeError: ``x`` is not a tensor of floating-point numbers.
             ValueError: ``x`` has not the shape that ``layout`` says.
         """
         checks.check_tensor("x", x)
         is_first = self.layout == CHANNELS_FIRST
         checks.check_ndim("x", x, 4, "[batch, dim, rows, columns]" if is_first else "[batch, rows, columns, dim]")
         checks.check_size("x", x, 1 if is_first else 3, self.dim, "dim of the layer")
+        checks.check_floating("x", x)
         if is_first:
             x = x.permute(0, 2, 3, 1)
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
@@ -192,14 +207,24 @@ class LearnableFeatureFusion(nn.Module):
         check_number("init_value", init_value)
         self.dim = dim
         self.out_channels = out_channels
+        self.init_value = float(init_value)
         self.projections = nn.ModuleList(
             nn.Identity() if channels == dim else nn.Conv2d(channels, dim, 1, device=device, dtype=dtype)
             for channels in self.in_channels
         )
         shape = (len(self.in_channels), dim)
-        self.gammas = nn.Parameter(torch.full(shape, float(init_value), device=device, dtype=dtype))
+        self.gammas = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
         self.out_proj = nn.Conv2d(dim, out_channels, 1, device=device, dtype=dtype)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.constant_(self.gammas, self.init_value)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        self._reset_own()
+        reset_modules(*self.children())
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Fuse ``maps``, each ``[B, channels, H, W]`` of its own size, into logits ``[B, out_channels, H, W]`` of the
@@ -209,7 +234,7 @@ class LearnableFeatureFusion(nn.Module):
         it, it is enlarged by that number and cropped, so that everything stays in its place; else it is resized.
 
         Raises:
-            TypeError: ``maps`` is not a sequence of tensors.
+            TypeError: ``maps`` is not a sequence of tensors of floating-point numbers.
             ValueError: their number, shapes or batch sizes are wrong, or a map is empty.
         """
         if not isinstance(maps, (list, tuple)):
@@ -222,6 +247,7 @@ class LearnableFeatureFusion(nn.Module):
             checks.check_ndim(name, one, 4, "[batch, channels, rows, columns]")
             checks.check_size(name, one, 0, maps[0].size(0), "batch of maps[0]")
             checks.check_size(name, one, 1, channels, "its in_channels")
+            checks.check_floating(name, one)
             if one.size(2) < 1 or one.size(3) < 1:
                 raise ValueError(f"{name} must have at least one row and column, got shape {tuple(one.shape)}")
         num_rows = max(one.size(2) for one in maps)
@@ -261,9 +287,3 @@ def check_counts(name: str, values: Sequence[int], length: int | None = None, le
     for index, value in enumerate(values):
         checks.check_count(f"{name}[{index}]", value, least)
     return tuple(values)
-
-
-def check_number(name: str, value: float) -> None:
-    """Raise ``TypeError`` unless ``value`` is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +13,19 @@ from ..ops import _checks as checks
 from ..ops import expert_lookup, memory_lookup, product_key_topk
 from ..ops._memory_ops import MAX_KEYS
 from ..ops.memory import ACTIVATIONS
+from ._init import FanInNormalLinear, XavierLinear, reset_modules
+from ._tables import TableModule, check_number, copy_reference, linear_targets, parameter_to_load
+from ._usage import UsageCounters
 
-QUERY_NORMS = ("batch", "rms")
+QUERY_NORMS = ("batch", "rms", "layer")
 
-# Use is counted in whole units of a weight of 1, so that its sums are exact, the same in any order, and left alone
-# where a module is converted to another dtype.
-UNITS_PER_WEIGHT = 2**30
+SCORE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.softmax(dim=-1),
+    "relu": F.relu,
+}
 
 
-class MemoryPool(nn.Module):
+class MemoryPool(TableModule, nn.EmbeddingBag):
     """The table of values of memory layers, made once and handed to every layer that shares it (Memory Layers at Scale,
     arXiv 2412.09764, section 3).
 
@@ -34,6 +37,9 @@ class MemoryPool(nn.Module):
         device: where the table is created; torch's default if None.
         dtype: of the table; torch's default if None.
 
+    To torch it is a kind of ``nn.EmbeddingBag``, with ``values`` as its weight, so that ``DistributedDataParallel``,
+    which asks for that type, knows whether to expect a sparse gradient.
+
     Attributes:
         values: ``[num_keys ** 2, value_dim]``, at first normal with a standard deviation of ``value_dim ** -0.5``.
 
@@ -41,6 +47,16 @@ class MemoryPool(nn.Module):
         TypeError: an argument of the wrong type.
         ValueError: a size out of range.
     """
+
+    TABLES: ClassVar[dict[str, str]] = {"values": "values"}
+
+    # What an nn.EmbeddingBag has besides.
+    mode = "sum"
+    padding_idx = None
+    max_norm = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    include_last_offset = False
 
     def __init__(
         self,
@@ -50,7 +66,7 @@ class MemoryPool(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         _check_num_keys(num_keys)
         checks.check_count("value_dim", value_dim)
         checks.check_flag("sparse_grad", sparse_grad)
@@ -64,7 +80,27 @@ class MemoryPool(nn.Module):
         """Draw ``values`` anew."""
         nn.init.normal_(self.values, std=self.value_dim**-0.5)
 
-    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """``values``, under the name that it has in an ``nn.EmbeddingBag``."""
+        return self.values
+
+    @property
+    def sparse(self) -> bool:  # type: ignore[override]
+        """``sparse_grad``, under the name that it has in an ``nn.EmbeddingBag``."""
+        return self.sparse_grad
+
+    @property
+    def num_embeddings(self) -> int:  # type: ignore[override]
+        """Rows of the table."""
+        return self.num_keys**2
+
+    @property
+    def embedding_dim(self) -> int:  # type: ignore[override]
+        """``value_dim``, under the name that it has in an ``nn.EmbeddingBag``."""
+        return self.value_dim
+
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         """Weighted sums of rows, ``[T, value_dim]``, for ``indices`` and ``weights [T, K]``: ``memory_lookup``."""
         return memory_lookup(self.values, indices, weights, self.sparse_grad)
 
@@ -73,29 +109,10 @@ class MemoryPool(nn.Module):
         return f"num_keys={self.num_keys}, value_dim={self.value_dim}, sparse_grad={self.sparse_grad}"
 
 
-@dataclass(frozen=True)
-class MemoryUsage:
-    """How evenly a layer used its rows, as arXiv 1907.05242 reports it.
-
-    Args:
-        share_touched: share of the rows that were looked up at least once, from 0 to 1.
-        kl_divergence: Kullback-Leibler divergence, in nats, of the use of rows from even use. The use of a row is the
-            sum of the softmax weights it was looked up with. 0 where all rows are used alike, the log of the number of
-            rows where one row has all use, NaN where nothing was looked up.
-        num_lookups: rows looked up, ``num_heads * top_k`` for each token.
-    """
-
-    share_touched: float
-    kl_divergence: float
-    num_lookups: int
-
-
-class _ProductKeyLayer(nn.Module):
+class _ProductKeyLayer(TableModule, UsageCounters):
     """What the layers share: queries, product keys, the choice of rows and the count of their use."""
 
-    keys: nn.Parameter
-    usage_units: Tensor | None
-    usage_lookups: Tensor | None
+    TABLES: ClassVar[dict[str, str]] = {"keys": "keys"}
 
     def __init__(
         self,
@@ -109,6 +126,9 @@ class _ProductKeyLayer(nn.Module):
         value_dropout: float,
         bias: bool,
         track_usage: bool,
+        query_dropout: float,
+        score_activation: str,
+        temperature: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -126,9 +146,17 @@ class _ProductKeyLayer(nn.Module):
         if query_norm not in (None, *QUERY_NORMS):
             raise ValueError(f"query_norm must be one of {', '.join(QUERY_NORMS)} or None, got {query_norm!r}")
         checks.check_flag("key_norm", key_norm)
-        _check_number("value_dropout", value_dropout)
-        if not 0 <= value_dropout < 1:
-            raise ValueError(f"value_dropout must be at least 0 and below 1, got {value_dropout}")
+        for name, dropout in (("value_dropout", value_dropout), ("query_dropout", query_dropout)):
+            check_number(name, dropout)
+            if not 0 <= dropout < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {dropout}")
+        if score_activation not in SCORE_ACTIVATIONS:
+            raise ValueError(
+                f"score_activation must be one of {', '.join(SCORE_ACTIVATIONS)}, got {score_activation!r}"
+            )
+        check_number("temperature", temperature)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
         checks.check_flag("bias", bias)
         checks.check_flag("track_usage", track_usage)
 
@@ -139,30 +167,33 @@ class _ProductKeyLayer(nn.Module):
         self.key_dim = key_dim
         self.key_norm = key_norm
         self.value_dropout = value_dropout
-        self.query_proj = nn.Linear(dim, num_heads * key_dim, bias=bias, device=device, dtype=dtype)
+        self.query_dropout = query_dropout
+        self.score_activation = score_activation
+        self.temperature = temperature
+        self.query_proj = XavierLinear(dim, num_heads * key_dim, bias=bias, device=device, dtype=dtype)
         self.query_norm: nn.Module | None = None
         if query_norm == "batch":
             self.query_norm = nn.BatchNorm1d(num_heads * key_dim, device=device, dtype=dtype)
         elif query_norm == "rms":
             self.query_norm = nn.RMSNorm(key_dim // 2, device=device, dtype=dtype)
+        elif query_norm == "layer":
+            self.query_norm = nn.LayerNorm(key_dim // 2, device=device, dtype=dtype)
         self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim // 2, device=device, dtype=dtype))
-        self.register_buffer("usage_units", None, persistent=False)
-        self.register_buffer("usage_lookups", None, persistent=False)
+        self._register_usage()
         self.track_usage = track_usage
 
     def _reset_retrieval(self) -> None:
-        self.query_proj.reset_parameters()
-        nn.init.xavier_uniform_(self.query_proj.weight)
-        if isinstance(self.query_norm, (nn.BatchNorm1d, nn.RMSNorm)):
-            self.query_norm.reset_parameters()
+        """Draw the parameters that the layer itself holds, its submodules left alone."""
         bound = self.key_dim**-0.5
         nn.init.uniform_(self.keys, -bound, bound)
+        self.reset_usage()
 
     def _tokens(self, x: Tensor) -> Tensor:
         """``x [..., dim]``, checked, as ``[T, dim]``."""
         checks.check_tensor("x", x)
         if x.ndim < 1:
             raise ValueError(f"x must have at least 1 dimension [..., dim], got shape {tuple(x.shape)}")
+        checks.check_floating("x", x)
         checks.check_size("x", x, x.ndim - 1, self.dim, "dim of the layer")
         return x.reshape(-1, self.dim)
 
@@ -174,72 +205,24 @@ class _ProductKeyLayer(nn.Module):
         if isinstance(self.query_norm, nn.BatchNorm1d) and tokens.size(0) > 0:
             query = self.query_norm(query)
         query = query.unflatten(-1, (self.num_heads, self.key_dim))
-        if isinstance(self.query_norm, nn.RMSNorm):
+        if isinstance(self.query_norm, (nn.RMSNorm, nn.LayerNorm)):
             halves = query.unflatten(-1, (2, self.key_dim // 2))
             query = self.query_norm(halves.to(self.query_norm.weight.dtype)).flatten(-2)
+        query = F.dropout(query, self.query_dropout, self.training)
         if self.key_norm:
             keys = F.normalize(keys, dim=-1)
         scores, indices = product_key_topk(query, keys, self.top_k)
-        weights = scores.softmax(dim=-1)
+        weights = SCORE_ACTIVATIONS[self.score_activation](scores / self.temperature)
         indices, weights = indices.flatten(1), weights.flatten(1)
-        if self.usage_units is not None:
-            self._count(indices, weights)
+        self._count(indices, weights)
         return indices, weights
-
-    @property
-    def track_usage(self) -> bool:
-        """Whether lookups are counted for ``usage()``. Turned on, the layer holds 8 bytes for each row."""
-        return self.usage_units is not None
-
-    @track_usage.setter
-    def track_usage(self, is_tracked: bool) -> None:
-        checks.check_flag("track_usage", is_tracked)
-        if is_tracked == self.track_usage:
-            return
-        self.usage_units = self.usage_lookups = None
-        if is_tracked:
-            self.usage_units = torch.zeros(self.num_keys**2, dtype=torch.int64, device=self.keys.device)
-            self.usage_lookups = torch.zeros((), dtype=torch.int64, device=self.keys.device)
-
-    @torch.no_grad()
-    def _count(self, indices: Tensor, weights: Tensor) -> None:
-        assert self.usage_units is not None and self.usage_lookups is not None
-        # A weight too small for a unit counts as one: the row was touched.
-        units = (weights.detach() * UNITS_PER_WEIGHT).to(torch.int64).clamp(min=1)
-        self.usage_units.index_add_(0, indices.flatten(), units.flatten())
-        self.usage_lookups.add_(indices.numel())
-
-    def usage(self) -> MemoryUsage:
-        """How evenly rows were used since the layer was made, ``track_usage`` was set or ``reset_usage`` was called.
-
-        Every forward counts, in training and evaluation. Waits for the device; counting itself does not.
-
-        Raises:
-            RuntimeError: ``track_usage`` is off.
-        """
-        if self.usage_units is None or self.usage_lookups is None:
-            raise RuntimeError("usage is not recorded: set track_usage = True first")
-        num_lookups = int(self.usage_lookups)
-        if num_lookups == 0:
-            return MemoryUsage(0.0, float("nan"), 0)
-        share_touched = float((self.usage_units > 0).double().mean())
-        use = self.usage_units.double() / self.usage_units.sum()
-        entropy = torch.special.entr(use).sum()
-        most_entropy = torch.tensor(float(self.usage_units.numel()), dtype=torch.float64).log()
-        return MemoryUsage(share_touched, max(0.0, float(most_entropy) - float(entropy)), num_lookups)
-
-    def reset_usage(self) -> None:
-        """Forget what ``usage`` counted so far."""
-        if self.usage_units is not None and self.usage_lookups is not None:
-            self.usage_units.zero_()
-            self.usage_lookups.zero_()
 
     def _reference_targets(self) -> dict[str, Tensor]:
         """The published names of what all layers have."""
-        if isinstance(self.query_norm, nn.RMSNorm) or self.key_norm:
-            raise ValueError('the published layer has no query_norm="rms" and no key_norm to load into')
-        targets: dict[str, Tensor] = {"keys": self.keys}
-        targets |= _linear_targets("query_proj.query_mlps.0", self.query_proj)
+        if isinstance(self.query_norm, (nn.RMSNorm, nn.LayerNorm)) or self.key_norm:
+            raise ValueError('the published layer has no query_norm="rms" or "layer" and no key_norm to load into')
+        targets = {"keys": parameter_to_load(self, "keys")}
+        targets |= linear_targets("query_proj.query_mlps.0", self.query_proj)
         if isinstance(self.query_norm, nn.BatchNorm1d):
             for name, tensor in self.query_norm.state_dict(keep_vars=True).items():
                 targets[f"query_proj.query_mlps.1.{name}"] = tensor
@@ -273,8 +256,8 @@ class ProductKeyMemory(_ProductKeyLayer):
         gated: whether the output is gated by the input (Memory+).
         query_norm: ``"batch"`` normalises queries over the batch, as arXiv 1907.05242 does: rows are then used more
             evenly. In training it needs at least 2 tokens. ``"rms"`` divides each half of a query by its root mean
-            square and multiplies it by a learnt scale; by halves, for each half ranks half keys of its own. None leaves
-            queries as they are.
+            square and multiplies it by a learnt scale; by halves, for each half ranks half keys of its own. ``"layer"``
+            is layer normalisation of each half. None leaves queries as they are.
         key_norm: whether each half key is scaled to length 1. Together with ``query_norm="rms"`` this is the
             query-key normalisation that arXiv 2412.09764 turns to where training large memories is not stable.
         value_dropout: probability with which a channel of ``y`` is dropped in training.
@@ -283,6 +266,10 @@ class ProductKeyMemory(_ProductKeyLayer):
             ``out_dim``; neither works without one.
         bias: whether the projections add a bias, as the published layer's do.
         track_usage: whether lookups are counted for :meth:`usage`. An attribute too, to be switched at any time.
+        query_dropout: probability with which a channel of a query is dropped in training.
+        score_activation: ``"softmax"``, or ``"relu"``, with which the rows of a head do not compete: each weight is
+            then its score itself where that is positive, else 0.
+        temperature: what scores are divided by before ``score_activation``.
         device: where the parameters are created; torch's default if None.
         dtype: of the parameters; torch's default if None.
 
@@ -311,6 +298,9 @@ class ProductKeyMemory(_ProductKeyLayer):
         has_value_proj: bool | None = None,
         bias: bool = True,
         track_usage: bool = False,
+        query_dropout: float = 0.0,
+        score_activation: str = "softmax",
+        temperature: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -327,6 +317,9 @@ class ProductKeyMemory(_ProductKeyLayer):
             value_dropout,
             bias,
             track_usage,
+            query_dropout,
+            score_activation,
+            temperature,
             device,
             dtype,
         )
@@ -350,18 +343,17 @@ class ProductKeyMemory(_ProductKeyLayer):
         self.swilu_projection: nn.Linear | None = None
         self.value_proj: nn.Linear | None = None
         if gated:
-            self.swilu_projection = nn.Linear(dim, pool.value_dim, bias=bias, device=device, dtype=dtype)
+            self.swilu_projection = FanInNormalLinear(dim, pool.value_dim, bias=bias, device=device, dtype=dtype)
         if has_value_proj:
-            self.value_proj = nn.Linear(pool.value_dim, out_dim, bias=bias, device=device, dtype=dtype)
-        self.reset_parameters()
+            self.value_proj = FanInNormalLinear(pool.value_dim, out_dim, bias=bias, device=device, dtype=dtype)
+        self._reset_retrieval()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew but those of the pool, which has a ``reset_parameters`` of its own."""
+        """Draw all parameters anew but those of the pool, which has a ``reset_parameters`` of its own, and forget the
+        usage counted so far.
+        """
         self._reset_retrieval()
-        for proj in (self.swilu_projection, self.value_proj):
-            if proj is not None:
-                proj.reset_parameters()
-                nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
+        reset_modules(self.query_proj, self.query_norm, self.swilu_projection, self.value_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Read the memory for each token of ``x [..., dim]``; returns ``[..., out_dim]``.
@@ -369,7 +361,7 @@ class ProductKeyMemory(_ProductKeyLayer):
         Under autocast the output has the autocast dtype where there is a ``value_proj``, else that of ``x``.
 
         Raises:
-            TypeError: ``x`` is not a tensor.
+            TypeError: ``x`` is not a tensor of floating-point numbers.
             ValueError: the last dimension of ``x`` is not ``dim``.
         """
         tokens = self._tokens(x)
@@ -408,12 +400,12 @@ class ProductKeyMemory(_ProductKeyLayer):
                 the published one has not. Nothing is copied then.
         """
         targets = self._reference_targets()
-        targets["values.weight"] = self.pool.values
+        targets["values.weight"] = parameter_to_load(self.pool, "values")
         if self.swilu_projection is not None:
-            targets |= _linear_targets("swilu_projection", self.swilu_projection)
+            targets |= linear_targets("swilu_projection", self.swilu_projection)
         if self.value_proj is not None:
-            targets |= _linear_targets("value_proj", self.value_proj)
-        _copy_reference(targets, state_dict, prefix, may_miss=("values.weight",))
+            targets |= linear_targets("value_proj", self.value_proj)
+        copy_reference(targets, state_dict, prefix, may_miss=("values.weight",))
 
     def extra_repr(self) -> str:
         """The layer's options, as ``print`` shows them."""
@@ -435,12 +427,17 @@ class PeerMemory(_ProductKeyLayer):
         top_k: experts per head, from 1 to ``num_keys ** 2``.
         key_dim: channels of a query, even: each half of it meets the half keys of one set.
         activation: ``"gelu"`` (exact), ``"relu"``, ``"silu"`` or ``"identity"``.
-        query_norm: ``"batch"``, as arXiv 2407.04153 has it, ``"rms"`` or None: see :class:`ProductKeyMemory`.
+        query_norm: ``"batch"``, as arXiv 2407.04153 has it, ``"rms"``, ``"layer"`` or None: see
+            :class:`ProductKeyMemory`.
         key_norm: whether each half key is scaled to length 1: see :class:`ProductKeyMemory`.
         value_dropout: probability with which a channel of the output is dropped in training.
         bias: whether the queries' projection adds a bias.
         sparse_grad: whether both tables get sparse gradients: see :class:`MemoryPool`.
         track_usage: whether lookups are counted for :meth:`usage`. An attribute too, to be switched at any time.
+        query_dropout: probability with which a channel of a query is dropped in training.
+        score_activation: ``"softmax"``, or ``"relu"``, with which the rows of a head do not compete: each weight is
+            then its score itself where that is positive, else 0.
+        temperature: what scores are divided by before ``score_activation``.
         device: where the parameters are created; torch's default if None.
         dtype: of the parameters; torch's default if None.
 
@@ -454,6 +451,8 @@ class PeerMemory(_ProductKeyLayer):
         TypeError: an argument of the wrong type.
         ValueError: a size out of range, an odd ``key_dim``, an unknown ``activation`` or ``query_norm``.
     """
+
+    TABLES: ClassVar[dict[str, str]] = {"keys": "keys", "values_in": "values", "values_out": "values"}
 
     def __init__(
         self,
@@ -469,6 +468,9 @@ class PeerMemory(_ProductKeyLayer):
         bias: bool = True,
         sparse_grad: bool = False,
         track_usage: bool = False,
+        query_dropout: float = 0.0,
+        score_activation: str = "softmax",
+        temperature: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -484,6 +486,9 @@ class PeerMemory(_ProductKeyLayer):
             value_dropout,
             bias,
             track_usage,
+            query_dropout,
+            score_activation,
+            temperature,
             device,
             dtype,
         )
@@ -496,19 +501,23 @@ class PeerMemory(_ProductKeyLayer):
         self.sparse_grad = sparse_grad
         self.values_in = nn.Parameter(torch.empty(num_keys**2, dim, device=device, dtype=dtype))
         self.values_out = nn.Parameter(torch.empty(num_keys**2, dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
         self._reset_retrieval()
+
+    def _reset_retrieval(self) -> None:
+        super()._reset_retrieval()
         nn.init.normal_(self.values_in, std=self.dim**-0.5)
         nn.init.normal_(self.values_out, std=self.dim**-0.5)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, and forget the usage counted so far."""
+        self._reset_retrieval()
+        reset_modules(self.query_proj, self.query_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run each token of ``x [..., dim]`` through its experts; returns ``[..., dim]`` in the dtype of ``x``.
 
         Raises:
-            TypeError: ``x`` is not a tensor.
+            TypeError: ``x`` is not a tensor of floating-point numbers.
             ValueError: the last dimension of ``x`` is not ``dim``.
         """
         tokens = self._tokens(x)
@@ -536,10 +545,10 @@ class PeerMemory(_ProductKeyLayer):
                 the published one has not. Nothing is copied then.
         """
         targets = self._reference_targets()
-        targets["values_u.weight"] = self.values_in
-        targets["values_v.weight"] = self.values_out
+        targets["values_u.weight"] = parameter_to_load(self, "values_in")
+        targets["values_v.weight"] = parameter_to_load(self, "values_out")
         unused = [f"{proj}.{name}" for proj in ("value_proj", "swilu_projection") for name in ("weight", "bias")]
-        _copy_reference(targets, state_dict, prefix, may_miss=("values_u.weight", "values_v.weight"), unused=unused)
+        copy_reference(targets, state_dict, prefix, may_miss=("values_u.weight", "values_v.weight"), unused=unused)
 
     def extra_repr(self) -> str:
         """The layer's options, as ``print`` shows them."""
@@ -549,126 +558,7 @@ class PeerMemory(_ProductKeyLayer):
         )
 
 
-def memory_parameter_groups(
-    model: nn.Module,
-    lr: float,
-    values_lr: float = 1e-3,
-    keys_lr: float | None = None,
-    weight_decay: float = 0.0,
-) -> list[dict[str, Any]]:
-    """Optimizer groups for a model with memory layers.
-
-    A row of a table is touched by few tokens of a batch, so tables bear, and want, a higher learning rate than the
-    rest, one that does not fall: the code published with arXiv 2412.09764 has a constant 1e-3. Weight decay would
-    shrink rows that a batch does not touch, so tables have none.
-
-    Args:
-        model: any module; its memory layers are found wherever they are.
-        lr: learning rate of all other parameters.
-        values_lr: learning rate of :attr:`MemoryPool.values` and of PEER's ``values_in`` and ``values_out``.
-        keys_lr: learning rate of the layers' product keys; ``lr`` if None.
-        weight_decay: of all parameters but the tables.
-
-    Returns:
-        Three groups, each a dict with ``name``, ``params``, ``lr`` and ``weight_decay``: ``"rest"``, ``"keys"`` and
-        ``"values"``, in this order. A parameter stands in one group, once, however many layers share it; frozen ones
-        are left out, and a group may be empty.
-
-    Raises:
-        TypeError: ``model`` is not a module or a rate not a number.
-        ValueError: a rate below 0.
-
-    With dense gradients the groups go to one optimizer, and a schedule leaves the last group as it is::
-
-        groups = tg.nn.memory_parameter_groups(model, lr=3e-4, weight_decay=0.1)
-        optimizer = torch.optim.AdamW(groups)
-        decay = lambda step: 1 - step / num_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [decay, decay, lambda step: 1.0])
-
-    With ``sparse_grad=True`` the tables have an optimizer of their own::
-
-        rest, keys, values = tg.nn.memory_parameter_groups(model, lr=3e-4, weight_decay=0.1)
-        optimizers = [
-            torch.optim.AdamW([rest, keys]),
-            torch.optim.SparseAdam(values["params"], lr=values["lr"]),
-        ]
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    keys_lr = lr if keys_lr is None else keys_lr
-    rates = {"lr": lr, "values_lr": values_lr, "keys_lr": keys_lr, "weight_decay": weight_decay}
-    for name, rate in rates.items():
-        _check_number(name, rate)
-        if not rate >= 0:
-            raise ValueError(f"{name} must be at least 0, got {rate}")
-
-    group_of: dict[Tensor, str] = {}
-    for module in model.modules():
-        if isinstance(module, MemoryPool):
-            group_of[module.values] = "values"
-        elif isinstance(module, PeerMemory):
-            group_of[module.values_in] = group_of[module.values_out] = "values"
-        if isinstance(module, _ProductKeyLayer):
-            group_of[module.keys] = "keys"
-    params: dict[str, list[nn.Parameter]] = {"rest": [], "keys": [], "values": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            params[group_of.get(parameter, "rest")].append(parameter)
-    return [
-        {"name": "rest", "params": params["rest"], "lr": lr, "weight_decay": weight_decay},
-        {"name": "keys", "params": params["keys"], "lr": keys_lr, "weight_decay": weight_decay},
-        {"name": "values", "params": params["values"], "lr": values_lr, "weight_decay": 0.0},
-    ]
-
-
 def _check_num_keys(num_keys: Any) -> None:
     checks.check_count("num_keys", num_keys)
     if num_keys > MAX_KEYS:
         raise ValueError(f"num_keys must be at most {MAX_KEYS}, got {num_keys}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {value!r} of type {type(value).__name__}")
-
-
-def _linear_targets(name: str, linear: nn.Linear) -> dict[str, Tensor]:
-    """The parameters of a projection under their published names."""
-    return {f"{name}.{part}": tensor for part, tensor in linear.named_parameters()}
-
-
-def _copy_reference(
-    targets: Mapping[str, Tensor],
-    state_dict: Mapping[str, Tensor],
-    prefix: str,
-    may_miss: Collection[str],
-    unused: Collection[str] = (),
-) -> None:
-    """Copy the entries of ``state_dict`` into ``targets``, all or none."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a str, got {type(prefix).__name__}")
-    found = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    missing = [name for name in targets if name not in found and name not in may_miss]
-    unknown = [name for name in found if name not in targets and name not in unused]
-    if missing or unknown:
-        complaints = [
-            f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names
-        ]
-        raise ValueError(f"state_dict does not fit the layer under prefix {prefix!r}: {'; '.join(complaints)}")
-    copies: list[tuple[Tensor, Tensor]] = []
-    for name, target in targets.items():
-        if name not in found:
-            continue
-        tensor = checks.check_tensor(f"state_dict[{prefix + name!r}]", found[name])
-        if name == "keys" and tensor.ndim == 2 and tensor.shape == target.flatten(0, 2).shape:
-            tensor = tensor.view_as(target)
-        if tensor.shape != target.shape:
-            raise ValueError(
-                f"state_dict[{prefix + name!r}] must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}"
-            )
-        copies.append((target, tensor))
-    with torch.no_grad():
-        for target, tensor in copies:
-            target.copy_(tensor)

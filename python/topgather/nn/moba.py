@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops import _checks as checks
 from ..ops import key_conv, moba_attention
 from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH
+from ._init import reset_modules
 
 PositionEmbedding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -103,18 +104,29 @@ class MobaAttention(nn.Module):
         if kernel_size is None:
             self.register_parameter("key_conv_weight", None)
         else:
-            taps = torch.zeros(num_kv_heads, head_dim, kernel_size, device=device, dtype=dtype)
+            taps = torch.empty(num_kv_heads, head_dim, kernel_size, device=device, dtype=dtype)
             self.key_conv_weight = nn.Parameter(taps)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        if self.key_conv_weight is not None:
+            nn.init.zeros_(self.key_conv_weight)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew but those of ``position_embedding``, which is the caller's."""
+        self._reset_own()
+        reset_modules(self.query_proj, self.key_proj, self.value_proj, self.out_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each sequence of ``x [B, N, dim]``; returns ``[B, N, dim]`` in the dtype of ``x``.
 
         Raises:
-            TypeError: ``x`` is not a tensor.
+            TypeError: ``x`` is not a tensor of floating-point numbers.
             ValueError: ``x`` has not the shape ``[B, N, dim]``.
         """
         checks.check_tensor("x", x)
         checks.check_ndim("x", x, 3, "[batch, tokens, dim]")
+        checks.check_floating("x", x)
         checks.check_size("x", x, 2, self.dim, "dim of the layer")
         query = self._split_heads(self.query_proj(x), self.num_heads)
         key = self._split_heads(self.key_proj(x), self.num_kv_heads)
