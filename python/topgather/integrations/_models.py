@@ -42,6 +42,11 @@ _WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mamba", "mamba2", "
 # Models that ask transformers' attention interface and do more than it is told, by config.model_type.
 _REFUSED = {
     "doge": "it adds a learned mask of its own to the scores",
+    "git": "its text layers compute their attention themselves; only its vision tower asks the interface",
+    **dict.fromkeys(
+        ("mllama", "mllama_text_model"),
+        "its cross-attention to images is not causal, and reads the cached keys itself",
+    ),
 }
 
 
@@ -115,6 +120,11 @@ def _asks_interface(kind: type[PreTrainedModel]) -> bool:
         if re.search(r"^class \w*Attention\w*\((nn\.)?Module\):", code, re.MULTILINE):
             return "ALL_ATTENTION_FUNCTIONS" in code or "AttentionInterface" in code
     return True
+
+
+def other_layers(config: Any) -> list[str]:
+    """The kinds of layers, of ``config.layer_types``, that do not attend to everything, sorted."""
+    return sorted(set(getattr(config, "layer_types", None) or ()) - _FULL)
 
 
 def layer_kind(module: nn.Module) -> str | None:
