@@ -138,20 +138,11 @@ def _all_runs(kind: str, implementation: str) -> dict[str, Tensor]:
 
 
 def outcome(kind: str) -> str:
-    """What becomes of a kind of model: a row of the table. On one thread: these models are too small for more.
+    """What becomes of a kind of model: a row of the table.
 
     Raises:
         AssertionError: a result that is not eager attention's, or a refusal that does not name the model.
     """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _outcome(kind)
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _outcome(kind: str) -> str:
     try:
         expected = _all_runs(kind, "eager")
     except Exception:  # transformers' own, of a config made small
@@ -202,6 +193,7 @@ def rows_of_docs() -> dict[str, str]:
 
 def main() -> None:
     """Write the table."""
+    torch.set_num_threads(1)  # these models are too small for more
     transformers.logging.set_verbosity_error()
     text = DOCS.read_text()
     before, _, rest = text.partition(BEGIN)
