@@ -261,7 +261,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body, message = REFUSED[name]
-    monkeypatch.setattr("emulation.ptx.machine.MAX_STEPS", 1000)
+    monkeypatch.setattr("tests.emulation.ptx.machine.MAX_STEPS", 1000)
     with pytest.raises(PtxError, match=message):
         run_program(body)
 

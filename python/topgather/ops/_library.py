@@ -7,6 +7,7 @@ autograd adds to a call (``bench/overhead.py`` measures it; figures in docs/perf
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def needs_grad(args: tuple[Any, ...]) -> bool:
+def needs_grad(args: Iterable[Any]) -> bool:
     """Whether a call with these arguments is to be differentiated."""
     if torch.is_grad_enabled():
         for arg in args:
@@ -84,7 +85,13 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     That registration is Python: some microseconds a call, and tens of them where its code has left the caches. Under
     transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
     """
-    if is_compiling() or _are_transforms_active() or forward_ad._current_level >= 0 or needs_grad(args):
+    if (
+        is_compiling()
+        or _are_transforms_active()
+        or forward_ad._current_level >= 0
+        or needs_grad(args)
+        or needs_grad(kwargs.values())
+    ):
         return op(*args, **kwargs)
     with below_autograd():
         return op(*args, **kwargs)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topgather.ops._library import describe
+
 from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
 
 
@@ -39,7 +41,7 @@ class Recorder:
         fields = {"num_threads": 1, **fields}
         names = self.module.argument_names[f"{entry_point}_cuda"][:-4]
         assert set(names) == set(fields), f"{entry_point} takes {names}"
-        values = [fields[name] for name in names]
+        values = [describe(fields[name]) for name in names]
         count = getattr(self.module, f"{entry_point}_workspace_bytes", None)
         num_bytes = 0 if count is None else count(*values, 0)
         self._kept.append(torch.zeros(max(num_bytes, 1), dtype=torch.uint8))
@@ -100,7 +102,9 @@ class MobaCase:
         attended = {**problem, "scale": self.head_dim**-0.5, "query": query, "key": key, "value": value}
         attended |= {"block_indices": block_indices, "out": rows(recorder.zeros, heads, self.value_dim)}
         attended["lse"] = recorder.zeros(*leading, dtype=torch.float32)
-        recorder.call("moba_attention", **attended)
+        attended["softcap"] = 2.0 if self.lengths else None
+        sinks = recorder.random(heads, dtype=torch.float32) if self.lengths else None
+        recorder.call("moba_attention", **attended, sinks=sinks)
         recorder.call(
             "moba_attention_backward",
             **attended,
@@ -296,6 +300,8 @@ class DecodeCase:
             query=query,
             block_indices=choices,
             scale=self.head_dim**-0.5,
+            softcap=2.0,
+            sinks=recorder.random(heads, dtype=torch.float32),
             out=recorder.zeros(batch, heads, self.query_len, self.value_dim, dtype=dtype),
             lse=recorder.zeros(batch, heads, self.query_len, dtype=torch.float32),
         )
