@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topgather import _native
+from topgather.ops._cuda import aligned
 from topgather.ops._library import describe
 
 from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
@@ -41,6 +43,8 @@ class Recorder:
         fields = {"num_threads": 1, **fields}
         names = self.module.argument_names[f"{entry_point}_cuda"][:-4]
         assert set(names) == set(fields), f"{entry_point} takes {names}"
+        for name in _native.aligned_arguments[entry_point]:
+            fields[name] = self.keep(aligned(fields[name]))
         values = [describe(fields[name]) for name in names]
         count = getattr(self.module, f"{entry_point}_workspace_bytes", None)
         num_bytes = 0 if count is None else count(*values, 0)
