@@ -431,7 +431,7 @@ def test_shared_memory_limit(module: ModuleType) -> None:
     module.set_options(shared_limit=99 * 1024)
     assert module.device_attribute(97) == 99 * 1024
     run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=99 * 1024)
-    with pytest.raises(RuntimeError, match="asking for more than 48 KB"):
+    with pytest.raises(RuntimeError, match="opting in to more than 48 KB"):
         run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=99 * 1024 + 16)
     module.set_options(shared_limit=227 * 1024)
     run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=227 * 1024)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 import topgather as tg
 from tests.block_attention.helpers import assert_routing_contract
+from tests.common.native import described, workspace_bytes
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES
 from topgather import reference
 from topgather.ops import _cuda
-from topgather.ops._library import DTYPE_CODES
 
 OPS = torch.ops.topgather
 
@@ -422,26 +422,34 @@ def test_many_small_waves(budget: int, cuda_device: torch.device) -> None:
         assert_bitwise_equal(name, tensor, expected[name])
 
 
-def problem(batch: int, heads: int, tokens: int, length: int, top_k: int, value_dim: int = 128) -> tuple[object, ...]:
-    """A problem without memory behind it."""
-    sizes = (batch, heads, 8, tokens, 128, value_dim, 128, length, batch, 1, top_k)
-    return (DTYPE_CODES[torch.bfloat16], *sizes, 0.1, 0, 0, 0, 1)
+def problem(entry: str, batch: int, heads: int, tokens: int, length: int, top_k: int) -> int:
+    """Workspace of a problem without memory behind it."""
+    fields = {
+        "query": described(batch, heads, tokens, 128, dtype=torch.bfloat16),
+        "key_pages": described(batch, 8, length, 128, dtype=torch.bfloat16),
+        "value_pages": described(batch, 8, length, 128, dtype=torch.bfloat16),
+        "centroids": described(batch, 8, length // 128, 128, dtype=torch.float32),
+        "block_indices": described(batch, heads, tokens, top_k, dtype=torch.int32),
+        "seq_lens": described(batch, dtype=torch.int32),
+        "out": described(batch, heads, tokens, 128, dtype=torch.bfloat16),
+        "lse": described(batch, heads, tokens, dtype=torch.float32),
+    }
+    options = {"num_tokens": None, "page_table": None, "block_size": 128, "page_size": length, "scale": 0.1}
+    return workspace_bytes(_cuda.native_module(), entry, **fields, **options, softcap=None, sinks=None)
 
 
 def test_workspace_is_bounded(cuda_device: torch.device) -> None:
     """Shapes alone say how much: 4 bytes a score, and a row and two numbers a split, within what waves may take."""
-    native = _cuda.native_module()
-    one_token = problem(8, 32, 1, 131072, 8)
-    assert native.moba_decode_route_workspace_bytes(one_token) == 8 * 32 * 1024 * 4
+    route, decode = "moba_decode_route", "moba_decode"
+    assert problem(route, 8, 32, 1, 131072, 8) == 8 * 32 * 1024 * 4
     splits = 8 * 32 * 8 * 2
-    assert native.moba_decode_workspace_bytes(one_token) == splits * (128 * 4 + 8)
+    assert problem(decode, 8, 32, 1, 131072, 8) == splits * (128 * 4 + 8)
     for tokens in (1, 4096):
         for top_k in (1, 8, 1024):
-            many = problem(64, 64, tokens, 131072, top_k)
-            assert native.moba_decode_workspace_bytes(many) <= (256 << 20) + 512
-            assert native.moba_decode_route_workspace_bytes(many) <= (256 << 20) + 256
+            assert problem(decode, 64, 64, tokens, 131072, top_k) <= (256 << 20) + 512
+            assert problem(route, 64, 64, tokens, 131072, top_k) <= (256 << 20) + 256
     # Where every block is chosen nothing is scored.
-    assert native.moba_decode_route_workspace_bytes(problem(8, 32, 1, 131072, 1024)) == 0
+    assert problem(route, 8, 32, 1, 131072, 1024) == 0
 
 
 def test_a_workspace_too_small_is_refused(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 import topgather as tg
+from tests.common.native import described, workspace_bytes
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal
 from tests.grid.helpers import GridCase, check_grid, make_inputs, run_grid
 from topgather.ops import _cuda, grid
-from topgather.ops._library import DTYPE_CODES
 
 # Tokens of a group, on both sides of what shares a tile and of what fills one.
 GROUPS = [
@@ -90,8 +90,8 @@ def test_a_workspace_too_small_is_refused(cuda_device: torch.device, monkeypatch
         def __getattr__(self, name: str) -> object:
             return getattr(native, name)
 
-        def grid_backward_workspace_bytes(self, *args: object) -> int:
-            return native.grid_backward_workspace_bytes(*args) - 1
+        def grid_attention_backward_workspace_bytes(self, *args: object) -> int:
+            return native.grid_attention_backward_workspace_bytes(*args) - 1
 
     monkeypatch.setattr(_cuda, "native_module", OneByteLess)
     for has_bias in (False, True):
@@ -104,8 +104,20 @@ def test_a_workspace_too_small_is_refused(cuda_device: torch.device, monkeypatch
 def test_memory_does_not_grow_with_copies(has_bias: bool, cuda_device: torch.device) -> None:
     """A number a token beside the gradients, and pieces of the bias' gradient within their bound."""
     case = GridCase(batch=4, num_heads=8, rows=64, columns=64, step=(8, 8), head_dim=64, has_bias=has_bias)
-    axis = (64, 8, 1, 8, 8)
-    problem = (DTYPE_CODES[torch.bfloat16], case.batch, case.num_heads, case.head_dim, axis, axis, 0.125, 1)
-    num_bytes = _cuda.native_module().grid_backward_workspace_bytes(problem, has_bias)
+    image = described(case.batch, case.num_heads, 64, 64, case.head_dim, dtype=torch.bfloat16)
+    bias = described(case.num_heads, 64, 64, dtype=torch.float32) if has_bias else None
+    names = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
+    num_bytes = workspace_bytes(
+        _cuda.native_module(),
+        "grid_attention_backward",
+        **dict.fromkeys(names, image),
+        is_window=False,
+        rows_step=8,
+        columns_step=8,
+        scale=0.125,
+        lse=described(case.batch, case.num_heads, 64, 64, dtype=torch.float32),
+        bias=bias,
+        grad_bias=bias,
+    )
     per_token = case.batch * case.num_heads * 64 * 64 * 4
     assert per_token <= num_bytes <= per_token + 256 + has_bias * (64 << 20)

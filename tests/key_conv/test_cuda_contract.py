@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 import topgather as tg
+from tests.common.native import described, workspace_bytes
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal
 from tests.key_conv.helpers import Inputs, KeyConvCase, check_key_conv, make_inputs, run_key_conv
 from topgather.ops import _cuda
-from topgather.ops._library import DTYPE_CODES
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
@@ -115,8 +115,10 @@ def test_a_workspace_too_small_is_refused(cuda_device: torch.device, monkeypatch
 def test_workspace_is_small(cuda_device: torch.device) -> None:
     """Beside 1 GiB of keys and more: pieces of the weight's gradient, whatever the shape."""
     for batch, heads, tokens, dim, width in ((1, 8, 2**20, 64, 3), (64, 8, 2**14, 64, 8), (1, 1, 2**19, 1024, 8)):
-        dtypes = (DTYPE_CODES[torch.bfloat16], DTYPE_CODES[torch.float32])
-        problem = (*dtypes, batch, heads, tokens, dim, width, 0, 0, 1)
-        num_bytes = _cuda.native_module().key_conv_backward_workspace_bytes(problem, True)
-        assert 0 < num_bytes <= 64 << 20
-        assert _cuda.native_module().key_conv_backward_workspace_bytes(problem, False) == 0
+        keys = described(batch, heads, tokens, dim, dtype=torch.bfloat16)
+        weight = described(heads, dim, width, dtype=torch.float32)
+        given = {**dict.fromkeys(("grad_out", "key", "grad_key"), keys), "weight": weight}
+        given |= dict.fromkeys(("cu_seqlens", "state", "grad_state"))
+        native = _cuda.native_module()
+        assert 0 < workspace_bytes(native, "key_conv_backward", **given, grad_weight=weight) <= 64 << 20
+        assert workspace_bytes(native, "key_conv_backward", **given, grad_weight=None) == 0
