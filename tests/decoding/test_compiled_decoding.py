@@ -22,7 +22,7 @@ def make(paged: bool, conv: bool, device: torch.device, max_seq_len: int = 64) -
     prompt = torch.randn(2, 2, 13, 8, generator=torch.Generator().manual_seed(2)).to(device)
     cache.append(prompt, prompt, num_tokens=[13, 6])
     if isinstance(cache, tg.PagedMobaCache):
-        cache.reserve(NUM_TOKENS + 5)
+        cache.reserve([min(NUM_TOKENS + 5, max_seq_len - length) for length in cache.lengths])
     return cache
 
 

@@ -183,7 +183,7 @@ class BaseCache:
             NotImplementedError: a dual tensor of forward-mode differentiation.
 
         In a compiled function and in a captured CUDA graph the host does not follow the lengths: pages must have been
-        reserved, and an append past ``max_seq_len`` is refused by the CPU's kernel when it runs, and dropped on CUDA.
+        reserved, and a token without a place is refused by the CPU's kernel when it runs, and dropped on CUDA.
         """
         self._check_new(key, value)
         counts, count_tensor = self.token_counts(num_tokens, key.size(2))
