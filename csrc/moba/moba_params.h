@@ -38,7 +38,8 @@ struct CentroidParams {
 };
 TOPGATHER_FIELDS(CentroidParams, key, block_size, num_threads, centroids)
 
-// Shapes are those of dense problems; packed tensors are [token, head, D], and [head, token, ..] what follows choices.
+// Shapes are those of dense problems. Packed ones: query, key, value, out and their gradients are [token, head, dim],
+// block_indices [head, token, K], lse and grad_lse [head, token].
 struct MobaRouteParams {
   MobaProblem problem;
   Array<const void, 4> query;       // [batch, query head, query, D] dtype
