@@ -48,12 +48,18 @@ pass and before clipping and the optimizer::
 
     pool.values.grad.div_(group_size)
 
+Clipping and optimizers. A model with a sharded table has parameters of two kinds, tensors and DTensors, which torch's
+``clip_grad_norm_`` and ``GradScaler`` cannot treat in one call; :func:`clip_grad_norm_` here can, and takes sparse
+gradients too. Optimizers with ``foreach=True`` or ``fused=True`` need each kind in a group of its own, as
+:func:`topgather.nn.memory_parameter_groups` makes them where only pools are sharded.
+
 All ranks of a group must run the same lookups, forward and backward, in the same order, one with no tokens too (with
 ``[0, K]`` indices), or the others wait for it. An index out of range raises on all ranks, wherever it would alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,13 +71,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from .nn._tables import check_number
 from .nn.memory import MemoryPool
 from .ops import _checks as checks
 from .ops import memory_lookup
 from .ops._library import DTYPE_CODES, sum_dtype
 from .ops._memory_ops import check_indices, check_weights
 
-__all__ = ["MemoryColwise", "ShardedMemoryPool"]
+__all__ = ["MemoryColwise", "ShardedMemoryPool", "clip_grad_norm_"]
 
 # The newer name of the same.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -208,6 +215,67 @@ def _sharded_by_columns(values: Tensor) -> DTensor:
             f"{values.device_mesh}; if fully_shard has cut the rows too, call the module that it was applied to"
         )
     return values
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale the gradients of ``parameters`` so that their norm, taken together, is at most ``max_norm``.
+
+    As ``torch.nn.utils.clip_grad_norm_``, for parameters that are partly tensors and partly DTensors, of one mesh or
+    several, and for sparse gradients, dense ones beside them. All ranks of a DTensor's mesh must call it. A parameter
+    that is a plain tensor counts with this rank's gradient: where it differs between ranks, so would the scale, so it
+    has to be reduced before, as data parallelism does.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without a gradient are passed over.
+        max_norm: what the norm may be at most.
+        norm_type: the exponent of the norm, or infinity.
+        error_if_nonfinite: whether a norm that is NaN or infinite raises, before anything is scaled.
+
+    Returns:
+        The norm before scaling, ``[]``, float32 or float64, the same on all ranks.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: ``norm_type`` not above 0.
+        RuntimeError: the norm is not finite, and ``error_if_nonfinite``.
+    """
+    for name, number in (("max_norm", max_norm), ("norm_type", norm_type)):
+        check_number(name, number)
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be above 0, got {norm_type}")
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    norms: dict[Any, list[Tensor]] = {}
+    numbers: list[Tensor] = []  # what is scaled: tensors without structure
+    for parameter in with_gradient:
+        grad = cast(Tensor, parameter.grad)
+        if grad.is_sparse:
+            # A row that stands several times counts with its sum.
+            grad = parameter.grad = grad.coalesce()
+            grad = grad._values()
+        numbers.append(grad.to_local() if isinstance(grad, DTensor) else grad)
+        kind = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+        norm = torch.linalg.vector_norm(grad, norm_type, dtype=sum_dtype(grad.dtype))
+        norms.setdefault((kind, norm.dtype, norm.device), []).append(norm)
+    if not norms:
+        return torch.tensor(0.0)
+    device = numbers[0].device
+    # One collective for all DTensors that are spread alike.
+    parts = [torch.linalg.vector_norm(torch.stack(group), norm_type) for group in norms.values()]
+    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+    dtype = max((part.dtype for part in whole), key=lambda dtype: dtype.itemsize)
+    total = torch.linalg.vector_norm(torch.stack([part.to(device, dtype) for part in whole]), norm_type)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"the norm of order {norm_type} of the gradients is {float(total)}, so they cannot be clipped"
+        )
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    with torch.no_grad():
+        for tensor in numbers:
+            tensor.mul_(factor.to(tensor.device, sum_dtype(tensor.dtype)))
+    return total
 
 
 # --- who has what ---------------------------------------------------------------------------------------------------

@@ -304,9 +304,10 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        missing_rows, missing_columns = -x.size(2) % self.patch_size, -x.size(3) % self.patch_size
-        if missing_rows or missing_columns:
-            x = F.pad(x, (0, missing_columns, 0, missing_rows))
+        missing = [-(-side // self.patch_size) * self.patch_size - side for side in x.shape[2:]]
+        # A compiled graph pads by nothing too, so that it serves images of any size.
+        if torch.compiler.is_compiling() or any(missing):
+            x = F.pad(x, (0, missing[1], 0, missing[0]))
         normed: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))
         return normed.permute(0, 3, 1, 2)
 

@@ -155,9 +155,10 @@ class SparseSelfAttention2d(nn.Module):
         rows = axis_of(partition, num_rows, steps[0]).max_tokens
         columns = axis_of(partition, num_columns, steps[1]).max_tokens
         # Entry k of window s is table[s + k]: the window of query q begins at most - 1 - q, so that key k is at its
-        # distance k - q. No gather, so the gradient is a sum in a fixed order.
-        bias = table.unfold(1, rows, 1).narrow(1, most[0] - rows, rows).flip(1)
-        bias = bias.unfold(2, columns, 1).narrow(2, most[1] - columns, columns).flip(2)
+        # distance k - q. No gather, so the gradient is a sum in a fixed order. Windows are as wide as the largest group
+        # and cut afterwards, so that a compiled graph serves images of any size.
+        bias = table.unfold(1, most[0], 1).narrow(1, most[0] - rows, rows).narrow(3, 0, rows).flip(1)
+        bias = bias.unfold(2, most[1], 1).narrow(2, most[1] - columns, columns).narrow(4, 0, columns).flip(2)
         return bias.flatten(3).flatten(1, 2)
 
     def extra_repr(self) -> str:

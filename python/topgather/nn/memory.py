@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -412,6 +412,24 @@ class ProductKeyMemory(_ProductKeyLayer):
         return f"{self._retrieval_repr()}, gated={self.gated}, out_dim={self.out_dim}"
 
 
+class _SparseTables(nn.EmbeddingBag):
+    """Stands for the tables of a :class:`PeerMemory` where ``DistributedDataParallel`` looks for sparse gradients."""
+
+    sparse = True
+
+    def __init__(self, layer: PeerMemory) -> None:
+        nn.Module.__init__(self)
+        for name in ("values_in", "values_out"):
+            self.register_parameter(name, layer._parameters.get(name))
+
+    def reset_parameters(self) -> None:
+        """Nothing: the layer draws its tables."""
+
+    def extra_repr(self) -> str:
+        """Nothing."""
+        return ""
+
+
 class PeerMemory(_ProductKeyLayer):
     """A layer of experts of one hidden neuron, chosen by product keys (PEER, arXiv 2407.04153, section 2; the PEER
     variant of arXiv 2412.09764).
@@ -502,6 +520,16 @@ class PeerMemory(_ProductKeyLayer):
         self.values_in = nn.Parameter(torch.empty(num_keys**2, dim, device=device, dtype=dtype))
         self.values_out = nn.Parameter(torch.empty(num_keys**2, dim, device=device, dtype=dtype))
         self._reset_retrieval()
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As ``nn.Module.named_modules``. With ``sparse_grad`` the tables come first, under their own names, as those
+        of another module that is a kind of ``nn.EmbeddingBag``: see :class:`MemoryPool`. It has no part in the layer.
+        """
+        if self.sparse_grad and (memo is None or self not in memo):
+            yield prefix, _SparseTables(self)
+        yield from super().named_modules(memo, prefix, remove_duplicate)
 
     def _reset_retrieval(self) -> None:
         super()._reset_retrieval()

@@ -1,0 +1,166 @@
+"""What two processes of ``test_sparse_and_clipping.py`` run; rank r leaves ``FOLDER/rank{r}.pt``.
+
+python sparse_worker.py FOLDER
+"""
+
+import multiprocessing
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import topgather as tg
+from topgather.distributed import MemoryColwise, clip_grad_norm_
+
+WORLD_SIZE, DIM = 2, 8
+NORMS = {"2": (2.0, 0.05), "inf": (float("inf"), 0.01), "1.5": (1.5, 1e6)}
+
+
+class Pool(nn.Module):
+    """A pool alone, beside a dense layer."""
+
+    def __init__(self, sparse_grad: bool) -> None:
+        super().__init__()
+        self.pool = tg.nn.MemoryPool(4, DIM, sparse_grad=sparse_grad)
+        self.proj = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        indices = (x[:, :3] * 100).long().abs() % 16
+        return self.proj(self.pool(indices, x[:, 3:6]))
+
+
+MODELS = {
+    "pool": Pool,
+    "memory": lambda sparse_grad: tg.nn.ProductKeyMemory(DIM, tg.nn.MemoryPool(4, 8, sparse_grad), 2, 4, 8),
+    "peer": lambda sparse_grad: nn.Sequential(tg.nn.PeerMemory(DIM, 4, 2, 4, 8, sparse_grad=sparse_grad)),
+    "shared": lambda sparse_grad: shared(sparse_grad),
+}
+
+
+def shared(sparse_grad: bool) -> nn.Module:
+    pool = tg.nn.MemoryPool(4, 8, sparse_grad)
+    return nn.Sequential(*(tg.nn.ProductKeyMemory(DIM, pool, 2, 4, 8) for _ in range(2)))
+
+
+def make(name: str, sparse_grad: bool) -> nn.Module:
+    """The same in every process."""
+    torch.manual_seed(0)
+    return MODELS[name](sparse_grad).double()
+
+
+def tokens(rank: int) -> Tensor:
+    return torch.randn(6, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(10 + rank))
+
+
+def backward(model: nn.Module, x: Tensor) -> None:
+    model.zero_grad()
+    model(x).square().sum(dim=1).mean().backward()
+
+
+def full(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().to_dense().clone()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def data_parallel(name: str, sparse_grad: bool, rank: int) -> dict[str, Any]:
+    model = make(name, sparse_grad)
+    wrapped = DistributedDataParallel(model)
+    results: dict[str, Any] = {}
+    for step in range(2):
+        backward(wrapped, tokens(rank) + step)
+        results[f"grad{step}"] = gradients(model)
+    results["sparse"] = [n for n, parameter in model.named_parameters() if parameter.grad.is_sparse]
+    norm = clip_grad_norm_(model.parameters(), 0.05)
+    return {**results, "norm": norm, "clipped": gradients(model)}
+
+
+def sharded(name: str, mesh: Any) -> dict[str, Any]:
+    """A sharded table beside parameters that every rank has whole, whose gradients are summed as data parallelism."""
+    norm_type, max_norm = NORMS[name]
+    model = make("shared", False)
+    parallelize_module(model, mesh, {"*": MemoryColwise()})
+    backward(model, tokens(mesh.get_local_rank()))
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            dist.all_reduce(parameter.grad)
+    results = {"grad": gradients(model), "norm": clip_grad_norm_(model.parameters(), max_norm, norm_type)}
+    groups = tg.nn.memory_parameter_groups(model, lr=0.1)
+    torch.optim.AdamW(groups, foreach=True).step()
+    # What the documentation says that torch cannot.
+    for what, call in {
+        "torch_clips": lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+        "foreach_mixed": lambda: torch.optim.AdamW(model.parameters(), foreach=True).step(),
+    }.items():
+        try:
+            call()
+            results[what] = "works"
+        except RuntimeError as error:
+            results[what] = str(error)
+    return {**results, "clipped": gradients(model)}
+
+
+def fsdp_on_meta(rank: int) -> dict[str, Any]:
+    """FSDP1 gives a model on the meta device its memory, and has every module draw what it holds."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
+    deviations = []
+    for wrap_policy in (None, size_based_auto_wrap_policy):
+        with torch.device("meta"):
+            model = tg.nn.ProductKeyMemory(256, tg.nn.MemoryPool(32, 256), 2, 4, 256, query_norm="batch")
+        torch.manual_seed(rank)
+        wrapped = FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), use_orig_params=True, auto_wrap_policy=wrap_policy
+        )
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            deviations.append(
+                {n.replace("_fsdp_wrapped_module.", ""): float(p.std()) for n, p in wrapped.named_parameters()}
+            )
+    return {"deviations": deviations}
+
+
+def run(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", timedelta(seconds=60), rank=rank, world_size=WORLD_SIZE
+    )
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    results: dict[str, Any] = {}
+    cases = {
+        **{f"ddp_{n}_{s}": lambda n=n, s=s: data_parallel(n, s, rank) for n in MODELS for s in (False, True)},
+        **{f"sharded_{n}": lambda n=n: sharded(n, mesh) for n in NORMS},
+        "fsdp_on_meta": lambda: fsdp_on_meta(rank),
+    }
+    for name, case in cases.items():
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = traceback.format_exc()
+            break  # ranks may have lost step
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank, Path(sys.argv[1]))) for rank in range(WORLD_SIZE)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
