@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import topgather as tg
-from helpers import assert_bitwise_equal
+from tests.common.tensors import assert_bitwise_equal
 
 BOUNDARIES, BLOCK_SIZE = [0, 40, 40, 75], 8
 

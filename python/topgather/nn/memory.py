@@ -526,6 +526,11 @@ class PeerMemory(_ProductKeyLayer):
     ) -> Iterator[tuple[str, nn.Module]]:
         """As ``nn.Module.named_modules``. With ``sparse_grad`` the tables come first, under their own names, as those
         of another module that is a kind of ``nn.EmbeddingBag``: see :class:`MemoryPool`. It has no part in the layer.
+
+        Args:
+            memo: modules already met, which are left out; extended. Default: none.
+            prefix: put before every name. Default: empty.
+            remove_duplicate: whether a module that stands in several places comes once. Default: ``True``.
         """
         if self.sparse_grad and (memo is None or self not in memo):
             yield prefix, _SparseTables(self)
