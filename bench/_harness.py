@@ -1,8 +1,8 @@
 """What every benchmark shares: who ran it, interleaved timing, peak memory, kernel times, JSON out.
 
 Timing interleaves the peers: each round times every candidate once, so noise from other processes falls on
-all of them alike, and a candidate's time is its least over the rounds, the run that was disturbed the
-least. Every sample is kept in the JSON.
+all of them alike. On the CPU, a candidate's time is its minimum over the rounds, the run that was disturbed
+the least. The JSON keeps minimum, median, quartiles and the number of samples, but no single samples.
 """
 
 from __future__ import annotations
@@ -119,15 +119,28 @@ class Timing:
     samples: tuple[float, ...]
 
     @property
-    def seconds(self) -> float:
-        """Least time of all rounds."""
+    def min_seconds(self) -> float:
+        """Minimum of all rounds."""
         return min(self.samples)
 
+    @property
+    def median_seconds(self) -> float:
+        """Median of all rounds."""
+        return statistics.median(self.samples)
+
+    def per_call(self, num_calls: int) -> Timing:
+        """Times of one call, where each sample timed ``num_calls`` of them."""
+        return Timing(tuple(sample / num_calls for sample in self.samples))
+
     def to_json(self) -> dict[str, Any]:
+        """Minimum, median, first and third quartile in seconds, and the number of samples."""
+        several = self.samples if len(self.samples) > 1 else 2 * self.samples
+        first_quartile, _, third_quartile = statistics.quantiles(several, n=4, method="inclusive")
         return {
-            "seconds": self.seconds,
-            "median_seconds": statistics.median(self.samples),
-            "samples": [round(sample, 6) for sample in self.samples],
+            "min_seconds": self.min_seconds,
+            "median_seconds": self.median_seconds,
+            "quartile_seconds": [first_quartile, third_quartile],
+            "num_samples": len(self.samples),
         }
 
 
@@ -249,7 +262,7 @@ def measure_gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
     timing = time_interleaved({"gemm": lambda: left @ right}, device, max_rounds=50, budget_seconds=2.0)
-    return 2 * size**3 / timing["gemm"].seconds
+    return 2 * size**3 / timing["gemm"].min_seconds
 
 
 # --- Memory -------------------------------------------------------------------------------------------------
@@ -307,9 +320,34 @@ def in_fresh_process(script: str, option: str, argument: Mapping[str, Any]) -> A
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content``, making the folder where needed."""
+    """Write ``content``, making the folder where needed: floats of five digits, a table's row on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(_format_json(content) + "\n")
+
+
+def _format_json(value: Any, indent: int = 0) -> str:
+    """JSON with a line for every object or array that holds plain values alone, and for plain values side by side."""
+    if isinstance(value, float):
+        return json.dumps(float(f"{value:.5g}"))
+    if not isinstance(value, Mapping | list | tuple):
+        return json.dumps(value)
+    is_object = isinstance(value, Mapping)
+    opening, closing = "{}" if is_object else "[]"
+    lines: list[str] = []
+    was_plain = False
+    for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        text = _format_json(item, indent + 1)
+        text = f"{json.dumps(name)}: {text}" if is_object else text
+        is_plain = not isinstance(item, Mapping) and "\n" not in text
+        if is_plain and was_plain:
+            lines[-1] += f", {text}"
+        else:
+            lines.append(text)
+        was_plain = is_plain
+    if len(lines) <= 1 and (was_plain or not lines):
+        return f"{opening}{''.join(lines)}{closing}"
+    line_break = "\n" + " " * (indent + 1)
+    return f"{opening}{line_break}{f',{line_break}'.join(lines)}\n{' ' * indent}{closing}"
 
 
 def format_seconds(seconds: float) -> str:

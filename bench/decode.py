@@ -42,7 +42,7 @@ NUM_APPENDS = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """A cache of ``num_tokens`` tokens of every sequence, and the least ratio to reach."""
+    """A cache of ``num_tokens`` tokens of every sequence, and the minimum ratio to reach."""
 
     num_tokens: int
     dtype: str
@@ -161,7 +161,7 @@ def measure(problem: Problem, device: torch.device) -> dict[str, Any]:
     key, value = session.new
     appends = {"append": lambda: session.cache.append(key, value)}
     appended = time_interleaved(appends, device, min_rounds=NUM_APPENDS, max_rounds=NUM_APPENDS)["append"]
-    ratio = timings[TORCH].seconds / min(timings[name].seconds for name in (OURS, GRAPH) if name in timings)
+    ratio = timings[TORCH].min_seconds / min(timings[name].min_seconds for name in (OURS, GRAPH) if name in timings)
     row: dict[str, Any] = {"problem": str(problem), **asdict(problem), "ratio": ratio, "append": appended.to_json()}
     row["times"] = {name: timing.to_json() for name, timing in timings.items()}
     if problem.target is not None:
@@ -174,11 +174,11 @@ def measure(problem: Problem, device: torch.device) -> dict[str, Any]:
 
 def show(row: dict[str, Any]) -> str:
     """One line a measured problem."""
-    times = "  ".join(f"{name} {format_seconds(entry['seconds'])}" for name, entry in row["times"].items())
+    times = "  ".join(f"{name} {format_seconds(entry['min_seconds'])}" for name, entry in row["times"].items())
     target = ""
     if "target_met" in row:
         target = f"  target {row['target_ratio']:.0f}x: {'met' if row['target_met'] else 'MISSED'}"
-    return f"    {times}  append {format_seconds(row['append']['seconds'])}  {row['ratio']:.1f}x{target}"
+    return f"    {times}  append {format_seconds(row['append']['min_seconds'])}  {row['ratio']:.1f}x{target}"
 
 
 def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
@@ -189,9 +189,9 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
         chosen = [row for row in rows if row["dtype"] == dtype]
         lengths = [row["num_tokens"] for row in chosen]
         for name in chosen[0]["times"]:
-            times = [row["times"][name]["seconds"] * 1e3 for row in chosen]
+            times = [row["times"][name]["min_seconds"] * 1e3 for row in chosen]
             axes.loglog(lengths, times, "o-", label=name, color=COLORS[name])
-        appends = [row["append"]["seconds"] * 1e3 for row in chosen]
+        appends = [row["append"]["min_seconds"] * 1e3 for row in chosen]
         axes.loglog(lengths, appends, "o:", label="topgather, appending", color=COLORS[OURS])
         axes.set(title=f"{dtype}, batch {chosen[0]['batch_size']}", xlabel="tokens in the cache", ylabel="ms a token")
         axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])

@@ -42,7 +42,7 @@ COLORS = {TORCH: "#8a8f98", OURS: "#d1495b"}
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of an image's attention, and the least ratios to reach."""
+    """Sizes of an image's attention, and the minimum ratios to reach."""
 
     batch_size: int
     num_heads: int
@@ -126,7 +126,7 @@ def measure(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
         for run in candidates.values():
             run()
         timings = time_interleaved(candidates, device, min_rounds=10, max_rounds=40, budget_seconds=3.0)
-        ratio = timings[TORCH].seconds / timings[OURS].seconds
+        ratio = timings[TORCH].min_seconds / timings[OURS].min_seconds
         row: dict[str, Any] = {"problem": str(problem), "direction": direction, **asdict(problem), "ratio": ratio}
         row["times"] = {name: timing.to_json() for name, timing in timings.items()}
         if target is not None:
@@ -170,7 +170,7 @@ def attention_macs() -> list[dict[str, Any]]:
 
 def show(row: dict[str, Any]) -> str:
     """One line a measured problem."""
-    times = "  ".join(f"{name} {format_seconds(entry['seconds'])}" for name, entry in row["times"].items())
+    times = "  ".join(f"{name} {format_seconds(entry['min_seconds'])}" for name, entry in row["times"].items())
     target = ""
     if "target_met" in row:
         target = f"  target {row['target_ratio']:.1f}x: {'met' if row['target_met'] else 'MISSED'}"

@@ -5,7 +5,7 @@
     python bench/key_conv.py --device cuda    # bfloat16, larger sizes
 
 Prints times, ratios, and the share of copy bandwidth: the time that ``copy_`` takes to copy the keys into memory that
-is there, over the time that the op takes. The op reads and writes what a copy does, so 1 is the most there can be. It
+is there, over the time that the op takes. The op reads and writes what a copy does, so 1 is the maximum. It
 also allocates its result; where the allocator returns large memory to the system, every call pays for new pages, and
 so does ``clone``, which is listed beside it. On the CPU the kernel is also timed without the call around it: into
 memory that is there, as ``copy_`` is. Writes key_conv.json and key_conv.png to bench/results/<device>/. All run in one
@@ -45,13 +45,13 @@ FORWARD, BOTH = "forward", "forward+backward"
 OURS, TORCH, COPY, CLONE = "topgather", "conv1d + SiLU + add", "copy_", "clone"
 KERNEL = "its kernel alone"
 COLORS = {TORCH: "#8a8f98", OURS: "#d1495b", COPY: "#30638e", CLONE: "#7fa3c7"}
-LEAST_COPY_SHARE = 0.8
+MIN_COPY_SHARE = 0.8
 SWEPT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of the keys, and the least share of a copy's bandwidth in the forward.
+    """Sizes of the keys, and the minimum share of a copy's bandwidth in the forward.
 
     The copy is ``copy_``, and ``clone`` where results are so large that every one is new memory from the system.
     """
@@ -81,10 +81,10 @@ def plan(device: torch.device, is_quick: bool) -> list[Problem]:
         return [Problem(1, 2, 512, 32, 3, dtype) for dtype in ("float32", "bfloat16")]
     if device.type == "cuda":
         sizes = [(width, layout) for width in (3, 5) for layout in ("heads first", "tokens first")]
-        return [Problem(1, 8, 2**18, 128, width, "bfloat16", layout, LEAST_COPY_SHARE) for width, layout in sizes]
+        return [Problem(1, 8, 2**18, 128, width, "bfloat16", layout, MIN_COPY_SHARE) for width, layout in sizes]
     sizes = [(8192, COPY), (65536, CLONE)]  # 16 and 128 MiB of float32
     return [
-        Problem(1, 8, num_tokens, 64, width, dtype, layout, LEAST_COPY_SHARE, peer)
+        Problem(1, 8, num_tokens, 64, width, dtype, layout, MIN_COPY_SHARE, peer)
         for dtype in ("float32", "bfloat16")
         for num_tokens, peer in sizes
         for width in (3, 5)
@@ -174,16 +174,16 @@ def measure(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
         timings = time_interleaved(
             candidates, device, min_rounds=10, max_rounds=60, budget_seconds=2.0, prepare=lambda: swept.add_(1)
         )
-        ours_seconds = timings[OURS].seconds
+        ours_seconds = timings[OURS].min_seconds
         row: dict[str, Any] = {"problem": str(problem), "direction": direction, **asdict(problem)}
-        row["ratio"] = timings[TORCH].seconds / ours_seconds
+        row["ratio"] = timings[TORCH].min_seconds / ours_seconds
         row["times"] = {name: timing.to_json() for name, timing in timings.items()}
         if direction == FORWARD:
             row["bytes_per_second"] = 2 * problem.key_bytes() / ours_seconds
-            row["copy_share"] = timings[COPY].seconds / ours_seconds
-            row["clone_share"] = timings[CLONE].seconds / ours_seconds
+            row["copy_share"] = timings[COPY].min_seconds / ours_seconds
+            row["clone_share"] = timings[CLONE].min_seconds / ours_seconds
             if KERNEL in timings:
-                row["kernel_copy_share"] = timings[COPY].seconds / timings[KERNEL].seconds
+                row["kernel_copy_share"] = timings[COPY].min_seconds / timings[KERNEL].min_seconds
             if problem.target_share is not None:
                 share = row["copy_share" if problem.target_peer == COPY else "clone_share"]
                 row["target_met"] = share >= problem.target_share
@@ -215,7 +215,7 @@ def memory_rows(problem: Problem, device: torch.device) -> list[dict[str, Any]]:
 
 def show(row: dict[str, Any]) -> str:
     """One line a measured problem."""
-    times = "  ".join(f"{name} {format_seconds(entry['seconds'])}" for name, entry in row["times"].items())
+    times = "  ".join(f"{name} {format_seconds(entry['min_seconds'])}" for name, entry in row["times"].items())
     share = ""
     if "copy_share" in row:
         share = f"  {row['copy_share']:.0%} of copy_, {row['clone_share']:.0%} of clone"
@@ -238,7 +238,7 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
         places = [place + offset for place in range(len(forward))]
         shares.barh(places, [row[key] for row in forward], height=0.4, color=COLORS[name], label=name)
     shares.set_yticks(range(len(labels)), labels)
-    shares.axvline(LEAST_COPY_SHARE, color=COLORS[OURS], linewidth=1)
+    shares.axvline(MIN_COPY_SHARE, color=COLORS[OURS], linewidth=1)
     shares.legend(loc="lower right", fontsize=7)
     shares.set(title="share of a copy's bandwidth, forward", xlabel="time of the copy / time of key_conv")
     for offset, direction, color in ((0.2, FORWARD, COLORS[OURS]), (-0.2, BOTH, COLORS[TORCH])):

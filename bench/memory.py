@@ -159,7 +159,7 @@ def lookup_candidates(
 
 
 def time_candidates(candidates: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Any]:
-    """Least, median and all times of each candidate that runs at all; an error's first line for one that does not."""
+    """Summary of the times of each candidate that runs at all; an error's first line for one that does not."""
     times: dict[str, Any] = {}
     running = dict(candidates)
     for name, run in candidates.items():
@@ -178,9 +178,9 @@ def measure_bandwidth(device: torch.device, values: Tensor) -> float:
     if device.type == "cuda":
         target = torch.empty_like(values)
         timing = time_interleaved({"copy": lambda: target.copy_(values)}, device, max_rounds=20)["copy"]
-        return 2 * size / timing.seconds
+        return 2 * size / timing.min_seconds
     timing = time_interleaved({"read": lambda: values.sum()}, device, max_rounds=8)["read"]
-    return size / timing.seconds
+    return size / timing.min_seconds
 
 
 def measure_topk(problem: TopkProblem, device: torch.device) -> dict[str, Any]:
@@ -218,8 +218,8 @@ def measure_lookup(problem: LookupProblem, device: torch.device) -> list[dict[st
         if direction == FORWARD:
             taken = indices.numel() * problem.row_dim * values.element_size()
             for name, entry in times.items():
-                if "seconds" in entry:
-                    row[f"{name}_bandwidth_share"] = taken / entry["seconds"] / bandwidth
+                if "min_seconds" in entry:
+                    row[f"{name}_bandwidth_share"] = taken / entry["min_seconds"] / bandwidth
         rows.append(row)
     del values, weights
     gc.collect()
@@ -232,8 +232,8 @@ def row_of(name: str, direction: str, problem: Any, times: dict[str, Any], targe
     row.pop("targets", None)
     row.pop("directions", None)
     row.pop("target", None)
-    if "seconds" in times.get(TORCH, {}) and "seconds" in times[OURS]:
-        row["ratio"] = times[TORCH]["seconds"] / times[OURS]["seconds"]
+    if "min_seconds" in times.get(TORCH, {}) and "min_seconds" in times[OURS]:
+        row["ratio"] = times[TORCH]["min_seconds"] / times[OURS]["min_seconds"]
     if target is not None:
         row["target_ratio"] = target
         row["target_met"] = row.get("ratio", 0.0) >= target
@@ -247,7 +247,9 @@ def show(row: dict[str, Any]) -> str:
     """One line a measured problem."""
     cells = [f"{row['direction']:26}"]
     for name, entry in row["times"].items():
-        cells.append(f"{name} {format_seconds(entry['seconds']) if 'seconds' in entry else entry['error'][:60]}")
+        cells.append(
+            f"{name} {format_seconds(entry['min_seconds']) if 'min_seconds' in entry else entry['error'][:60]}"
+        )
         if f"{name}_bandwidth_share" in row:
             cells[-1] += f" ({row[f'{name}_bandwidth_share']:.0%} of bandwidth)"
     if "ratio" in row:
@@ -269,9 +271,9 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
     bars.set(title="times faster than torch", xlabel="ratio")
     for name in (TORCH, OURS):
         points = sorted(
-            (row["num_rows"], row["times"][name]["seconds"] * 1e3)
+            (row["num_rows"], row["times"][name]["min_seconds"] * 1e3)
             for row in rows
-            if row["direction"] == SPARSE and row["indices"] == "uniform" and "seconds" in row["times"][name]
+            if row["direction"] == SPARSE and row["indices"] == "uniform" and "min_seconds" in row["times"][name]
         )
         if points:
             growth.loglog(*zip(*points, strict=True), "o-", color=COLORS[name], label=name)

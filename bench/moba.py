@@ -48,7 +48,7 @@ with contextlib.suppress(ImportError):  # the CPU's tables need it; on a GPU lin
 BATCH_SIZE, NUM_HEADS, HEAD_DIM, TOP_K = 1, 4, 64, 8
 FORWARD, BOTH = "forward", "forward+backward"
 MASKED_LIMIT = 8192
-"""Most tokens at which the masks, several [H, N, N] tensors, are still reasonable."""
+"""Maximum number of tokens at which the masks, several [H, N, N] tensors, are still reasonable."""
 
 TARGETS = {
     ("float32", FORWARD, 128, 8192): 3.5,
@@ -59,7 +59,7 @@ TARGETS = {
     ("float32", FORWARD, 64, 16384): 9.0,
     ("bfloat16", FORWARD, 128, 16384): 5.0,
 }
-"""Least ratio of dense time to topgather time, by dtype, direction, block_size and tokens."""
+"""Minimum ratio of dense time to topgather time, by dtype, direction, block_size and tokens."""
 ROUTING_SHARE_TARGET = 0.25
 
 COLORS = {"dense": "#8a8f98", "masked 128": "#e0a458", "topgather 128": "#d1495b", "topgather 64": "#2e4057"}
@@ -211,20 +211,20 @@ def rows_of(measured: Measured, gemm_rates: dict[str, float]) -> Iterator[dict[s
         if kind != "topgather":
             continue
         block_size = int(sizes[0])
-        seconds = times[name].seconds
+        seconds = times[name].min_seconds
         row: dict[str, Any] = {**asdict(problem), "block_size": block_size, "top_k": TOP_K}
         row["topgather_seconds"] = seconds
         row["topgather_gemm_share"] = attention_flops(problem, block_size) / seconds / rate
         if "dense" in times:
-            dense = times["dense"].seconds
+            dense = times["dense"].min_seconds
             row["dense_seconds"] = dense
             row["dense_gemm_share"] = attention_flops(problem, None) / dense / rate
             row["ratio_to_dense"] = dense / seconds
         if f"masked {block_size}" in times:
-            row["masked_seconds"] = times[f"masked {block_size}"].seconds
+            row["masked_seconds"] = times[f"masked {block_size}"].min_seconds
             row["ratio_to_masked"] = row["masked_seconds"] / seconds
         if f"route {block_size}" in times:
-            row["routing_share"] = times[f"route {block_size}"].seconds / seconds
+            row["routing_share"] = times[f"route {block_size}"].min_seconds / seconds
         target = TARGETS.get((problem.dtype, problem.direction, block_size, problem.num_tokens))
         if target is not None and "dense" in times:
             row["target_ratio"] = target
@@ -236,7 +236,7 @@ def rows_of(measured: Measured, gemm_rates: dict[str, float]) -> Iterator[dict[s
 
 
 def times_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Time (least of the rounds); shares are of the measured matrix-product rate of the dtype")
+    table = Table(title="Time (minimum of the rounds); shares are of the measured matrix-product rate of the dtype")
     for heading in ("dtype", "direction"):
         table.add_column(heading)
     for heading in ("N", "block", "dense", "masked", "topgather", "dense / ours", "target", "met"):
@@ -310,7 +310,7 @@ def draw(measured: list[Measured], memory: list[dict[str, Any]], run: dict[str, 
     for axes, direction in ((forward, FORWARD), (both, BOTH)):
         for name in COLORS:
             points = [
-                (m.problem.num_tokens, m.times[name].seconds)
+                (m.problem.num_tokens, m.times[name].min_seconds)
                 for m in measured
                 if m.problem.dtype == "float32" and m.problem.direction == direction and name in m.times
             ]
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--seconds", type=float, default=240.0, help="on a GPU: begin nothing after (default: 240)")
-    parser.add_argument("--call-limit", type=float, default=5.0, help="on a GPU: most seconds a peer's call may take")
+    parser.add_argument("--call-limit", type=float, default=5.0, help="on a GPU: maximum seconds of a peer's call")
     parser.add_argument("--output", type=Path, help="folder for moba.json and moba.png")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -432,7 +432,7 @@ def main() -> None:
         "gemm_flops_per_second": gemm_rates,
         "rows": rows,
         "memory": memory,
-        "samples": [
+        "times": [
             {**asdict(m.problem), "times": {name: timing.to_json() for name, timing in m.times.items()}}
             for m in measured
         ],

@@ -27,36 +27,26 @@ from torch import Tensor
 
 import topgather as tg
 from _harness import describe_run, results_folder, time_interleaved, write_json
-from topgather.ops import _moba_kernels as kernels
+from topgather.ops import _spec
 
 BLOCK_SIZE, TOP_K, SCALE = 8, 2, 0.5
 CALLS_PER_SAMPLE = 100
 
 # --- Alternatives: block_centroids --------------------------------------------------------------------------
 
-centroids_kernel = kernels._block_centroids_cpu
-
-
-def centroids_backward(grad: Tensor, key_shape: torch.Size, block_size: int) -> Tensor:
-    """The op's own backward, as a function of what it saved."""
-    context: Any = _Saved()
-    context.key_shape, context.key_dtype, context.block_size = key_shape, grad.dtype, block_size
-    return kernels._BlockCentroids.backward(context, grad)[0]
-
-
-class _Saved:
-    """Stands in for the context of an autograd.Function."""
+centroids_kernel = _spec.CPU_KERNELS["block_centroids"]
+centroids_backward: Any = _spec.OPS["block_centroids"].backward
 
 
 class BareCentroids(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, block_size: int) -> Tensor:
-        ctx.key_shape, ctx.block_size = key.shape, block_size
+        ctx.key, ctx.block_size = _spec.meta_of(key), block_size
         return centroids_kernel(key, block_size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return centroids_backward(grad, ctx.key_shape, ctx.block_size), None
+        return (*centroids_backward(grad, ctx.key, ctx.block_size), None)
 
 
 @torch.library.custom_op("topgather_bench::block_centroids", mutates_args=())
@@ -65,11 +55,11 @@ def custom_centroids(key: Tensor, block_size: int) -> Tensor:
 
 
 def _centroids_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.key_shape, ctx.block_size = inputs[0].shape, inputs[1]
+    ctx.key, ctx.block_size = _spec.meta_of(inputs[0]), inputs[1]
 
 
 custom_centroids.register_autograd(
-    lambda ctx, grad: (centroids_backward(grad, ctx.key_shape, ctx.block_size), None),
+    lambda ctx, grad: (*centroids_backward(grad, ctx.key, ctx.block_size), None),
     setup_context=_centroids_setup,
 )
 
@@ -77,11 +67,11 @@ custom_centroids.register_autograd(
 
 
 def attention_kernel(query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor]:
-    return kernels._moba_attention_cpu(query, key, value, block_indices, BLOCK_SIZE, True, SCALE)
+    return _spec.CPU_KERNELS["moba_attention"](query, key, value, block_indices, BLOCK_SIZE, True, SCALE)
 
 
 def attention_backward(grad_out: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels._moba_attention_backward_cpu(grad_out, None, *saved, BLOCK_SIZE, True, SCALE)
+    return _spec.CPU_KERNELS["moba_attention_backward"](grad_out, None, *saved, BLOCK_SIZE, True, SCALE)
 
 
 class BareAttention(torch.autograd.Function):
@@ -186,7 +176,7 @@ def main() -> None:
     folder = options.output or results_folder(device)
     torch.set_num_threads(1)
 
-    results: dict[str, dict[str, dict[str, float]]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
     for setting, requires_grad, with_backward in (
         ("no gradient", False, False),
         ("forward", True, False),
@@ -196,21 +186,20 @@ def main() -> None:
             runs = {name: repeated(call, with_backward=with_backward) for name, call in calls.items()}
             timings = time_interleaved(runs, device, max_rounds=options.rounds, budget_seconds=60.0)
             for name, timing in timings.items():
-                microseconds = timing.seconds / CALLS_PER_SAMPLE * 1e6
-                results.setdefault(op, {}).setdefault(name, {})[setting] = round(microseconds, 2)
+                results.setdefault(op, {}).setdefault(name, {})[setting] = timing.per_call(CALLS_PER_SAMPLE).to_json()
 
     console = Console(width=120)
     run = describe_run(device)
     console.print(run)
     for op, by_name in results.items():
-        table = Table("way", title=f"{op}: microseconds a call, least of {options.rounds} samples")
+        table = Table("way", title=f"{op}: microseconds a call, minimum of {options.rounds} samples")
         for setting in ("no gradient", "forward", "forward+backward"):
             table.add_column(setting, justify="right")
         for name, by_setting in by_name.items():
             cells = [by_setting.get(setting) for setting in ("no gradient", "forward", "forward+backward")]
-            table.add_row(name, *("" if cell is None else f"{cell:.1f}" for cell in cells))
+            table.add_row(name, *("" if cell is None else f"{cell['min_seconds'] * 1e6:.1f}" for cell in cells))
         console.print(table)
-    write_json(folder / "overhead.json", {"run": run, "microseconds_per_call": results})
+    write_json(folder / "overhead.json", {"run": run, "times": results})
     console.print(f"Written: {folder / 'overhead.json'}", soft_wrap=True)
 
 

@@ -6,18 +6,13 @@
 namespace topgather {
 
 void bind_moba(pybind11::module_& module);
-void bind_moba_cuda(pybind11::module_& module);  // called by bind_moba where CUDA is built
 
 void bind_memory(pybind11::module_& module);
-void bind_memory_cuda(pybind11::module_& module);  // called by bind_memory where CUDA is built
 
 void bind_grid(pybind11::module_& module);
-void bind_grid_cuda(pybind11::module_& module);  // called by bind_grid where CUDA is built
 
 void bind_key_conv(pybind11::module_& module);
-void bind_key_conv_cuda(pybind11::module_& module);  // called by bind_key_conv where CUDA is built
 
 void bind_decode(pybind11::module_& module);
-void bind_decode_cuda(pybind11::module_& module);  // called by bind_decode where CUDA is built
 
 }  // namespace topgather

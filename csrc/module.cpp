@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "common/cpu_target.h"
+#include "common/native_call.h"
 #include "cuda/device.h"
 
 namespace py = pybind11;
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_architectures", &cuda_architectures);
   module.def("cuda_toolkit", &cuda_toolkit);
   module.def("cuda_devices", &cuda_devices);
+  add_native_calls(module);
   bind_moba(module);
   bind_memory(module);
   bind_grid(module);

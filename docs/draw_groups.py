@@ -1,4 +1,4 @@
-"""Draws groups.png: which tokens of an image attend to each other, in a grid and in windows.
+"""Draws assets/groups.png: which tokens of an image attend to each other, in a grid and in windows.
 
 python docs/draw_groups.py
 """
@@ -32,7 +32,7 @@ def main() -> None:
     figure.suptitle(
         f"{ROWS} x {COLUMNS} tokens; equal colours attend to each other; sizes need not divide", fontsize=10
     )
-    figure.savefig(Path(__file__).parent / "groups.png", dpi=120)
+    figure.savefig(Path(__file__).parent / "assets" / "groups.png", dpi=120)
 
 
 if __name__ == "__main__":

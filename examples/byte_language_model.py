@@ -320,7 +320,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=8192, help="tokens in a sequence (default: 8192)")
     parser.add_argument("--steps", type=int, default=70, help="training steps of each run (default: 70)")
-    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="the picture (default: demo.png)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/demo.png"), help="the picture (default: build/demo.png)"
+    )
     options = parser.parse_args()
 
     text, held_out = load_text()

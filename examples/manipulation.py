@@ -148,8 +148,8 @@ class Forger:
     def whole(self, limit: int) -> int:
         return int(torch.randint(limit, (), generator=self.random))
 
-    def uniform(self, least: float, most: float) -> float:
-        return least + (most - least) * float(torch.rand((), generator=self.random))
+    def uniform(self, low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=self.random))
 
 
 def save_as_jpeg(image: Tensor, quality: int) -> Tensor:
@@ -296,7 +296,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=800, help="steps of each training (default: 800)")
     parser.add_argument(
-        "--output", type=Path, default=Path("manipulation.png"), help="the picture (default: manipulation.png)"
+        "--output",
+        type=Path,
+        default=Path("build/manipulation.png"),
+        help="the picture (default: build/manipulation.png)",
     )
     # On one thread, so small a model loses little, and nothing to waiting where the machine has other things to do.
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")

@@ -8,8 +8,8 @@ parameters, those that a token is multiplied with, and so at equal operations:
     Memory   tg.nn.ProductKeyMemory(dim, pool, gated=False)
     Memory+  tg.nn.ProductKeyMemory(dim, pool)
 
-A dense model holds about two bits for each of its parameters at the most (arXiv 2404.05405), and the facts are six bits
-for each. A memory (arXiv 2412.09764) reads 32 rows of a table of 16,384: it has many more parameters than it uses at a
+A dense model holds at most about two bits for each of its parameters (arXiv 2404.05405), and the facts are six bits for
+each. A memory (arXiv 2412.09764) reads 32 rows of a table of 16,384: it has many more parameters than it uses at a
 time.
 
 Then, language. The model of ``byte_language_model.py`` is trained twice on the same text, with Memory+ in place of the
@@ -315,7 +315,7 @@ def main() -> int:
     parser.add_argument("--text-steps", type=int, default=60, help="steps of each language model (default: 60)")
     parser.add_argument("--context", type=int, default=4096, help="bytes of text in a step (default: 4096)")
     parser.add_argument(
-        "--output", type=Path, default=Path("memory_lm.png"), help="the picture (default: memory_lm.png)"
+        "--output", type=Path, default=Path("build/memory_lm.png"), help="the picture (default: build/memory_lm.png)"
     )
     options = parser.parse_args()
 

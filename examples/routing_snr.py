@@ -234,23 +234,23 @@ def print_law(points: list[Point]) -> bool:
     console.print(table)
 
     table = Table("keys and choice", title="Agreement", title_justify="left")
-    for heading in ("points", "trials each", "mean z²", "least p", "mean z² of plain Phi(-SNR)"):
+    for heading in ("points", "trials each", "mean z²", "min p", "mean z² of plain Phi(-SNR)"):
         table.add_column(heading, justify="right")
     is_law = True
     for name, group in groups.items():
         # Where hardly a failure is expected z is far from normal; the exact p-values see those points too.
         spoken = [p for p in group if p.predicted * p.num_trials > 20]
-        least = min(map(p_value, group))
+        min_p = min(map(p_value, group))
         plain = [(p.measured - normal_tail(p.snr)) / p.standard_error for p in spoken]
         table.add_row(
             name,
             str(len(group)),
             f"{min(p.num_trials for p in group):,}",
             f"{mean(p.z**2 for p in spoken):.2f}",
-            f"{least:.4f}",
+            f"{min_p:.4f}",
             f"{mean(z**2 for z in plain):,.2f}",
         )
-        is_law &= least > FALSE_ALARM / len(points) and has_usual_spread(spoken)
+        is_law &= min_p > FALSE_ALARM / len(points) and has_usual_spread(spoken)
     console.print(table)
     console.print(
         "Pairs of blocks follow Phi(-SNR). It is not the probability of missing the top k of many blocks: that is the "
@@ -552,11 +552,13 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=16000, help="choices at each point of the law (default: 16000)")
     parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: 150)")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind (default: 2)")
-    parser.add_argument("--output", type=Path, default=Path("routing_snr.png"), help="default: routing_snr.png")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/routing_snr.png"), help="default: build/routing_snr.png"
+    )
     options = parser.parse_args()
-    for name, least in (("trials", 400), ("steps", 1), ("seeds", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    for name, minimum in (("trials", 400), ("steps", 1), ("seeds", 1)):
+        if getattr(options, name) < minimum:
+            parser.error(f"--{name} must be at least {minimum}, got {getattr(options, name)}")
 
     console.print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     began = time.perf_counter()

@@ -13,8 +13,8 @@ import torch
 from hypothesis import settings
 
 import topgather as tg
-from devices import CUDA_KINDS, KINDS, schedule_of, select
-from emulated import emulated_cuda
+from tests.common.devices import CPU_TARGETS, CUDA_KINDS, KINDS, file_of, schedule_of, select
+from tests.common.emulated import emulated_cuda
 
 # Derandomised: two runs of the suite on the same commit must agree. Bounded by each test's max_examples.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
@@ -28,12 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Markers of this suite: `-m gpu` selects what runs on a GPU, `-k emulated_cuda` what the emulator runs."""
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
     config.addinivalue_line("markers", "emulator: needs what only the emulator shows, such as a record of launches")
+    config.addinivalue_line("markers", "sanitize: reaches the CPU kernels, for a build with sanitizers")
     config.addinivalue_line("markers", "unchecked: on the emulator without its checks, which keep books on all memory")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k: what a rule leaves out does not depend on what else is asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the rules of ``devices.py`` say."""
+    """Leave out what the rules of ``common/devices.py`` say."""
     items[:], left_out = select(items)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -60,7 +61,7 @@ def device_of(kind: str, request: pytest.FixtureRequest) -> Iterator[torch.devic
         with emulated_cuda(checked=False, order="random", cp_async="mixed"):
             yield torch.device("cpu")
     elif kind == "emulated_cuda":
-        schedule = schedule_of(f"{request.path.name}::{request.node.name}")
+        schedule = schedule_of(f"{file_of(request.node)}::{request.node.name}")
         print(f"emulated with {schedule}")
         with emulated_cuda(checked=True, **schedule):
             yield torch.device("cpu")
@@ -80,13 +81,21 @@ def cuda_device(cuda_kind: str, request: pytest.FixtureRequest) -> Iterator[torc
     yield from device_of(cuda_kind, request)
 
 
+@pytest.fixture(params=CPU_TARGETS)
+def cpu_target(request: pytest.FixtureRequest) -> str:
+    """Each instruction set of this machine in turn, in use by the CPU kernels."""
+    tg._native.set_cpu_target(request.param)
+    assert tg._native.cpu_target() == request.param
+    return request.param
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     """Gradients are the same bits from call to call, for tests that compare bits."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Memory that is not touched must stay so in test_large_offsets.py.
+    # Memory that is not touched must stay so in all_ops/test_large_offsets.py.
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fills

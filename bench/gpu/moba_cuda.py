@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import topgather as tg
 from _harness import (
+    Timing,
     describe_run,
     format_bytes,
     format_seconds,
@@ -74,7 +76,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Target:
-    """What a candidate should reach at a problem: a largest time, or a least ratio to a peer's time."""
+    """What a candidate should reach at a problem: a maximum time, or a minimum ratio to a peer's time."""
 
     direction: str
     num_tokens: int
@@ -244,19 +246,18 @@ def reason_to_skip(session: Session, candidate: str, problem: Problem) -> str | 
         and row["direction"] == problem.direction
         and row["head_dim"] == problem.head_dim
         and row["num_tokens"] < problem.num_tokens
-        and "seconds" in row
+        and "median_seconds" in row
     ]
     if not smaller or candidate.startswith("topgather"):
         return None
     nearest = max(smaller, key=lambda row: row["num_tokens"])
     growth = (problem.num_tokens / nearest["num_tokens"]) ** 2 * problem.batch_size / nearest["batch_size"]
-    expected = nearest["seconds"] * growth
-    # Two calls at the least: one to warm up and one to time.
+    expected = nearest["median_seconds"] * growth
+    # At least two calls: one to warm up and one to time.
     if expected <= session.settings.call_limit and 2 * expected <= session.seconds_left:
         return None
-    return (
-        f"one call would take too long here, at N={nearest['num_tokens']} it took {format_seconds(nearest['seconds'])}"
-    )
+    took = format_seconds(nearest["median_seconds"])
+    return f"one call would take too long here, at N={nearest['num_tokens']} it took {took}"
 
 
 def result_bytes(problem: Problem) -> int:
@@ -297,12 +298,7 @@ def measure(session: Session, problem: Problem) -> None:
             continue
         ready[name], rows[name] = run, row
     for name, samples in time_in_rounds(ready, device, session.settings.round_seconds).items():
-        ordered = sorted(samples)
-        rows[name] |= {
-            "seconds": ordered[len(ordered) // 2],
-            "least_seconds": ordered[0],
-            "samples": [float(f"{sample:.5g}") for sample in samples],
-        }
+        rows[name] |= Timing(tuple(samples)).to_json()
     del inputs, ready
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -341,8 +337,8 @@ def measure_ops(problem: Problem, device: torch.device, round_seconds: float) ->
     }
     for call in calls.values():
         call()
-    medians = {name: sorted(times) for name, times in time_in_rounds(calls, device, round_seconds).items()}
-    return {name: times[len(times) // 2] for name, times in medians.items()}
+    samples = time_in_rounds(calls, device, round_seconds)
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 @contextmanager
@@ -376,11 +372,11 @@ def judged_targets(session: Session) -> Iterator[dict[str, Any]]:
         ours = session.row_of("topgather 128", problem)
         peer = session.row_of(target.peer, problem) if target.peer else None
         measured = None
-        if ours is not None and "seconds" in ours:
+        if ours is not None and "median_seconds" in ours:
             if target.peer is None:
-                measured = ours["seconds"]
-            elif peer is not None and "seconds" in peer:
-                measured = peer["seconds"] / ours["seconds"]
+                measured = ours["median_seconds"]
+            elif peer is not None and "median_seconds" in peer:
+                measured = peer["median_seconds"] / ours["median_seconds"]
         is_met = None
         if measured is not None:
             is_met = measured <= target.limit if target.peer is None else measured >= target.limit
@@ -401,12 +397,12 @@ def describe_target(target: Mapping[str, Any]) -> str:
 def describe_row(row: Mapping[str, Any]) -> str:
     """One line: a candidate at a problem."""
     head = f"{row['direction']:<16} D={row['head_dim']:<3} N={row['num_tokens']:<6} B={row['batch_size']}"
-    if "seconds" not in row:
+    if "median_seconds" not in row:
         return f"{head} {row['candidate']:<14} {row.get('skipped') or 'FAILED: ' + row.get('failed', 'not timed')}"
     working = max(0, row["peak_bytes"] - row["result_bytes"])
     return (
-        f"{head} {row['candidate']:<14} {format_seconds(row['seconds']):>9} "
-        f"(least {format_seconds(row['least_seconds'])} of {len(row['samples'])}), "
+        f"{head} {row['candidate']:<14} {format_seconds(row['median_seconds']):>9} "
+        f"(minimum {format_seconds(row['min_seconds'])} of {row['num_samples']}), "
         f"adds {format_bytes(row['peak_bytes'])}, {format_bytes(working)} beyond its results"
     )
 
@@ -417,7 +413,9 @@ def draw(rows: list[dict[str, Any]], run: Mapping[str, Any], path: Path) -> None
     forward, both, memory = figure.subplots(1, 3)
     for axes, direction in ((forward, FORWARD), (both, BOTH)):
         for name in COLORS:
-            _plot(axes, name, _points(rows, name, direction, lambda row: row["seconds"] / row["batch_size"] * 1e3))
+            _plot(
+                axes, name, _points(rows, name, direction, lambda row: row["median_seconds"] / row["batch_size"] * 1e3)
+            )
         axes.set(title=direction, ylabel="milliseconds a sequence")
     for name in COLORS:
         points = _points(rows, name, BOTH, lambda row: row["peak_bytes"] / row["batch_size"] / 2**30)
@@ -441,7 +439,7 @@ def _points(
         if row["candidate"] == name
         and row["direction"] == direction
         and row["head_dim"] == 128
-        and row.get("seconds", math.nan) > 0
+        and row.get("median_seconds", math.nan) > 0
     ]
     return sorted((row["num_tokens"], height(row)) for row in wanted)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import topgather as tg
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest error relative to the largest entry: only gross faults matter here, tests/tolerances.py has the fine ones."""
+"""Largest error relative to the largest entry: only gross faults matter; tests/common/tolerances.py has fine ones."""
 
 
 @dataclass(frozen=True)

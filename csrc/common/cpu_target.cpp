@@ -15,7 +15,7 @@ namespace topgather {
 namespace {
 
 #if defined(TOPGATHER_HAVE_X86_TARGETS)
-// The matrix unit's registers are large, so the kernel hands them out only to a process that asks.
+// The matrix unit's registers are large, so Linux grants them only to a process that requests them.
 bool request_amx_from_kernel() {
 #if defined(__linux__)
   constexpr long kArchRequestPermission = 0x1023;

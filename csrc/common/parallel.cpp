@@ -17,8 +17,8 @@ namespace {
 struct Loop {
   std::atomic<int64_t> next_task{0};
   int64_t num_tasks;
-  TaskBody body;
-  void* context;
+  detail::TaskBody body;
+  const void* context;
 };
 
 void run_tasks(void* pointer, int worker) {
@@ -42,7 +42,7 @@ void run_on_new_threads(int num_workers, Loop& loop) {
 
 }  // namespace
 
-void parallel_for(int num_threads, int64_t num_tasks, TaskBody body, void* context) {
+void detail::parallel_for(int num_threads, int64_t num_tasks, TaskBody body, const void* context) {
   if (num_tasks <= 0) return;
   const int num_workers = static_cast<int>(std::clamp<int64_t>(num_threads, 1, num_tasks));
   Loop loop{{0}, num_tasks, body, context};

@@ -1,4 +1,5 @@
-// Storage types to and from the type a kernel computes in, and gathers of scattered rows into dense tiles.
+// dtype conversion between storage types and the type a kernel computes in, and gathers of scattered rows into dense
+// tiles.
 #pragma once
 
 #include <utility>
@@ -133,7 +134,7 @@ inline void gather_transposed(const Storage* source, int64_t row_stride, const i
                                   tile, tile_row);
 }
 
-// Scattered rows are too irregular for the hardware to foresee.
+// Scattered rows are too irregular for the hardware prefetcher.
 template <typename Storage>
 inline void prefetch_rows(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
                           int64_t depth) {
@@ -169,7 +170,7 @@ inline bool all_finite(const Storage* rows, int64_t row_stride, int64_t num_rows
   return num_others == 0;
 }
 
-// A block of consecutive rows as the micro-kernel wants it: the rows themselves where they already are of the compute
+// A block of consecutive rows as the micro-kernel takes it: the rows themselves where they already are of the compute
 // type and a whole number of vectors wide (or the reader does not care for the width), else a converted, padded copy.
 template <typename T>
 struct RowBlock {

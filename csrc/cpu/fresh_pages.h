@@ -1,7 +1,5 @@
-// Asking the system for many pages at once. A gradient as large as a table is written once, into memory that was never
-// touched: one fault a page costs more than all else.
-//
-// Larger pages would make fewer faults, and were tried: on a virtual machine that had been idle, calls took seconds.
+// Populating many pages by one system call. A gradient as large as a table is written once, into memory that was never
+// touched: one page fault per page costs more than everything else (docs/performance.md).
 #pragma once
 
 #include "simd.h"
@@ -14,8 +12,8 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 
 inline constexpr int64_t kSmallPageBytes = 4096;  // where pages are larger, a start within one is refused
 
-// Whether the page that holds the byte at `data` was never written, as far as the system tells: then most likely its
-// neighbours were not either. A call of half a microsecond.
+// Whether the page that holds the byte at `data` is not resident; then its neighbours most likely are not either. The
+// system call takes half a microsecond.
 inline bool is_fresh([[maybe_unused]] const void* data) {
 #if defined(__linux__)
   unsigned char residency = 1;
@@ -26,8 +24,8 @@ inline bool is_fresh([[maybe_unused]] const void* data) {
 #endif
 }
 
-// For memory that is about to be written. Contents are kept; a system that cannot do it (Linux before 5.14) refuses,
-// and the pages come by faults.
+// For memory that is about to be written. Contents are kept. Where the system cannot (Linux before 5.14), pages are
+// populated by page faults.
 inline void populate_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t num_bytes) {
 #if defined(__linux__)
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE; not every C library's headers name it

@@ -1,7 +1,7 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
-// All: asking whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by a
-// power of two, reciprocals, 16-bit integers widened. AMX: the matrix unit of recent x86-64 processors, which
+// All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by
+// a power of two, reciprocals, 16-bit integers widened. AMX: the matrix unit of recent x86-64 processors, which
 // multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one
 // 32-bit word holds two consecutive depths of one column.
 #pragma once

@@ -23,7 +23,7 @@ inline Vector<float> polynomial(const Vector<float>& r, const float (&coefficien
 // 2^x to about one unit in the last place; 0 for -inf, NaN for NaN. Results below 2^-126 may be flushed to 0.
 // Always inlined: it stands in inner loops, and a call would clear all vector registers.
 __attribute__((always_inline)) inline Vector<float> exp2_vector(const Vector<float>& x) {
-  // Least-maximum fits of 2^r with a relative error of 2e-9 before rounding.
+  // Minimax fits of 2^r with a relative error of 2e-9 before rounding.
 #if defined(__AVX512F__)
   // r in [0, 1)
   constexpr float kCoefficients[7] = {1.0f,         0x1.62e42ap-1f,  0x1.ebfd9ep-3f, 0x1.c685p-5f,
@@ -54,7 +54,7 @@ __attribute__((always_inline)) inline Vector<float> exp2_estimate(const Vector<f
 
 // log2(x) to about one unit in the last place, for normal numbers above 0; -inf for 0, inf for inf, NaN for NaN.
 inline Vector<float> log2_vector(const Vector<float>& x) {
-  // log2(1 + f) / f for f from sqrt(1/2) - 1 to sqrt(2) - 1, a least-maximum fit with a relative error of 3e-8.
+  // log2(1 + f) / f for f from sqrt(1/2) - 1 to sqrt(2) - 1, a minimax fit with a relative error of 3e-8.
   constexpr float kCoefficients[9] = {0x1.715476p+0f,  -0x1.71547p-1f, 0x1.ec73d6p-2f,  -0x1.715c4ep-2f, 0x1.26d384p-2f,
                                       -0x1.e95be8p-3f, 0x1.b9c91cp-3f, -0x1.a87d02p-3f, 0x1.01b6c6p-3f};
   constexpr int32_t kRootOfHalf = 0x3f3504f3;
@@ -74,6 +74,22 @@ inline Vector<double> log2_vector(Vector<double> x) {
 
 inline Vector<double> exp2_vector(Vector<double> x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp2(x[lane]);
+  return x;
+}
+
+// tanh(x) to about two units in the last place; NaN for NaN.
+inline Vector<float> tanh_vector(const Vector<float>& x) {
+  // Near 0 the difference from 1 would lose what tells small numbers apart: there the series' first terms.
+  const Vector<float> square = x * x;
+  constexpr float kCoefficients[6] = {
+      1.0f, -1.0f / 3.0f, 2.0f / 15.0f, -17.0f / 315.0f, 62.0f / 2835.0f, -1382.0f / 155925.0f};
+  const Vector<float> series = x * polynomial(square, kCoefficients);
+  const Vector<float> away = 1.0f - 2.0f / (exp2_vector(maximum(x, -x) * static_cast<float>(2.0 * kLog2E)) + 1.0f);
+  return square < 0.1f ? series : (x < 0.0f ? -away : away);
+}
+
+inline Vector<double> tanh_vector(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::tanh(x[lane]);
   return x;
 }
 

@@ -2,7 +2,7 @@
 //
 // One source serves every instruction set: a kernel file is compiled once per target, each time with that
 // target's flags and with TOPGATHER_CPU_TARGET naming the namespace its code lands in. Nothing here is an
-// intrinsic; the one file that holds any is intrinsics.h.
+// intrinsic; they are all in intrinsics.h.
 #pragma once
 
 #include <cstdint>
@@ -91,14 +91,14 @@ inline V minimum(const V& a, const V& b) {
   return a < b ? a : b;
 }
 
-// Asks for the line of memory at `pointer`, which is used some time from now (for writing where it may be written): the
-// second-level cache, since the first has no room for what is used now and next. May lie past the end of what is there.
+// Prefetches the cache line at `pointer` (for writing where the element may be written), into the second-level cache,
+// since the first has no room for what is used now and next. May lie past the end of what is there.
 template <typename Element>
 inline void prefetch_second_level(Element* pointer) {
   __builtin_prefetch(pointer, std::is_const_v<Element> ? 0 : 1, 2);
 }
 
-// Joins all lanes pairwise: lane l with l ^ 1, then l ^ 2, and so on.
+// Combines all lanes pairwise: lane l with l ^ 1, then l ^ 2, and so on.
 template <typename T, int kBit = kLanes<T> / 2, typename Join>
 inline T reduce_lanes(const Vector<T>& vector, const Join& join) {
   if constexpr (kBit == 0) {

@@ -23,7 +23,7 @@ struct LaunchShape {
   cudaStream_t stream;
 };
 
-// Shared memory that a kernel may use without asking.
+// Shared memory that a kernel may use without opting in.
 constexpr size_t kSharedBytesWithoutOptIn = 48 * 1024;
 
 // Queues the kernel on the stream; throws std::runtime_error if it cannot be.
@@ -34,7 +34,7 @@ void launch(void (*kernel)(Arguments), const LaunchShape& shape, const std::type
     cuda_require(
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shape.shared_bytes)),
-        "asking for more than 48 KB of shared memory");
+        "opting in to more than 48 KB of shared memory");
   }
 #if defined(__CUDACC__)
   kernel<<<shape.grid, shape.block, shape.shared_bytes, shape.stream>>>(arguments);

@@ -5,8 +5,8 @@
 
 namespace topgather::cuda {
 
-// Shared memory that one thread block may ask for.
-inline size_t most_shared_bytes() {
+// Maximum of shared memory of one thread block.
+inline size_t max_shared_bytes() {
   int device = 0, bytes = 0;
   cuda_require(cudaGetDevice(&device), "reading the current device");
   cuda_require(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),

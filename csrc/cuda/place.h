@@ -22,7 +22,7 @@ struct CudaWorkspace {
 struct CudaKernelFacts {
   const char* name;
   Dtype dtype;
-  int64_t most_head_dim;  // of the instantiation; 0 where it has none
+  int64_t max_head_dim;  // of the instantiation; 0 where it has none
   int64_t threads;
   int64_t shared_bytes;  // dynamic, a thread block
 };

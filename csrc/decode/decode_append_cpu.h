@@ -23,16 +23,16 @@ template <typename Storage>
 void append_tokens(const CacheAppendParams& params, int64_t sequence, int64_t head, int64_t first, int64_t last) {
   using T = ComputeOf<Storage>;
   const DecodeProblem& problem = params.problem;
-  const int64_t cached = problem.seq_lens[sequence];
+  const int64_t cached = problem.seq_lens.data[sequence];
   for (int64_t token = first; token < last; ++token) {
     const Place place = place_of(problem, sequence, token);
-    const Storage* key = row_in<Storage>(params.key, sequence, head, token - cached);
-    const Storage* value = row_in<Storage>(params.value, sequence, head, token - cached);
-    Storage* key_row = row_in<Storage>(params.key_pages, head, place);
-    Storage* value_row = row_in<Storage>(params.value_pages, head, place);
+    const Storage* key = params.key.at<Storage>(sequence, head, token - cached);
+    const Storage* value = params.value.at<Storage>(sequence, head, token - cached);
+    Storage* key_row = page_row<Storage>(params.key_pages, head, place);
+    Storage* value_row = page_row<Storage>(params.value_pages, head, place);
     const Place centroid_place{place.page, place.row / problem.block_size};
     const int64_t row_in_block = place.row - centroid_place.row * problem.block_size;
-    T* centroid = row_in<T>(params.centroids, head, centroid_place);
+    T* centroid = page_row<T>(params.centroids, head, centroid_place);
     // Step 1.
     for (int64_t d = 0; d < problem.head_dim; ++d) key_row[d] = key[d];
     for (int64_t d = 0; d < problem.value_dim; ++d) value_row[d] = value[d];
@@ -50,31 +50,22 @@ void append_tokens(const CacheAppendParams& params, int64_t sequence, int64_t he
 
 template <typename Storage>
 void append_storage(const CacheAppendParams& params) {
-  struct Context {
-    const CacheAppendParams& params;
-    int64_t tokens_per_task;
-    int64_t chunks_per_head;
-  };
   const DecodeProblem& problem = params.problem;
   const int64_t tokens_per_task = max64(DecodeConfig::kTokensPerAppend / problem.block_size, 1) * problem.block_size;
   // The first block may be begun already: one chunk more than the new tokens fill.
-  Context context{params, tokens_per_task,
-                  problem.query_len == 0 ? 0 : ceil_div(problem.query_len - 1, tokens_per_task) + 1};
-  const auto body = [](void* opaque, int64_t task, int) {
-    const Context& ctx = *static_cast<const Context*>(opaque);
-    const DecodeProblem& p = ctx.params.problem;
-    const int64_t chunk = task % ctx.chunks_per_head;
-    const int64_t head = task / ctx.chunks_per_head % p.num_kv_heads;
-    const int64_t sequence = task / ctx.chunks_per_head / p.num_kv_heads;
-    const int64_t cached = p.seq_lens[sequence];
-    const int64_t start = cached / p.block_size * p.block_size + chunk * ctx.tokens_per_task;
-    append_tokens<Storage>(ctx.params, sequence, head, max64(start, cached),
-                           min64(start + ctx.tokens_per_task, cached + new_tokens_of(p, sequence)));
-  };
-  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * context.chunks_per_head;
+  const int64_t chunks_per_head = problem.query_len == 0 ? 0 : ceil_div(problem.query_len - 1, tokens_per_task) + 1;
+  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_kv_heads) *
                                 static_cast<double>(problem.query_len * (problem.head_dim + problem.value_dim));
-  parallel_for(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, body, &context);
+  for_each_task(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, [&](int64_t task, int) {
+    const int64_t chunk = task % chunks_per_head;
+    const int64_t head = task / chunks_per_head % problem.num_kv_heads;
+    const int64_t sequence = task / chunks_per_head / problem.num_kv_heads;
+    const int64_t cached = problem.seq_lens.data[sequence];
+    const int64_t start = cached / problem.block_size * problem.block_size + chunk * tokens_per_task;
+    append_tokens<Storage>(params, sequence, head, max64(start, cached),
+                           min64(start + tokens_per_task, cached + new_tokens_of(problem, sequence)));
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

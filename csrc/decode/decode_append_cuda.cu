@@ -27,11 +27,11 @@ struct CacheAppendArguments {
   uint32_t blocks_per_unit;  // that new tokens may touch
   bool are_key_rows_aligned;
   bool are_value_rows_aligned;
-  ConstTokens key;           // [batch, kv head, M, D] dtype
-  ConstTokens value;         // [batch, kv head, M, V] dtype
-  MutablePages key_pages;    // [page, kv head, page_size, D] dtype
-  MutablePages value_pages;  // [page, kv head, page_size, V] dtype
-  MutablePages centroids;    // [page, kv head, blocks of a page, D] float32
+  Array<const void, 4> key;         // [batch, kv head, M, D] dtype
+  Array<const void, 4> value;       // [batch, kv head, M, V] dtype
+  InOutArray<void, 4> key_pages;    // [page, kv head, page_size, D] dtype
+  InOutArray<void, 4> value_pages;  // [page, kv head, page_size, V] dtype
+  InOutArray<void, 4> centroids;    // [page, kv head, blocks of a page, D] float32
 };
 
 namespace {
@@ -117,16 +117,16 @@ __global__ void __launch_bounds__(kThreads, 1) moba_cache_append(const CacheAppe
   const CachePlace place = cache_place(geometry, unit.sequence, first);
   if (place.page == kNoSuchPage) return;
 
-  const Element* keys = row_in<Element>(args.key, unit.sequence, unit.kv_head, first - cached);
-  const Element* values = row_in<Element>(args.value, unit.sequence, unit.kv_head, first - cached);
-  copy_rows(keys, args.key.row_stride, row_in<Element>(args.key_pages, unit.kv_head, place), args.key_pages.row_stride,
-            num_new, geometry.head_dim, args.are_key_rows_aligned);
-  copy_rows(values, args.value.row_stride, row_in<Element>(args.value_pages, unit.kv_head, place),
-            args.value_pages.row_stride, num_new, geometry.value_dim, args.are_value_rows_aligned);
+  const Element* keys = args.key.at<Element>(unit.sequence, unit.kv_head, first - cached);
+  const Element* values = args.value.at<Element>(unit.sequence, unit.kv_head, first - cached);
+  copy_rows(keys, args.key.strides[2], page_row<Element>(args.key_pages, unit.kv_head, place),
+            args.key_pages.strides[2], num_new, geometry.head_dim, args.are_key_rows_aligned);
+  copy_rows(values, args.value.strides[2], page_row<Element>(args.value_pages, unit.kv_head, place),
+            args.value_pages.strides[2], num_new, geometry.value_dim, args.are_value_rows_aligned);
   const CachePlace centroid_place{
       place.page, static_cast<int32_t>(static_cast<uint32_t>(place.row) / static_cast<uint32_t>(geometry.block_size))};
-  add_keys(keys, args.key.row_stride, num_new, geometry.head_dim, is_begun, first + num_new == block_end,
-           geometry.block_size, row_in<float>(args.centroids, unit.kv_head, centroid_place));
+  add_keys(keys, args.key.strides[2], num_new, geometry.head_dim, is_begun, first + num_new == block_end,
+           geometry.block_size, page_row<float>(args.centroids, unit.kv_head, centroid_place));
 }
 
 namespace {
@@ -140,15 +140,13 @@ void launch_for(const CacheAppendParams& params, cudaStream_t stream) {
   const int64_t blocks_per_unit = divide_up(problem.query_len - 1, problem.block_size) + 1;
   const int64_t num_items = blocks_per_unit * args.geometry.num_units;
   require(num_items < INT32_MAX, "moba_cache_append: more than 2^31 - 1 blocks to append to");
-  const int64_t most_new = problem.query_len < problem.block_size ? problem.query_len : problem.block_size;
+  const int64_t max_new = problem.query_len < problem.block_size ? problem.query_len : problem.block_size;
   const int64_t widest = problem.head_dim < problem.value_dim ? problem.value_dim : problem.head_dim;
-  require(most_new * widest < INT32_MAX - DecodeAppendCudaConfig::kPiecesInFlight * kThreads,
+  require(max_new * widest < INT32_MAX - DecodeAppendCudaConfig::kPiecesInFlight * kThreads,
           "moba_cache_append: the new tokens of one block must have fewer than 2^31 elements a head");
   args.blocks_per_unit = static_cast<uint32_t>(blocks_per_unit);
-  args.are_key_rows_aligned = has_aligned_rows<Element>(params.key, problem.head_dim) &&
-                              has_aligned_rows<Element>(params.key_pages, problem.head_dim);
-  args.are_value_rows_aligned = has_aligned_rows<Element>(params.value, problem.value_dim) &&
-                                has_aligned_rows<Element>(params.value_pages, problem.value_dim);
+  args.are_key_rows_aligned = has_whole_pieces(params.key) && has_whole_pieces(params.key_pages);
+  args.are_value_rows_aligned = has_whole_pieces(params.value) && has_whole_pieces(params.value_pages);
   args.key = params.key;
   args.value = params.value;
   args.key_pages = params.key_pages;
@@ -159,7 +157,7 @@ void launch_for(const CacheAppendParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-void moba_cache_append_cuda(const CacheAppendParams& params, const CudaPlace& place) {
+void moba_cache_append_cuda(const CacheAppendParams& params, const CudaWorkspace&, const CudaPlace& place) {
   const DecodeProblem& problem = params.problem;
   if (problem.batch_size == 0 || problem.num_kv_heads == 0 || problem.query_len == 0 || problem.num_pages == 0 ||
       problem.pages_per_sequence == 0) {
@@ -168,12 +166,7 @@ void moba_cache_append_cuda(const CacheAppendParams& params, const CudaPlace& pl
   const DeviceGuard guard(place.device);
   const StageRange range("decode: append");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return launch_for<float>(params, stream);
-    case Dtype::kBFloat16: return launch_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return launch_for<Float16>(params, stream);
-    default: require(false, "moba_cache_append on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(problem.dtype, [&](auto element) { launch_for<decltype(element)>(params, stream); });
 }
 
 }  // namespace topgather

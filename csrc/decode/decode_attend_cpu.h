@@ -10,10 +10,11 @@
 //   1. queries, scaled and padded to whole vectors;
 //   2. key-major lists of the rows' choices, by counting;
 //   per block in ascending order, per kTileKeys of its keys, per row that chose it:
-//   3. scores, keys in vector lanes: a vector of partial sums a key, turned round in registers;
+//   3. scores, keys in vector lanes: a vector of partial sums per key, transposed in registers;
 //   4. running maximum and sum (online softmax, base 2), weights in place of the scores;
 //   5. the row's running output, rescaled, plus weights x values.
-// Last, 6. merge parts, divide, convert, write out and lse.
+//   last:
+//   6. merge parts, divide, convert, write out and lse.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
 // row all of whose scores are -inf: NaN, as plain softmax. A hidden key is never multiplied with.
 // Determinism: a row's arithmetic depends on its own choices and on shapes alone.
@@ -23,6 +24,7 @@
 #include <limits>
 
 #include "../common/parallel.h"
+#include "../cpu/attention_tile.h"
 #include "../cpu/convert.h"
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
@@ -157,7 +159,7 @@ struct AttendTask {
     first_row = tile_idx % rows.tiles_per_head * rows.rows_per_task;
     num_rows = min64(rows.rows_per_task, problem.query_len * rows.group - first_row);
     first_position = first_position_of(problem, sequence);
-    length = problem.seq_lens[sequence];
+    length = problem.seq_lens.data[sequence];
   }
 
   int64_t token_of(int64_t row) const { return (first_row + row) / rows.group; }
@@ -173,7 +175,7 @@ struct AttendTask {
     };
     for (int64_t j = 0; j < num_blocks; ++j) cursors[j] = 0;
     for (int64_t row = 0; row < num_listed; ++row) {
-      const int32_t* choices = row_in<int32_t>(rows.params.block_indices, sequence, head_of(row), token_of(row));
+      const int32_t* choices = rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
       const int64_t position = position_of(row);
       for (int64_t slot = first_slot; slot < last_slot; ++slot) {
         const int64_t block = choices[slot];
@@ -193,7 +195,7 @@ struct AttendTask {
     }
     lists.offsets[num_blocks] = total;
     for (int64_t row = 0; row < num_listed; ++row) {
-      const int32_t* choices = row_in<int32_t>(rows.params.block_indices, sequence, head_of(row), token_of(row));
+      const int32_t* choices = rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
       const int64_t position = position_of(row);
       for (int64_t slot = first_slot; slot < last_slot; ++slot) {
         const int64_t block = choices[slot];
@@ -215,6 +217,9 @@ struct AttendTask {
     dot_rows(queries + row * rows.padded_head_dim, keys, num_keys, rows.padded_head_dim, scores);
     // What follows the last score repeats it: it must weigh nothing.
     const int64_t padded = round_up(num_keys, kLanes<T>);
+    if (rows.params.softcap > 0) {
+      cap_scores(scores, 0, padded / kLanes<T>, 1, static_cast<T>(rows.params.softcap * kLog2E));
+    }
     for (int64_t i = num_keys; i < padded; ++i) scores[i] = kLowest;
     Vector<T> top = broadcast(kLowest);
     IntegerVector<T> is_nan{};
@@ -251,7 +256,7 @@ struct AttendTask {
     place_rows(task_idx);
     // Step 1.
     for (int64_t row = 0; row < num_rows; ++row) {
-      const Storage* query = row_in<Storage>(params.query, sequence, head_of(row), token_of(row));
+      const Storage* query = params.query.at<Storage>(sequence, head_of(row), token_of(row));
       T* target = queries + row * rows.padded_head_dim;
       load_row(query, problem.head_dim, target);
       for (int64_t d = 0; d < problem.head_dim; ++d) target[d] *= static_cast<T>(problem.scale * kLog2E);
@@ -275,17 +280,17 @@ struct AttendTask {
       const int64_t num_listed = lists.offsets[block + 1] - lists.offsets[block];
       if (num_listed == 0) continue;
       const int64_t first_key = block * problem.block_size;
-      // Rows ascend by token: the last sees the most.
-      const int64_t most_keys = min64(problem.block_size, position_of(listed[num_listed - 1]) + 1 - first_key);
+      // Rows ascend by token: the last row's visible range bounds the others'.
+      const int64_t max_keys = min64(problem.block_size, position_of(listed[num_listed - 1]) + 1 - first_key);
       const Place place = place_of(problem, sequence, first_key);
-      const Storage* key_rows = row_in<Storage>(params.key_pages, kv_head, place);
-      const Storage* value_rows = row_in<Storage>(params.value_pages, kv_head, place);
-      for (int64_t first = 0; first < most_keys; first += kTileKeys) {
-        const int64_t count = min64(kTileKeys, most_keys - first);
-        const RowBlock<T> keys = dense_rows(key_rows + first * params.key_pages.row_stride, params.key_pages.row_stride,
+      const Storage* key_rows = page_row<Storage>(params.key_pages, kv_head, place);
+      const Storage* value_rows = page_row<Storage>(params.value_pages, kv_head, place);
+      for (int64_t first = 0; first < max_keys; first += kTileKeys) {
+        const int64_t count = min64(kTileKeys, max_keys - first);
+        const RowBlock<T> keys = dense_rows(key_rows + first * params.key_pages.strides[2], params.key_pages.strides[2],
                                             count, problem.head_dim, rows.padded_head_dim, key_scratch);
         const RowBlock<T> values =
-            dense_rows(value_rows + first * params.value_pages.row_stride, params.value_pages.row_stride, count,
+            dense_rows(value_rows + first * params.value_pages.strides[2], params.value_pages.strides[2], count,
                        problem.value_dim, rows.padded_value_dim, value_scratch);
         for (int64_t i = 0; i < num_listed; ++i) {
           const int64_t row = listed[i];
@@ -312,11 +317,12 @@ struct AttendTask {
       T lse = (total.maximum + std::log2(total.sum)) * static_cast<T>(kLn2);
       if (!(total.sum > 0)) {
         lse = total.sees_nan ? std::numeric_limits<T>::quiet_NaN() : total.maximum;
-        // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
-        factor = total.sees_a_key ? std::numeric_limits<T>::quiet_NaN() : T(0);
+        factor = factor_of_unusual_row<T>(lse, total.sees_a_key, params.sinks, head_of(row));
+      } else if (params.sinks.data != nullptr) {
+        factor *= share_beside_sink<T>(lse, params.sinks, head_of(row));
       }
-      store_row(out, problem.value_dim, factor, row_in<Storage>(params.out, sequence, head_of(row), token_of(row)));
-      *row_in<T>(params.lse, sequence, head_of(row), token_of(row)) = lse;
+      store_row(out, problem.value_dim, factor, params.out.at<Storage>(sequence, head_of(row), token_of(row)));
+      *params.lse.at<T>(sequence, head_of(row), token_of(row)) = lse;
     }
   }
 
@@ -334,8 +340,8 @@ struct AttendTask {
 // Parts that a row's slots are split into, from shapes alone.
 inline int64_t splits_of(const DecodeProblem& problem, int64_t tasks_without) {
   const int64_t keys = min64(problem.top_k * problem.block_size, problem.pages_per_sequence * problem.page_size);
-  const int64_t by_keys = keys / DecodeConfig::kLeastKeysPerSplit;
-  const int64_t wanted = ceil_div(DecodeConfig::kLeastTasks, max64(tasks_without, 1));
+  const int64_t by_keys = keys / DecodeConfig::kMinKeysPerSplit;
+  const int64_t wanted = ceil_div(DecodeConfig::kMinTasks, max64(tasks_without, 1));
   return max64(1, min64(min64(by_keys, wanted), problem.top_k));
 }
 
@@ -374,41 +380,26 @@ RoutingFault decode_storage(const DecodeParams& params) {
   const AlignedBuffer partial_buffer = allocate_aligned(static_cast<size_t>(partial_size.used()));
   ScratchCutter partial(partial_buffer.get());
 
-  struct Context {
-    const DecodeRows<Storage>& rows;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-    int64_t num_blocks;
-    RunningRow<T>* running;
-    T* running_out;
-    RoutingFault* faults;
-  };
-  Context context{rows, scratch.get(), count.used(), num_blocks, nullptr, nullptr, nullptr};
-  context.running = partial.take<RunningRow<T>>(num_partial * rows.rows_per_task);
-  context.running_out = partial.take<T>(num_partial * rows.rows_per_task * rows.padded_value_dim);
-  context.faults = partial.take<RoutingFault>(rows.num_tasks());
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<const Context*>(opaque);
-    ScratchCutter own(ctx.scratch + worker * ctx.worker_bytes);
-    AttendTask<Storage> attend(ctx.rows, ctx.num_blocks, own);
-    const int64_t first = (ctx.rows.num_splits > 1 ? task : worker) * ctx.rows.rows_per_task;
-    T* running_out = ctx.running_out + first * ctx.rows.padded_value_dim;
-    ctx.faults[task] = attend.run(task, ctx.running + first, running_out);
-    if (ctx.rows.num_splits == 1 && ctx.faults[task].kind == RoutingFault::kNone) {
-      attend.finish(ctx.running + first, running_out);
-    }
-  };
-  parallel_for(num_workers, rows.num_tasks(), body, &context);
+  RunningRow<T>* running = partial.take<RunningRow<T>>(num_partial * rows.rows_per_task);
+  T* running_out = partial.take<T>(num_partial * rows.rows_per_task * rows.padded_value_dim);
+  RoutingFault* faults = partial.take<RoutingFault>(rows.num_tasks());
+  for_each_task(num_workers, rows.num_tasks(), [&](int64_t task, int worker) {
+    ScratchCutter own(scratch.get() + worker * count.used());
+    AttendTask<Storage> attend(rows, num_blocks, own);
+    const int64_t first = (rows.num_splits > 1 ? task : worker) * rows.rows_per_task;
+    T* task_out = running_out + first * rows.padded_value_dim;
+    faults[task] = attend.run(task, running + first, task_out);
+    if (rows.num_splits == 1 && faults[task].kind == RoutingFault::kNone) attend.finish(running + first, task_out);
+  });
   for (int64_t task = 0; task < rows.num_tasks(); ++task) {
-    if (context.faults[task].kind != RoutingFault::kNone) return context.faults[task];
+    if (faults[task].kind != RoutingFault::kNone) return faults[task];
   }
   // Few tasks were split, so few rows are left to merge.
   for (int64_t task = 0; rows.num_splits > 1 && task < rows.num_tasks(); task += rows.num_splits) {
     ScratchCutter own(scratch.get());
     AttendTask<Storage> attend(rows, num_blocks, own);
     attend.place_rows(task);
-    attend.finish(context.running + task * rows.rows_per_task,
-                  context.running_out + task * rows.rows_per_task * rows.padded_value_dim);
+    attend.finish(running + task * rows.rows_per_task, running_out + task * rows.rows_per_task * rows.padded_value_dim);
   }
   return {};
 }

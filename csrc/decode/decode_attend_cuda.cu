@@ -1,12 +1,12 @@
 // Attention of new tokens to the blocks of a cache that they chose, on CUDA.
 //
-//   out_i = softmax_t(scale * dot(query_i, key_t)) value_t    t in the blocks chosen by query i and at most its
-//   position lse_i = log sum_t exp(scale * dot(query_i, key_t))
+//   out_i = sum_t softmax_t(scale * dot(query_i, key_t)) value_t,   t over the keys of the chosen blocks up to i's own
+//   lse_i = log sum_t exp(scale * dot(query_i, key_t))
 //
 // Bound by memory: every key and value row that a query sees is read once, 16 bytes a lane where rows are aligned; what
 // is computed is little, so that plain multiply-adds do. Heads of a group choose different blocks, so that they share
-// nothing but the cache. Two kernels. moba_decode_attend: a thread block owns one query and a split: some keys of one
-// slot, or some slots. Steps:
+// nothing but the cache. Two kernels.
+// moba_decode_attend: a thread block owns one query and a split: some keys of one slot, or some slots. Steps:
 //   1. where each key of the split lies;
 //   2. scores: a group of 8, 16 or 32 lanes takes a key, kRowsInFlight of them at a time;
 //   3. their maximum, weights and sum;
@@ -22,6 +22,7 @@
 // whatever the others are.
 #include <algorithm>
 
+#include "../cuda/scores.cuh"
 #include "decode_config_cuda.h"
 #include "decode_cuda.h"
 #include "decode_pages_cuda.cuh"
@@ -39,7 +40,7 @@ constexpr int kThreads = Config::kThreads;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kRowsInFlight = Config::kRowsInFlight;
 static_assert(kRowsInFlight == 4, "lanes' sums are added four at a time");
-constexpr int kMostPieces = 8;  // columns of a row that a lane holds
+constexpr int kMaxPieces = 8;  // columns of a row that a lane holds
 constexpr int kMergeThreads = Config::kMergeThreads;
 constexpr int kMergeWarps = kMergeThreads / kLanes;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -67,13 +68,14 @@ struct DecodeAttendArguments {
   DecodeSplits splits;
   RowShape key_shape;
   RowShape value_shape;
-  float score_scale;          // scale * log2(e)
-  ConstTokens query;          // [batch, query head, M, D] dtype
-  ConstPages key_pages;       // [page, kv head, page_size, D] dtype
-  ConstPages value_pages;     // [page, kv head, page_size, V] dtype
-  ConstTokens block_indices;  // [batch, query head, M, K] int32
-  DecodeSplitState* states;   // [unit of the wave, row, split]
-  float* partial_out;         // [unit of the wave, row, split, V] float32; unwritten where the split saw no key
+  float score_scale;                      // scale * log2(e)
+  float softcap;                          // softcap * log2(e); 0: scores stay
+  Array<const void, 4> query;             // [batch, query head, M, D] dtype
+  Array<const void, 4> key_pages;         // [page, kv head, page_size, D] dtype
+  Array<const void, 4> value_pages;       // [page, kv head, page_size, V] dtype
+  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  DecodeSplitState* states;               // [unit of the wave, row, split]
+  float* partial_out;  // [unit of the wave, row, split, V] float32; unwritten where the split saw no key
 };
 
 namespace {
@@ -81,7 +83,7 @@ namespace {
 struct AttendSharedMemory {
   float maximum[kWarps];
   float sum[kWarps];
-  float columns[kMostPieces][kThreads];
+  float columns[kMaxPieces][kThreads];
   // Behind it, of the split's keys: places [keys_per_split] CachePlace, scores and weights [keys_per_split] float32.
   static size_t bytes(int64_t keys_per_split) {
     return sizeof(AttendSharedMemory) + static_cast<size_t>(keys_per_split) * (sizeof(CachePlace) + 8);
@@ -108,7 +110,7 @@ __device__ __forceinline__ bool find_keys(const DecodeAttendArguments& args, con
                                           const SplitKeys& keys) {
   const DecodeGeometry& geometry = args.geometry;
   const DecodeSplits& splits = args.splits;
-  const int32_t* choices = row_in<int32_t>(args.block_indices, row.sequence, row.head, row.token);
+  const int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
   const int first_slot = split / splits.per_slot * splits.slots;
   const int first_key = split % splits.per_slot * splits.keys_of_slot;
   bool sees_any = false;
@@ -136,7 +138,7 @@ template <typename Element, int kVector>
 __device__ __forceinline__ void score_keys(const DecodeAttendArguments& args, const DecodeRow& row,
                                            const SplitKeys& keys) {
   using Columns = LaneColumns<Element, kVector>;
-  const Element* query = row_in<Element>(args.query, row.sequence, row.head, row.token);
+  const Element* query = args.query.at<Element>(row.sequence, row.head, row.token);
   const int lanes_per_row = args.key_shape.lanes_per_row;
   const int lane_in_row = lane_id() % lanes_per_row;
   const int group = static_cast<int>(threadIdx.x) / lanes_per_row, num_groups = kThreads / lanes_per_row;
@@ -147,7 +149,7 @@ __device__ __forceinline__ void score_keys(const DecodeAttendArguments& args, co
     for (int r = 0; r < kRowsInFlight; ++r) {
       const int key = step + r * num_groups + group;
       const CachePlace place = key < keys.count ? keys.places[key] : CachePlace{kNotSeen, 0};
-      rows[r] = place.page >= 0 ? row_in<Element>(args.key_pages, row.kv_head, place) : nullptr;
+      rows[r] = place.page >= 0 ? page_row<Element>(args.key_pages, row.kv_head, place) : nullptr;
     }
     float sums[kRowsInFlight] = {};
 #pragma unroll 1
@@ -171,7 +173,9 @@ __device__ __forceinline__ void score_keys(const DecodeAttendArguments& args, co
     const int key = step + lane_in_row * num_groups + group;
     if (lane_in_row < kRowsInFlight && key < keys.count) {
       const int32_t page = keys.places[key].page;
-      keys.scores[key] = page >= 0 ? dot * args.score_scale : (page == kNoSuchPage ? not_a_number() : -INFINITY);
+      float score = dot * args.score_scale;
+      if (args.softcap > 0.0f) score = cuda::cap_score(score, args.softcap, 1.0f / args.softcap);
+      keys.scores[key] = page >= 0 ? score : (page == kNoSuchPage ? not_a_number() : -INFINITY);
     }
   }
 }
@@ -199,7 +203,7 @@ template <typename Element, int kVector>
 __device__ __forceinline__ void add_values(const DecodeAttendArguments& args, const DecodeRow& row,
                                            AttendSharedMemory& shared, const SplitKeys& keys, float* out) {
   using Columns = LaneColumns<Element, kVector>;
-  static_assert(Columns::kCount <= kMostPieces, "columns of a lane");
+  static_assert(Columns::kCount <= kMaxPieces, "columns of a lane");
   const int lanes_per_row = args.value_shape.lanes_per_row;
   const int lane_in_row = lane_id() % lanes_per_row;
   const int group = static_cast<int>(threadIdx.x) / lanes_per_row, num_groups = kThreads / lanes_per_row;
@@ -216,7 +220,7 @@ __device__ __forceinline__ void add_values(const DecodeAttendArguments& args, co
         const int key = step + r * num_groups;
         const CachePlace place = key < keys.count ? keys.places[key] : CachePlace{kNotSeen, 0};
         weights[r] = place.page != kNotSeen ? keys.weights[key] : 0.0f;
-        if (place.page >= 0) columns.load(row_in<Element>(args.value_pages, row.kv_head, place), true, parts[r]);
+        if (place.page >= 0) columns.load(page_row<Element>(args.value_pages, row.kv_head, place), true, parts[r]);
       }
 #pragma unroll
       for (int r = 0; r < kRowsInFlight; ++r) {
@@ -284,11 +288,12 @@ struct DecodeMergeArguments {
   DecodeGeometry geometry;
   DecodeWave wave;
   int32_t num_splits;
-  ConstTokens block_indices;       // [batch, query head, M, K] int32
-  const DecodeSplitState* states;  // [unit of the wave, row, split]
-  const float* partial_out;        // [unit of the wave, row, split, V] float32
-  MutableTokens out;               // [batch, query head, M, V] dtype
-  MutableTokens lse;               // [batch, query head, M] float32
+  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  Array<const void, 1> sinks;             // [query head] float32, or data null
+  const DecodeSplitState* states;         // [unit of the wave, row, split]
+  const float* partial_out;               // [unit of the wave, row, split, V] float32
+  Array<void, 4> out;                     // [batch, query head, M, V] dtype
+  Array<void, 3> lse;                     // [batch, query head, M] float32
 };
 
 namespace {
@@ -326,9 +331,9 @@ __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const Deco
   const uint32_t unit_in_wave = blockIdx.x / static_cast<uint32_t>(args.wave.num_rows);
   const DecodeRow row = decode_row(geometry, args.wave, unit_in_wave,
                                    blockIdx.x - unit_in_wave * static_cast<uint32_t>(args.wave.num_rows));
-  Element* out = row_in<Element>(args.out, row.sequence, row.head, row.token);
-  float* lse = row_in<float>(args.lse, row.sequence, row.head, row.token);
-  const int32_t* choices = row_in<int32_t>(args.block_indices, row.sequence, row.head, row.token);
+  Element* out = args.out.at<Element>(row.sequence, row.head, row.token);
+  float* lse = args.lse.at<float>(row.sequence, row.head, row.token);
+  const int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
   const bool is_faulty = row.is_faulty || (row.position >= 0 && are_choices_faulty(row, choices, geometry.top_k));
   if (is_faulty || row.position < 0) {
     const float nothing = is_faulty ? not_a_number() : 0.0f;
@@ -389,9 +394,12 @@ __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const Deco
       // Tells all threads that they have been used and may be overwritten.
       __syncthreads();
     }
-    // Seen, but all at -inf: 0 / 0.
-    if (is_column) out[column] = cuda::from_float<Element>(sees_any ? result / sum : 0.0f);
-    if (column == 0) *lse = sees_any && fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
+    const float row_lse = sees_any && fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
+    // Seen, but all at -inf: 0 / 0, unless a sink gives the sum something.
+    const bool is_zero = !sees_any || (row_lse == -INFINITY && cuda::has_sink(args.sinks, row.head));
+    const float share = cuda::share_beside_sink(row_lse, args.sinks, row.head);
+    if (is_column) out[column] = cuda::from_float<Element>(is_zero ? 0.0f : result / sum * share);
+    if (column == 0) *lse = row_lse;
     first_column += kMergeThreads;
   } while (first_column < geometry.value_dim);
 }
@@ -402,7 +410,7 @@ DecodeSplits plan_splits(const DecodeProblem& problem) {
   const int64_t block_size = problem.block_size;
   // Without overflow: sizes fit 31 bits.
   const int64_t keys =
-      std::clamp(divide_up(problem.top_k * block_size, Config::kMostSplits), Config::kLeastKeys, Config::kMostKeys);
+      std::clamp(divide_up(problem.top_k * block_size, Config::kMaxSplits), Config::kMinKeys, Config::kMaxKeys);
   DecodeSplits splits{};
   if (block_size > keys) {
     const int64_t per_slot = divide_up(block_size, keys), keys_of_slot = divide_up(block_size, per_slot);
@@ -446,7 +454,7 @@ struct DecodeWorkspace {
 };
 
 DecodeWorkspace take_workspace(const DecodePlan& plan, WorkspaceCutter& cutter) {
-  const int64_t splits = plan.waves.most_rows(plan.geometry) * plan.splits.count;
+  const int64_t splits = plan.waves.max_rows(plan.geometry) * plan.splits.count;
   DecodeWorkspace workspace{};
   workspace.states = cutter.take<DecodeSplitState>(splits);
   workspace.partial_out = cutter.take<float>(splits * plan.geometry.value_dim);
@@ -469,9 +477,8 @@ template <typename Element>
 void decode_for(const DecodeParams& params, const DecodePlan& plan, const DecodeWorkspace& workspace,
                 cudaStream_t stream) {
   const DecodeProblem& problem = params.problem;
-  const bool are_aligned = has_aligned_rows<Element>(params.query, problem.head_dim) &&
-                           has_aligned_rows<Element>(params.key_pages, problem.head_dim) &&
-                           has_aligned_rows<Element>(params.value_pages, problem.value_dim);
+  const bool are_aligned =
+      has_whole_pieces(params.query) && has_whole_pieces(params.key_pages) && has_whole_pieces(params.value_pages);
   for (int64_t wave_idx = 0; wave_idx < plan.waves.count(); ++wave_idx) {
     const DecodeWave wave = plan.waves.wave(plan.geometry, wave_idx);
     DecodeAttendArguments args{};
@@ -479,6 +486,7 @@ void decode_for(const DecodeParams& params, const DecodePlan& plan, const Decode
     args.wave = wave;
     args.splits = plan.splits;
     args.score_scale = static_cast<float>(problem.scale) * kLog2E;
+    args.softcap = static_cast<float>(params.softcap) * kLog2E;
     args.query = params.query;
     args.key_pages = params.key_pages;
     args.value_pages = params.value_pages;
@@ -493,14 +501,15 @@ void decode_for(const DecodeParams& params, const DecodePlan& plan, const Decode
     cuda::launch(moba_decode_merge<Element>,
                  {dim3(static_cast<unsigned>(wave.num_units) * static_cast<unsigned>(wave.num_rows)),
                   dim3(kMergeThreads), sizeof(MergeSharedMemory), stream},
-                 {plan.geometry, wave, plan.splits.count, params.block_indices, workspace.states, workspace.partial_out,
-                  params.out, params.lse});
+                 {plan.geometry, wave, plan.splits.count, params.block_indices, params.sinks, workspace.states,
+                  workspace.partial_out, params.out, params.lse});
   }
 }
 
 }  // namespace
 
-int64_t moba_decode_workspace_bytes(const DecodeProblem& problem) {
+int64_t moba_decode_workspace_bytes(const DecodeParams& params, const CudaPlace&) {
+  const DecodeProblem& problem = params.problem;
   if (is_empty(problem)) return 0;
   WorkspaceCutter cutter(nullptr);
   take_workspace(plan_decode(problem), cutter);
@@ -517,12 +526,7 @@ void moba_decode_cuda(const DecodeParams& params, const CudaWorkspace& given, co
   WorkspaceCutter cutter(given.data);
   const DecodeWorkspace workspace = take_workspace(plan, cutter);
   require(cutter.used() <= given.bytes, "moba_decode: the workspace is smaller than moba_decode_workspace_bytes says");
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return decode_for<float>(params, plan, workspace, stream);
-    case Dtype::kBFloat16: return decode_for<BFloat16>(params, plan, workspace, stream);
-    case Dtype::kFloat16: return decode_for<Float16>(params, plan, workspace, stream);
-    default: require(false, "moba_decode on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(problem.dtype, [&](auto element) { decode_for<decltype(element)>(params, plan, workspace, stream); });
 }
 
 }  // namespace topgather

@@ -15,8 +15,8 @@ struct DecodeConfig {
   // Keys at a time: with their values 64 KB of float32 at a head_dim of 64.
   static constexpr int64_t kTileKeys = 128;
   // Where there are fewer tasks than this, a row's blocks are split into parts of at least so many keys.
-  static constexpr int64_t kLeastTasks = 32;
-  static constexpr int64_t kLeastKeysPerSplit = 2048;
+  static constexpr int64_t kMinTasks = 32;
+  static constexpr int64_t kMinKeysPerSplit = 2048;
 };
 
 }  // namespace topgather

@@ -20,8 +20,8 @@ struct DecodeRouteCudaConfig {
   static constexpr int kBlocksPerItem = 32;
   static constexpr int kCentroidsInFlight = 4;  // of a group of lanes
   static constexpr int kRowsAtOnce = 4;         // queries that share the centroids a lane holds
-  static constexpr int kMostRows = 16;          // queries of one thread block, fewer where rows are long
-  static constexpr int64_t kMostRowBytes = int64_t{32} << 10;
+  static constexpr int kMaxRows = 16;           // queries of one thread block, fewer where rows are long
+  static constexpr int64_t kMaxRowBytes = int64_t{32} << 10;
   static constexpr int kSelectThreads = 256;
   static constexpr int kScoresHeld = 8;  // by a thread of the selection, in registers: 2048 blocks in all
 };
@@ -34,9 +34,9 @@ struct DecodeAttendCudaConfig {
   // Keys of one query that one thread block attends to. With 8 slots of 128 keys, 64 keys make 16 thread blocks a
   // query: one token of 8 query heads fills a device. Where a query sees many blocks, more keys, so that merging stays
   // small.
-  static constexpr int64_t kLeastKeys = 64;
-  static constexpr int64_t kMostKeys = 1024;
-  static constexpr int64_t kMostSplits = 128;
+  static constexpr int64_t kMinKeys = 64;
+  static constexpr int64_t kMaxKeys = 1024;
+  static constexpr int64_t kMaxSplits = 128;
   static constexpr int kMergeThreads = 128;
 };
 

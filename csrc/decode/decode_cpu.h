@@ -1,6 +1,7 @@
 // The CPU kernels of decoding, one table of entry points per instruction set.
 #pragma once
 
+#include "../common/cpu_kernels.h"
 #include "decode_params.h"
 
 namespace topgather {
@@ -12,14 +13,6 @@ struct DecodeCpuKernels {
   void (*route)(const DecodeRouteParams& params);
   void (*decode)(const DecodeParams& params);
 };
-
-#define TOPGATHER_DECLARE_TARGET(target)           \
-  namespace target {                               \
-  extern const DecodeCpuKernels kDecodeCpuKernels; \
-  }
-TOPGATHER_DECLARE_TARGET(baseline)
-TOPGATHER_DECLARE_TARGET(avx2)
-TOPGATHER_DECLARE_TARGET(avx512)
-#undef TOPGATHER_DECLARE_TARGET
+TOPGATHER_CPU_KERNELS(DecodeCpuKernels, avx512)
 
 }  // namespace topgather

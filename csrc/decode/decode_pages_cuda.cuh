@@ -6,9 +6,10 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
+#include "../cuda/lane_rows.cuh"
 #include "../cuda/launch.cuh"
-#include "../memory/memory_rows_cuda.cuh"
-#include "../moba/moba_waves_cuda.h"
+#include "../cuda/workspace.h"
 #include "decode_params.h"
 
 namespace topgather {
@@ -50,9 +51,9 @@ inline DecodeGeometry decode_geometry(const DecodeProblem& problem) {
           small(problem.pages_per_sequence),
           small(problem.top_k),
           problem.pages_per_sequence * problem.page_size,
-          problem.seq_lens,
-          problem.num_tokens,
-          problem.page_table};
+          problem.seq_lens.data,
+          problem.num_tokens.data,
+          problem.page_table.data};
 }
 
 struct DecodeWave {
@@ -69,7 +70,7 @@ struct DecodeWaves {
   int64_t num_unit_steps;
   int64_t num_token_steps;
 
-  int64_t most_rows(const DecodeGeometry& geometry) const { return units_per_wave * tokens_per_wave * geometry.group; }
+  int64_t max_rows(const DecodeGeometry& geometry) const { return units_per_wave * tokens_per_wave * geometry.group; }
   int64_t count() const { return num_unit_steps * num_token_steps; }
   DecodeWave wave(const DecodeGeometry& geometry, int64_t wave_idx) const {
     const int64_t unit = wave_idx / num_token_steps * units_per_wave;
@@ -83,7 +84,7 @@ struct DecodeWaves {
 };
 
 inline DecodeWaves plan_decode_waves(const DecodeGeometry& geometry, int64_t row_bytes, int64_t configured_budget) {
-  const auto within = [](int64_t count, int64_t most) { return count < 1 ? 1 : (count < most ? count : most); };
+  const auto within = [](int64_t count, int64_t limit) { return count < 1 ? 1 : (count < limit ? count : limit); };
   const int64_t budget = workspace_budget(configured_budget);
   const int64_t token_bytes = row_bytes * geometry.group;
   DecodeWaves waves{};
@@ -95,8 +96,7 @@ inline DecodeWaves plan_decode_waves(const DecodeGeometry& geometry, int64_t row
   return waves;
 }
 
-// --- on the device
-// ----------------------------------------------------------------------------------------------------
+// --- on the device --------------------------------------------------------------------------------------------------
 
 struct DecodeUnit {
   int32_t sequence;
@@ -175,49 +175,15 @@ __device__ __forceinline__ CachePlace cache_place(const DecodeGeometry& geometry
           position - static_cast<int32_t>(column) * geometry.page_size};
 }
 
-template <typename T>
-__device__ __forceinline__ const T* row_in(const ConstPages& pages, int32_t head, const CachePlace& place) {
-  return static_cast<const T*>(pages.data) + place.page * pages.page_stride + head * pages.head_stride +
-         place.row * pages.row_stride;
+template <typename T, typename Pages>
+__device__ __forceinline__ auto page_row(const Pages& pages, int32_t head, const CachePlace& place) {
+  return pages.template at<T>(place.page, head, place.row);
 }
 
-template <typename T>
-__device__ __forceinline__ T* row_in(const MutablePages& pages, int32_t head, const CachePlace& place) {
-  return static_cast<T*>(pages.data) + place.page * pages.page_stride + head * pages.head_stride +
-         place.row * pages.row_stride;
-}
-
-template <typename T>
-__device__ __forceinline__ const T* row_in(const ConstTokens& tokens, int32_t sequence, int32_t head, int32_t token) {
-  return static_cast<const T*>(tokens.data) + sequence * tokens.batch_stride + head * tokens.head_stride +
-         token * tokens.row_stride;
-}
-
-template <typename T>
-__device__ __forceinline__ T* row_in(const MutableTokens& tokens, int32_t sequence, int32_t head, int32_t token) {
-  return static_cast<T*>(tokens.data) + sequence * tokens.batch_stride + head * tokens.head_stride +
-         token * tokens.row_stride;
-}
-
-// Whether every row of a tensor [.., .., .., dim] starts on a 16-byte boundary and is whole pieces of 16 bytes.
-template <typename T, typename Tensor>
-bool has_aligned_rows(const Tensor& tensor, int64_t first_stride, int64_t dim) {
-  constexpr int64_t kVector = kElementsPerVector<T>;
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && first_stride % kVector == 0 &&
-         tensor.head_stride % kVector == 0 && tensor.row_stride % kVector == 0 && dim % kVector == 0;
-}
-
-template <typename T>
-bool has_aligned_rows(const ConstPages& pages, int64_t dim) {
-  return has_aligned_rows<T>(pages, pages.page_stride, dim);
-}
-template <typename T>
-bool has_aligned_rows(const MutablePages& pages, int64_t dim) {
-  return has_aligned_rows<T>(pages, pages.page_stride, dim);
-}
-template <typename T>
-bool has_aligned_rows(const ConstTokens& tokens, int64_t dim) {
-  return has_aligned_rows<T>(tokens, tokens.batch_stride, dim);
+// Whether every row of a tensor starts on a 16-byte boundary and is whole pieces of 16 bytes.
+template <typename Tensor>
+bool has_whole_pieces(const Tensor& tensor) {
+  return tensor.has_aligned_rows(16) && tensor.sizes[3] * element_bytes(tensor.dtype) % 16 == 0;
 }
 
 }  // namespace topgather

@@ -5,48 +5,24 @@
 // A cache is pages: page p holds page_size tokens of every key head, and the centroids of their blocks. Token t of
 // sequence s lies in page page_table[s, t / page_size], row t % page_size. Without a table sequence s is page s, and
 // that one page is all it can have: the contiguous cache. With one, page_size is a multiple of block_size, so that no
-// block is cut. Strides count elements; the last dimension of every tensor is contiguous.
+// block is cut. The last dimension of every tensor is contiguous.
 //
 // A centroid's place holds the running sum of a block's keys, added in order, while the block is short of block_size
 // keys, and their mean from the last on: only whole blocks are ever chosen by their centroid.
 #pragma once
 
-#include <cstdint>
-
-#include "../common/dtype.h"
+#include "../common/array.h"
+#include "../common/fields.h"
 
 namespace topgather {
 
-struct ConstPages {
-  const void* data;
-  int64_t page_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-};
-
-struct MutablePages {
-  void* data;
-  int64_t page_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-};
-
-// The same for tensors of new tokens, [batch, head, token, dim].
-struct ConstTokens {
-  const void* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-};
-
-struct MutableTokens {
-  void* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-};
-
 struct DecodeProblem {
+  Array<const int32_t, 1> seq_lens;    // [batch_size] tokens cached: before an append, and for a query its own included
+  Array<const int32_t, 1> num_tokens;  // [batch_size] how many of the M new tokens a sequence has, or data null for all
+  Array<const int32_t, 2> page_table;  // [batch_size, pages_per_sequence], contiguous, or data null
+  int64_t block_size;
+  int num_threads;
+  // Derived from the tensors and from an entry point's own fields.
   Dtype dtype;  // of query, key, value and what is returned in their likeness
   int64_t batch_size;
   int64_t num_query_heads;
@@ -54,42 +30,46 @@ struct DecodeProblem {
   int64_t query_len;
   int64_t head_dim;
   int64_t value_dim;
-  int64_t block_size;
   int64_t page_size;
   int64_t num_pages;
   int64_t pages_per_sequence;  // columns of page_table, 1 without one
   int64_t top_k;
   double scale;
-  const int32_t* seq_lens;    // [batch_size] int32, tokens cached: before an append, and for a query its own included
-  const int32_t* num_tokens;  // [batch_size] int32, how many of the M new tokens a sequence has, or null for all M
-  const int32_t* page_table;  // [batch_size, pages_per_sequence] int32, contiguous, or null
-  int num_threads;
 };
+TOPGATHER_FIELDS(DecodeProblem, seq_lens, num_tokens, page_table, block_size, num_threads)
 
 struct CacheAppendParams {
   DecodeProblem problem;
-  ConstTokens key;           // [batch, kv head, M, D] dtype
-  ConstTokens value;         // [batch, kv head, M, V] dtype
-  MutablePages key_pages;    // [page, kv head, page_size, D] dtype
-  MutablePages value_pages;  // [page, kv head, page_size, V] dtype
-  MutablePages centroids;    // [page, kv head, ceil(page_size / block_size), D] float32, float64 for float64
+  Array<const void, 4> key;         // [batch, kv head, M, D] dtype
+  Array<const void, 4> value;       // [batch, kv head, M, V] dtype
+  InOutArray<void, 4> key_pages;    // [page, kv head, page_size, D] dtype
+  InOutArray<void, 4> value_pages;  // [page, kv head, page_size, V] dtype
+  InOutArray<void, 4> centroids;    // [page, kv head, ceil(page_size / block_size), D] float32, float64 for float64
 };
+TOPGATHER_FIELDS(CacheAppendParams, problem, key, value, key_pages, value_pages, centroids)
 
 struct DecodeRouteParams {
   DecodeProblem problem;
-  ConstTokens query;            // [batch, query head, M, D] dtype
-  ConstPages centroids;         // [page, kv head, ceil(page_size / block_size), D] float32, float64 for float64
-  MutableTokens block_indices;  // [batch, query head, M, K] int32
+  Array<const void, 4> query;      // [batch, query head, M, D] dtype
+  Array<const void, 4> centroids;  // [page, kv head, ceil(page_size / block_size), D] float32, float64 for float64
+  int64_t page_size;
+  Array<int32_t, 4> block_indices;  // [batch, query head, M, K]
 };
+TOPGATHER_FIELDS(DecodeRouteParams, problem, query, centroids, page_size, block_indices)
 
 struct DecodeParams {
+  static constexpr const char* kAlignedOnCuda[] = {"query"};
   DecodeProblem problem;
-  ConstTokens query;          // [batch, query head, M, D] dtype
-  ConstPages key_pages;       // [page, kv head, page_size, D] dtype
-  ConstPages value_pages;     // [page, kv head, page_size, V] dtype
-  ConstTokens block_indices;  // [batch, query head, M, K] int32
-  MutableTokens out;          // [batch, query head, M, V] dtype
-  MutableTokens lse;          // [batch, query head, M] float32, float64 for float64; row_stride 1
+  Array<const void, 4> query;             // [batch, query head, M, D] dtype
+  Array<const void, 4> key_pages;         // [page, kv head, page_size, D] dtype
+  Array<const void, 4> value_pages;       // [page, kv head, page_size, V] dtype
+  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  double scale;
+  double softcap;              // scaled scores become softcap * tanh(score / softcap); 0: they stay
+  Array<const void, 1> sinks;  // [query head] float32, float64 for float64, logits that join a row's sum; or data null
+  Array<void, 4> out;          // [batch, query head, M, V] dtype
+  Array<void, 3> lse;          // [batch, query head, M] float32, float64 for float64, contiguous
 };
+TOPGATHER_FIELDS(DecodeParams, problem, query, key_pages, value_pages, block_indices, scale, softcap, sinks, out, lse)
 
 }  // namespace topgather

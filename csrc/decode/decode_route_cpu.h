@@ -27,7 +27,7 @@ struct DecodeRouter {
   int64_t group;            // query heads of a key head
   int64_t tiles_per_head;   // of a key head
   int64_t list_length;      // top_k - 1, or 0 where there is never anything to choose from
-  MobaRouteParams options;  // what RouteTask asks for: head_dim and top_k
+  MobaRouteParams options;  // the fields RouteTask reads: head_dim and top_k
   unsigned char* scratch;
   int64_t task_bytes;    // of RouteTask
   int64_t worker_bytes;  // and gathered centroids
@@ -51,25 +51,25 @@ struct DecodeRouter {
         return position < 0 || row / group >= new_tokens_of(problem, sequence) ? -1 : position / problem.block_size;
       };
       IntegerVector<T> visible[Task::kVectorsPerTile];
-      int64_t most_visible = 0;
+      int64_t max_visible = 0;
       for (int64_t i = 0; i < kTileRows; ++i) {
         const int64_t num_visible = max64(own_block(first + min64(i, count - 1)), 0);
         visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
-        most_visible = max64(most_visible, num_visible);
+        max_visible = max64(max_visible, num_visible);
       }
-      const bool needs_scores = list_length > 0 && most_visible > list_length;
+      const bool needs_scores = list_length > 0 && max_visible > list_length;
       if (needs_scores) {
         const auto row_of = [&](int64_t i) {
           const int64_t row = first + i;
-          return row_in<Storage>(params.query, sequence, head * group + row % group, row / group);
+          return params.query.at<Storage>(sequence, head * group + row % group, row / group);
         };
         gather_rows_transposed<Storage>(row_of, count, problem.head_dim, T(1), task.query_tile, kTileRows);
-        task.select(chunk_of, ceil_div(count, kLanes<T>), visible, most_visible);
+        task.select(chunk_of, ceil_div(count, kLanes<T>), visible, max_visible);
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = first + i;
         const int64_t own = own_block(row);
-        int32_t* choices = row_in<int32_t>(params.block_indices, sequence, head * group + row % group, row / group);
+        int32_t* choices = params.block_indices.at<int32_t>(sequence, head * group + row % group, row / group);
         if (needs_scores) {
           task.write_choices(i, own, choices);
         } else {
@@ -85,9 +85,9 @@ struct DecodeRouter {
     const int64_t blocks_per_page = ceil_div(problem.page_size, problem.block_size);
     const auto centroid = [&](int64_t block) {
       const Place place = place_of(problem, sequence, block * problem.block_size);
-      return row_in<T>(params.centroids, head, Place{place.page, place.row / problem.block_size});
+      return page_row<T>(params.centroids, head, Place{place.page, place.row / problem.block_size});
     };
-    if (first % blocks_per_page + count <= blocks_per_page) return {centroid(first), params.centroids.row_stride};
+    if (first % blocks_per_page + count <= blocks_per_page) return {centroid(first), params.centroids.strides[2]};
     for (int64_t i = 0; i < count; ++i)
       load_row(centroid(first + i), problem.head_dim, gathered + i * problem.head_dim);
     return {gathered, problem.head_dim};
@@ -100,24 +100,23 @@ void decode_route_storage(const DecodeRouteParams& params) {
   using T = ComputeOf<Storage>;
   const DecodeProblem& problem = params.problem;
   const int64_t group = problem.num_query_heads / problem.num_kv_heads;
-  const int64_t most_blocks = ceil_div(longest_of(problem), problem.block_size);
-  const int64_t list_length = most_blocks > problem.top_k - 1 ? problem.top_k - 1 : 0;
+  const int64_t max_blocks = ceil_div(longest_of(problem), problem.block_size);
+  const int64_t list_length = max_blocks > problem.top_k - 1 ? problem.top_k - 1 : 0;
   MobaRouteParams options{};
   options.problem.head_dim = problem.head_dim;
   options.problem.top_k = problem.top_k;
   const int64_t tiles_per_head = ceil_div(problem.query_len * group, Router::kRows);
   const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * tiles_per_head;
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_query_heads * problem.query_len) *
-                                static_cast<double>(most_blocks * problem.head_dim + problem.top_k);
+                                static_cast<double>(max_blocks * problem.head_dim + problem.top_k);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
   const int64_t task_bytes =
       round_up(static_cast<int64_t>(Router::Task::scratch_bytes(problem.head_dim, list_length)), 64);
   const int64_t worker_bytes =
       round_up(task_bytes + Router::Task::kChunkBlocks * problem.head_dim * static_cast<int64_t>(sizeof(T)), 64);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes * num_workers));
-  Router router{params, group, tiles_per_head, list_length, options, scratch.get(), task_bytes, worker_bytes};
-  const auto body = [](void* opaque, int64_t task, int worker) { static_cast<Router*>(opaque)->run(task, worker); };
-  parallel_for(num_workers, num_tasks, body, &router);
+  const Router router{params, group, tiles_per_head, list_length, options, scratch.get(), task_bytes, worker_bytes};
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { router.run(task, worker); });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

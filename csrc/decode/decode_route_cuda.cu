@@ -3,7 +3,7 @@
 //   score_ij = dot(query_i, centroid_j)                   j < own block of query i
 //   choice_i = own block and the top_k - 1 best before it
 //
-// Two kernels. moba_decode_scores: a thread block owns up to kMostRows queries of one key head and kBlocksPerItem
+// Two kernels. moba_decode_scores: a thread block owns up to kMaxRows queries of one key head and kBlocksPerItem
 // centroids, so that a centroid is read from memory once for all heads of a group and a few tokens. Steps:
 //   1. queries to shared memory as float32, and where each centroid lies;
 //   2. a group of 8, 16 or 32 lanes holds a slab of kCentroidsInFlight centroids against kRowsAtOnce queries;
@@ -50,11 +50,11 @@ struct DecodeScoreArguments {
   uint32_t chunks_per_row;
   uint32_t tiles_per_unit;
   int32_t rows_per_tile;
-  int32_t row_elements;  // of a query in shared memory
-  int32_t most_blocks;   // of a sequence
-  ConstTokens query;     // [batch, query head, M, D] dtype
-  ConstPages centroids;  // [page, kv head, blocks of a page, D] float32
-  uint32_t* ranks;       // [unit of the wave, row, most_blocks] uint32
+  int32_t row_elements;            // of a query in shared memory
+  int32_t max_blocks;              // of a sequence
+  Array<const void, 4> query;      // [batch, query head, M, D] dtype
+  Array<const void, 4> centroids;  // [page, kv head, blocks of a page, D] float32
+  uint32_t* ranks;                 // [unit of the wave, row, max_blocks] uint32
 };
 
 namespace {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
     const int head = unit.kv_head * geometry.group + first_row + row - token * geometry.group;
     queries[i] =
         column < geometry.head_dim
-            ? cuda::to_float(row_in<Element>(args.query, unit.sequence, head, args.wave.first_token + token)[column])
+            ? cuda::to_float(args.query.at<Element>(unit.sequence, head, args.wave.first_token + token)[column])
             : 0.0f;
   }
   if (static_cast<int>(threadIdx.x) < num_blocks) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
   const int group = static_cast<int>(threadIdx.x) / lanes_per_row;
   const int blocks_per_step = kScoreThreads / lanes_per_row * kCentroidsInFlight;
   uint32_t* ranks = args.ranks +
-                    (static_cast<int64_t>(unit_in_wave) * args.wave.num_rows + first_row) * args.most_blocks +
+                    (static_cast<int64_t>(unit_in_wave) * args.wave.num_rows + first_row) * args.max_blocks +
                     first_block;
 #pragma unroll 1
   for (int step = 0; step < num_blocks; step += blocks_per_step) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
 #pragma unroll
     for (int c = 0; c < kCentroidsInFlight; ++c) {
       const CachePlace place = mine + c < num_blocks ? shared.places[mine + c] : CachePlace{kNotSeen, 0};
-      centroids[c] = place.page >= 0 ? row_in<float>(args.centroids, unit.kv_head, place) : nullptr;
+      centroids[c] = place.page >= 0 ? page_row<float>(args.centroids, unit.kv_head, place) : nullptr;
     }
 #pragma unroll 1
     for (int row = 0; row < num_rows; row += kRowsAtOnce) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
         const float score = sum_over_lanes(sums[r], lanes_per_row);
         const int block = mine + lane_in_row;
         if (lane_in_row < kCentroidsInFlight && block < num_blocks) {
-          ranks[static_cast<int64_t>(row + r) * args.most_blocks + block] =
+          ranks[static_cast<int64_t>(row + r) * args.max_blocks + block] =
               shared.places[block].page >= 0 ? rank_of(score) : kRankOfNoPage;
         }
       }
@@ -197,9 +197,9 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
 struct SelectBlocksArguments {
   DecodeGeometry geometry;
   DecodeWave wave;
-  int32_t most_blocks;          // of a sequence
-  const uint32_t* ranks;        // [unit of the wave, row, most_blocks] uint32
-  MutableTokens block_indices;  // [batch, query head, M, K] int32
+  int32_t max_blocks;               // of a sequence
+  const uint32_t* ranks;            // [unit of the wave, row, max_blocks] uint32
+  Array<int32_t, 4> block_indices;  // [batch, query head, M, K]
 };
 
 namespace {
@@ -218,7 +218,7 @@ __device__ __forceinline__ int32_t sum_over_warp(int32_t value) {
 
 // The ranks of a warp's range of blocks: lane l has blocks first + 32 j + l.
 struct WarpRanks {
-  const uint32_t* ranks;  // [most_blocks] uint32
+  const uint32_t* ranks;  // [max_blocks] uint32
   int first;
   int end;
   uint32_t held[kScoresHeld];
@@ -230,12 +230,12 @@ struct WarpRanks {
   }
   __device__ __forceinline__ int num_steps() const { return (end - first + kLanes - 1) / kLanes; }
 
-  __device__ __forceinline__ int32_t count_from(uint32_t least) const {
+  __device__ __forceinline__ int32_t count_from(uint32_t threshold) const {
     int32_t count = 0;
 #pragma unroll
-    for (int j = 0; j < kScoresHeld; ++j) count += held[j] >= least ? 1 : 0;
+    for (int j = 0; j < kScoresHeld; ++j) count += held[j] >= threshold ? 1 : 0;
 #pragma unroll 1
-    for (int j = kScoresHeld; j < num_steps(); ++j) count += read(j) >= least ? 1 : 0;
+    for (int j = kScoresHeld; j < num_steps(); ++j) count += read(j) >= threshold ? 1 : 0;
     return sum_over_warp(count);
   }
 };
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const Se
   const uint32_t unit_in_wave = blockIdx.x / static_cast<uint32_t>(args.wave.num_rows);
   const DecodeRow row = decode_row(geometry, args.wave, unit_in_wave,
                                    blockIdx.x - unit_in_wave * static_cast<uint32_t>(args.wave.num_rows));
-  int32_t* choices = row_in<int32_t>(args.block_indices, row.sequence, row.head, row.token);
+  int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
   const int num_chosen = geometry.top_k - 1;
   if (row.position < 0 || row.own_block <= num_chosen || num_chosen == 0) {
     // All it sees, or nothing but its own block: not scored.
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const Se
 
   const int per_warp = (row.own_block + kSelectThreads - 1) / kSelectThreads * kLanes;
   WarpRanks mine;
-  mine.ranks = args.ranks + static_cast<int64_t>(blockIdx.x) * args.most_blocks;
+  mine.ranks = args.ranks + static_cast<int64_t>(blockIdx.x) * args.max_blocks;
   mine.first = min(warp_id() * per_warp, row.own_block);
   mine.end = min(mine.first + per_warp, row.own_block);
 #pragma unroll
@@ -288,16 +288,16 @@ __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const Se
   uint32_t last_rank = 0;
 #pragma unroll 1
   for (int bit = 31; bit >= 0; --bit) {
-    const uint32_t least = last_rank | 1u << bit;
+    const uint32_t threshold = last_rank | 1u << bit;
     int32_t (&counts)[kSelectWarps] = shared.counts[bit & 1];
-    const int32_t count = mine.count_from(least);
+    const int32_t count = mine.count_from(threshold);
     if (lane_id() == 0) counts[warp_id()] = count;
     // Publishes the warps' counts to all; what they overwrite was read before the barrier of the last bit.
     __syncthreads();
     int32_t total = 0;
 #pragma unroll
     for (int w = 0; w < kSelectWarps; ++w) total += counts[w];
-    if (total >= num_chosen) last_rank = least;
+    if (total >= num_chosen) last_rank = threshold;
     if (total == num_chosen) break;
   }
 
@@ -335,7 +335,7 @@ namespace {
 
 struct DecodeRoutePlan {
   DecodeGeometry geometry;
-  int64_t most_blocks;
+  int64_t max_blocks;
   bool is_scored;  // any query can be
   DecodeWaves waves;
 };
@@ -343,10 +343,10 @@ struct DecodeRoutePlan {
 DecodeRoutePlan plan_route(const DecodeProblem& problem) {
   DecodeRoutePlan plan{};
   plan.geometry = decode_geometry(problem);
-  plan.most_blocks = divide_up(plan.geometry.capacity, problem.block_size);
-  require(plan.most_blocks < INT32_MAX - kSelectThreads, "moba_decode_route: a cache has at most 2^31 blocks");
-  plan.is_scored = problem.top_k > 1 && plan.most_blocks > problem.top_k;
-  plan.waves = plan_decode_waves(plan.geometry, plan.is_scored ? plan.most_blocks * 4 : 1, Config::kBudget);
+  plan.max_blocks = divide_up(plan.geometry.capacity, problem.block_size);
+  require(plan.max_blocks < INT32_MAX - kSelectThreads, "moba_decode_route: a cache has at most 2^31 blocks");
+  plan.is_scored = problem.top_k > 1 && plan.max_blocks > problem.top_k;
+  plan.waves = plan_decode_waves(plan.geometry, plan.is_scored ? plan.max_blocks * 4 : 1, Config::kBudget);
   return plan;
 }
 
@@ -355,7 +355,7 @@ bool is_empty(const DecodeProblem& problem) {
 }
 
 int64_t take_ranks(const DecodeRoutePlan& plan, WorkspaceCutter& cutter, uint32_t** ranks) {
-  *ranks = plan.is_scored ? cutter.take<uint32_t>(plan.waves.most_rows(plan.geometry) * plan.most_blocks) : nullptr;
+  *ranks = plan.is_scored ? cutter.take<uint32_t>(plan.waves.max_rows(plan.geometry) * plan.max_blocks) : nullptr;
   return cutter.used();
 }
 
@@ -364,9 +364,9 @@ void launch_scores(DecodeScoreArguments args, cudaStream_t stream) {
   args.shape = row_shape<kVector>(args.geometry.head_dim);
   args.row_elements = static_cast<int32_t>(multiple_of(args.geometry.head_dim, 4));
   const int64_t row_bytes = int64_t{args.row_elements} * 4;
-  const int64_t most_rows = std::min<int64_t>(Config::kMostRows, args.wave.num_rows);
-  const int64_t rows = std::clamp<int64_t>(Config::kMostRowBytes / row_bytes, 1, most_rows);
-  const int64_t tiles = divide_up(args.wave.num_rows, rows), chunks = divide_up(args.most_blocks, kBlocksPerItem);
+  const int64_t max_rows = std::min<int64_t>(Config::kMaxRows, args.wave.num_rows);
+  const int64_t rows = std::clamp<int64_t>(Config::kMaxRowBytes / row_bytes, 1, max_rows);
+  const int64_t tiles = divide_up(args.wave.num_rows, rows), chunks = divide_up(args.max_blocks, kBlocksPerItem);
   require(tiles * chunks * args.wave.num_units < INT32_MAX, "moba_decode_route: too many queries and blocks at once");
   args.rows_per_tile = static_cast<int32_t>(rows);
   args.tiles_per_unit = static_cast<uint32_t>(tiles);
@@ -380,7 +380,7 @@ void launch_scores(DecodeScoreArguments args, cudaStream_t stream) {
 
 template <typename Element>
 void scores_for(const DecodeScoreArguments& args, cudaStream_t stream) {
-  if (has_aligned_rows<float>(args.centroids, args.geometry.head_dim)) {
+  if (has_whole_pieces(args.centroids)) {
     launch_scores<Element, kElementsPerVector<float>>(args, stream);
   } else {
     launch_scores<Element, 1>(args, stream);
@@ -389,7 +389,8 @@ void scores_for(const DecodeScoreArguments& args, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t moba_decode_route_workspace_bytes(const DecodeProblem& problem) {
+int64_t moba_decode_route_workspace_bytes(const DecodeRouteParams& params, const CudaPlace&) {
+  const DecodeProblem& problem = params.problem;
   if (is_empty(problem)) return 0;
   WorkspaceCutter cutter(nullptr);
   uint32_t* ranks = nullptr;
@@ -409,27 +410,22 @@ void moba_decode_route_cuda(const DecodeRouteParams& params, const CudaWorkspace
           "moba_decode_route: the workspace is smaller than moba_decode_route_workspace_bytes says");
   for (int64_t wave_idx = 0; wave_idx < plan.waves.count(); ++wave_idx) {
     const DecodeWave wave = plan.waves.wave(plan.geometry, wave_idx);
-    const auto most_blocks = static_cast<int32_t>(plan.most_blocks);
+    const auto max_blocks = static_cast<int32_t>(plan.max_blocks);
     if (plan.is_scored) {
       DecodeScoreArguments args{};
       args.geometry = plan.geometry;
       args.wave = wave;
-      args.most_blocks = most_blocks;
+      args.max_blocks = max_blocks;
       args.query = params.query;
       args.centroids = params.centroids;
       args.ranks = ranks;
-      switch (problem.dtype) {
-        case Dtype::kFloat32: scores_for<float>(args, stream); break;
-        case Dtype::kBFloat16: scores_for<BFloat16>(args, stream); break;
-        case Dtype::kFloat16: scores_for<Float16>(args, stream); break;
-        default: require(false, "moba_decode_route on CUDA takes float32, bfloat16 and float16, not float64");
-      }
+      with_element(problem.dtype, [&](auto element) { scores_for<decltype(element)>(args, stream); });
     }
     const int64_t num_rows = int64_t{wave.num_units} * wave.num_rows;
     require(num_rows < INT32_MAX, "moba_decode_route: more than 2^31 - 1 queries at once");
     cuda::launch(moba_select_blocks,
                  {dim3(static_cast<unsigned>(num_rows)), dim3(kSelectThreads), sizeof(SelectSharedMemory), stream},
-                 {plan.geometry, wave, most_blocks, ranks, params.block_indices});
+                 {plan.geometry, wave, max_blocks, ranks, params.block_indices});
   }
 }
 

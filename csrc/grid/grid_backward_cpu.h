@@ -10,15 +10,17 @@
 //
 // Who owns what: a token is in one group, so a group of a head owns its rows of every gradient: nothing is shared but
 // grad_bias. A task is a few groups of heads one after the other, or, with a grad_bias, an equal share of one head's
-// groups; each task sums grad_bias on its own, and the tasks' sums are added in order at the end. Memory is asked for
-// in advance as in the forward. Steps per group:
+// groups; each task sums grad_bias on its own, and the tasks' sums are added in order at the end. Memory is
+// prefetched as in the forward. Steps per group:
 //   1. keys, values, queries and grad_out to dense scratch; delta and lse;
 //   per tile of queries, per tile of keys:
 //   2. scores and products of values with grad_out, both [keys, queries]; weights and gradients of scores in their
 //      place;
 //   3. grad_value and grad_key of the tile's keys, grad_query of its queries, grad_bias;
-//   last, 4. scale, convert, write.
-// Numerics: as the forward. Determinism: a task's arithmetic depends on shapes alone.
+//   last:
+//   4. scale, convert, write.
+// Numerics: as the forward.
+// Determinism: a task's arithmetic depends on shapes alone.
 #pragma once
 
 #include "grid_forward_cpu.h"
@@ -51,17 +53,17 @@ struct GridBackwardTask {
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 5> next;  // of the group that follows
   TokensAhead<Storage, 3> written;     // of this one
-  int64_t num_asked = 0;               // tokens that each ask_for_tokens asks for
+  int64_t num_prefetched = 0;          // tokens by each call of prefetch_tokens
 
   GridBackwardTask(const GridBackwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
-    const int64_t most_tokens = p.problem.most_tokens();
-    for (T** rows : {&keys, &values, &grad_keys, &grad_values}) *rows = scratch.take<T>(most_tokens * padded_dim);
+    const int64_t max_tokens = p.problem.max_tokens();
+    for (T** rows : {&keys, &values, &grad_keys, &grad_values}) *rows = scratch.take<T>(max_tokens * padded_dim);
     for (T** columns : {&query_columns, &grad_out_columns}) *columns = scratch.take<T>(padded_dim * kTileQueries);
     for (T** rows : {&query_rows, &grad_out_rows, &grad_query_rows}) *rows = scratch.take<T>(padded_dim * kTileQueries);
     for (T** tile : {&weights, &grad_scores}) *tile = scratch.take<T>(kTileKeys * kTileQueries);
     for (T** numbers : {&lse_base2, &delta}) *numbers = scratch.take<T>(kTileQueries);
-    bias_indices = scratch.take<int32_t>(most_tokens);
+    bias_indices = scratch.take<int32_t>(max_tokens);
   }
 
   // Step 1 for a tile of queries.
@@ -85,7 +87,7 @@ struct GridBackwardTask {
           for (; d < depth; ++d) sum += to_compute(out[d]) * grad_out[d];
           delta[token - first] = sum;
         });
-    numbers_in(problem, static_cast<const T*>(params.lse), group)
+    numbers_in(problem, params.lse.at<T>(), group)
         .for_each(group, first, first + count, [&](int64_t token, const T* lse) {
           // A score of +inf makes the whole row of weights NaN, not just its own.
           lse_base2[token - first] = *lse == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN()
@@ -106,18 +108,18 @@ struct GridBackwardTask {
     }
   }
 
-  void ask_for_tokens() {
-    next.ask(num_asked);
-    written.ask(num_asked);
+  void prefetch_tokens() {
+    next.prefetch(num_prefetched);
+    written.prefetch(num_prefetched);
   }
 
   // Gradients of [num_rows, padded D]; is_first: nothing is there yet.
   void add_product(const GemmOperands<T>& product, int64_t num_rows, bool is_first) {
-    const auto ask = [&] { ask_for_tokens(); };
+    const auto prefetch = [&] { prefetch_tokens(); };
     if (is_first) {
-      tile_gemm_asking<false>(product, num_rows, padded_dim, ask);
+      tile_gemm_prefetching<false>(product, num_rows, padded_dim, prefetch);
     } else {
-      tile_gemm_asking<true>(product, num_rows, padded_dim, ask);
+      tile_gemm_prefetching<true>(product, num_rows, padded_dim, prefetch);
     }
   }
 
@@ -126,13 +128,13 @@ struct GridBackwardTask {
     const int64_t depth = params.problem.head_dim;
     const int64_t padded_count = round_up(count, kLanes<T>);
     T* key_rows = keys + first_key * padded_dim;
-    const auto ask = [&] { ask_for_tokens(); };
-    tile_gemm_asking<false>(
+    const auto prefetch = [&] { prefetch_tokens(); };
+    tile_gemm_prefetching<false>(
         GemmOperands<T>{key_rows, padded_dim, 1, query_columns, kTileQueries, weights, kTileQueries, depth}, num_keys,
-        padded_count, ask);
-    tile_gemm_asking<false>(GemmOperands<T>{values + first_key * padded_dim, padded_dim, 1, grad_out_columns,
-                                            kTileQueries, grad_scores, kTileQueries, depth},
-                            num_keys, padded_count, ask);
+        padded_count, prefetch);
+    tile_gemm_prefetching<false>(GemmOperands<T>{values + first_key * padded_dim, padded_dim, 1, grad_out_columns,
+                                                 kTileQueries, grad_scores, kTileQueries, depth},
+                                 num_keys, padded_count, prefetch);
     if (bias.exists()) {
       add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, weights,
                kTileQueries);
@@ -147,9 +149,9 @@ struct GridBackwardTask {
     add_product({grad_scores, 1, kTileQueries, key_rows, padded_dim, grad_query_rows, padded_dim, num_keys}, count,
                 first_key == 0);
     if (grad_bias == nullptr) return;
-    const int64_t most_tokens = params.problem.most_tokens();
+    const int64_t max_tokens = params.problem.max_tokens();
     for (int64_t i = 0; i < count; ++i) {
-      T* row = grad_bias + bias_indices[first + i] * most_tokens;
+      T* row = grad_bias + bias_indices[first + i] * max_tokens;
       for (int64_t key = 0; key < num_keys; ++key) {
         row[bias_indices[first_key + key]] += grad_scores[key * kTileQueries + i];
       }
@@ -173,7 +175,7 @@ struct GridBackwardTask {
       next = {problem, *following, {&params.key, &params.value, &params.query, &params.grad_out, &params.out}};
     }
     written = {problem, group, {&params.grad_query, &params.grad_key, &params.grad_value}};
-    num_asked = tokens_per_ask<T>(problem.most_tokens(), padded_dim, 2, 3);
+    num_prefetched = tokens_per_prefetch<T>(problem.max_tokens(), padded_dim, 2, 3);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, num_tokens, problem.head_dim,
                            padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, num_tokens, problem.head_dim,
@@ -195,8 +197,8 @@ struct GridBackwardTask {
 
 // In how many pieces a head's groups are summed to grad_bias; by shapes alone.
 inline int64_t bias_pieces(const GridProblem& problem, int64_t bytes_per_head) {
-  const int64_t by_memory = GridConfig::kMostBiasBytes / max64(bytes_per_head * problem.num_heads, 1);
-  return max64(1, min64(problem.batch_size * problem.num_groups(), min64(by_memory, GridConfig::kMostBiasPieces)));
+  const int64_t by_memory = GridConfig::kMaxBiasBytes / max64(bytes_per_head * problem.num_heads, 1);
+  return max64(1, min64(problem.batch_size * problem.num_groups(), min64(by_memory, GridConfig::kMaxBiasPieces)));
 }
 
 // What every task of a backward shares.
@@ -215,44 +217,41 @@ struct GridBackwardContext {
   int64_t num_units() const {
     return params.problem.batch_size * params.problem.num_groups() * params.problem.num_heads;
   }
-  int64_t bias_size() const { return params.problem.most_tokens() * params.problem.most_tokens(); }
+  int64_t bias_size() const { return params.problem.max_tokens() * params.problem.max_tokens(); }
 
   GridBackwardTask<Storage> task_of(int worker) const {
     ScratchCutter cutter(scratch + worker * worker_bytes);
     return GridBackwardTask<Storage>(params, bias, cutter);
   }
 
-  static void run_groups(void* opaque, int64_t task, int worker) {
-    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
-    const int64_t first = task * self.groups_per_task;
-    const int64_t last = min64(first + self.groups_per_task, self.num_units());
-    GridBackwardTask<Storage> backward = self.task_of(worker);
+  void run_groups(int64_t task, int worker) const {
+    const int64_t first = task * groups_per_task;
+    const int64_t last = min64(first + groups_per_task, num_units());
+    GridBackwardTask<Storage> backward = task_of(worker);
     for_each_with_next(
-        first, last, [&](int64_t unit) { return unit_at(self.params.problem, self.params.query, unit); },
+        first, last, [&](int64_t unit) { return unit_at(params.problem, params.query, unit); },
         [&](const Group& group, const Group* following) { backward.run(group, following, nullptr); });
   }
 
   // A piece of one head's groups, with a sum of grad_bias of its own.
-  static void run_piece(void* opaque, int64_t task, int worker) {
-    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
-    const GridProblem& problem = self.params.problem;
+  void run_piece(int64_t task, int worker) const {
+    const GridProblem& problem = params.problem;
     const int64_t piece = task / problem.num_heads, head = task % problem.num_heads;
     const int64_t per_head = problem.batch_size * problem.num_groups();
-    GridBackwardTask<Storage> backward = self.task_of(worker);
-    T* partial = self.partials + task * self.bias_size();
-    for (int64_t i = 0; i < self.bias_size(); ++i) partial[i] = 0;
+    GridBackwardTask<Storage> backward = task_of(worker);
+    T* partial = partials + task * bias_size();
+    for (int64_t i = 0; i < bias_size(); ++i) partial[i] = 0;
     for_each_with_next(
-        piece * per_head / self.num_pieces, (piece + 1) * per_head / self.num_pieces,
+        piece * per_head / num_pieces, (piece + 1) * per_head / num_pieces,
         [&](int64_t i) { return group_at(problem, i / problem.num_groups(), head, i % problem.num_groups()); },
         [&](const Group& group, const Group* following) { backward.run(group, following, partial); });
   }
 
-  static void add_pieces(void* opaque, int64_t head, int) {
-    const GridBackwardContext& self = *static_cast<GridBackwardContext*>(opaque);
-    T* sum = static_cast<T*>(self.params.grad_bias) + head * self.bias_size();
-    for (int64_t piece = 0; piece < self.num_pieces; ++piece) {
-      const T* partial = self.partials + (piece * self.params.problem.num_heads + head) * self.bias_size();
-      for (int64_t i = 0; i < self.bias_size(); ++i) sum[i] += partial[i];
+  void add_pieces(int64_t head) const {
+    T* sum = params.grad_bias.at<T>() + head * bias_size();
+    for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      const T* partial = partials + (piece * params.problem.num_heads + head) * bias_size();
+      for (int64_t i = 0; i < bias_size(); ++i) sum[i] += partial[i];
     }
   }
 };
@@ -261,12 +260,12 @@ template <typename Storage>
 void grid_backward_storage(const GridBackwardParams& params) {
   using T = ComputeOf<Storage>;
   const GridProblem& problem = params.problem;
-  const bool has_grad_bias = params.grad_bias != nullptr;
-  const TransposedBias<T> bias(problem, params.bias);
+  const bool has_grad_bias = params.grad_bias.data != nullptr;
+  const TransposedBias<T> bias(problem, params.bias.data);
   GridBackwardContext<Storage> context{params, bias, nullptr, 0, 1, 1, nullptr};
   const int64_t bias_size = context.bias_size(), num_units = context.num_units();
   if (has_grad_bias) {
-    for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) static_cast<T*>(params.grad_bias)[i] = 0;
+    for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) params.grad_bias.at<T>()[i] = 0;
   }
   if (num_units == 0) return;
   context.groups_per_task = groups_per_task(num_units);
@@ -280,13 +279,16 @@ void grid_backward_storage(const GridBackwardParams& params) {
   context.worker_bytes = measure.used();
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
   context.scratch = scratch.get();
-  if (!has_grad_bias) return parallel_for(num_workers, num_tasks, &context.run_groups, &context);
+  if (!has_grad_bias) {
+    for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { context.run_groups(task, worker); });
+    return;
+  }
   const AlignedBuffer partials = allocate_aligned(static_cast<size_t>(num_tasks * bias_size) * sizeof(T));
   context.partials = reinterpret_cast<T*>(partials.get());
-  parallel_for(num_workers, num_tasks, &context.run_piece, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { context.run_piece(task, worker); });
   const double additions = static_cast<double>(num_tasks) * static_cast<double>(bias_size);
-  parallel_for(useful_threads(problem.num_threads, problem.num_heads, additions), problem.num_heads,
-               &context.add_pieces, &context);
+  for_each_task(useful_threads(problem.num_threads, problem.num_heads, additions), problem.num_heads,
+                [&](int64_t head, int) { context.add_pieces(head); });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -2,10 +2,12 @@
 //
 // Steps:
 //   1. grid_row_terms: eight lanes take a token's row, shift = dot(grad_out, out);
-//   2. grid_token_gradients with keys as rows, 3. with queries as rows;
-//   where a bias' gradient is asked for, 4. grid_bias_gradients: sums of pieces of the images and groups, and
+//   2. grid_token_gradients with keys as rows;
+//   3. grid_token_gradients with queries as rows;
+//   where the gradient of a bias is wanted:
+//   4. grid_bias_gradients: sums of pieces of the images and groups;
 //   5. grid_sum_bias: a thread adds the pieces of one element in order.
-// Memory: a float32 a token, and sums of pieces: G * G a head and piece, of kMostBiasBytes at most; one piece alone is
+// Memory: a float32 a token, and sums of pieces: G * G a head and piece, of kMaxBiasBytes at most; one piece alone is
 // summed where it belongs.
 #include <algorithm>
 #include <cmath>
@@ -40,14 +42,10 @@ __global__ void __launch_bounds__(kRowThreads, 4) grid_row_terms(const GridRowAr
   const uint32_t line = token / args.num_columns, column = token - line * args.num_columns;
   const uint32_t plane = line / args.num_rows, row = line - plane * args.num_rows;
   const uint32_t batch = plane / args.num_heads, head = plane - batch * args.num_heads;
-  const auto row_of = [&](const ConstImage& image) {
-    return static_cast<const Element*>(image.data) + batch * image.batch_stride + head * image.head_stride +
-           row * image.row_stride + column * image.column_stride;
-  };
   float sum = 0.0f;
   if (is_there) {
-    const Element* out = row_of(args.out);
-    const Element* grad_out = row_of(args.grad_out);
+    const Element* out = args.out.at<Element>(batch, head, row, column);
+    const Element* grad_out = args.grad_out.at<Element>(batch, head, row, column);
     // Rows start on 16-byte boundaries and zeros follow them.
     for (int d = 2 * lane; d < args.head_dim; d += 2 * kLanesPerRow) {
       const float2 left = cuda::load_pair(out + d), right = cuda::load_pair(grad_out + d);
@@ -82,7 +80,7 @@ namespace {
 
 struct GridBackwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;
+  int64_t max_head_dim;
   int64_t tokens;
   int64_t threads;
   int64_t shared_bytes;
@@ -91,10 +89,10 @@ struct GridBackwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr GridBackwardKernel backward_kernel(Dtype dtype) {
+constexpr GridBackwardKernel backward_kernel() {
   using Shared = GridBackwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kTokens,
           Shared::kThreads,
@@ -107,20 +105,9 @@ constexpr GridBackwardKernel backward_kernel(Dtype dtype) {
           }};
 }
 
-constexpr GridBackwardKernel kBackwardKernels[] = {
-    backward_kernel<BFloat16, 64>(Dtype::kBFloat16), backward_kernel<BFloat16, 128>(Dtype::kBFloat16),
-    backward_kernel<Float16, 64>(Dtype::kFloat16),   backward_kernel<Float16, 128>(Dtype::kFloat16),
-    backward_kernel<float, 64>(Dtype::kFloat32),     backward_kernel<float, 128>(Dtype::kFloat32)};
-
-// Calls visit with a value of the element type that `dtype` stands for.
-template <typename Visit>
-auto with_element(Dtype dtype, const Visit& visit) {
-  switch (dtype) {
-    case Dtype::kFloat32: return visit(float{});
-    case Dtype::kBFloat16: return visit(BFloat16{});
-    default: return visit(Float16{});
-  }
-}
+constexpr GridBackwardKernel kBackwardKernels[] = {backward_kernel<BFloat16, 64>(), backward_kernel<BFloat16, 128>(),
+                                                   backward_kernel<Float16, 64>(),  backward_kernel<Float16, 128>(),
+                                                   backward_kernel<float, 64>(),    backward_kernel<float, 128>()};
 
 int64_t bias_tile_tokens(Dtype dtype) {
   return with_element(dtype,
@@ -128,7 +115,7 @@ int64_t bias_tile_tokens(Dtype dtype) {
 }
 
 int64_t bias_sums_of(const GridProblem& problem) {
-  return problem.num_heads * problem.most_tokens() * problem.most_tokens();
+  return problem.num_heads * problem.max_tokens() * problem.max_tokens();
 }
 
 // Pieces in which a bias' gradient is summed: whole thread blocks of slots.
@@ -137,9 +124,9 @@ int64_t num_pieces_of(const GridProblem& problem) {
   const GridGeometry geometry = grid::geometry_of(problem, tokens);
   const int64_t slots = tokens / geometry.slot_tokens;
   const int64_t tiles = int64_t{geometry.num_tiles} * geometry.num_tiles * problem.num_heads;
-  const int64_t wanted = grid::divide_up(GridCudaConfig::kBiasBlocks, tiles);
-  const int64_t affordable = GridCudaConfig::kMostBiasBytes / (bias_sums_of(problem) * 4 * slots);
-  const int64_t useful = grid::divide_up(geometry.num_images, slots);
+  const int64_t wanted = divide_up(GridCudaConfig::kBiasBlocks, tiles);
+  const int64_t affordable = GridCudaConfig::kMaxBiasBytes / (bias_sums_of(problem) * 4 * slots);
+  const int64_t useful = divide_up(geometry.num_images, slots);
   return std::max<int64_t>(1, std::min({wanted, affordable, useful})) * slots;
 }
 
@@ -147,7 +134,7 @@ int64_t num_tokens_of(const GridProblem& problem) {
   return problem.batch_size * problem.num_heads * problem.rows.size * problem.columns.size;
 }
 
-int64_t shift_bytes_of(const GridProblem& problem) { return grid::divide_up(num_tokens_of(problem) * 4, 256) * 256; }
+int64_t shift_bytes_of(const GridProblem& problem) { return divide_up(num_tokens_of(problem) * 4, 256) * 256; }
 
 // Step 1.
 void launch_row_terms(const GridBackwardParams& params, float* shift, cudaStream_t stream) {
@@ -163,8 +150,8 @@ void launch_row_terms(const GridBackwardParams& params, float* shift, cudaStream
   const int64_t num_tokens = num_tokens_of(problem);
   require(num_tokens <= INT32_MAX, "grid_attention_backward on CUDA takes at most 2^31 - 1 tokens of all heads");
   args.num_tokens = static_cast<uint32_t>(num_tokens);
-  const cuda::LaunchShape shape{dim3(static_cast<unsigned>(grid::divide_up(num_tokens, kRowsPerBlock))),
-                                dim3(kRowThreads), 0, stream};
+  const cuda::LaunchShape shape{dim3(static_cast<unsigned>(divide_up(num_tokens, kRowsPerBlock))), dim3(kRowThreads), 0,
+                                stream};
   with_element(problem.dtype, [&](auto element) { cuda::launch(grid_row_terms<decltype(element)>, shape, args); });
 }
 
@@ -176,7 +163,7 @@ void launch_bias_gradients(const GridBackwardParams& params, GridBackwardArgumen
   const int64_t tokens = bias_tile_tokens(problem.dtype), num_pieces = num_pieces_of(problem);
   args.geometry = grid::geometry_of(problem, tokens);
   args.num_pieces = static_cast<uint32_t>(num_pieces);
-  args.bias_sums = num_pieces == 1 ? static_cast<float*>(params.grad_bias) : pieces;
+  args.bias_sums = num_pieces == 1 ? params.grad_bias.at<float>() : pieces;
   const int64_t tiles = int64_t{args.geometry.num_tiles} * args.geometry.num_tiles;
   const int64_t blocks = num_pieces / (tokens / args.geometry.slot_tokens);
   require(tiles <= INT32_MAX && problem.num_heads <= 65535 && blocks <= 65535,
@@ -190,34 +177,35 @@ void launch_bias_gradients(const GridBackwardParams& params, GridBackwardArgumen
   });
   if (num_pieces == 1) return;
   const int64_t count = bias_sums_of(problem);
-  const GridSumArguments sums{count, static_cast<int32_t>(num_pieces), pieces, static_cast<float*>(params.grad_bias)};
+  const GridSumArguments sums{count, static_cast<int32_t>(num_pieces), pieces, params.grad_bias.at<float>()};
   cuda::launch(grid_sum_bias<kRowThreads>,
-               {dim3(static_cast<unsigned>(grid::divide_up(count, kRowThreads))), dim3(kRowThreads), 0, stream}, sums);
+               {dim3(static_cast<unsigned>(divide_up(count, kRowThreads))), dim3(kRowThreads), 0, stream}, sums);
 }
 
 }  // namespace
 
-int64_t grid_backward_workspace_bytes(const GridProblem& problem, bool needs_grad_bias) {
+int64_t grid_backward_workspace_bytes(const GridBackwardParams& params, const CudaPlace&) {
+  const GridProblem& problem = params.problem;
   grid::kernel_for(kBackwardKernels, problem);
   if (grid::is_empty(problem)) return 0;
-  const int64_t num_pieces = needs_grad_bias ? num_pieces_of(problem) : 0;
+  const int64_t num_pieces = params.grad_bias.data != nullptr ? num_pieces_of(problem) : 0;
   return shift_bytes_of(problem) + (num_pieces > 1 ? num_pieces * bias_sums_of(problem) * 4 : 0);
 }
 
 void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
   const GridProblem& problem = params.problem;
   const GridBackwardKernel& kernel = grid::kernel_for(kBackwardKernels, problem);
-  const bool needs_grad_bias = params.grad_bias != nullptr;
+  const bool needs_grad_bias = params.grad_bias.data != nullptr;
   const DeviceGuard guard(place.device);
   const StageRange range("grid: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (grid::is_empty(problem)) {
     if (!needs_grad_bias || bias_sums_of(problem) == 0) return;
-    cuda_require(cudaMemsetAsync(params.grad_bias, 0, static_cast<size_t>(bias_sums_of(problem)) * 4, stream),
+    cuda_require(cudaMemsetAsync(params.grad_bias.data, 0, static_cast<size_t>(bias_sums_of(problem)) * 4, stream),
                  "clearing the gradient of the bias");
     return;
   }
-  require(workspace.bytes >= grid_backward_workspace_bytes(problem, needs_grad_bias),
+  require(workspace.bytes >= grid_backward_workspace_bytes(params, place),
           "grid_attention_backward: the workspace is smaller than grid_backward_workspace_bytes says");
   auto* shift = static_cast<float*>(workspace.data);
   launch_row_terms(params, shift, stream);
@@ -232,19 +220,19 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   args.key = params.key;
   args.value = params.value;
   args.grad_out = params.grad_out;
-  args.bias = static_cast<const float*>(params.bias);
-  args.lse = static_cast<const float*>(params.lse);
+  args.bias = params.bias.at<float>();
+  args.lse = params.lse.at<float>();
   args.shift = shift;
   const cuda::LaunchShape shape{grid::blocks_for(args.geometry, kernel.tokens),
                                 dim3(static_cast<unsigned>(kernel.threads)), static_cast<size_t>(kernel.shared_bytes),
                                 stream};
   args.grad_first = params.grad_key;
   args.grad_second = params.grad_value;
-  args.is_first_aligned = grid::has_aligned_rows(params.grad_key, problem);
-  args.is_second_aligned = grid::has_aligned_rows(params.grad_value, problem);
+  args.is_first_aligned = grid::has_whole_chunks(params.grad_key);
+  args.is_second_aligned = grid::has_whole_chunks(params.grad_value);
   kernel.launch_keys(args, shape);
   args.grad_first = params.grad_query;
-  args.is_first_aligned = grid::has_aligned_rows(params.grad_query, problem);
+  args.is_first_aligned = grid::has_whole_chunks(params.grad_query);
   kernel.launch_queries(args, shape);
   if (needs_grad_bias) {
     auto* pieces = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace.data) + shift_bytes_of(problem));
@@ -254,9 +242,9 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
 
 void grid::add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridBackwardKernel& kernel : kBackwardKernels) {
-    facts.push_back({"grid_token_gradients", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+    facts.push_back({"grid_token_gradients", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
   }
-  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat32}) {
+  for (const Dtype dtype : kCudaDtypes) {
     with_element(dtype, [&](auto element) {
       using Shared = GridBackwardSharedMemory<decltype(element), kGridBiasHeadDim>;
       facts.push_back({"grid_bias_gradients", dtype, kGridBiasHeadDim, Shared::kThreads, sizeof(Shared)});

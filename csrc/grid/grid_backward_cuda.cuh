@@ -1,9 +1,12 @@
 // Grid and window attention backward on CUDA: the kernels that differentiate. grid_backward_cuda.cu launches them.
 //
-//   weight_ij   = exp(scale * dot(query_i, key_j) + bias_ij - lse_i)              recomputed
-//   d_score_ij  = weight_ij * (dot(grad_out_i, value_j) - shift_i),   shift_i = dot(grad_out_i, out_i)
-//   grad_value_j = sum_i weight_ij grad_out_i,   grad_key_j = scale * sum_i d_score_ij query_i
-//   grad_query_i = scale * sum_j d_score_ij key_j,   grad_bias_ij = sum over images and groups of d_score_ij
+//   weight_ij    = exp(scale * dot(query_i, key_j) + bias_ij - lse_i)              recomputed
+//   shift_i      = dot(grad_out_i, out_i)
+//   d_score_ij   = weight_ij * (dot(grad_out_i, value_j) - shift_i)
+//   grad_value_j = sum_i weight_ij grad_out_i
+//   grad_key_j   = scale * sum_i d_score_ij query_i
+//   grad_query_i = scale * sum_j d_score_ij key_j
+//   grad_bias_ij = sum over images and groups of d_score_ij
 //
 // Who owns what: a thread block owns a tile of tokens of one unit, or of several where groups are small
 // (grid_geometry_cuda.cuh), and a warp 16 of them: the rows of its products, whose gradients it sums in registers while
@@ -16,15 +19,16 @@
 //   per kBackwardStep columns:
 //   3. weights and d_scores;
 //   4. gradients += weights or d_scores x columns' rows, or bias sums += d_scores;
-//   last, 5. round and write.
+//   last:
+//   5. round and write.
 // Operations a token: keys as rows 8 G D, queries 6 G D, a bias 4 G D. Bytes: each of the first two reads four rows a
 // token and writes two or one, tiles of the other side from the second-level cache but for the first: 0.6 G operations
 // a byte of 16-bit memory, so that bandwidth bounds small groups. Nothing is fetched ahead; the thread blocks of a
 // multiprocessor hide each other's waits.
 // Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. A scale
 // above 1 is multiplied in before, so that float16 does not lose what it would magnify; a smaller one after. Tokens
-// that are not there weigh 0, and their rows are zeros. NaN and inf spread as in plain softmax. Determinism: no
-// atomics; every sum has an order fixed by shapes.
+// that are not there weigh 0, and their rows are zeros. NaN and inf spread as in plain softmax.
+// Determinism: no atomics; every sum has an order fixed by shapes.
 #pragma once
 
 #include "grid_geometry_cuda.cuh"
@@ -94,7 +98,7 @@ __device__ __forceinline__ void differentiate(const GridBackwardArguments& args,
   cuda::fill(d_scores, 0.0f);
   cuda::multiply_by_rows(weights, shared.row_first, first_row, shared.column_first, first_column, count, head_dim);
   cuda::multiply_by_rows(d_scores, shared.row_second, first_row, shared.column_second, first_column, count, head_dim);
-  const int64_t group = args.geometry.most_tokens;
+  const int64_t group = args.geometry.max_tokens;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + h * 8 + g;
@@ -152,7 +156,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
   const uint32_t block = blockIdx.x / geometry.num_tiles, tile = blockIdx.x - block * geometry.num_tiles;
   const uint32_t first_unit = block * (kTokens / static_cast<uint32_t>(geometry.slot_tokens));
   const auto unit_of = [first_unit](uint32_t slot) { return first_unit + slot; };
-  // Step 1. Tiles of short groups may be empty: such thread blocks leave, whole.
+  // Step 1. Tiles of short groups may be empty: such thread blocks return as a whole.
   if (!grid::place_tokens(geometry, unit_of, tile * kTokens, shared.row_places)) return;
   grid::gather_rows_async(shared.row_first, kAreRowsKeys ? args.key : args.query, shared.row_places, head_dim);
   grid::gather_rows_async(shared.row_second, kAreRowsKeys ? args.value : args.grad_out, shared.row_places, head_dim);
@@ -270,7 +274,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kGridBiasHea
   }
   // Step 5.
   const int g = cuda::lane_id() / 4, t = cuda::lane_id() % 4;
-  const uint32_t group = geometry.most_tokens;
+  const uint32_t group = geometry.max_tokens;
   const uint32_t piece = first_piece + static_cast<uint32_t>(columns.first / geometry.slot_tokens);
   float* piece_sums = args.bias_sums + (static_cast<int64_t>(piece) * geometry.num_heads + blockIdx.y) * group *
                                            static_cast<int64_t>(group);

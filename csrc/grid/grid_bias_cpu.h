@@ -11,26 +11,21 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 template <typename T>
 class TransposedBias {
  public:
-  TransposedBias(const GridProblem& problem, const void* bias) : num_tokens_(problem.most_tokens()) {
+  TransposedBias(const GridProblem& problem, const void* bias) : num_tokens_(problem.max_tokens()) {
     if (bias == nullptr) return;
     const int64_t per_head = num_tokens_ * num_tokens_;
     buffer_ = allocate_aligned(static_cast<size_t>(problem.num_heads * per_head) * sizeof(T));
     data_ = reinterpret_cast<T*>(buffer_.get());
-    struct Context {
-      const T* source;
-      T* target;
-      int64_t num_tokens;
-    } context{static_cast<const T*>(bias), data_, num_tokens_};
-    const auto body = [](void* opaque, int64_t task, int) {
-      const Context& ctx = *static_cast<Context*>(opaque);
-      const int64_t key = task % ctx.num_tokens, head = task / ctx.num_tokens;
-      const T* column = ctx.source + head * ctx.num_tokens * ctx.num_tokens + key;
-      for (int64_t query = 0; query < ctx.num_tokens; ++query) {
-        ctx.target[task * ctx.num_tokens + query] = column[query * ctx.num_tokens] * static_cast<T>(kLog2E);
+    const int num_workers = useful_threads(problem.num_threads, problem.num_heads, static_cast<double>(per_head));
+    for_each_task(num_workers, problem.num_heads * num_tokens_, [&](int64_t task, int) {
+      const int64_t num_tokens = num_tokens_;
+      const int64_t key = task % num_tokens, head = task / num_tokens;
+      const T* column = static_cast<const T*>(bias) + head * per_head + key;
+      T* row = data_ + task * num_tokens;
+      for (int64_t query = 0; query < num_tokens; ++query) {
+        row[query] = column[query * num_tokens] * static_cast<T>(kLog2E);
       }
-    };
-    parallel_for(useful_threads(problem.num_threads, problem.num_heads, static_cast<double>(per_head)),
-                 problem.num_heads * num_tokens_, body, &context);
+    });
   }
 
   bool exists() const { return data_ != nullptr; }

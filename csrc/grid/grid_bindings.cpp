@@ -1,42 +1,53 @@
-// Grid and window attention as Python sees them: addresses, sizes and strides in, nothing out.
-#include "../bindings.h"
-#include "../common/cpu_target.h"
-#include "grid_arguments.h"
-#include "grid_cpu.h"
+// Entry points of grid and window attention, and what their kernels rely on.
+#include <algorithm>
 
-namespace py = pybind11;
+#include "../bindings.h"
+#include "../common/checks.h"
+#include "../common/native_call.h"
+#include "grid_cpu.h"
+#if defined(TOPGATHER_HAVE_CUDA)
+#include "../cuda/native_call_cuda.h"
+#include "grid_cuda.h"
+#endif
 
 namespace topgather {
 namespace {
 
-const GridCpuKernels& cpu_kernels() {
-  switch (cpu_target()) {
-#if defined(TOPGATHER_HAVE_X86_TARGETS)
-    case CpuTarget::kAvx2: return avx2::kGridCpuKernels;
-    case CpuTarget::kAmx:  // nothing here multiplies on the matrix unit
-    case CpuTarget::kAvx512: return avx512::kGridCpuKernels;
-#endif
-    default: return baseline::kGridCpuKernels;
-  }
+GroupAxis axis_of(bool is_window, int64_t size, int64_t step) {
+  const int64_t num_steps = (size + step - 1) / step;
+  if (is_window) return {size, num_steps, step, 1, std::min(step, size)};
+  return {size, std::min(step, size), 1, step, num_steps};
+}
+
+template <typename Params>
+void complete_problem(Params& params) {
+  GridProblem& problem = params.problem;
+  require(problem.rows_step >= 1 && problem.columns_step >= 1, "steps must be at least 1");
+  require(problem.num_threads >= 1, "num_threads must be at least 1");
+  problem.dtype = params.query.dtype;
+  problem.batch_size = params.query.sizes[0];
+  problem.num_heads = params.query.sizes[1];
+  problem.rows = axis_of(problem.is_window, params.query.sizes[2], problem.rows_step);
+  problem.columns = axis_of(problem.is_window, params.query.sizes[3], problem.columns_step);
+  problem.head_dim = params.query.sizes[4];
+  require(problem.head_dim >= 1, "head_dim must be at least 1");
 }
 
 }  // namespace
 
-void bind_grid(py::module_& module) {
-  module.def("grid_forward_cpu", [](const py::tuple& problem, const py::tuple& query, const py::tuple& key,
-                                    const py::tuple& value, int64_t bias, const py::tuple& out, int64_t lse) {
-    const GridForwardParams params = grid_forward_params_from(problem, query, key, value, bias, out, lse);
-    const py::gil_scoped_release release;
-    cpu_kernels().forward(params);
-  });
-  module.def("grid_backward_cpu", [](const py::tuple& problem, const py::tuple& inputs, int64_t bias, int64_t lse,
-                                     const py::tuple& gradients, int64_t grad_bias) {
-    const GridBackwardParams params = grid_backward_params_from(problem, inputs, bias, lse, gradients, grad_bias);
-    const py::gil_scoped_release release;
-    cpu_kernels().backward(params);
-  });
+void complete(GridForwardParams& params) { complete_problem(params); }
+void complete(GridBackwardParams& params) { complete_problem(params); }
+
+void bind_grid(pybind11::module_& module) {
+#if !defined(TOPGATHER_EMULATION)
+  add_cpu_entry(module, "grid_attention", &GridCpuKernels::forward);
+  add_cpu_entry(module, "grid_attention_backward", &GridCpuKernels::backward);
+#endif
 #if defined(TOPGATHER_HAVE_CUDA)
-  bind_grid_cuda(module);
+  add_cuda_entry<GridForwardParams>(module, "grid_attention", {&grid_forward_cuda});
+  add_cuda_entry<GridBackwardParams>(module, "grid_attention_backward",
+                                     {&grid_backward_cuda, &grid_backward_workspace_bytes});
+  add_kernel_facts(module, "grid_cuda_kernel_facts", &grid_cuda_kernel_facts);
 #endif
 }
 

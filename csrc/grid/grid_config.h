@@ -13,11 +13,11 @@ struct GridConfig {
   // Queries of a large group that one forward task takes, so that few large groups still occupy many threads.
   static constexpr int64_t kQueriesPerTask = 256;
   // Small groups are handed out several at a time, as long as there are this many tasks left.
-  static constexpr int64_t kMostGroupsPerTask = 16;
-  static constexpr int64_t kLeastTasks = 64;
+  static constexpr int64_t kMaxGroupsPerTask = 16;
+  static constexpr int64_t kMinTasks = 64;
   // Pieces in which the gradient of a bias is summed: enough for many threads, in at most so much memory.
-  static constexpr int64_t kMostBiasPieces = 64;
-  static constexpr int64_t kMostBiasBytes = int64_t{64} << 20;
+  static constexpr int64_t kMaxBiasPieces = 64;
+  static constexpr int64_t kMaxBiasBytes = int64_t{64} << 20;
 };
 
 }  // namespace topgather

@@ -12,7 +12,7 @@ struct GridCudaConfig {
   // A bias' gradient is summed in pieces until there are this many thread blocks, four for each multiprocessor of an
   // H100, in at most so much memory.
   static constexpr int64_t kBiasBlocks = 528;
-  static constexpr int64_t kMostBiasBytes = int64_t{64} << 20;
+  static constexpr int64_t kMaxBiasBytes = int64_t{64} << 20;
 };
 
 // A warp takes 16 tokens of a tile, with all of their head_dim in registers where it sums.

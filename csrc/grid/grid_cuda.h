@@ -14,12 +14,13 @@ namespace topgather {
 std::vector<CudaKernelFacts> grid_cuda_kernel_facts();
 
 // Largest head_dim that kernels take; float32, bfloat16 and float16.
-constexpr int64_t kGridMostHeadDim = 128;
+constexpr int64_t kGridMaxHeadDim = 128;
 
-void grid_forward_cuda(const GridForwardParams& params, const CudaPlace& place);
+// Needs no workspace.
+void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 // The same bits every time.
-int64_t grid_backward_workspace_bytes(const GridProblem& problem, bool needs_grad_bias);
+int64_t grid_backward_workspace_bytes(const GridBackwardParams& params, const CudaPlace& place);
 void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 }  // namespace topgather

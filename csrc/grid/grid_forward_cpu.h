@@ -4,10 +4,12 @@
 //   lse_i = log sum_t exp(scale * dot(query_i, key_t) + bias_it)
 //
 // Who owns what: a task is a few groups of heads one after the other, or up to kQueriesPerTask queries of a large
-// group, and owns their rows of out and lse. Tokens of the next group, and of what is written, are asked for between
-// the steps: rows lie scattered, and reading them would otherwise take longer than the arithmetic. Groups that fit one
+// group, and owns their rows of out and lse. Tokens of the next group, and of what is written, are prefetched between
+// the steps: rows lie scattered, and waiting for them would take longer than the arithmetic. Groups that fit one
 // vector have a task of their own (grid_forward_small_cpu.h). Steps:
-//   once a call, 0. the bias transposed, and in base 2;
+//   once a call:
+//   0. the bias transposed, and in base 2;
+//   per group:
 //   1. keys and values of the group to dense scratch, from wherever they lie;
 //   per tile of kTileQueries queries:
 //   2. gather the queries, transposed and scaled: queries stand in vector lanes, keys are broadcast;
@@ -15,10 +17,11 @@
 //   3. scores [keys, queries], plus bias;
 //   4. running maximum and sum per query (online softmax, base 2), weights in place of the scores;
 //   5. running outputs rescaled, plus weights^T x values;
-//   last, 6. divide, convert, write out and lse.
+//   last:
+//   6. divide, convert, write out and lse.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row all of whose scores are -inf: NaN, as
-// plain softmax. There is no empty row: a token is in its own group. Determinism: a task's arithmetic depends on shapes
-// alone, so any number of threads gives the same bits.
+// plain softmax. There is no empty row: a token is in its own group.
+// Determinism: a task's arithmetic depends on shapes alone, so any number of threads gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -56,20 +59,20 @@ struct GridForwardTask {
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 3> next;  // of the group that follows
   TokensAhead<Storage, 1> written;     // of this one
-  int64_t num_asked = 0;               // tokens that each ask_for_tokens asks for
+  int64_t num_prefetched = 0;          // tokens by each call of prefetch_tokens
 
   GridForwardTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
-    const int64_t most_tokens = p.problem.most_tokens();
-    keys = scratch.take<T>(most_tokens * padded_dim);
-    values = scratch.take<T>(most_tokens * padded_dim);
+    const int64_t max_tokens = p.problem.max_tokens();
+    keys = scratch.take<T>(max_tokens * padded_dim);
+    values = scratch.take<T>(max_tokens * padded_dim);
     query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
     scores = scratch.take<T>(kTileKeys * kTileQueries);
     out_tile = scratch.take<T>(kTileQueries * padded_dim);
     running_max = scratch.take<T>(kTileQueries);
     running_sum = scratch.take<T>(kTileQueries);
     rescale = scratch.take<T>(kTileQueries);
-    bias_indices = scratch.take<int32_t>(most_tokens);
+    bias_indices = scratch.take<int32_t>(max_tokens);
   }
 
   // Step 4 for kVectors vectors of queries from `column` on.
@@ -130,10 +133,10 @@ struct GridForwardTask {
     for (int64_t i = 0; i < padded_count; ++i) running_max[i] = -std::numeric_limits<T>::infinity();
     for (int64_t first_key = 0; first_key < group.num_tokens; first_key += kTileKeys) {
       const int64_t num_keys = min64(kTileKeys, group.num_tokens - first_key);
-      const auto ask = [&] { ask_for_tokens(); };
-      tile_gemm_asking<false>(GemmOperands<T>{keys + first_key * padded_dim, padded_dim, 1, query_tile, kTileQueries,
-                                              scores, kTileQueries, problem.head_dim},
-                              num_keys, padded_count, ask);
+      const auto prefetch = [&] { prefetch_tokens(); };
+      tile_gemm_prefetching<false>(GemmOperands<T>{keys + first_key * padded_dim, padded_dim, 1, query_tile,
+                                                   kTileQueries, scores, kTileQueries, problem.head_dim},
+                                   num_keys, padded_count, prefetch);
       if (bias.exists()) {
         add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, scores,
                  kTileQueries);
@@ -142,21 +145,21 @@ struct GridForwardTask {
       const GemmOperands<T> product{scores,     1,        kTileQueries, values + first_key * padded_dim,
                                     padded_dim, out_tile, padded_dim,   num_keys};
       if (first_key == 0) {
-        tile_gemm_asking<false>(product, count, padded_dim, ask);
+        tile_gemm_prefetching<false>(product, count, padded_dim, prefetch);
       } else {
         for (int64_t i = 0; i < count; ++i) {
           T* row = out_tile + i * padded_dim;
           for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store<T>(row + d, load<T>(row + d) * rescale[i]);
         }
-        tile_gemm_asking<true>(product, count, padded_dim, ask);
+        tile_gemm_prefetching<true>(product, count, padded_dim, prefetch);
       }
     }
     finish(group, first, count);
   }
 
-  void ask_for_tokens() {
-    next.ask(num_asked);
-    written.ask(num_asked);
+  void prefetch_tokens() {
+    next.prefetch(num_prefetched);
+    written.prefetch(num_prefetched);
   }
 
   // Step 6.
@@ -167,11 +170,10 @@ struct GridForwardTask {
           const int64_t i = token - first;
           store_row(out_tile + i * padded_dim, problem.head_dim, 1 / running_sum[i], row);
         });
-    numbers_in(problem, static_cast<T*>(params.lse), group)
-        .for_each(group, first, first + count, [&](int64_t token, T* lse) {
-          const int64_t i = token - first;
-          *lse = (running_max[i] + std::log2(running_sum[i])) * static_cast<T>(kLn2);
-        });
+    numbers_in(problem, params.lse.at<T>(), group).for_each(group, first, first + count, [&](int64_t token, T* lse) {
+      const int64_t i = token - first;
+      *lse = (running_max[i] + std::log2(running_sum[i])) * static_cast<T>(kLn2);
+    });
   }
 
   // `following` is the group of the next call, or null.
@@ -181,7 +183,7 @@ struct GridForwardTask {
     next = {};
     if (following != nullptr) next = {problem, *following, {&params.query, &params.key, &params.value}};
     written = {problem, group, {&params.out}};
-    num_asked = tokens_per_ask<T>(problem.most_tokens(), padded_dim, 1, 1);
+    num_prefetched = tokens_per_prefetch<T>(problem.max_tokens(), padded_dim, 1, 1);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.key, group), group, 0, group.num_tokens,
                            problem.head_dim, padded_dim, keys);
     gather_tokens<Storage>(rows_in<const Storage>(problem, params.value, group), group, 0, group.num_tokens,
@@ -195,7 +197,7 @@ struct GridForwardTask {
 
 // By shapes alone.
 inline int64_t groups_per_task(int64_t num_groups) {
-  return max64(1, min64(GridConfig::kMostGroupsPerTask, num_groups / GridConfig::kLeastTasks));
+  return max64(1, min64(GridConfig::kMaxGroupsPerTask, num_groups / GridConfig::kMinTasks));
 }
 
 template <template <typename> typename TaskOf, typename Storage>
@@ -205,45 +207,33 @@ void run_grid_forward(const GridForwardParams& params) {
   const GridProblem& problem = params.problem;
   const int64_t num_units = problem.batch_size * problem.num_groups() * problem.num_heads;
   if (num_units == 0) return;
-  const TransposedBias<T> bias(problem, params.bias);
-  const int64_t pieces = ceil_div(problem.most_tokens(), GridConfig::kQueriesPerTask);
+  const TransposedBias<T> bias(problem, params.bias.data);
+  const int64_t pieces = ceil_div(problem.max_tokens(), GridConfig::kQueriesPerTask);
   ScratchCutter measure(nullptr);
   Task(params, bias, measure);
-  const double pairs = static_cast<double>(problem.most_tokens()) * static_cast<double>(problem.most_tokens());
+  const double pairs = static_cast<double>(problem.max_tokens()) * static_cast<double>(problem.max_tokens());
   const int64_t units_per_task = groups_per_task(num_units * pieces);
   const int64_t num_tasks = ceil_div(num_units, units_per_task) * pieces;
   const int num_workers =
       useful_threads(problem.num_threads, num_tasks, 2.0 * static_cast<double>(num_units * problem.head_dim) * pairs);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  struct Context {
-    const GridForwardParams& params;
-    const TransposedBias<T>& bias;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-    int64_t pieces;
-    int64_t units_per_task;
-    int64_t num_units;
-  } context{params, bias, scratch.get(), measure.used(), pieces, units_per_task, num_units};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const GridProblem& p = ctx.params.problem;
-    const int64_t first_query = task % ctx.pieces * GridConfig::kQueriesPerTask;
-    const int64_t first_unit = task / ctx.pieces * ctx.units_per_task;
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
-    Task forward(ctx.params, ctx.bias, cutter);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    const int64_t first_query = task % pieces * GridConfig::kQueriesPerTask;
+    const int64_t first_unit = task / pieces * units_per_task;
+    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    Task forward(params, bias, cutter);
     for_each_with_next(
-        first_unit, min64(first_unit + ctx.units_per_task, ctx.num_units),
-        [&](int64_t unit) { return unit_at(p, ctx.params.query, unit); },
+        first_unit, min64(first_unit + units_per_task, num_units),
+        [&](int64_t unit) { return unit_at(problem, params.query, unit); },
         [&](const Group& group, const Group* following) {
           forward.run(group, first_query, first_query + GridConfig::kQueriesPerTask, following);
         });
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  });
 }
 
 template <typename Storage>
 void grid_forward_storage(const GridForwardParams& params) {
-  if (params.problem.most_tokens() <= kLanes<ComputeOf<Storage>>) {
+  if (params.problem.max_tokens() <= kLanes<ComputeOf<Storage>>) {
     run_grid_forward<GridForwardSmallTask, Storage>(params);
   } else {
     run_grid_forward<GridForwardTask, Storage>(params);

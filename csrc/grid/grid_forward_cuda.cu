@@ -12,14 +12,16 @@
 //   3. scores in base 2, plus bias; keys that are not there to -inf;
 //   4. running maximum and sum per query (online softmax);
 //   5. outputs += weights x values;
-//   last, 6. divide, round, write out and lse.
+//   last:
+//   6. divide, round, write out and lse.
 // Bytes: query and out once, keys and values once per tile of queries, from the second-level cache but for the first; a
 // bias is read by every group, from there too. Operations: 4 G D a token, G / 2 a byte of 16-bit memory: bandwidth
 // bounds windows and grids of 49 or 64 tokens by far. Tiles of keys are not fetched ahead; the thread blocks of a
 // multiprocessor hide each other's waits.
 // Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
 // values. A row all of whose scores are -inf, or with one of +inf or NaN: NaN, as plain softmax. There is no empty row:
-// a token is in its own group. Determinism: a row's arithmetic depends on its own group and shapes alone.
+// a token is in its own group.
+// Determinism: a row's arithmetic depends on its own group and shapes alone.
 #include "grid_geometry_cuda.cuh"
 
 namespace topgather {
@@ -72,7 +74,7 @@ template <typename Shared, int kBlocks>
 __device__ __forceinline__ void finish_scores(const GridForwardArguments& args, const Shared& shared, int first_row,
                                               int first_key, uint32_t there, float (&scores)[1][kBlocks][4]) {
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const int64_t group = args.geometry.most_tokens;
+  const int64_t group = args.geometry.max_tokens;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + h * 8 + g;
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
   const uint32_t block = blockIdx.x / geometry.num_tiles, tile = blockIdx.x - block * geometry.num_tiles;
   const uint32_t first_unit = block * (kTokens / static_cast<uint32_t>(geometry.slot_tokens));
   const auto unit_of = [first_unit](uint32_t slot) { return first_unit + slot; };
-  // Step 1. Tiles of short groups may be empty: such thread blocks leave, whole.
+  // Step 1. Tiles of short groups may be empty: such thread blocks return as a whole.
   if (!grid::place_tokens(geometry, unit_of, tile * kTokens, shared.query_places)) return;
   grid::gather_rows_async(shared.query, args.query, shared.query_places, geometry.head_dim);
   cuda::copy_async_commit();
@@ -214,7 +216,7 @@ namespace {
 
 struct GridForwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;
+  int64_t max_head_dim;
   int64_t tokens;
   int64_t threads;
   int64_t shared_bytes;
@@ -222,10 +224,10 @@ struct GridForwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr GridForwardKernel forward_kernel(Dtype dtype) {
+constexpr GridForwardKernel forward_kernel() {
   using Shared = GridForwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kTokens,
           Shared::kThreads,
@@ -235,14 +237,13 @@ constexpr GridForwardKernel forward_kernel(Dtype dtype) {
           }};
 }
 
-constexpr GridForwardKernel kForwardKernels[] = {
-    forward_kernel<BFloat16, 64>(Dtype::kBFloat16), forward_kernel<BFloat16, 128>(Dtype::kBFloat16),
-    forward_kernel<Float16, 64>(Dtype::kFloat16),   forward_kernel<Float16, 128>(Dtype::kFloat16),
-    forward_kernel<float, 64>(Dtype::kFloat32),     forward_kernel<float, 128>(Dtype::kFloat32)};
+constexpr GridForwardKernel kForwardKernels[] = {forward_kernel<BFloat16, 64>(), forward_kernel<BFloat16, 128>(),
+                                                 forward_kernel<Float16, 64>(),  forward_kernel<Float16, 128>(),
+                                                 forward_kernel<float, 64>(),    forward_kernel<float, 128>()};
 
 }  // namespace
 
-void grid_forward_cuda(const GridForwardParams& params, const CudaPlace& place) {
+void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace&, const CudaPlace& place) {
   const GridProblem& problem = params.problem;
   const GridForwardKernel& kernel = grid::kernel_for(kForwardKernels, problem);
   if (grid::is_empty(problem)) return;
@@ -251,20 +252,20 @@ void grid_forward_cuda(const GridForwardParams& params, const CudaPlace& place) 
   GridForwardArguments args{};
   args.geometry = grid::geometry_of(problem, kernel.tokens);
   args.score_scale = static_cast<float>(problem.scale) * grid::kLog2E;
-  args.is_out_aligned = grid::has_aligned_rows(params.out, problem);
+  args.is_out_aligned = grid::has_whole_chunks(params.out);
   args.query = params.query;
   args.key = params.key;
   args.value = params.value;
-  args.bias = static_cast<const float*>(params.bias);
+  args.bias = params.bias.at<float>();
   args.out = params.out;
-  args.lse = static_cast<float*>(params.lse);
+  args.lse = params.lse.at<float>();
   kernel.launch(args, {grid::blocks_for(args.geometry, kernel.tokens), dim3(static_cast<unsigned>(kernel.threads)),
                        static_cast<size_t>(kernel.shared_bytes), static_cast<cudaStream_t>(place.stream)});
 }
 
 void grid::add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridForwardKernel& kernel : kForwardKernels) {
-    facts.push_back({"grid_attend", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
+    facts.push_back({"grid_attend", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
   }
 }
 

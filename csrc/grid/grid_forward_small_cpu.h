@@ -20,8 +20,8 @@
 namespace topgather::TOPGATHER_CPU_TARGET {
 
 // Step 3 for kCount keys: scores[i * kLanes] = factor * dot(queries, row i). Out of line, as is step 5's product: both
-// need all registers. In passing it asks for other rows, [kLanes][depth]: one line of each between multiplications, as
-// many at once as the processor keeps track of.
+// need all registers. Between multiplications it prefetches other rows, [kLanes][depth], one cache line of each: no
+// more at once than a processor has outstanding loads.
 template <typename T, int kCount, typename Storage>
 __attribute__((noinline)) void score_rows(const T* const* key_rows, const T* query_tile, int64_t depth, T factor,
                                           T* scores, const Storage* const* wanted, const Storage* const* wanted_too) {
@@ -146,7 +146,7 @@ struct GridForwardSmallTask {
   }
 
   void write_lse(const Group& group, const Vector<T>& lse) const {
-    numbers_in(params.problem, static_cast<T*>(params.lse), group)
+    numbers_in(params.problem, params.lse.at<T>(), group)
         .for_each(group, 0, group.num_tokens, [&](int64_t token, T* target) { *target = lse[token]; });
   }
 

@@ -34,7 +34,7 @@ inline Group group_at(const GridProblem& problem, int64_t batch_idx, int64_t hea
 inline Group unit_at(const GridProblem& problem, const ConstImage& query, int64_t unit) {
   const int64_t num_heads = problem.num_heads, num_groups = problem.num_groups();
   const int64_t batch_idx = unit / (num_heads * num_groups), rest = unit % (num_heads * num_groups);
-  if (query.head_stride < query.column_stride) {
+  if (query.strides[1] < query.strides[3]) {
     return group_at(problem, batch_idx, rest % num_heads, rest / num_heads);
   }
   return group_at(problem, batch_idx, rest / num_groups, rest % num_groups);
@@ -77,10 +77,9 @@ struct GroupRows {
 
 template <typename Element, typename Image>
 inline GroupRows<Element> rows_in(const GridProblem& problem, const Image& image, const Group& group) {
-  Element* data = static_cast<Element*>(image.data) + group.batch_idx * image.batch_stride +
-                  group.head_idx * image.head_stride + group.first_row * image.row_stride +
-                  group.first_column * image.column_stride;
-  return {data, problem.rows.token_step * image.row_stride, problem.columns.token_step * image.column_stride};
+  Element* data = image.template at<std::remove_const_t<Element>>(group.batch_idx, group.head_idx, group.first_row,
+                                                                  group.first_column);
+  return {data, problem.rows.token_step * image.strides[2], problem.columns.token_step * image.strides[3]};
 }
 
 // The same for one number a token, laid out [batch, head, row, column].
@@ -91,8 +90,8 @@ inline GroupRows<Element> numbers_in(const GridProblem& problem, Element* data, 
   return {data + group.first_column, problem.rows.token_step * columns, problem.columns.token_step};
 }
 
-// Asks for a group's tokens ahead of time: scattered rows are too irregular for the hardware to foresee. A few at a
-// time, since a processor keeps track of only so many, and waits when asked for more.
+// Prefetches a group's tokens: scattered rows are too irregular for the hardware prefetcher. A few at a time, since a
+// processor has a bounded number of outstanding loads and stalls on more.
 template <typename Element, int kNumImages>
 class TokensAhead {
  public:
@@ -104,7 +103,7 @@ class TokensAhead {
   }
 
   // The next `count` tokens, if there are any left; for writing where the element may be written.
-  void ask(int64_t count) {
+  void prefetch(int64_t count) {
     constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Element));
     for (; count > 0 && token_ < group_.num_tokens; --count, ++token_) {
       for (const GroupRows<Element>& rows : rows_) {
@@ -133,23 +132,25 @@ constexpr int64_t rows_at_once(int64_t num_columns) {
   return rows_per_tile(static_cast<int>(min64(num_columns / kLanes<T>, kMaxVectorsPerTile)));
 }
 
-// tile_gemm, with ask() called each time some rows are done.
-template <bool kAccumulate, typename T, typename Ask>
-inline void tile_gemm_asking(const GemmOperands<T>& op, int64_t num_rows, int64_t num_columns, const Ask& ask) {
+// tile_gemm, with prefetch() called each time some rows are done.
+template <bool kAccumulate, typename T, typename Prefetch>
+inline void tile_gemm_prefetching(const GemmOperands<T>& op, int64_t num_rows, int64_t num_columns,
+                                  const Prefetch& prefetch) {
   const int64_t step = rows_at_once<T>(num_columns);
   for (int64_t row = 0; row < num_rows; row += step) {
     GemmOperands<T> part = op;
     part.a += row * op.a_row;
     part.c += row * op.c_row;
     tile_gemm<kAccumulate>(part, min64(step, num_rows - row), num_columns);
-    ask();
+    prefetch();
   }
 }
 
-// Tokens of a group that each call of ask() asks for. Every tile of the group has num_by_queries products as wide as
-// its queries and num_by_channels as wide as a row; their rows are a tile's keys or queries.
+// Tokens of a group that each call of prefetch() fetches. Every tile of the group has num_by_queries products as wide
+// as its queries and num_by_channels as wide as a row; their rows are a tile's keys or queries.
 template <typename T>
-inline int64_t tokens_per_ask(int64_t num_tokens, int64_t padded_dim, int64_t num_by_queries, int64_t num_by_channels) {
+inline int64_t tokens_per_prefetch(int64_t num_tokens, int64_t padded_dim, int64_t num_by_queries,
+                                   int64_t num_by_channels) {
   const int64_t rows = min64(num_tokens, min64(GridConfig::kTileQueries, GridConfig::kTileKeys));
   const int64_t calls = num_by_queries * ceil_div(rows, rows_at_once<T>(round_up(rows, kLanes<T>))) +
                         num_by_channels * ceil_div(rows, rows_at_once<T>(padded_dim));
@@ -177,11 +178,11 @@ inline void gather_token_columns(const GroupRows<const Storage>& rows, const Gro
   gather_rows_transposed<Storage>([&](int64_t i) { return tokens[i]; }, count, depth, factor, tile, tile_row);
 }
 
-// Where each token of the group stands in a bias, whose groups all have most_tokens.
+// Where each token of the group stands in a bias, whose groups all have max_tokens.
 inline void write_bias_indices(const GridProblem& problem, const Group& group, int32_t* indices) {
   for (int64_t token = 0; token < group.num_tokens; ++token) {
     indices[token] =
-        static_cast<int32_t>(token / group.num_columns * problem.columns.most_tokens + token % group.num_columns);
+        static_cast<int32_t>(token / group.num_columns * problem.columns.max_tokens + token % group.num_columns);
   }
 }
 

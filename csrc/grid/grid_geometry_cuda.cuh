@@ -1,7 +1,7 @@
 // Tiles of an image's groups, for every CUDA stage: where tokens lie, copies of their rows in and out.
 //
 // A unit is one group of one head of one image. Tokens of a group are numbered as in a bias, token (i, j) is
-// i * most_columns + j, also where the group is smaller: numbers that it lacks are tokens that are not there, rows of
+// i * max_columns + j, also where the group is smaller: numbers that it lacks are tokens that are not there, rows of
 // zeros with weight 0. A tile is kTokens successive numbers of one unit, or, where groups are small, of several units
 // in slots of 16 or 32, a slot a unit.
 #pragma once
@@ -10,7 +10,9 @@
 #include <string>
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
+#include "../cuda/rounding.h"
 #include "../cuda/tile_math.cuh"
 #include "grid_config_cuda.h"
 #include "grid_cuda.h"
@@ -21,8 +23,6 @@ namespace grid {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace grid
 
@@ -39,9 +39,9 @@ struct GridGeometry {
   GridAxisOnDevice columns;
   uint32_t num_heads;
   uint32_t num_groups;
-  uint32_t num_images;   // batch * num_groups: groups of one head in all images
-  uint32_t most_tokens;  // of a group
-  uint32_t most_columns;
+  uint32_t num_images;  // batch * num_groups: groups of one head in all images
+  uint32_t max_tokens;  // of a group
+  uint32_t max_columns;
   uint32_t num_tiles;  // of a unit
   int32_t slot_tokens;
   int32_t head_dim;
@@ -82,11 +82,10 @@ __device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const
     const uint32_t batch = image / geometry.num_groups, group = image - batch * geometry.num_groups;
     const uint32_t row_group = group / geometry.columns.num_groups;
     const uint32_t column_group = group - row_group * geometry.columns.num_groups;
-    const uint32_t token_row = number / geometry.most_columns,
-                   token_column = number - token_row * geometry.most_columns;
+    const uint32_t token_row = number / geometry.max_columns, token_column = number - token_row * geometry.max_columns;
     const uint32_t row = row_group * geometry.rows.group_step + token_row * geometry.rows.token_step;
     const uint32_t column = column_group * geometry.columns.group_step + token_column * geometry.columns.token_step;
-    is_there = unit < geometry.num_units() && number < geometry.most_tokens && row < geometry.rows.size &&
+    is_there = unit < geometry.num_units() && number < geometry.max_tokens && row < geometry.rows.size &&
                column < geometry.columns.size;
     places.batch[i] = is_there ? batch : 0;
     places.head[i] = is_there ? head : 0;
@@ -113,8 +112,7 @@ __device__ __forceinline__ uint32_t tokens_there(const TilePlaces<kTokens>& plac
 
 template <typename Image, int kTokens>
 __device__ __forceinline__ int64_t offset_in(const Image& image, const TilePlaces<kTokens>& places, int token) {
-  return places.batch[token] * image.batch_stride + places.head[token] * image.head_stride +
-         places.row[token] * image.row_stride + places.column[token] * image.column_stride;
+  return image.offset(places.batch[token], places.head[token], places.row[token], places.column[token]);
 }
 
 // The same for one number a token, laid out [batch, head, row, column].
@@ -223,23 +221,23 @@ inline GridGeometry geometry_of(const GridProblem& problem, int64_t tile_tokens)
                             narrow(from.token_step)};
   };
   require(problem.rows.size <= INT32_MAX / 2 && problem.columns.size <= INT32_MAX / 2 &&
-              problem.most_tokens() <= INT32_MAX / 2,
+              problem.max_tokens() <= INT32_MAX / 2,
           "grid attention on CUDA takes rows, columns and groups of at most 2^30 tokens");
   require(static_cast<double>(problem.batch_size) * static_cast<double>(problem.num_heads) *
                   static_cast<double>(problem.num_groups()) <=
               INT32_MAX / 2,
           "grid attention on CUDA takes at most 2^30 groups of all heads and images");
-  const int64_t most_tokens = problem.most_tokens();
+  const int64_t max_tokens = problem.max_tokens();
   GridGeometry geometry{};
   geometry.rows = axis(problem.rows);
   geometry.columns = axis(problem.columns);
   geometry.num_heads = narrow(problem.num_heads);
   geometry.num_groups = narrow(problem.num_groups());
   geometry.num_images = narrow(problem.batch_size * problem.num_groups());
-  geometry.most_tokens = narrow(most_tokens);
-  geometry.most_columns = narrow(problem.columns.most_tokens);
-  geometry.num_tiles = narrow(divide_up(most_tokens, tile_tokens));
-  const int64_t slot_tokens = most_tokens <= 16 ? 16 : (most_tokens <= 32 ? 32 : tile_tokens);
+  geometry.max_tokens = narrow(max_tokens);
+  geometry.max_columns = narrow(problem.columns.max_tokens);
+  geometry.num_tiles = narrow(divide_up(max_tokens, tile_tokens));
+  const int64_t slot_tokens = max_tokens <= 16 ? 16 : (max_tokens <= 32 ? 32 : tile_tokens);
   geometry.slot_tokens = static_cast<int32_t>(slot_tokens);
   geometry.head_dim = static_cast<int32_t>(problem.head_dim);
   return geometry;
@@ -257,23 +255,19 @@ inline bool is_empty(const GridProblem& problem) {
   return problem.batch_size == 0 || problem.num_heads == 0 || problem.rows.size == 0 || problem.columns.size == 0;
 }
 
-// Rows start on 16-byte boundaries and end there.
-template <typename Image>
-bool has_aligned_rows(const Image& image, const GridProblem& problem) {
-  const int64_t per_chunk = problem.dtype == Dtype::kFloat32 ? 4 : 8;
-  return reinterpret_cast<uintptr_t>(image.data) % 16 == 0 && problem.head_dim % per_chunk == 0 &&
-         image.batch_stride % per_chunk == 0 && image.head_stride % per_chunk == 0 &&
-         image.row_stride % per_chunk == 0 && image.column_stride % per_chunk == 0;
+// Whether rows start on 16-byte boundaries and end there.
+inline bool has_whole_chunks(const MutableImage& image) {
+  return image.has_aligned_rows(16) && image.sizes[4] * element_bytes(image.dtype) % 16 == 0;
 }
 
 // The first kernel of a table, ascending in head_dim, that takes the problem.
 template <typename Kernel, size_t kCount>
 const Kernel& kernel_for(const Kernel (&table)[kCount], const GridProblem& problem) {
   for (const Kernel& kernel : table) {
-    if (kernel.dtype == problem.dtype && problem.head_dim <= kernel.most_head_dim) return kernel;
+    if (kernel.dtype == problem.dtype && problem.head_dim <= kernel.max_head_dim) return kernel;
   }
   throw std::invalid_argument("grid attention on CUDA takes float32, bfloat16 and float16 and head_dim up to " +
-                              std::to_string(kGridMostHeadDim) + ", got dtype code " +
+                              std::to_string(kGridMaxHeadDim) + ", got dtype code " +
                               std::to_string(static_cast<int>(problem.dtype)) + " and head_dim " +
                               std::to_string(problem.head_dim));
 }

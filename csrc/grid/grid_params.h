@@ -1,13 +1,12 @@
 // What crosses from Python into the kernels of grid and window attention, on every backend.
 //
 // An image has rows x columns tokens, cut into groups; each axis is cut on its own, and a group is a pair of an axis
-// group of rows and one of columns. G = most tokens of a group, D = head_dim. The sum type is float32, and float64 for
-// float64. Strides count elements; the last dimension of every tensor is contiguous.
+// group of rows and one of columns. G = largest number of tokens of a group, D = head_dim. The sum type is float32, and
+// float64 for float64. The last dimension of every tensor is contiguous.
 #pragma once
 
-#include <cstdint>
-
-#include "../common/dtype.h"
+#include "../common/array.h"
+#include "../common/fields.h"
 
 namespace topgather {
 
@@ -18,67 +17,64 @@ struct GroupAxis {
   int64_t num_groups;
   int64_t group_step;
   int64_t token_step;
-  int64_t most_tokens;  // of a group
+  int64_t max_tokens;  // of a group
 
   constexpr int64_t tokens_of(int64_t group) const {
     const int64_t left = (size - group * group_step + token_step - 1) / token_step;
-    return left < most_tokens ? left : most_tokens;
+    return left < max_tokens ? left : max_tokens;
   }
 };
 
-struct ConstImage {
-  const void* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-  int64_t column_stride;
-};
-
-struct MutableImage {
-  void* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-  int64_t column_stride;
-};
-
 struct GridProblem {
+  bool is_window;
+  int64_t rows_step;  // stride of a grid's tokens, or side of a window
+  int64_t columns_step;
+  double scale;
+  int num_threads;
+  // Derived from these and the tensors.
   Dtype dtype;
   int64_t batch_size;
   int64_t num_heads;
   int64_t head_dim;
   GroupAxis rows;
   GroupAxis columns;
-  double scale;
-  int num_threads;
 
   constexpr int64_t num_groups() const { return rows.num_groups * columns.num_groups; }
-  constexpr int64_t most_tokens() const { return rows.most_tokens * columns.most_tokens; }
+  constexpr int64_t max_tokens() const { return rows.max_tokens * columns.max_tokens; }
 };
+TOPGATHER_FIELDS(GridProblem, is_window, rows_step, columns_step, scale, num_threads)
+
+using ConstImage = Array<const void, 5>;  // [batch, head, row, column, D] dtype
+using MutableImage = Array<void, 5>;      // [batch, head, row, column, D] dtype
 
 struct GridForwardParams {
+  static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value"};
   GridProblem problem;
-  ConstImage query;  // [batch, head, row, column, D] dtype
-  ConstImage key;    // [batch, head, row, column, D] dtype
-  ConstImage value;  // [batch, head, row, column, D] dtype
-  const void* bias;  // [head, G, G] sum type, query first; or null
-  MutableImage out;  // [batch, head, row, column, D] dtype
-  void* lse;         // [batch, head, row, column] sum type, contiguous
+  ConstImage query;
+  ConstImage key;
+  ConstImage value;
+  Array<const void, 3> bias;  // [head, G, G] sum type, query first, contiguous; or data null
+  MutableImage out;
+  Array<void, 4> lse;  // [batch, head, row, column] sum type, contiguous
 };
+TOPGATHER_FIELDS(GridForwardParams, problem, query, key, value, bias, out, lse)
 
 struct GridBackwardParams {
+  static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value", "out", "grad_out"};
   GridProblem problem;
-  ConstImage query;         // [batch, head, row, column, D] dtype
-  ConstImage key;           // [batch, head, row, column, D] dtype
-  ConstImage value;         // [batch, head, row, column, D] dtype
-  const void* bias;         // [head, G, G] sum type, query first; or null
-  ConstImage out;           // [batch, head, row, column, D] dtype
-  const void* lse;          // [batch, head, row, column] sum type, contiguous
-  ConstImage grad_out;      // [batch, head, row, column, D] dtype
-  MutableImage grad_query;  // [batch, head, row, column, D] dtype
-  MutableImage grad_key;    // [batch, head, row, column, D] dtype
-  MutableImage grad_value;  // [batch, head, row, column, D] dtype
-  void* grad_bias;          // [head, G, G] sum type; or null
+  ConstImage query;
+  ConstImage key;
+  ConstImage value;
+  Array<const void, 3> bias;  // [head, G, G] sum type, query first, contiguous; or data null
+  ConstImage out;
+  Array<const void, 4> lse;  // [batch, head, row, column] sum type, contiguous
+  ConstImage grad_out;
+  MutableImage grad_query;
+  MutableImage grad_key;
+  MutableImage grad_value;
+  Array<void, 3> grad_bias;  // [head, G, G] sum type, contiguous; or data null
 };
+TOPGATHER_FIELDS(GridBackwardParams, problem, query, key, value, bias, out, lse, grad_out, grad_query, grad_key,
+                 grad_value, grad_bias)
 
 }  // namespace topgather

@@ -103,7 +103,7 @@ struct KeyConvPieces {
 
   KeyConvPieces(const KeyConvProblem& problem, const KeyConvCut& cut)
       : num_items(problem.batch_size * cut.num_chunks),
-        items_per_piece(ceil_div(num_items, KeyConvConfig::kMostPieces)),
+        items_per_piece(ceil_div(num_items, KeyConvConfig::kMaxPieces)),
         num_pieces(ceil_div(num_items, items_per_piece)) {}
 };
 
@@ -129,7 +129,7 @@ class KeyConvBackwardTask {
     const KeyConvProblem& problem = params_.problem;
     const Panel panel = Panel::at<T>(problem, cut_, panel_idx);
     const int64_t width = problem.kernel_width, dim = problem.head_dim;
-    load_taps<T>(problem, panel, params_.weight, 1, taps_);
+    load_taps<T>(problem, panel, params_.weight.data, 1, taps_);
     clear_row(sums_, width * panel.padded_channels);
     const int64_t first_item = piece * pieces.items_per_piece;
     for (int64_t item = first_item; item < min64(first_item + pieces.items_per_piece, pieces.num_items); ++item) {
@@ -172,7 +172,7 @@ class KeyConvBackwardTask {
     for (int64_t i = 0; i < count; ++i) {
       pass_back_row<T>(grads_ + i * channels, d_s_ + i * channels, taps_, 0, width, channels, results_);
       store_row<Storage>(results_, panel.channels, 1,
-                         row_of<Storage>(params_.grad_key, batch_idx, panel.first_head, tile + i));
+                         params_.grad_key.at<Storage>(batch_idx, panel.first_head, tile + i));
     }
     if (tile == stretch.sequence_start && params_.grad_state.data != nullptr) {
       for (int64_t i = 0; i < history; ++i) {
@@ -180,7 +180,7 @@ class KeyConvBackwardTask {
         pass_back_row<T>(nullptr, d_s_ + (i - history) * channels, taps_, history - i, width, channels, results_);
         for (int64_t h = 0; h < panel.num_heads; ++h) {
           store_row<Storage>(results_ + h * problem.head_dim, problem.head_dim, 1,
-                             row_of<Storage>(params_.grad_state, batch_idx, panel.first_head + h, i));
+                             params_.grad_state.at<Storage>(batch_idx, panel.first_head + h, i));
         }
       }
     }
@@ -190,8 +190,8 @@ class KeyConvBackwardTask {
 
   void load_grad(int64_t batch_idx, const Panel& panel, const Stretch& stretch, int64_t row, T* target) const {
     if (row < stretch.sequence_end) {
-      copy_row(row_of<Storage>(params_.grad_out, batch_idx, panel.first_head, row), panel.channels,
-               panel.padded_channels, target);
+      copy_row(params_.grad_out.at<Storage>(batch_idx, panel.first_head, row), panel.channels, panel.padded_channels,
+               target);
     } else {
       clear_row(target, panel.padded_channels);
     }
@@ -213,7 +213,7 @@ template <typename T>
 void add_pieces(const KeyConvBackwardParams& params, const T* piece_sums, int64_t num_pieces) {
   const KeyConvProblem& problem = params.problem;
   const int64_t width = problem.kernel_width, dim = problem.head_dim;
-  T* grad_weight = static_cast<T*>(params.grad_weight);
+  T* grad_weight = params.grad_weight.at<T>();
   for (int64_t h = 0; h < problem.num_heads; ++h) {
     for (int64_t l = 0; l < width; ++l) {
       for (int64_t d = 0; d < dim; ++d) {
@@ -233,12 +233,12 @@ void key_conv_backward_storage(const KeyConvBackwardParams& params) {
   using Task = KeyConvBackwardTask<Storage>;
   const KeyConvProblem& problem = params.problem;
   const int64_t numbers = problem.batch_size * problem.num_heads * problem.num_tokens * problem.head_dim;
-  const bool needs_grad_weight = params.grad_weight != nullptr;
+  const bool needs_grad_weight = params.grad_weight.data != nullptr;
   if (numbers == 0) {
     if (needs_grad_weight && problem.num_heads > 0) add_pieces<T>(params, nullptr, 0);
     return;
   }
-  const auto has_neighbours = [&](const auto& keys) { return keys.head_stride == problem.head_dim; };
+  const auto has_neighbours = [&](const auto& keys) { return keys.strides[1] == problem.head_dim; };
   const KeyConvCut cut(problem,
                        has_neighbours(params.key) && has_neighbours(params.grad_out) && has_neighbours(params.grad_key),
                        KeyConvConfig::kTaskNumbers);
@@ -253,20 +253,10 @@ void key_conv_backward_storage(const KeyConvBackwardParams& params) {
       useful_threads(problem.num_threads, num_tasks,
                      static_cast<double>(numbers) * static_cast<double>(3 * problem.kernel_width + 16));
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  struct Context {
-    const KeyConvBackwardParams& params;
-    const KeyConvCut& cut;
-    const KeyConvPieces& pieces;
-    T* sums;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-  } context{params, cut, pieces, sums, scratch.get(), measure.used()};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
-    Task(ctx.params, ctx.cut, ctx.sums, cutter).run(ctx.pieces, task / ctx.cut.num_panels, task % ctx.cut.num_panels);
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    Task(params, cut, sums, cutter).run(pieces, task / cut.num_panels, task % cut.num_panels);
+  });
   if (needs_grad_weight) add_pieces<T>(params, sums, pieces.num_pieces);
 }
 

@@ -8,15 +8,15 @@
 // Who owns what: a thread owns four of a head's channels (one, where rows allow no vectors) and a run of tokens; a
 // thread block owns neighbouring runs of the same channels. Steps:
 //   1. key_conv_backward: a thread walks its run from the last token to the first, beginning W - 1 tokens after it,
-//   with
-//      the rows that the current token sees and the d_s of the W - 1 tokens after it in registers;
+//      with the rows that the current token sees and the d_s of the W - 1 tokens after it in registers;
 //   2. the runs' sums for the weight meet in shared memory, one tap at a time, and the first run's threads add them up:
 //      a piece for each thread block;
 //   3. key_conv_sum_weight: a thread adds the pieces of one weight in order.
 // Memory: keys and grad_out are read once, but for W - 1 rows a run, grad_key is written once; pieces are W * D float32
 // for each thread block.
 // Numerics: float32 sums, rounded once. Without tokens all sums are 0. A token of no sequence gets NaN, and adds
-// nothing. Determinism: every sum has an order fixed by shapes and alignment.
+// nothing.
+// Determinism: every sum has an order fixed by shapes and alignment.
 #include <algorithm>
 
 #include "key_conv_cuda.h"
@@ -37,13 +37,13 @@ struct KeyConvBackwardArguments {
   uint32_t num_column_blocks;
   uint32_t num_chunks;  // thread blocks that a head's tokens take
   int32_t tokens_per_run;
-  ConstKeys grad_out;      // [batch, head, token, D] dtype
-  ConstKeys key;           // [batch, head, token, D] dtype
-  ConstKeys state;         // [batch, head, W - 1, D] dtype, or data null
-  const float* weight;     // [head, D, W] float32
-  MutableKeys grad_key;    // [batch, head, token, D] dtype
-  MutableKeys grad_state;  // [batch, head, W - 1, D] dtype, or data null
-  float* pieces;           // [batch, chunk, head, W, D] float32, by distance; or null
+  Array<const void, 4> grad_out;  // [batch, head, token, D] dtype
+  Array<const void, 4> key;       // [batch, head, token, D] dtype
+  Array<const void, 4> state;     // [batch, head, W - 1, D] dtype, or data null
+  const float* weight;            // [head, D, W] float32
+  Array<void, 4> grad_key;        // [batch, head, token, D] dtype
+  Array<void, 4> grad_state;      // [batch, head, W - 1, D] dtype, or data null
+  float* pieces;                  // [batch, chunk, head, W, D] float32, by distance; or null
 };
 
 namespace {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void walk_run(const KeyConvBackwardArguments& args, c
   const auto load_grad = [&](int64_t row, Row& channels) {
     channels.clear();
     if (row >= 0 && row < shape.num_tokens) {
-      channels.load(row_of<Element>(args.grad_out, place.batch, place.head, row) + place.column);
+      channels.load(args.grad_out.at<Element>(place.batch, place.head, row) + place.column);
     }
   };
   Row window[kTaps];                     // window[l]: key_{t-l}
@@ -79,7 +79,7 @@ __device__ __forceinline__ void walk_run(const KeyConvBackwardArguments& args, c
   const int64_t stop = first == 0 && args.grad_state.data != nullptr ? 1 - shape.width : first;
 #pragma unroll 1
   for (; t >= stop; --t) {
-    // What the next token needs is asked for now.
+    // Prefetches what the next token needs.
     Row next_row;
     load_key(shape, args.key, args.state, place, t - kTaps, next_row);
     float grad[kVector];
@@ -123,13 +123,12 @@ __device__ __forceinline__ void walk_run(const KeyConvBackwardArguments& args, c
         }
       }
       if (t < 0) {
-        Row::store(result,
-                   row_of<Element>(args.grad_state, place.batch, place.head, t + shape.width - 1) + place.column);
+        Row::store(result, args.grad_state.at<Element>(place.batch, place.head, t + shape.width - 1) + place.column);
       } else {
         const float absent = is_there ? 0.0f : NAN;
 #pragma unroll
         for (int c = 0; c < kVector; ++c) result[c] += absent;
-        Row::store(result, row_of<Element>(args.grad_key, place.batch, place.head, t) + place.column);
+        Row::store(result, args.grad_key.at<Element>(place.batch, place.head, t) + place.column);
         if (is_there) {
 #pragma unroll
           for (int l = 0; l < kTaps; ++l) {
@@ -235,17 +234,17 @@ struct BackwardCut {
   int64_t num_chunks;
 
   BackwardCut(const KeyConvProblem& problem, int64_t vector) {
-    const int64_t num_vectors = key_conv_divide_up(problem.head_dim, vector);
+    const int64_t num_vectors = divide_up(problem.head_dim, vector);
     vectors_per_block = std::min<int64_t>(num_vectors, kThreads);
     runs_per_block = kThreads / vectors_per_block;
-    num_column_blocks = key_conv_divide_up(num_vectors, vectors_per_block);
-    tokens_per_run = KeyConvCudaConfig::kLeastBackwardTokens;
+    num_column_blocks = divide_up(num_vectors, vectors_per_block);
+    tokens_per_run = KeyConvCudaConfig::kMinBackwardTokens;
     const int64_t rows = problem.batch_size * problem.num_heads * num_vectors;
     while (tokens_per_run < problem.num_tokens &&
-           rows * key_conv_divide_up(problem.num_tokens, tokens_per_run) > KeyConvCudaConfig::kBackwardThreads) {
+           rows * divide_up(problem.num_tokens, tokens_per_run) > KeyConvCudaConfig::kBackwardThreads) {
       tokens_per_run *= 2;
     }
-    num_chunks = key_conv_divide_up(problem.num_tokens, tokens_per_run * runs_per_block);
+    num_chunks = divide_up(problem.num_tokens, tokens_per_run * runs_per_block);
   }
 
   int64_t num_pieces(const KeyConvProblem& problem) const { return problem.batch_size * num_chunks; }
@@ -271,7 +270,7 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   args.grad_out = params.grad_out;
   args.key = params.key;
   args.state = params.state;
-  args.weight = static_cast<const float*>(params.weight);
+  args.weight = params.weight.at<float>();
   args.grad_key = params.grad_key;
   args.grad_state = params.grad_state;
   args.pieces = pieces;
@@ -280,7 +279,7 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   if (problem.kernel_width <= kFewTaps<kVector>) {
     cuda::launch(key_conv_backward<Element, kVector, kFewTaps<kVector>>, shape, args);
   } else {
-    cuda::launch(key_conv_backward<Element, kVector, kKeyConvMostTaps>, shape, args);
+    cuda::launch(key_conv_backward<Element, kVector, kKeyConvMaxTaps>, shape, args);
   }
   if (pieces == nullptr) return;
   KeyConvSumArguments sums{};
@@ -290,14 +289,14 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   sums.width = static_cast<uint32_t>(problem.kernel_width);
   sums.num_pieces = cut.num_pieces(problem);
   sums.pieces = pieces;
-  sums.grad_weight = static_cast<float*>(params.grad_weight);
+  sums.grad_weight = params.grad_weight.at<float>();
   cuda::launch(key_conv_sum_weight<kSumThreads>,
                {dim3((sums.count + kSumThreads - 1) / kSumThreads), dim3(kSumThreads), 0, stream}, sums);
 }
 
 template <typename Element>
 void backward_for(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream) {
-  const auto has_vectors = [](const auto& keys) { return has_vector_rows(keys, kBackwardVector, sizeof(Element)); };
+  const auto has_vectors = [](const auto& keys) { return keys.has_aligned_rows(kBackwardVector * sizeof(Element)); };
   if (params.problem.head_dim % kBackwardVector == 0 && has_vectors(params.grad_out) && has_vectors(params.key) &&
       has_vectors(params.state) && has_vectors(params.grad_key) && has_vectors(params.grad_state)) {
     launch_backward<Element, kBackwardVector>(params, pieces, stream);
@@ -308,8 +307,9 @@ void backward_for(const KeyConvBackwardParams& params, float* pieces, cudaStream
 
 }  // namespace
 
-int64_t key_conv_backward_workspace_bytes(const KeyConvProblem& problem, bool needs_grad_weight) {
-  if (!needs_grad_weight || key_conv_is_empty(problem)) return 0;
+int64_t key_conv_backward_workspace_bytes(const KeyConvBackwardParams& params, const CudaPlace&) {
+  const KeyConvProblem& problem = params.problem;
+  if (params.grad_weight.data == nullptr || key_conv_is_empty(problem)) return 0;
   // Alignment, which decides which of the two it is, is not known here.
   const int64_t pieces =
       std::max(BackwardCut(problem, 1).num_pieces(problem), BackwardCut(problem, kBackwardVector).num_pieces(problem));
@@ -319,25 +319,20 @@ int64_t key_conv_backward_workspace_bytes(const KeyConvProblem& problem, bool ne
 void key_conv_backward_cuda(const KeyConvBackwardParams& params, const CudaWorkspace& workspace,
                             const CudaPlace& place) {
   const KeyConvProblem& problem = params.problem;
-  const bool needs_grad_weight = params.grad_weight != nullptr;
+  const bool needs_grad_weight = params.grad_weight.data != nullptr;
   const DeviceGuard guard(place.device);
   const StageRange range("key_conv: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (key_conv_is_empty(problem)) {
     if (!needs_grad_weight || weights_of(problem) == 0) return;
-    cuda_require(cudaMemsetAsync(params.grad_weight, 0, static_cast<size_t>(weights_of(problem)) * 4, stream),
+    cuda_require(cudaMemsetAsync(params.grad_weight.data, 0, static_cast<size_t>(weights_of(problem)) * 4, stream),
                  "clearing the gradient of the weight");
     return;
   }
-  require(workspace.bytes >= key_conv_backward_workspace_bytes(problem, needs_grad_weight),
+  require(workspace.bytes >= key_conv_backward_workspace_bytes(params, place),
           "key_conv_backward: the workspace is smaller than key_conv_backward_workspace_bytes says");
   auto* pieces = needs_grad_weight ? static_cast<float*>(workspace.data) : nullptr;
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return backward_for<float>(params, pieces, stream);
-    case Dtype::kBFloat16: return backward_for<BFloat16>(params, pieces, stream);
-    case Dtype::kFloat16: return backward_for<Float16>(params, pieces, stream);
-    default: require(false, "key_conv_backward on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, pieces, stream); });
 }
 
 }  // namespace topgather

@@ -22,14 +22,14 @@ inline Vector<float> float_of_upper_half(const IntegerVector<float>& words) {
   }
 }
 
-// Words whose upper half is the 16-bit number nearest to a lane; the lower half means nothing. Ties go to even for
-// float16, and away from zero for bfloat16: a float32 sum is one by chance, once in 65,536 times, and looking for them
-// takes a sixth of the convolution's time.
+// Words whose upper half is the 16-bit number nearest to a lane; the lower half is undefined. float16 ties round to
+// even, bfloat16 ties away from zero: they are rare (one float32 in 65,536), and exact ties-to-even costs a sixth of
+// the time.
 template <typename Storage>
 inline IntegerVector<float> upper_half_of_float(const Vector<float>& vector) {
   const auto bits = bit_cast<IntegerVector<float>>(vector);
   if constexpr (std::is_same_v<Storage, BFloat16>) {
-    // Of a NaN, whose lower half is 0 here (load_taps sees to it), a NaN is left.
+    // A NaN stays a NaN, since its lower half is 0 here (load_taps makes it so).
     return bits + 0x8000;
   } else {
     const IntegerVector<float> magnitude = bits & 0x7fffffff;

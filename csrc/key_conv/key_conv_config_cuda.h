@@ -12,14 +12,14 @@ struct KeyConvCudaConfig {
   static constexpr int kForwardBlocksPerProcessor = 3;
   static constexpr int kBackwardBlocksPerProcessor = 2;
   static constexpr int kSumThreads = 128;
-  // Tokens whose rows a thread of the forward asks for at once.
+  // Tokens whose rows a thread of the forward loads at once.
   static constexpr int kStep = 4;
   // Tokens that a thread walks. Forward: as many as leave kForwardThreads threads, the W - 1 rows before them are read
   // again. Backward: more where there would be more than kBackwardThreads, which bounds the sums for the weight.
-  static constexpr int64_t kMostForwardTokens = 64;
-  static constexpr int64_t kLeastForwardTokens = 2 * kStep;
+  static constexpr int64_t kMaxForwardTokens = 64;
+  static constexpr int64_t kMinForwardTokens = 2 * kStep;
   static constexpr int64_t kForwardThreads = int64_t{1} << 17;
-  static constexpr int64_t kLeastBackwardTokens = 16;
+  static constexpr int64_t kMinBackwardTokens = 16;
   static constexpr int64_t kBackwardThreads = int64_t{1} << 18;
 };
 

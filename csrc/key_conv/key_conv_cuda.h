@@ -11,10 +11,11 @@
 
 namespace topgather {
 
-void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaPlace& place);
+// Needs no workspace.
+void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 // The same bits every time.
-int64_t key_conv_backward_workspace_bytes(const KeyConvProblem& problem, bool needs_grad_weight);
+int64_t key_conv_backward_workspace_bytes(const KeyConvBackwardParams& params, const CudaPlace& place);
 void key_conv_backward_cuda(const KeyConvBackwardParams& params, const CudaWorkspace& workspace,
                             const CudaPlace& place);
 

@@ -12,9 +12,9 @@
 //      that are left over go through tiles too.
 // Memory: each key is read once from memory (its W - 1 further uses find it in the first-level cache) and each result
 // written once.
-// Numerics: sums in float32 (float64 for float64), rounded once to the nearest, in bfloat16 away from zero where two
-// are equally near. Without tokens nothing is written. A key that is not finite reaches the W tokens that see it, in
-// its channel alone.
+// Numerics: sums in float32 (float64 for float64), rounded once to the nearest; bfloat16 ties round away from zero:
+// they are rare, and exact ties-to-even costs a sixth of the time. Without tokens nothing is written. A key that is not
+// finite reaches the W tokens that see it, in its channel alone.
 // Determinism: every result is computed alone, its terms in ascending l: the same bits however work or a sequence is
 // cut.
 #pragma once
@@ -26,7 +26,7 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-// What add_silu wants a convolution's taps to be multiplied by.
+// The factor of a convolution's taps that add_silu expects.
 template <typename Storage>
 inline constexpr ComputeOf<Storage> kTapFactor = 1;
 
@@ -70,7 +70,7 @@ inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
   const Rows<Storage> out = tile.out.from(first, 0);
   for (int64_t group = 0; group < tile.num_groups; ++group) {
     const int64_t c = group * Group::kCount;
-    // Long rows are too many places at once for the hardware to foresee. May lie past the tensors' ends.
+    // Long rows are more streams than the hardware prefetcher follows. May lie past the tensors' ends.
 #pragma GCC unroll 4
     for (int i = kTokens; i < 2 * kTokens; ++i) {
       prefetch_second_level(keys[i] + c);
@@ -142,7 +142,7 @@ class KeyConvForwardTask {
                              panel.padded_channels};
     const int64_t first = chunk * cut_.tokens_per_chunk;
     const int64_t last = min64(first + cut_.tokens_per_chunk, problem.num_tokens);
-    if (panel_idx == 0 || params_.out.head_stride > params_.out.row_stride) {
+    if (panel_idx == 0 || params_.out.strides[1] > params_.out.strides[2]) {
       populate_rows(batch_idx, panel.first_head, first, last);
     }
     const int64_t num_groups = panel.channels / Group::kCount;
@@ -152,10 +152,10 @@ class KeyConvForwardTask {
       const int64_t split = min64(max64(stretch.first, begun), stretch.last);
       through_tiles(batch_idx, panel, taps, stretch, stretch.first, split, 0);
       // Step 3.
-      const Storage* keys = row_of<Storage>(params_.key, batch_idx, panel.first_head, split);
-      Storage* out = row_of<Storage>(params_.out, batch_idx, panel.first_head, split);
+      const Storage* keys = params_.key.at<Storage>(batch_idx, panel.first_head, split);
+      Storage* out = params_.out.at<Storage>(batch_idx, panel.first_head, split);
       convolve_tile_(
-          {{keys, params_.key.row_stride}, {out, params_.out.row_stride}, taps, stretch.last - split, num_groups});
+          {{keys, params_.key.strides[2]}, {out, params_.out.strides[2]}, taps, stretch.last - split, num_groups});
       if (num_groups * Group::kCount < panel.channels) {
         through_tiles(batch_idx, panel, taps, stretch, split, stretch.last, num_groups);
       }
@@ -167,10 +167,10 @@ class KeyConvForwardTask {
 
   // The allocator gives a large result memory that was never touched, and a smaller one sometimes.
   void populate_rows(int64_t batch_idx, int64_t head_idx, int64_t first, int64_t last) const {
-    const int64_t row_bytes = params_.out.row_stride * static_cast<int64_t>(sizeof(Storage));
-    if ((last - first) * row_bytes < KeyConvConfig::kLeastFreshBytes) return;
-    if (!is_fresh(row_of<Storage>(params_.out, batch_idx, head_idx, (first + last) / 2))) return;
-    populate_pages(row_of<Storage>(params_.out, batch_idx, head_idx, first), (last - first) * row_bytes);
+    const int64_t row_bytes = params_.out.strides[2] * static_cast<int64_t>(sizeof(Storage));
+    if ((last - first) * row_bytes < KeyConvConfig::kMinFreshBytes) return;
+    if (!is_fresh(params_.out.at<Storage>(batch_idx, head_idx, (first + last) / 2))) return;
+    populate_pages(params_.out.at<Storage>(batch_idx, head_idx, first), (last - first) * row_bytes);
   }
 
   // Channels from `first_group` on of rows [first, last), by way of tiles of whole groups that hold all rows before
@@ -188,7 +188,7 @@ class KeyConvForwardTask {
       }
       convolve_tile_({keys.from(history, c), results.from(0, c), taps.from(0, c), count, num_groups - first_group});
       for (int64_t i = 0; i < count; ++i) {
-        Storage* target = row_of<Storage>(params_.out, batch_idx, panel.first_head, tile + i);
+        Storage* target = params_.out.at<Storage>(batch_idx, panel.first_head, tile + i);
         copy_row(results[i] + c, panel.channels - c, panel.channels - c, target + c);
       }
     }
@@ -210,15 +210,14 @@ void key_conv_forward_storage(const KeyConvForwardParams& params) {
   const int64_t numbers = problem.batch_size * problem.num_heads * problem.num_tokens * problem.head_dim;
   if (numbers == 0) return;
   const int64_t share = numbers / (problem.num_threads * KeyConvConfig::kForwardTasksPerThread);
-  const KeyConvCut cut(problem,
-                       params.key.head_stride == problem.head_dim && params.out.head_stride == problem.head_dim,
+  const KeyConvCut cut(problem, params.key.strides[1] == problem.head_dim && params.out.strides[1] == problem.head_dim,
                        max64(KeyConvConfig::kTaskNumbers, share));
   // Step 1.
   const int64_t panel_taps = problem.kernel_width * Panel::at<Storage>(problem, cut, 0).padded_channels;
   const AlignedBuffer tap_buffer = allocate_aligned(static_cast<size_t>(cut.num_panels * panel_taps) * sizeof(T));
   T* taps = reinterpret_cast<T*>(tap_buffer.get());
   for (int64_t i = 0; i < cut.num_panels; ++i) {
-    load_taps<Storage>(problem, Panel::at<Storage>(problem, cut, i), params.weight, kTapFactor<Storage>,
+    load_taps<Storage>(problem, Panel::at<Storage>(problem, cut, i), params.weight.data, kTapFactor<Storage>,
                        taps + i * panel_taps);
   }
   ScratchCutter measure(nullptr);
@@ -227,22 +226,12 @@ void key_conv_forward_storage(const KeyConvForwardParams& params) {
   const int num_workers = useful_threads(problem.num_threads, num_tasks,
                                          static_cast<double>(numbers) * static_cast<double>(problem.kernel_width + 8));
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  struct Context {
-    const KeyConvForwardParams& params;
-    const KeyConvCut& cut;
-    const T* taps;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-  } context{params, cut, taps, scratch.get(), measure.used()};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    ScratchCutter cutter(scratch.get() + worker * measure.used());
     // Chunks of one panel go one after the other.
-    const int64_t unit = task / ctx.cut.num_chunks;
-    Task(ctx.params, ctx.cut, ctx.taps, cutter)
-        .run(unit / ctx.cut.num_panels, unit % ctx.cut.num_panels, task % ctx.cut.num_chunks);
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+    const int64_t unit = task / cut.num_chunks;
+    Task(params, cut, taps, cutter).run(unit / cut.num_panels, unit % cut.num_panels, task % cut.num_chunks);
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

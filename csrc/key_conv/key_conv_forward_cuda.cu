@@ -6,7 +6,7 @@
 // Who owns what: a thread owns 16 bytes of a head's channels (one, where rows allow no vectors) and a run of tokens.
 // Threads of one row stand side by side, then heads or runs, whichever lie closer, so that accesses coalesce. Steps:
 //   1. weights and the W - 1 rows before the run go to registers;
-//   2. the next kStep rows are asked for together;
+//   2. the next kStep rows are loaded together;
 //   3. each token's result is made and written; the rows move on. Where a sequence of a pack begins, the rows before it
 //      become zeros.
 // Memory: a key is read once, but for W - 1 rows a run, and a result written once.
@@ -28,11 +28,11 @@ struct KeyConvForwardArguments {
   uint32_t num_threads;
   uint32_t num_runs;  // of a head's tokens
   int32_t tokens_per_run;
-  bool are_heads_closer;  // than runs
-  ConstKeys key;          // [batch, head, token, D] dtype
-  ConstKeys state;        // [batch, head, W - 1, D] dtype, or data null
-  const float* weight;    // [head, D, W] float32
-  MutableKeys out;        // [batch, head, token, D] dtype
+  bool are_heads_closer;       // than runs
+  Array<const void, 4> key;    // [batch, head, token, D] dtype
+  Array<const void, 4> state;  // [batch, head, W - 1, D] dtype, or data null
+  const float* weight;         // [head, D, W] float32
+  Array<void, 4> out;          // [batch, head, token, D] dtype
 };
 
 template <typename Element, int kVector, int kTaps>
@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPer
         const float absent = sequence.has(t + i) ? 0.0f : NAN;
 #pragma unroll
         for (int c = 0; c < kVector; ++c) sums[c] = fmaf(sums[c], sigmoid(sums[c]), current[c]) + absent;
-        Channels<Element, kVector>::store(sums,
-                                          row_of<Element>(args.out, place.batch, place.head, t + i) + place.column);
+        Channels<Element, kVector>::store(sums, args.out.at<Element>(place.batch, place.head, t + i) + place.column);
       }
     }
 #pragma unroll
@@ -117,32 +116,31 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   KeyConvForwardArguments args{};
   args.shape = key_conv_shape(problem, kVector);
   const int64_t rows = problem.batch_size * problem.num_heads * args.shape.num_vectors;
-  int64_t tokens = KeyConvCudaConfig::kMostForwardTokens;
-  const auto threads = [&] { return rows * key_conv_divide_up(problem.num_tokens, tokens); };
-  while (tokens > KeyConvCudaConfig::kLeastForwardTokens && threads() < KeyConvCudaConfig::kForwardThreads) tokens /= 2;
+  int64_t tokens = KeyConvCudaConfig::kMaxForwardTokens;
+  const auto threads = [&] { return rows * divide_up(problem.num_tokens, tokens); };
+  while (tokens > KeyConvCudaConfig::kMinForwardTokens && threads() < KeyConvCudaConfig::kForwardThreads) tokens /= 2;
   require(threads() <= INT32_MAX, "key_conv: too many keys for one launch");
   args.num_threads = static_cast<uint32_t>(threads());
-  args.num_runs = static_cast<uint32_t>(key_conv_divide_up(problem.num_tokens, tokens));
+  args.num_runs = static_cast<uint32_t>(divide_up(problem.num_tokens, tokens));
   args.tokens_per_run = static_cast<int32_t>(tokens);
-  args.are_heads_closer = params.key.head_stride < params.key.row_stride;
+  args.are_heads_closer = params.key.strides[1] < params.key.strides[2];
   args.key = params.key;
   args.state = params.state;
-  args.weight = static_cast<const float*>(params.weight);
+  args.weight = params.weight.at<float>();
   args.out = params.out;
   const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
   if (problem.kernel_width <= kFewTaps<kVector>) {
     cuda::launch(key_conv_forward<Element, kVector, kFewTaps<kVector>>, shape, args);
   } else {
-    cuda::launch(key_conv_forward<Element, kVector, kKeyConvMostTaps>, shape, args);
+    cuda::launch(key_conv_forward<Element, kVector, kKeyConvMaxTaps>, shape, args);
   }
 }
 
 template <typename Element>
 void forward_for(const KeyConvForwardParams& params, cudaStream_t stream) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
-  if (params.problem.head_dim % kVector == 0 && has_vector_rows(params.key, kVector, sizeof(Element)) &&
-      has_vector_rows(params.state, kVector, sizeof(Element)) &&
-      has_vector_rows(params.out, kVector, sizeof(Element))) {
+  if (params.problem.head_dim % kVector == 0 && params.key.has_aligned_rows(16) && params.state.has_aligned_rows(16) &&
+      params.out.has_aligned_rows(16)) {
     launch_forward<Element, kVector>(params, stream);
   } else {
     launch_forward<Element, 1>(params, stream);
@@ -151,17 +149,12 @@ void forward_for(const KeyConvForwardParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaPlace& place) {
+void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (key_conv_is_empty(params.problem)) return;
   const DeviceGuard guard(place.device);
   const StageRange range("key_conv: forward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (params.problem.dtype) {
-    case Dtype::kFloat32: return forward_for<float>(params, stream);
-    case Dtype::kBFloat16: return forward_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return forward_for<Float16>(params, stream);
-    default: require(false, "key_conv on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(params.problem.dtype, [&](auto element) { forward_for<decltype(element)>(params, stream); });
 }
 
 }  // namespace topgather

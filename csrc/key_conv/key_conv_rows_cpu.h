@@ -9,18 +9,6 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-template <typename Storage>
-inline const Storage* row_of(const ConstKeys& keys, int64_t batch_idx, int64_t head_idx, int64_t row) {
-  return static_cast<const Storage*>(keys.data) + batch_idx * keys.batch_stride + head_idx * keys.head_stride +
-         row * keys.row_stride;
-}
-
-template <typename Storage>
-inline Storage* row_of(const MutableKeys& keys, int64_t batch_idx, int64_t head_idx, int64_t row) {
-  return static_cast<Storage*>(keys.data) + batch_idx * keys.batch_stride + head_idx * keys.head_stride +
-         row * keys.row_stride;
-}
-
 // Rows of one panel.
 template <typename Element>
 struct Rows {
@@ -62,13 +50,13 @@ struct KeyConvCut {
   // A task takes about `task_numbers` numbers.
   KeyConvCut(const KeyConvProblem& problem, bool are_heads_neighbours, int64_t task_numbers) {
     const int64_t dim = problem.head_dim;
-    const int64_t most_heads = are_heads_neighbours ? max64(1, KeyConvConfig::kPanelChannels / dim) : 1;
-    heads_per_panel = min64(most_heads, problem.num_heads);
+    const int64_t max_heads = are_heads_neighbours ? max64(1, KeyConvConfig::kPanelChannels / dim) : 1;
+    heads_per_panel = min64(max_heads, problem.num_heads);
     num_panels = ceil_div(problem.num_heads, heads_per_panel);
     const int64_t channels = heads_per_panel * dim;
-    tokens_per_chunk = max64(KeyConvConfig::kLeastTaskTokens, task_numbers / channels);
+    tokens_per_chunk = max64(KeyConvConfig::kMinTaskTokens, task_numbers / channels);
     num_chunks = ceil_div(problem.num_tokens, tokens_per_chunk);
-    tile_tokens = max64(KeyConvConfig::kLeastTileTokens, KeyConvConfig::kTileNumbers / channels);
+    tile_tokens = max64(KeyConvConfig::kMinTileTokens, KeyConvConfig::kTileNumbers / channels);
   }
 };
 
@@ -100,11 +88,11 @@ struct Stretch {
 // Visits the stretches of rows [first, last).
 template <typename Visit>
 inline void for_each_stretch(const KeyConvProblem& problem, int64_t first, int64_t last, const Visit& visit) {
-  if (problem.cu_seqlens == nullptr) {
+  if (problem.cu_seqlens.data == nullptr) {
     visit(Stretch{0, problem.num_tokens, first, last});
     return;
   }
-  const int64_t* starts = problem.cu_seqlens;
+  const int64_t* starts = problem.cu_seqlens.data;
   int64_t low = 0, high = problem.num_sequences;  // starts[low] <= first < starts[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
@@ -143,14 +131,15 @@ inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const v
 // Row `row` of a sequence, of a panel's padded channels: before the sequence's start the state's, or zeros, and past
 // its end zeros. An Element is a Storage or its sum type.
 template <typename Storage, typename Element>
-inline void load_key(const KeyConvProblem& problem, const Panel& panel, const ConstKeys& keys, const ConstKeys& state,
-                     int64_t batch_idx, const Stretch& stretch, int64_t row, Element* target) {
+inline void load_key(const KeyConvProblem& problem, const Panel& panel, const Array<const void, 4>& keys,
+                     const Array<const void, 4>& state, int64_t batch_idx, const Stretch& stretch, int64_t row,
+                     Element* target) {
   if (row < stretch.sequence_end && row >= stretch.sequence_start) {
-    copy_row(row_of<Storage>(keys, batch_idx, panel.first_head, row), panel.channels, panel.padded_channels, target);
+    copy_row(keys.at<Storage>(batch_idx, panel.first_head, row), panel.channels, panel.padded_channels, target);
   } else if (row < stretch.sequence_start && state.data != nullptr) {
     const int64_t state_row = row - stretch.sequence_start + problem.kernel_width - 1, dim = problem.head_dim;
     for (int64_t h = 0; h < panel.num_heads; ++h) {
-      copy_row(row_of<Storage>(state, batch_idx, panel.first_head + h, state_row), dim, dim, target + h * dim);
+      copy_row(state.at<Storage>(batch_idx, panel.first_head + h, state_row), dim, dim, target + h * dim);
     }
     clear_row(target + panel.channels, panel.padded_channels - panel.channels);
   } else {

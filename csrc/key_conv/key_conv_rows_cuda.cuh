@@ -5,7 +5,9 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
+#include "../cuda/rounding.h"
 #include "../cuda/tile_math.cuh"
 #include "key_conv_config_cuda.h"
 #include "key_conv_params.h"
@@ -73,7 +75,7 @@ struct Channels {
   }
 };
 
-// What every kernel knows of a problem.
+// The problem as every kernel takes it.
 struct KeyConvShape {
   uint32_t num_heads;
   uint32_t num_vectors;  // of a row
@@ -110,16 +112,6 @@ __device__ __forceinline__ KeySequence sequence_of(const KeyConvShape& shape, in
   return {start < 0 ? 0 : start, end < shape.num_tokens ? end : shape.num_tokens};
 }
 
-template <typename Element>
-__device__ __forceinline__ const Element* row_of(const ConstKeys& keys, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const Element*>(keys.data) + batch * keys.batch_stride + head * keys.head_stride +
-         row * keys.row_stride;
-}
-template <typename Element>
-__device__ __forceinline__ Element* row_of(const MutableKeys& keys, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<Element*>(keys.data) + batch * keys.batch_stride + head * keys.head_stride + row * keys.row_stride;
-}
-
 // Where a thread's channels stand.
 struct KeyPlace {
   int64_t batch;
@@ -129,15 +121,16 @@ struct KeyPlace {
 
 // A row of keys; before the first the state's, and zeros where there is none of either.
 template <typename Element, int kVector>
-__device__ __forceinline__ void load_key(const KeyConvShape& shape, const ConstKeys& key, const ConstKeys& state,
-                                         const KeyPlace& place, int64_t row, Channels<Element, kVector>& channels) {
+__device__ __forceinline__ void load_key(const KeyConvShape& shape, const Array<const void, 4>& key,
+                                         const Array<const void, 4>& state, const KeyPlace& place, int64_t row,
+                                         Channels<Element, kVector>& channels) {
   channels.clear();
   if (row >= 0) {
     if (row < shape.num_tokens) {
-      channels.load(row_of<Element>(key, place.batch, place.head, row) + place.column);
+      channels.load(key.at<Element>(place.batch, place.head, row) + place.column);
     }
   } else if (state.data != nullptr && row >= 1 - shape.width) {
-    channels.load(row_of<Element>(state, place.batch, place.head, row + shape.width - 1) + place.column);
+    channels.load(state.at<Element>(place.batch, place.head, row + shape.width - 1) + place.column);
   }
 }
 
@@ -159,34 +152,24 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + cuda::
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
-constexpr int kKeyConvMostTaps = 8;
+constexpr int kKeyConvMaxTaps = 8;
 // Up to so many, a kernel of their own. Rows without vectors are slow either way: they have one for all.
 template <int kVector>
-constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMostTaps;
-
-inline int64_t key_conv_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMaxTaps;
 
 inline bool key_conv_is_empty(const KeyConvProblem& problem) {
   return problem.batch_size == 0 || problem.num_heads == 0 || problem.num_tokens == 0;
-}
-
-// Whether rows may be read so many elements at a time.
-template <typename Keys>
-bool has_vector_rows(const Keys& keys, int64_t vector, int64_t element_bytes) {
-  return keys.data == nullptr ||
-         (reinterpret_cast<uintptr_t>(keys.data) % static_cast<uintptr_t>(vector * element_bytes) == 0 &&
-          keys.batch_stride % vector == 0 && keys.head_stride % vector == 0 && keys.row_stride % vector == 0);
 }
 
 inline KeyConvShape key_conv_shape(const KeyConvProblem& problem, int64_t vector) {
   require(problem.num_heads <= INT32_MAX && problem.head_dim * problem.kernel_width <= INT32_MAX,
           "key_conv: heads and head_dim are too large for CUDA");
   return {static_cast<uint32_t>(problem.num_heads),
-          static_cast<uint32_t>(key_conv_divide_up(problem.head_dim, vector)),
+          static_cast<uint32_t>(divide_up(problem.head_dim, vector)),
           static_cast<int32_t>(problem.head_dim),
           static_cast<int32_t>(problem.kernel_width),
           problem.num_tokens,
-          problem.cu_seqlens,
+          problem.cu_seqlens.data,
           problem.num_sequences};
 }
 

@@ -1,7 +1,7 @@
 // Gradients of lookups and of dot products with rows of a table, on the CPU.
 //
 //   grad_rows[target] = sum over the entries tk of a row of weights_tk * grad_out_t     [num_targets, W]
-//   grad_weights_tk   = dot(values[row], grad_out_t)                                    [T, K], where asked for
+//   grad_weights_tk   = dot(values[row], grad_out_t)                                    [T, K], where wanted
 //
 // Entries come sorted by row, so the entries of a row are a run of sorted positions. The table is read, and its
 // gradient written, once and in order; only the rows of grad_out are scattered, and those T rows mostly lie in cache.
@@ -14,7 +14,7 @@
 //      a. no entry: zeros;
 //      b. else the sum of the run: entries before its first whole block, sums of its whole blocks in order, entries
 //         after the last of them.
-// Both add up to kEntriesPerPass entries per walk over the row, and ask for the rows of entries kPrefetchEntries on.
+// Both add up to kEntriesPerPass entries per walk over the row, and prefetch the rows of entries kPrefetchEntries on.
 // Numerics: products and sums in float32 (float64 for float64), gradients rounded once; a dot product sums lanes over
 // the row, then the lanes, then what is left of the row.
 // Determinism: what is added in which order depends on the sorted entries alone.
@@ -39,19 +39,17 @@ struct MemoryBackward {
   const MemoryBackwardParams& params;
   T* block_sums;  // [num_blocks, W]; defined for whole blocks alone
   int64_t task_positions;
-  T* scratch;  // [worker, scratch_row]
-  int64_t scratch_row;
 
   int64_t row_dim() const { return params.problem.row_dim; }
   int64_t num_entries() const { return params.problem.num_entries(); }
 
   bool is_whole_block(int64_t first) const {
     const int64_t last = first + kBlockEntries - 1;
-    return last < num_entries() && params.targets[first] == params.targets[last];
+    return last < num_entries() && params.targets.data[first] == params.targets.data[last];
   }
 
   const Storage* value_row(int64_t position) const {
-    return static_cast<const Storage*>(params.values) + params.sorted_rows[position] * params.values_stride;
+    return params.values.at<Storage>(params.sorted_rows.data[position]);
   }
 
   const Storage* grad_row(int64_t entry) const {
@@ -59,7 +57,7 @@ struct MemoryBackward {
     // Division of 64 bits is several times as slow on older processors.
     const int64_t token =
         num_entries() <= UINT32_MAX ? static_cast<uint32_t>(entry) / static_cast<uint32_t>(bag_size) : entry / bag_size;
-    return static_cast<const Storage*>(params.grad_out) + token * params.grad_out_stride;
+    return params.grad_out.at<Storage>(token);
   }
 
   // sums (+)= the weighted gradients of kEntries entries of one row; their dot products are written.
@@ -72,12 +70,12 @@ struct MemoryBackward {
     Vector<T> dots[kEntries];
     const Storage* values = kDots ? value_row(position) : nullptr;
     for (int i = 0; i < kEntries; ++i) {
-      const int64_t entry = params.order[position + i];
+      const int64_t entry = params.order.data[position + i];
       const int64_t ahead = min64(position + i + MemoryLookupConfig::kPrefetchEntries, num_entries() - 1);
       grads[i] = grad_row(entry);
-      grads_ahead[i] = grad_row(params.order[ahead]);
+      grads_ahead[i] = grad_row(params.order.data[ahead]);
       if (kDots) values_ahead[i] = value_row(ahead);
-      weights[i] = static_cast<const T*>(params.weights)[entry];
+      weights[i] = params.weights.at<T>()[entry];
       dots[i] = Vector<T>{};
     }
     const auto add_vector = [&](int64_t d) {
@@ -114,7 +112,7 @@ struct MemoryBackward {
     }
     if constexpr (kDots) {
       for (int i = 0; i < kEntries; ++i) {
-        static_cast<T*>(params.grad_weights)[params.order[position + i]] = sum_of_lanes<T>(dots[i]) + rest[i];
+        params.grad_weights.at<T>()[params.order.data[position + i]] = sum_of_lanes<T>(dots[i]) + rest[i];
       }
     }
   }
@@ -148,7 +146,7 @@ struct MemoryBackward {
   }
 
   void add_entries(int64_t first, int64_t last, bool is_first, T* sums) const {
-    if (params.grad_weights != nullptr) {
+    if (params.grad_weights.data != nullptr) {
       add_entries<true>(first, last, is_first, sums);
     } else {
       add_entries<false>(first, last, is_first, sums);
@@ -163,7 +161,7 @@ struct MemoryBackward {
 
   int64_t end_of_run(int64_t first) const {
     int64_t position = first + 1;
-    while (position < num_entries() && params.targets[position] == params.targets[first]) {
+    while (position < num_entries() && params.targets.data[position] == params.targets.data[first]) {
       position += position % kBlockEntries == 0 && is_whole_block(position) ? kBlockEntries : 1;
     }
     return position;
@@ -191,7 +189,7 @@ struct MemoryBackward {
     int64_t low = 0, high = num_entries();
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
-      if (params.targets[middle] + weight * middle >= bound) {
+      if (params.targets.data[middle] + weight * middle >= bound) {
         high = middle;
       } else {
         low = middle + 1;
@@ -204,7 +202,7 @@ struct MemoryBackward {
   // on, targets have no entries up to the next one's.
   int64_t target_after(int64_t bound) const {
     const int64_t position = first_position(bound, 1);
-    const int64_t next = position > 0 ? params.targets[position - 1] + int64_t{1} : 0;
+    const int64_t next = position > 0 ? params.targets.data[position - 1] + int64_t{1} : 0;
     return min64(max64(bound - position, next), params.num_targets);
   }
 
@@ -215,12 +213,11 @@ struct MemoryBackward {
     int64_t position = first_position(first_target, 0);
     const int64_t row_bytes = row_dim() * static_cast<int64_t>(sizeof(Storage));
     if (params.num_targets * row_bytes >= MemoryLookupConfig::kFreshBytes) {
-      Storage* first_row = static_cast<Storage*>(params.grad_rows) + first_target * row_dim();
-      populate_pages(first_row, (last_target - first_target) * row_bytes);
+      populate_pages(params.grad_rows.at<Storage>(first_target), (last_target - first_target) * row_bytes);
     }
     for (int64_t target = first_target; target < last_target; ++target) {
-      Storage* grad_values = static_cast<Storage*>(params.grad_rows) + target * row_dim();
-      if (position == num_entries() || params.targets[position] != target) {
+      Storage* grad_values = params.grad_rows.at<Storage>(target);
+      if (position == num_entries() || params.targets.data[position] != target) {
         for (int64_t d = 0; d < row_dim(); ++d) grad_values[d] = Storage{};
         continue;
       }
@@ -244,22 +241,16 @@ void memory_backward_storage(const MemoryBackwardParams& params) {
   const int64_t row_dim = problem.row_dim, num_entries = problem.num_entries();
   const int64_t num_blocks = num_entries / Config::kBlockEntries;
   if (row_dim == 0) {  // there may be no memory behind rows
-    T* grad_weights = static_cast<T*>(params.grad_weights);
+    T* grad_weights = params.grad_weights.at<T>();
     for (int64_t entry = 0; grad_weights != nullptr && entry < num_entries; ++entry) grad_weights[entry] = 0;
     return;
   }
   const double cost_of_row = static_cast<double>(row_dim) * Config::kOperationsPerElement;
 
-  MemoryBackward<Storage> backward{params, nullptr, 0, nullptr, round_up(row_dim, 64)};
+  MemoryBackward<Storage> backward{params, nullptr, 0};
+  const int64_t scratch_row = round_up(row_dim, 64);
   const int64_t num_positions = params.num_targets + num_entries;
   backward.task_positions = positions_per_task(num_positions, row_dim);
-  const auto sum_blocks = [](void* context, int64_t task, int) {
-    static_cast<const MemoryBackward<Storage>*>(context)->sum_block(task);
-  };
-  const auto sum_targets = [](void* context, int64_t task, int worker) {
-    const auto& self = *static_cast<const MemoryBackward<Storage>*>(context);
-    self.sum_targets(task, self.scratch + worker * self.scratch_row);
-  };
 
   int64_t num_whole_blocks = 0;
   for (int64_t block = 0; block < num_blocks; ++block) {
@@ -270,16 +261,17 @@ void memory_backward_storage(const MemoryBackwardParams& params) {
     block_sums = allocate_aligned(static_cast<size_t>(num_blocks * row_dim) * sizeof(T));
     backward.block_sums = reinterpret_cast<T*>(block_sums.get());
     const double num_operations = static_cast<double>(num_whole_blocks * Config::kBlockEntries) * cost_of_row;
-    parallel_for(useful_threads(problem.num_threads, num_whole_blocks, num_operations), num_blocks, sum_blocks,
-                 &backward);
+    for_each_task(useful_threads(problem.num_threads, num_whole_blocks, num_operations), num_blocks,
+                  [&](int64_t block, int) { backward.sum_block(block); });
   }
 
   const int64_t num_tasks = ceil_div(num_positions, backward.task_positions);
   const int num_threads =
       useful_threads(problem.num_threads, num_tasks, static_cast<double>(num_positions) * cost_of_row);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(num_threads * backward.scratch_row) * sizeof(T));
-  backward.scratch = reinterpret_cast<T*>(scratch.get());
-  parallel_for(num_threads, num_tasks, sum_targets, &backward);
+  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(num_threads * scratch_row) * sizeof(T));
+  for_each_task(num_threads, num_tasks, [&](int64_t task, int worker) {
+    backward.sum_targets(task, reinterpret_cast<T*>(scratch.get()) + worker * scratch_row);
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

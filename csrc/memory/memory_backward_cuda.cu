@@ -1,12 +1,12 @@
 // Gradients of lookup and dot on CUDA, over entries sorted by row.
 //
 //   grad_rows[target] = sum over a row's entries of weights_tk * grad_out_t       [num_targets, W]
-//   grad_weights_tk   = dot(values[row], grad_out_t)                              [T, K], where it is asked for
+//   grad_weights_tk   = dot(values[row], grad_out_t)                              [T, K], where wanted
 //
 // Sorted entries are cut into pieces of kEntriesPerPiece. The entries of one row form a run; most runs lie within a
-// piece, a row that everyone wants runs through thousands. Who owns what: a group of 8, 16 or 32 lanes, as wide as a
-// row needs, walks one piece for one slab of columns at a time; the slabs of a piece go round the warps of a thread
-// block. Steps, a kernel each after rows have been set to zero:
+// piece; the run of a row that very many tokens chose goes through thousands. Who owns what: a group of 8, 16 or 32
+// lanes, as wide as a row needs, walks one piece for one slab of columns at a time; the slabs of a piece go round the
+// warps of a thread block. Steps, a kernel each after rows have been set to zero:
 //   1. memory_backward_pieces: walks a piece in order. A run that lies within the piece is written to grad_rows; what
 //      began in an earlier piece goes to the piece's head sum, what goes on in the next to its tail sum. Products with
 //      values are added over columns, the slabs meet in shared memory;
@@ -20,10 +20,10 @@
 // Numerics: float32 products and sums, rounded once. No ties. Rows of no entry are zero. An entry whose row is num_rows
 // had an index outside the table: no row gets it, and its grad_weights is NaN.
 // Determinism: every sum has an order fixed by sorted positions, shapes and alignment.
+#include "../cuda/dispatch.h"
+#include "../cuda/lane_rows.cuh"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
-#include "memory_kernel_facts.h"
-#include "memory_rows_cuda.cuh"
 
 namespace topgather {
 
@@ -34,13 +34,13 @@ using cuda::warp_id;
 
 namespace {
 constexpr int kThreads = MemoryBackwardCudaConfig::kThreads;
-constexpr int kMostWarps = kThreads / kLanes;
+constexpr int kMaxWarps = kThreads / kLanes;
 constexpr int kBlocksPerProcessor = MemoryBackwardCudaConfig::kBlocksPerProcessor;
 constexpr int kEntriesPerPiece = MemoryBackwardCudaConfig::kEntriesPerPiece;
 constexpr int kEntriesInFlight = MemoryBackwardCudaConfig::kEntriesInFlight;
 constexpr int kPiecesPerStretch = MemoryBackwardCudaConfig::kPiecesPerStretch;
 constexpr int kPiecesInFlight = MemoryBackwardCudaConfig::kPiecesInFlight;
-constexpr int kMostGroups = kLanes / kLeastLanesPerRow;
+constexpr int kMaxGroups = kLanes / kMinLanesPerRow;
 static_assert(kEntriesPerPiece % kLanes == 0, "pieces are read in whole rounds of any group");
 static_assert(kEntriesInFlight == 4, "lanes' sums are added four at a time");
 }  // namespace
@@ -71,7 +71,7 @@ constexpr int32_t kNoRow = -1;
 
 // Of a group that walks a piece, in one round: products of every entry with values, added over a slab's columns.
 struct SharedMemory {
-  float dots[kMostWarps][kMostGroups][kEntriesPerPiece];
+  float dots[kMaxWarps][kMaxGroups][kEntriesPerPiece];
 };
 
 // The row of sorted entry `position`, kNoRow where there is no such entry or it has none.
@@ -276,13 +276,13 @@ __device__ __forceinline__ void add_sums(const float* sums, int64_t step, int co
   }
 }
 
-// How many of `most` positions first, first + step, .. lie in the run of `row`, one after the other.
-__device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args, int64_t first, int64_t step, int most,
-                                            int32_t row) {
+// How many of max_count positions first, first + step, .. lie in the run of `row`, one after the other.
+__device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args, int64_t first, int64_t step,
+                                            int max_count, int32_t row) {
   int count = 0;
-  while (count < most) {
+  while (count < max_count) {
     const int mine = count + lane_id();
-    const bool is_in_run = mine < most && row_at(args, first + mine * step) == row;
+    const bool is_in_run = mine < max_count && row_at(args, first + mine * step) == row;
     const unsigned outside = ~__ballot_sync(kAllLanes, is_in_run);
     if (outside != 0) return count + __ffs(static_cast<int>(outside)) - 1;
     count += kLanes;
@@ -295,7 +295,7 @@ __device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args,
 // Step 2. Stretches are counted from the second: no run reaches into the first from before.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_stretches(const MemoryBackwardArguments args) {
-  const SumTask task = sum_task(args, blockIdx.x * kMostWarps + static_cast<uint32_t>(warp_id()));
+  const SumTask task = sum_task(args, blockIdx.x * kMaxWarps + static_cast<uint32_t>(warp_id()));
   const int64_t first_piece = (static_cast<int64_t>(task.idx) + 1) * kPiecesPerStretch;
   if (first_piece + kPiecesPerStretch > args.num_pieces) return;  // whole warps, and nothing is done by the block
   const int32_t row = row_at(args, first_piece * kEntriesPerPiece - 1);
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_runs(const MemoryBackwardArguments args) {
-  const SumTask task = sum_task(args, blockIdx.x * kMostWarps + static_cast<uint32_t>(warp_id()));
+  const SumTask task = sum_task(args, blockIdx.x * kMaxWarps + static_cast<uint32_t>(warp_id()));
   if (task.idx >= args.num_pieces - 1) return;  // whole warps, and nothing is done by the block
   const int64_t begin = task.idx;
   const int64_t last_entry = (begin + 1) * kEntriesPerPiece - 1;
@@ -329,10 +329,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   add_sums(tail_sum(args, begin), sum_step, 1, task.first_column, row_dim, totals);
 
   const auto add_heads = [&](int64_t first_piece, int64_t end_piece) {
-    const int most = static_cast<int>(end_piece - first_piece);
-    const int count = count_in_run(args, first_piece * kEntriesPerPiece, kEntriesPerPiece, most, row);
+    const int num_heads = static_cast<int>(end_piece - first_piece);
+    const int count = count_in_run(args, first_piece * kEntriesPerPiece, kEntriesPerPiece, num_heads, row);
     add_sums(head_sum(args, first_piece), sum_step, count, task.first_column, row_dim, totals);
-    return count == most;
+    return count == num_heads;
   };
   // Heads up to the next stretch.
   const int64_t num_pieces = args.num_pieces;
@@ -366,15 +366,13 @@ int64_t num_pieces_of(const MemoryProblem& problem) {
   return (problem.num_entries() + kEntriesPerPiece - 1) / kEntriesPerPiece;
 }
 
-int64_t dot_bytes(int64_t warps) {
-  return warps * static_cast<int64_t>(sizeof(float)) * kMostGroups * kEntriesPerPiece;
-}
+int64_t dot_bytes(int64_t warps) { return warps * static_cast<int64_t>(sizeof(float)) * kMaxGroups * kEntriesPerPiece; }
 
 template <typename Element, int kVector>
 void launch_pieces(MemoryBackwardArguments args, int64_t row_dim, cudaStream_t stream) {
   args.shape = row_shape<kVector>(row_dim);
-  args.warps_per_piece = args.shape.num_slabs < kMostWarps ? args.shape.num_slabs : kMostWarps;
-  const int pieces_abreast = kMostWarps / args.warps_per_piece;
+  args.warps_per_piece = args.shape.num_slabs < kMaxWarps ? args.shape.num_slabs : kMaxWarps;
+  const int pieces_abreast = kMaxWarps / args.warps_per_piece;
   const int warps = pieces_abreast * args.warps_per_piece;
   const int pieces = pieces_abreast * (kLanes / args.shape.lanes_per_row);
   cuda::launch(memory_backward_pieces<Element, kVector>,
@@ -386,10 +384,8 @@ void launch_pieces(MemoryBackwardArguments args, int64_t row_dim, cudaStream_t s
 template <typename Element>
 void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments args, cudaStream_t stream) {
   const int64_t row_dim = params.problem.row_dim;
-  const void* values = args.values;
-  if (has_vector_rows<Element>(values, args.values_stride, row_dim) &&
-      has_vector_rows<Element>(args.grad_out, args.grad_out_stride, row_dim) &&
-      has_vector_rows<Element>(args.grad_rows, row_dim, row_dim)) {
+  if ((args.values == nullptr || has_vector_rows<Element>(params.values)) &&
+      has_vector_rows<Element>(params.grad_out) && has_vector_rows<Element>(params.grad_rows)) {
     launch_pieces<Element, kElementsPerVector<Element>>(args, row_dim, stream);
   } else {
     launch_pieces<Element, 1>(args, row_dim, stream);
@@ -399,7 +395,7 @@ void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments ar
   const int64_t slabs = (row_dim + kSumSlab - 1) / kSumSlab;
   const auto shape_for = [&](int64_t count) {
     require(count * slabs <= INT32_MAX, "too many entries for one launch of memory_backward");
-    return cuda::LaunchShape{dim3(static_cast<unsigned>((count * slabs + kMostWarps - 1) / kMostWarps)), dim3(kThreads),
+    return cuda::LaunchShape{dim3(static_cast<unsigned>((count * slabs + kMaxWarps - 1) / kMaxWarps)), dim3(kThreads),
                              0, stream};
   };
   const int64_t num_stretches = args.num_pieces / kPiecesPerStretch;
@@ -409,7 +405,8 @@ void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments ar
 
 }  // namespace
 
-int64_t memory_backward_workspace_bytes(const MemoryProblem& problem) {
+int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, const CudaPlace&) {
+  const MemoryProblem& problem = params.problem;
   const int64_t num_pieces = num_pieces_of(problem);
   return num_pieces < 2 ? 0 : num_pieces * 2 * problem.row_dim * static_cast<int64_t>(sizeof(float));
 }
@@ -417,51 +414,42 @@ int64_t memory_backward_workspace_bytes(const MemoryProblem& problem) {
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
   const MemoryProblem& problem = params.problem;
   require(problem.num_entries() <= INT32_MAX - kEntriesPerPiece, "memory_backward: at most 2^31 - 129 entries on CUDA");
-  require(workspace.bytes >= memory_backward_workspace_bytes(problem), "memory_backward: the workspace is too small");
+  require(workspace.bytes >= memory_backward_workspace_bytes(params, place),
+          "memory_backward: the workspace is too small");
   const DeviceGuard guard(place.device);
   const StageRange range("memory: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const int64_t element_bytes = problem.dtype == Dtype::kFloat32 ? 4 : 2;
-  const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes;
+  const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes(problem.dtype);
   if (grad_bytes > 0) {
-    cuda_require(cudaMemsetAsync(params.grad_rows, 0, static_cast<size_t>(grad_bytes), stream),
+    cuda_require(cudaMemsetAsync(params.grad_rows.data, 0, static_cast<size_t>(grad_bytes), stream),
                  "clearing gradients of rows");
   }
-  if (problem.num_entries() == 0 || (problem.row_dim == 0 && params.grad_weights == nullptr)) return;
+  if (problem.num_entries() == 0 || (problem.row_dim == 0 && params.grad_weights.data == nullptr)) return;
   MemoryBackwardArguments args{};
   args.bag_size = static_cast<uint32_t>(problem.bag_size);
   args.num_rows = static_cast<int32_t>(problem.num_rows);
   args.num_entries = static_cast<int32_t>(problem.num_entries());
   args.num_pieces = static_cast<int32_t>(num_pieces_of(problem));
-  args.values = params.grad_weights == nullptr ? nullptr : params.values;
-  args.values_stride = params.values_stride;
-  args.order = params.order;
-  args.sorted_rows = params.sorted_rows;
-  args.targets = params.targets;
-  args.weights = static_cast<const float*>(params.weights);
-  args.grad_out = params.grad_out;
-  args.grad_out_stride = params.grad_out_stride;
-  args.grad_rows = params.grad_rows;
-  args.grad_weights = static_cast<float*>(params.grad_weights);
+  args.values = params.grad_weights.data == nullptr ? nullptr : params.values.data;
+  args.values_stride = params.values.strides[0];
+  args.order = params.order.data;
+  args.sorted_rows = params.sorted_rows.data;
+  args.targets = params.targets.data;
+  args.weights = params.weights.at<float>();
+  args.grad_out = params.grad_out.data;
+  args.grad_out_stride = params.grad_out.strides[0];
+  args.grad_rows = params.grad_rows.data;
+  args.grad_weights = params.grad_weights.at<float>();
   args.sums = static_cast<float*>(workspace.data);
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return backward_for<float>(params, args, stream);
-    case Dtype::kBFloat16: return backward_for<BFloat16>(params, args, stream);
-    case Dtype::kFloat16: return backward_for<Float16>(params, args, stream);
-    default: require(false, "memory_backward on CUDA takes float32, bfloat16 and float16, not float64");
-  }
-}
-
-void add_memory_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
-    facts.push_back({"memory_backward_pieces", dtype, 0, kThreads, dot_bytes(kMostWarps)});
-  }
+  with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, args, stream); });
 }
 
 std::vector<CudaKernelFacts> memory_cuda_kernel_facts() {
   std::vector<CudaKernelFacts> facts;
   add_product_key_kernel_facts(facts);
-  add_memory_backward_kernel_facts(facts);
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+    facts.push_back({"memory_backward_pieces", dtype, 0, kThreads, dot_bytes(kMaxWarps)});
+  }
   return facts;
 }
 

@@ -1,59 +1,68 @@
-// Memory layers as Python sees them: addresses, sizes and strides in, nothing out.
+// The entry points of memory layers, and what their kernels rely on.
 #include "../bindings.h"
-#include "../common/cpu_target.h"
-#include "memory_arguments.h"
+#include "../common/checks.h"
+#include "../common/native_call.h"
 #include "memory_cpu.h"
-
-namespace py = pybind11;
+#if defined(TOPGATHER_HAVE_CUDA)
+#include "../cuda/native_call_cuda.h"
+#include "memory_cuda.h"
+#endif
 
 namespace topgather {
+
 namespace {
 
-const MemoryCpuKernels& cpu_kernels() {
-  switch (cpu_target()) {
-#if defined(TOPGATHER_HAVE_X86_TARGETS)
-    case CpuTarget::kAvx2: return avx2::kMemoryCpuKernels;
-    case CpuTarget::kAmx:  // nothing here multiplies on the matrix unit
-    case CpuTarget::kAvx512: return avx512::kMemoryCpuKernels;
-#endif
-    default: return baseline::kMemoryCpuKernels;
-  }
-}
-
-void bind_cpu(py::module_& module) {
-  module.def("product_key_topk_cpu", [](const py::tuple& fields) {
-    const ProductKeyParams params = product_key_params_from(fields);
-    const py::gil_scoped_release release;
-    cpu_kernels().product_key_topk(params);
-  });
-  module.def("memory_lookup_cpu",
-             [](const py::tuple& problem, const py::tuple& values, int64_t indices, int64_t weights, int64_t out) {
-               const MemoryLookupParams params = lookup_params_from(problem, values, indices, weights, out);
-               const py::gil_scoped_release release;
-               cpu_kernels().lookup(params);
-             });
-  module.def("memory_dot_cpu",
-             [](const py::tuple& problem, const py::tuple& values, int64_t indices, const py::tuple& x, int64_t out) {
-               const MemoryDotParams params = dot_params_from(problem, values, indices, x, out);
-               const py::gil_scoped_release release;
-               cpu_kernels().dot(params);
-             });
-  module.def("memory_backward_cpu", [](const py::tuple& problem, const py::tuple& values, const py::tuple& sorted,
-                                       int64_t weights, const py::tuple& grad_out, int64_t num_targets,
-                                       int64_t grad_rows, int64_t grad_weights) {
-    const MemoryBackwardParams params =
-        backward_params_from(problem, values, sorted, weights, grad_out, num_targets, grad_rows, grad_weights);
-    const py::gil_scoped_release release;
-    cpu_kernels().backward(params);
-  });
+template <typename Params, typename PerEntry>
+void complete_problem(Params& params, const PerEntry& per_entry) {
+  MemoryProblem& problem = params.problem;
+  problem.dtype = params.values.dtype;
+  problem.num_rows = params.values.sizes[0];
+  problem.row_dim = params.values.sizes[1];
+  problem.num_tokens = per_entry.sizes[0];
+  problem.bag_size = per_entry.sizes[1];
+  require(problem.num_rows <= INT32_MAX - 1, "a table has at most 2^31 - 2 rows");
+  require(problem.num_threads >= 1, "num_threads must be at least 1");
 }
 
 }  // namespace
 
-void bind_memory(py::module_& module) {
-  bind_cpu(module);
+void complete(ProductKeyParams& params) {
+  params.dtype = params.query.dtype;
+  params.num_tokens = params.query.sizes[0];
+  params.num_heads = params.query.sizes[1];
+  params.num_keys = params.keys.sizes[2];
+  params.half_dim = params.keys.sizes[3];
+  require(params.num_keys >= 1 && params.num_keys <= 46340, "num_keys must be between 1 and 46340");
+  require(params.half_dim >= 1, "half_dim must be at least 1");
+  require(params.top_k >= 1 && params.top_k <= params.num_keys * params.num_keys,
+          "top_k must be between 1 and num_keys^2");
+  require(params.num_threads >= 1, "num_threads must be at least 1");
+}
+
+void complete(MemoryLookupParams& params) { complete_problem(params, params.indices); }
+
+void complete(MemoryDotParams& params) { complete_problem(params, params.indices); }
+
+void complete(MemoryBackwardParams& params) {
+  complete_problem(params, params.weights);
+  params.num_targets = params.grad_rows.sizes[0];
+  require(params.num_targets <= INT32_MAX, "num_targets must fit 31 bits");
+}
+
+void bind_memory(pybind11::module_& module) {
+#if !defined(TOPGATHER_EMULATION)
+  add_cpu_entry(module, "product_key_topk", &MemoryCpuKernels::product_key_topk);
+  add_cpu_entry(module, "memory_lookup", &MemoryCpuKernels::lookup);
+  add_cpu_entry(module, "memory_dot", &MemoryCpuKernels::dot);
+  add_cpu_entry(module, "memory_backward", &MemoryCpuKernels::backward);
+#endif
 #if defined(TOPGATHER_HAVE_CUDA)
-  bind_memory_cuda(module);
+  add_cuda_entry<ProductKeyParams>(module, "product_key_topk", {&product_key_topk_cuda});
+  add_cuda_entry<MemoryLookupParams>(module, "memory_lookup", {&memory_lookup_cuda});
+  add_cuda_entry<MemoryDotParams>(module, "memory_dot", {&memory_dot_cuda});
+  add_cuda_entry<MemoryBackwardParams>(module, "memory_backward",
+                                       {&memory_backward_cuda, &memory_backward_workspace_bytes});
+  add_kernel_facts(module, "memory_cuda_kernel_facts", &memory_cuda_kernel_facts);
 #endif
 }
 

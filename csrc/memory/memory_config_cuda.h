@@ -22,7 +22,7 @@ struct MemoryBackwardCudaConfig {
   // fewer pieces for the multiprocessors.
   static constexpr int kEntriesPerPiece = 128;
   static constexpr int kEntriesInFlight = 4;  // of each the row of grad_out and, where it is needed, of values
-  // Sums of pieces that are added up beforehand where one run fills them all, and sums that a lane asks for at once.
+  // Sums of pieces that are added up beforehand where one run fills them all, and sums that a lane loads at once.
   static constexpr int kPiecesPerStretch = 64;
   static constexpr int kPiecesInFlight = 8;
 };
@@ -32,8 +32,8 @@ struct ProductKeyCudaConfig {
   // one selects while the other multiplies.
   static constexpr int64_t kSharedBytes = 99 * 1024;
   static constexpr int kBlocksPerProcessor = 2;
-  static constexpr int kSliceBytes = 64;     // of every key's row that are copied and multiplied at a time
-  static constexpr int64_t kMostStages = 4;  // slices of keys in shared memory, of 2 at least
+  static constexpr int kSliceBytes = 64;    // of every key's row that are copied and multiplied at a time
+  static constexpr int64_t kMaxStages = 4;  // slices of keys in shared memory, of 2 at least
 };
 
 // A warp multiplies kRowBlocks x 16 tokens with kKeyBlocks x 8 keys; kRowGroups x kKeyGroups warps.

@@ -1,6 +1,7 @@
 // The CPU kernels of memory layers, one table of entry points per instruction set.
 #pragma once
 
+#include "../common/cpu_kernels.h"
 #include "memory_params.h"
 
 namespace topgather {
@@ -11,14 +12,6 @@ struct MemoryCpuKernels {
   void (*dot)(const MemoryDotParams& params);
   void (*backward)(const MemoryBackwardParams& params);
 };
-
-#define TOPGATHER_DECLARE_TARGET(target)           \
-  namespace target {                               \
-  extern const MemoryCpuKernels kMemoryCpuKernels; \
-  }
-TOPGATHER_DECLARE_TARGET(baseline)
-TOPGATHER_DECLARE_TARGET(avx2)
-TOPGATHER_DECLARE_TARGET(avx512)
-#undef TOPGATHER_DECLARE_TARGET
+TOPGATHER_CPU_KERNELS(MemoryCpuKernels, avx512)
 
 }  // namespace topgather

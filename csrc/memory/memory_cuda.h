@@ -12,21 +12,21 @@
 namespace topgather {
 
 std::vector<CudaKernelFacts> memory_cuda_kernel_facts();
+void add_product_key_kernel_facts(std::vector<CudaKernelFacts>& facts);  // its part of them
 
 // Of the sizes that kernels take; others raise std::invalid_argument. float32, bfloat16 and float16.
-constexpr int64_t kProductKeyMostHalfDim = 256;
-constexpr int64_t kProductKeyMostTopK = 128;
+constexpr int64_t kProductKeyMaxHalfDim = 256;
+constexpr int64_t kProductKeyMaxTopK = 128;
 
-// query, keys: rows start on 16-byte boundaries and hold whole multiples of 16 bytes, the part past half_dim being
-// zeros. top_k <= num_keys is not needed, top_k <= num_keys^2 is.
-void product_key_topk_cuda(const ProductKeyParams& params, const CudaPlace& place);
+// top_k <= num_keys is not needed, top_k <= num_keys^2 is. No workspace.
+void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
-// Any alignment; 16-byte loads where rows allow them.
-void memory_lookup_cuda(const MemoryLookupParams& params, const CudaPlace& place);
-void memory_dot_cuda(const MemoryDotParams& params, const CudaPlace& place);
+// Any alignment; 16-byte loads where rows allow them. No workspace.
+void memory_lookup_cuda(const MemoryLookupParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
+void memory_dot_cuda(const MemoryDotParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 // The same bits every time.
-int64_t memory_backward_workspace_bytes(const MemoryProblem& problem);
+int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, const CudaPlace& place);
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 }  // namespace topgather

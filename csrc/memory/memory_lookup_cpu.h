@@ -5,8 +5,8 @@
 //
 // Who owns what: a task is a few consecutive tokens, cut by shapes alone. Steps per token:
 //   1. take kRowsPerPass entries; walk their rows a cache line at a time, side by side;
-//   2. at every line, ask for the same line of the entries kPrefetchEntries further on, in the tokens that follow too:
-//      rows are too scattered for the hardware to foresee, and asked for in one burst they would wait for each other;
+//   2. at every line, prefetch the same line of the entries kPrefetchEntries further on, in the tokens that follow too:
+//      rows are too scattered for the hardware prefetcher, and prefetches in one burst would wait for each other;
 //   3. lookup adds the lines to the token's sums, dot to a vector of its own for every entry.
 // Numerics: products and sums in float32 (float64 for float64), rounded once. The sums of a lookup run over k in
 // ascending order; a dot product sums lanes over the row, then the lanes, then what is left of the row.
@@ -31,7 +31,7 @@ struct EntryRows {
   const Storage* values;
   int64_t stride;
   const int64_t* indices;
-  int64_t last_entry;  // nothing further is asked for in advance
+  int64_t last_entry;  // nothing past it is prefetched
 
   const Storage* of(int64_t entry) const { return values + indices[entry] * stride; }
   const Storage* ahead_of(int64_t entry) const {
@@ -109,7 +109,7 @@ inline void dot_rows(const EntryRows<Storage>& table, const ComputeOf<Storage>* 
 // Of `count` positions with so many elements each, those of a task.
 inline int64_t positions_per_task(int64_t count, int64_t elements) {
   using Config = MemoryLookupConfig;
-  return max64(min64(Config::kElementsPerTask / max64(elements, 1), count / Config::kLeastTasks), 1);
+  return max64(min64(Config::kElementsPerTask / max64(elements, 1), count / Config::kMinTasks), 1);
 }
 
 // Calls body(first, last, scratch) for ranges of tokens; scratch is row_dim elements of the compute type. Every token
@@ -117,13 +117,6 @@ inline int64_t positions_per_task(int64_t count, int64_t elements) {
 template <typename T, typename Body>
 void for_each_token_range(const MemoryProblem& problem, const Body& body) {
   using Config = MemoryLookupConfig;
-  struct Context {
-    const MemoryProblem& problem;
-    const Body& body;
-    int64_t tokens_per_task;
-    int64_t scratch_row;
-    T* scratch;
-  };
   const int64_t elements_per_token = max64(problem.bag_size, 1) * max64(problem.row_dim, 1);
   const int64_t tokens_per_task = positions_per_task(problem.num_tokens, elements_per_token);
   const int64_t num_tasks = ceil_div(problem.num_tokens, tokens_per_task);
@@ -132,13 +125,11 @@ void for_each_token_range(const MemoryProblem& problem, const Body& body) {
       useful_threads(problem.num_threads, num_tasks, num_operations * Config::kOperationsPerElement);
   const int64_t scratch_row = round_up(problem.row_dim, 64);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(num_threads * scratch_row) * sizeof(T));
-  Context context{problem, body, tokens_per_task, scratch_row, reinterpret_cast<T*>(scratch.get())};
-  const auto task_body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const int64_t first = task * ctx.tokens_per_task;
-    ctx.body(first, min64(first + ctx.tokens_per_task, ctx.problem.num_tokens), ctx.scratch + worker * ctx.scratch_row);
-  };
-  parallel_for(num_threads, num_tasks, task_body, &context);
+  for_each_task(num_threads, num_tasks, [&](int64_t task, int worker) {
+    const int64_t first = task * tokens_per_task;
+    body(first, min64(first + tokens_per_task, problem.num_tokens),
+         reinterpret_cast<T*>(scratch.get()) + worker * scratch_row);
+  });
 }
 
 template <typename Storage>
@@ -147,15 +138,15 @@ void memory_lookup_storage(const MemoryLookupParams& params) {
   constexpr int kRowsPerPass = MemoryLookupConfig::kRowsPerPass;
   const MemoryProblem& problem = params.problem;
   const int64_t row_dim = problem.row_dim, bag_size = problem.bag_size;
-  const T* weights = static_cast<const T*>(params.weights);
-  Storage* out = static_cast<Storage*>(params.out);
+  const T* weights = params.weights.at<T>();
   if (row_dim == 0) return;
   for_each_token_range<T>(problem, [&](int64_t first_token, int64_t last_token, T* scratch) {
-    const EntryRows<Storage> table{static_cast<const Storage*>(params.values), params.values_stride, params.indices,
+    const EntryRows<Storage> table{params.values.at<Storage>(), params.values.strides[0], params.indices.data,
                                    last_token * bag_size - 1};
     for (int64_t token = first_token; token < last_token; ++token) {
+      Storage* out = params.out.at<Storage>(token);
       T* sums = scratch;
-      if constexpr (std::is_same_v<Storage, T>) sums = out + token * row_dim;
+      if constexpr (std::is_same_v<Storage, T>) sums = out;
       const int64_t last = (token + 1) * bag_size;
       int64_t entry = token * bag_size;
       if (bag_size >= kRowsPerPass) {
@@ -169,7 +160,7 @@ void memory_lookup_storage(const MemoryLookupParams& params) {
       }
       for (; entry < last; ++entry) add_weighted_rows<false, 1>(table, weights, entry, row_dim, sums);
       if constexpr (!std::is_same_v<Storage, T>) {
-        for (int64_t d = 0; d < row_dim; ++d) out[token * row_dim + d] = from_compute<Storage>(sums[d]);
+        for (int64_t d = 0; d < row_dim; ++d) out[d] = from_compute<Storage>(sums[d]);
       }
     }
   });
@@ -181,17 +172,16 @@ void memory_dot_storage(const MemoryDotParams& params) {
   constexpr int kRowsPerPass = MemoryLookupConfig::kRowsPerPass;
   const MemoryProblem& problem = params.problem;
   const int64_t row_dim = problem.row_dim, bag_size = problem.bag_size;
-  const Storage* x_rows = static_cast<const Storage*>(params.x);
-  T* out = static_cast<T*>(params.out);
+  T* out = params.out.at<T>();
   if (row_dim == 0) {  // there may be no memory behind rows
     for (int64_t entry = 0; entry < problem.num_entries(); ++entry) out[entry] = 0;
     return;
   }
   for_each_token_range<T>(problem, [&](int64_t first_token, int64_t last_token, T* scratch) {
-    const EntryRows<Storage> table{static_cast<const Storage*>(params.values), params.values_stride, params.indices,
+    const EntryRows<Storage> table{params.values.at<Storage>(), params.values.strides[0], params.indices.data,
                                    last_token * bag_size - 1};
     for (int64_t token = first_token; token < last_token; ++token) {
-      const T* x = dense_rows(x_rows + token * params.x_stride, 0, 1, row_dim, row_dim, scratch).data;
+      const T* x = dense_rows(params.x.at<Storage>(token), 0, 1, row_dim, row_dim, scratch).data;
       const int64_t last = (token + 1) * bag_size;
       int64_t entry = token * bag_size;
       for (; entry + kRowsPerPass <= last; entry += kRowsPerPass) {

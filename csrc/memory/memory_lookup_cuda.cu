@@ -5,18 +5,19 @@
 //
 // Who owns what: a group of 8, 16 or 32 lanes, as wide as a row needs, owns in lookup one slab of one token's out, in
 // dot as many of a token's entries as it has lanes. Steps:
-//   1. each lane reads one entry of the group's next ones, ahead of its turn; the group hears of it by shuffles;
-//   2. the rows of several entries are asked for at once, a slab of each;
+//   1. each lane reads one entry of the group's next ones, ahead of its turn, and passes it to the group by shuffles;
+//   2. the rows of several entries are loaded at once, a slab of each;
 //   3. lookup adds them, entries ascending; dot adds products, slabs ascending, then lanes.
 // Memory: T K rows are read once (2 W bytes each of 16-bit types), which is nearly all; 12 bytes an entry, out and x
 // are small beside them. Every access of a group is to neighbouring bytes. Warps of one token stand side by side, so
-// that a row's slabs are asked for together.
+// that a row's slabs are loaded together.
 // Numerics: float32 products and sums, lookup rounded once. No ties. Tokens without entries give zero rows. An index
 // outside [0, num_rows) is not followed: lookup's out row, dot's own product become NaN.
 // Determinism: every sum has an order fixed by shapes and alignment.
+#include "../cuda/dispatch.h"
+#include "../cuda/lane_rows.cuh"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
-#include "memory_rows_cuda.cuh"
 
 namespace topgather {
 
@@ -30,7 +31,7 @@ constexpr int kThreads = MemoryLookupCudaConfig::kThreads;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kBlocksPerProcessor = MemoryLookupCudaConfig::kBlocksPerProcessor;
 constexpr int kRowsInFlight = MemoryLookupCudaConfig::kRowsInFlight;
-static_assert(kLeastLanesPerRow % kRowsInFlight == 0, "a group's entries go by in whole steps");
+static_assert(kMinLanesPerRow % kRowsInFlight == 0, "a group's entries go by in whole steps");
 static_assert(kRowsInFlight % 4 == 0, "lanes' sums are added four at a time");
 }  // namespace
 
@@ -189,7 +190,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_dot(cons
 
 namespace {
 
-MemoryLookupArguments arguments_of(const MemoryProblem& problem, const RowShape& shape, int64_t parts_per_token) {
+template <typename Params>
+MemoryLookupArguments arguments_of(const Params& params, const RowShape& shape, int64_t parts_per_token) {
+  const MemoryProblem& problem = params.problem;
   require(problem.bag_size <= INT32_MAX - kLanes, "entries of a token must fit 31 bits on CUDA");
   const int64_t tokens_per_warp = kLanes / shape.lanes_per_row;
   const int64_t num_warps = (problem.num_tokens + tokens_per_warp - 1) / tokens_per_warp * parts_per_token;
@@ -201,6 +204,10 @@ MemoryLookupArguments arguments_of(const MemoryProblem& problem, const RowShape&
   args.num_rows = problem.num_rows;
   args.num_tokens = problem.num_tokens;
   args.bag_size = static_cast<int32_t>(problem.bag_size);
+  args.values = params.values.data;
+  args.values_stride = params.values.strides[0];
+  args.indices = params.indices.data;
+  args.out = params.out.data;
   return args;
 }
 
@@ -211,20 +218,14 @@ cuda::LaunchShape launch_shape(const MemoryLookupArguments& args, cudaStream_t s
 template <typename Element, int kVector>
 void launch_lookup(const MemoryLookupParams& params, cudaStream_t stream) {
   const RowShape shape = row_shape<kVector>(params.problem.row_dim);
-  MemoryLookupArguments args = arguments_of(params.problem, shape, shape.num_slabs);
-  args.values = params.values;
-  args.values_stride = params.values_stride;
-  args.indices = params.indices;
-  args.weights = static_cast<const float*>(params.weights);
-  args.out = params.out;
+  MemoryLookupArguments args = arguments_of(params, shape, shape.num_slabs);
+  args.weights = params.weights.at<float>();
   cuda::launch(memory_lookup<Element, kVector>, launch_shape(args, stream), args);
 }
 
 template <typename Element>
 void lookup_for(const MemoryLookupParams& params, cudaStream_t stream) {
-  const int64_t row_dim = params.problem.row_dim;
-  if (has_vector_rows<Element>(params.values, params.values_stride, row_dim) &&
-      has_vector_rows<Element>(params.out, row_dim, row_dim)) {
+  if (has_vector_rows<Element>(params.values) && has_vector_rows<Element>(params.out)) {
     launch_lookup<Element, kElementsPerVector<Element>>(params, stream);
   } else {
     launch_lookup<Element, 1>(params, stream);
@@ -235,21 +236,15 @@ template <typename Element, int kVector>
 void launch_dot(const MemoryDotParams& params, cudaStream_t stream) {
   const RowShape shape = row_shape<kVector>(params.problem.row_dim);
   const int64_t parts = (params.problem.bag_size + shape.lanes_per_row - 1) / shape.lanes_per_row;
-  MemoryLookupArguments args = arguments_of(params.problem, shape, parts);
-  args.values = params.values;
-  args.values_stride = params.values_stride;
-  args.indices = params.indices;
-  args.x = params.x;
-  args.x_stride = params.x_stride;
-  args.out = params.out;
+  MemoryLookupArguments args = arguments_of(params, shape, parts);
+  args.x = params.x.data;
+  args.x_stride = params.x.strides[0];
   cuda::launch(memory_dot<Element, kVector>, launch_shape(args, stream), args);
 }
 
 template <typename Element>
 void dot_for(const MemoryDotParams& params, cudaStream_t stream) {
-  const int64_t row_dim = params.problem.row_dim;
-  if (has_vector_rows<Element>(params.values, params.values_stride, row_dim) &&
-      has_vector_rows<Element>(params.x, params.x_stride, row_dim)) {
+  if (has_vector_rows<Element>(params.values) && has_vector_rows<Element>(params.x)) {
     launch_dot<Element, kElementsPerVector<Element>>(params, stream);
   } else {
     launch_dot<Element, 1>(params, stream);
@@ -258,30 +253,20 @@ void dot_for(const MemoryDotParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-void memory_lookup_cuda(const MemoryLookupParams& params, const CudaPlace& place) {
+void memory_lookup_cuda(const MemoryLookupParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (params.problem.num_tokens == 0 || params.problem.row_dim == 0) return;
   const DeviceGuard guard(place.device);
   const StageRange range("memory: lookup");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (params.problem.dtype) {
-    case Dtype::kFloat32: return lookup_for<float>(params, stream);
-    case Dtype::kBFloat16: return lookup_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return lookup_for<Float16>(params, stream);
-    default: require(false, "memory_lookup on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(params.problem.dtype, [&](auto element) { lookup_for<decltype(element)>(params, stream); });
 }
 
-void memory_dot_cuda(const MemoryDotParams& params, const CudaPlace& place) {
+void memory_dot_cuda(const MemoryDotParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (params.problem.num_entries() == 0) return;
   const DeviceGuard guard(place.device);
   const StageRange range("memory: dot");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  switch (params.problem.dtype) {
-    case Dtype::kFloat32: return dot_for<float>(params, stream);
-    case Dtype::kBFloat16: return dot_for<BFloat16>(params, stream);
-    case Dtype::kFloat16: return dot_for<Float16>(params, stream);
-    default: require(false, "memory_dot on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(params.problem.dtype, [&](auto element) { dot_for<decltype(element)>(params, stream); });
 }
 
 }  // namespace topgather

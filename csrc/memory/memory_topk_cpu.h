@@ -14,7 +14,7 @@
 //   2. half scores [tokens, n] by the dense micro-kernel, a panel at a time;
 //   per token:
 //   3. the min(top_k, n) best of each half:
-//      a. a lower bound of the last one kept: the least of as many group maxima as entries are wanted;
+//      a. a lower bound of the last one kept: the minimum of as many group maxima as entries are wanted;
 //      b. the entries at or above it, appended to a list by position;
 //      c. the bound raised by a few counts over the list until little more than what is wanted is left;
 //      d. each survivor's rank by counting who is before it; by a merge sort where ties leave many;
@@ -52,8 +52,8 @@ struct ScoreList {
 
 template <typename T>
 struct ScoreBounds {
-  T least;  // at least as many scores as wanted are not below it
-  T most;   // no score but NaN is above it
+  T lower;  // at least as many scores as wanted are not below it
+  T upper;  // no score but NaN is above it
 };
 
 // Where the half scores of a tile come from: keys of one head and half, as step 1 leaves them.
@@ -78,26 +78,18 @@ struct KeyPanels {
 template <typename Storage>
 void pack_keys(const ProductKeyParams& params, const KeyPanels<ComputeOf<Storage>>& panels) {
   using T = ComputeOf<Storage>;
-  struct Context {
-    const ProductKeyParams& params;
-    const KeyPanels<T>& panels;
-  };
-  Context context{params, panels};
-  const auto body = [](void* opaque, int64_t task, int) {
-    const auto& [p, keys] = *static_cast<Context*>(opaque);
-    constexpr int64_t kWidth = KeyPanels<T>::kWidth;
-    const int64_t panel = task % keys.num_panels();
-    const int64_t half = task / keys.num_panels() % 2;
-    const int64_t head = task / keys.num_panels() / 2;
-    const Storage* source = static_cast<const Storage*>(p.keys) + head * p.keys_head_stride +
-                            half * p.keys_half_stride + panel * kWidth * p.keys_row_stride;
-    gather_rows_transposed<Storage>([&](int64_t i) { return source + i * p.keys_row_stride; },
-                                    min64(kWidth, p.num_keys - panel * kWidth), p.half_dim, T(1),
-                                    keys.panel_at(head, half, panel), keys.width_of(panel));
-  };
+  constexpr int64_t kWidth = KeyPanels<T>::kWidth;
   const int64_t num_tasks = params.num_heads * 2 * panels.num_panels();
-  const double num_operations = static_cast<double>(num_tasks * KeyPanels<T>::kWidth * params.half_dim);
-  parallel_for(useful_threads(params.num_threads, num_tasks, num_operations), num_tasks, body, &context);
+  const double num_operations = static_cast<double>(num_tasks * kWidth * params.half_dim);
+  for_each_task(useful_threads(params.num_threads, num_tasks, num_operations), num_tasks, [&](int64_t task, int) {
+    const int64_t panel = task % panels.num_panels();
+    const int64_t half = task / panels.num_panels() % 2;
+    const int64_t head = task / panels.num_panels() / 2;
+    const Storage* source = params.keys.at<Storage>(head, half, panel * kWidth);
+    gather_rows_transposed<Storage>([&](int64_t i) { return source + i * params.keys.strides[2]; },
+                                    min64(kWidth, params.num_keys - panel * kWidth), params.half_dim, T(1),
+                                    panels.panel_at(head, half, panel), panels.width_of(panel));
+  });
 }
 
 // Step 3a. Disjoint groups of scores, no fewer than are wanted: a group is one lane of some consecutive vectors.
@@ -108,8 +100,8 @@ inline ScoreBounds<T> bounds_of_best(const T* scores, int64_t num_vectors, int64
   const int64_t vectors_per_group = num_vectors / num_groups;
   // Groups of one or two find hardly anything to discard.
   if (vectors_per_group < 3) return {lowest[0], lowest[0]};
-  Vector<T> most = lowest;
-  Vector<T> least = -lowest;
+  Vector<T> upper = lowest;
+  Vector<T> lower = -lowest;
   for (int64_t group = 0; group < num_groups; ++group) {
     const T* first = scores + group * vectors_per_group * kLanes<T>;
     const int64_t count = group + 1 == num_groups ? num_vectors - group * vectors_per_group : vectors_per_group;
@@ -121,11 +113,11 @@ inline ScoreBounds<T> bounds_of_best(const T* scores, int64_t num_vectors, int64
     }
     if (count % 2 == 1) even = maximum(load<T>(first + (count - 1) * kLanes<T>), even);
     const Vector<T> top = maximum(even, odd);
-    most = maximum(top, most);
-    least = minimum(top, least);
+    upper = maximum(top, upper);
+    lower = minimum(top, lower);
   }
-  return {reduce_lanes<T>(least, [](const Vector<T>& a, const Vector<T>& b) { return minimum(a, b); }),
-          largest_lane<T>(most)};
+  return {reduce_lanes<T>(lower, [](const Vector<T>& a, const Vector<T>& b) { return minimum(a, b); }),
+          largest_lane<T>(upper)};
 }
 
 template <typename T>
@@ -167,13 +159,13 @@ inline void tighten(ScoreList<T>& list, int64_t num_wanted, ScoreBounds<T> bound
   if (list.count <= acceptable) return;
   pad_list(list);
   const float aim = rough_log2((num_wanted + acceptable) / 2);
-  float least_log = rough_log2(list.count);
-  float most_log = rough_log2(1);
+  float min_log = rough_log2(list.count);
+  float max_log = rough_log2(1);
   int64_t num_left = list.count;
-  for (int pass = 0; pass < ProductKeyConfig::kMostGuesses && num_left > acceptable; ++pass) {
-    const float share = pass % 3 == 2 ? 0.5f : (least_log - aim) / (least_log - most_log);
-    const T guess = bounds.least + (bounds.most - bounds.least) * static_cast<T>(share);
-    if (!(guess > bounds.least && guess < bounds.most)) break;
+  for (int pass = 0; pass < ProductKeyConfig::kMaxGuesses && num_left > acceptable; ++pass) {
+    const float share = pass % 3 == 2 ? 0.5f : (min_log - aim) / (min_log - max_log);
+    const T guess = bounds.lower + (bounds.upper - bounds.lower) * static_cast<T>(share);
+    if (!(guess > bounds.lower && guess < bounds.upper)) break;
     IntegerVector<T> counts{};
     for (int64_t i = 0; i < list.count; i += kLanes<T>) {
       counts = load<T>(list.scores + i) >= broadcast(guess) ? counts + 1 : counts;
@@ -181,19 +173,19 @@ inline void tighten(ScoreList<T>& list, int64_t num_wanted, ScoreBounds<T> bound
     int64_t count = 0;
     for (int lane = 0; lane < kLanes<T>; ++lane) count += counts[lane];
     if (count >= num_wanted) {
-      bounds.least = guess;
+      bounds.lower = guess;
       num_left = count;
-      least_log = rough_log2(count);
+      min_log = rough_log2(count);
     } else {
-      bounds.most = guess;
-      most_log = rough_log2(max64(count, 1));
+      bounds.upper = guess;
+      max_log = rough_log2(max64(count, 1));
     }
   }
   if (num_left == list.count) return;
   // In place: what is written never passes what was read.
   ScoreList<T> kept{list.scores, list.positions};
   for (int64_t i = 0; i < list.count; i += kLanes<T>) {
-    kept.count += append_not_below(load<T>(list.scores + i), bounds.least, load<Position<T>>(list.positions + i),
+    kept.count += append_not_below(load<T>(list.scores + i), bounds.lower, load<Position<T>>(list.positions + i),
                                    list.scores + kept.count, list.positions + kept.count);
   }
   list.count = kept.count;
@@ -264,13 +256,13 @@ void sort_by_merging(const ScoreList<T>& list, const ScoreList<T>& scratch, cons
 template <typename T, typename OrderOf>
 inline void sorted_best(const T* scores, int64_t count, int64_t num_wanted, const ScoreBounds<T>& bounds,
                         const OrderOf& order_of, ScoreList<T>& list, ScoreList<T>& sorted) {
-  keep_best(scores, count, bounds.least, list);
+  keep_best(scores, count, bounds.lower, list);
   for (int64_t i = 0; i < list.count; i += kLanes<T>) {
     const Vector<T> score = load<T>(list.scores + i);
     store<T>(list.scores + i, score == score ? score : broadcast(std::numeric_limits<T>::infinity()));
   }
   tighten(list, num_wanted, bounds);
-  if (list.count <= ProductKeyConfig::kMostCounted) {
+  if (list.count <= ProductKeyConfig::kMaxCounted) {
     sort_by_counting(list, sorted);
   } else {
     sort_by_merging(list, sorted, order_of);
@@ -338,17 +330,16 @@ struct ProductKeyTask {
     for (T*& tile : half_scores) tile = scratch.take<T>(kTileTokens * panels.padded_keys);
     sums = scratch.take<T>(pairs.num_pairs + kLanes<T>);
     for (ScoreList<T>& half : best) half = take_list(panels.padded_keys);
-    const int64_t most_listed = max64(panels.padded_keys, round_up(pairs.num_pairs, kLanes<T>));
-    list = take_list(most_listed);
-    sorted = take_list(most_listed);
+    const int64_t max_listed = max64(panels.padded_keys, round_up(pairs.num_pairs, kLanes<T>));
+    list = take_list(max_listed);
+    sorted = take_list(max_listed);
   }
 
   // Step 2 for `count` tokens of a head.
   void score(int64_t head, int64_t half, int64_t first_token, int64_t count) {
     const int64_t half_dim = params.half_dim;
-    const Storage* query = static_cast<const Storage*>(params.query) + first_token * params.query_token_stride +
-                           head * params.query_head_stride + half * half_dim;
-    const RowBlock<T> queries = dense_rows(query, params.query_token_stride, count, half_dim, half_dim, query_tile);
+    const Storage* query = params.query.at<Storage>(first_token, head, half);
+    const RowBlock<T> queries = dense_rows(query, params.query.strides[0], count, half_dim, half_dim, query_tile);
     T* scores = half_scores[half];
     for (int64_t panel = 0; panel < panels.num_panels(); ++panel) {
       const int64_t width = panels.width_of(panel);
@@ -438,8 +429,7 @@ struct ProductKeyTask {
     score(head, 0, first_token, count);
     score(head, 1, first_token, count);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = (first_token + i) * params.num_heads + head;
-      search(i, static_cast<T*>(params.scores) + row * params.top_k, params.indices + row * params.top_k);
+      search(i, params.scores.at<T>(first_token + i, head), params.indices.at<int64_t>(first_token + i, head));
     }
   }
 };
@@ -472,23 +462,12 @@ void product_key_topk_storage(const ProductKeyParams& params) {
   const int64_t worker_bytes = measure.used();
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes) * static_cast<size_t>(num_workers));
 
-  struct Context {
-    const ProductKeyParams& params;
-    const KeyPanels<T>& panels;
-    const RankPairs& pairs;
-    unsigned char* scratch;
-    int64_t worker_bytes;
-    int64_t tiles_per_head;
-  };
-  Context context{params, panels, pairs, scratch.get(), worker_bytes, tiles_per_head};
   // Tiles of a head follow each other, so that its panels stay in cache.
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    ScratchCutter cutter(ctx.scratch + worker * ctx.worker_bytes);
-    Task search(ctx.params, ctx.panels, ctx.pairs, cutter);
-    search.run(task / ctx.tiles_per_head, task % ctx.tiles_per_head * Task::kTileTokens);
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    ScratchCutter cutter(scratch.get() + worker * worker_bytes);
+    Task search(params, panels, pairs, cutter);
+    search.run(task / tiles_per_head, task % tiles_per_head * Task::kTileTokens);
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -3,7 +3,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "memory_kernel_facts.h"
 #include "memory_topk_cuda.cuh"
 
 namespace topgather {
@@ -11,20 +10,19 @@ namespace topgather {
 namespace {
 
 // Of one dtype, the shortest lists first.
-constexpr ProductKeyKernel kKernels[] = {
-    product_key_kernel<BFloat16, 1>(Dtype::kBFloat16), product_key_kernel<BFloat16, 4>(Dtype::kBFloat16),
-    product_key_kernel<Float16, 1>(Dtype::kFloat16),   product_key_kernel<Float16, 4>(Dtype::kFloat16),
-    product_key_kernel<float, 1>(Dtype::kFloat32),     product_key_kernel<float, 4>(Dtype::kFloat32)};
+constexpr ProductKeyKernel kKernels[] = {product_key_kernel<BFloat16, 1>(), product_key_kernel<BFloat16, 4>(),
+                                         product_key_kernel<Float16, 1>(),  product_key_kernel<Float16, 4>(),
+                                         product_key_kernel<float, 1>(),    product_key_kernel<float, 4>()};
 
 const ProductKeyKernel& kernel_for(const ProductKeyParams& params) {
-  if (params.half_dim <= kProductKeyMostHalfDim) {
+  if (params.half_dim <= kProductKeyMaxHalfDim) {
     for (const ProductKeyKernel& kernel : kKernels) {
-      if (params.dtype == kernel.dtype && params.top_k <= kernel.most_top_k) return kernel;
+      if (params.dtype == kernel.dtype && params.top_k <= kernel.max_top_k) return kernel;
     }
   }
   throw std::invalid_argument("product_key_topk on CUDA takes float32, bfloat16 and float16, head_dim up to " +
-                              std::to_string(2 * kProductKeyMostHalfDim) + " and top_k up to " +
-                              std::to_string(kProductKeyMostTopK) + ", got dtype code " +
+                              std::to_string(2 * kProductKeyMaxHalfDim) + " and top_k up to " +
+                              std::to_string(kProductKeyMaxTopK) + ", got dtype code " +
                               std::to_string(static_cast<int>(params.dtype)) + ", head_dim " +
                               std::to_string(2 * params.half_dim) + " and top_k " + std::to_string(params.top_k));
 }
@@ -32,7 +30,7 @@ const ProductKeyKernel& kernel_for(const ProductKeyParams& params) {
 // Pairs of ranks that can be among the top_k, by (a + 1) (b + 1): as many sums, at least, are as large as theirs.
 void list_pairs(ProductKeyArguments& args) {
   const int last = std::min(args.top_k, args.num_keys) - 1;
-  int32_t ends[kProductKeyMostTopK + 1] = {};
+  int32_t ends[kProductKeyMaxTopK + 1] = {};
   const auto for_each_pair = [&](const auto& visit) {
     for (int a = 0; a <= last; ++a) {
       for (int b = 0; b <= last && (a + 1) * (b + 1) <= args.top_k; ++b) visit(a, b, (a + 1) * (b + 1));
@@ -46,7 +44,7 @@ void list_pairs(ProductKeyArguments& args) {
 
 }  // namespace
 
-void product_key_topk_cuda(const ProductKeyParams& params, const CudaPlace& place) {
+void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&, const CudaPlace& place) {
   const ProductKeyKernel& kernel = kernel_for(params);
   if (params.num_tokens == 0 || params.num_heads == 0) return;
   const DeviceGuard guard(place.device);
@@ -62,15 +60,16 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaPlace& plac
   args.half_dim = static_cast<int32_t>(params.half_dim);
   args.top_k = static_cast<int32_t>(params.top_k);
   args.num_stages = static_cast<int32_t>(num_stages);
-  args.query = params.query;
-  args.query_token_stride = params.query_token_stride;
-  args.query_head_stride = params.query_head_stride;
-  args.keys = params.keys;
-  args.keys_head_stride = params.keys_head_stride;
-  args.keys_half_stride = params.keys_half_stride;
-  args.keys_row_stride = params.keys_row_stride;
-  args.scores = static_cast<float*>(params.scores);
-  args.indices = params.indices;
+  args.query = params.query.data;
+  args.query_token_stride = params.query.strides[0];
+  args.query_head_stride = params.query.strides[1];
+  args.query_half_stride = params.query.strides[2];
+  args.keys = params.keys.data;
+  args.keys_head_stride = params.keys.strides[0];
+  args.keys_half_stride = params.keys.strides[1];
+  args.keys_row_stride = params.keys.strides[2];
+  args.scores = params.scores.at<float>();
+  args.indices = params.indices.data;
   list_pairs(args);
   kernel.launch(args, num_tiles * params.num_heads, kernel.shared_bytes(params.half_dim, num_stages),
                 static_cast<cudaStream_t>(place.stream));
@@ -78,9 +77,9 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaPlace& plac
 
 void add_product_key_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const ProductKeyKernel& kernel : kKernels) {
-    const char* name = kernel.most_top_k <= 32 ? "product_key_topk, top_k <= 32" : "product_key_topk, top_k <= 128";
-    facts.push_back({name, kernel.dtype, 2 * kProductKeyMostHalfDim, kernel.threads,
-                     kernel.shared_bytes(kProductKeyMostHalfDim, kernel.stages(kProductKeyMostHalfDim))});
+    const char* name = kernel.max_top_k <= 32 ? "product_key_topk, top_k <= 32" : "product_key_topk, top_k <= 128";
+    facts.push_back({name, kernel.dtype, 2 * kProductKeyMaxHalfDim, kernel.threads,
+                     kernel.shared_bytes(kProductKeyMaxHalfDim, kernel.stages(kProductKeyMaxHalfDim))});
   }
 }
 

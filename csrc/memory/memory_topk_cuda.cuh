@@ -1,7 +1,8 @@
 // The best pairs of product keys on CUDA: scores of token tiles against key tiles, kept on chip, the best of each half,
 // and the best sums of two.
 //
-//   s1_i = dot(query[:D/2], keys[0, i]), s2_j = dot(query[D/2:], keys[1, j])          never written to global memory
+//   s1_i = dot(query[:D/2], keys[0, i])                                     never written to global memory
+//   s2_j = dot(query[D/2:], keys[1, j])
 //   scores, indices = the top_k largest s1_i + s2_j, descending, with i n + j
 //
 // Who owns what: a thread block owns kRows neighbouring tokens of one head, whose queries lie in shared memory, one
@@ -11,15 +12,16 @@
 //   1. slice by slice, each warp multiplies its rows with its keys and keeps the scores in registers;
 //   2. the scores of kRoundKeys keys at a time go to shared memory;
 //   3. a warp looks at its rows' scores, one a lane. Those better than the worst of the row's sorted list join the
-//   row's
-//      pending entries; whenever 32 are pending, the warp sorts them and merges them into the list;
-//   after both halves, 4. the sums of ranks a and b of the two lists, of those pairs alone that have
-//      (a + 1) (b + 1) <= top_k, the most promising first, are selected in the same way and written out.
+//      row's pending entries; whenever 32 are pending, the warp sorts them and merges them into the list;
+//   after both halves:
+//   4. the sums of ranks a and b of the two lists, of those pairs alone that have (a + 1) (b + 1) <= top_k, the most
+//      promising first, are selected in the same way and written out.
 // Numerics: 16-bit products are exact, sums are float32; float32 takes plain multiply-adds. An entry is a 64-bit
 // number: the score's bits, arranged to order as scores do, then the index, lower ones first, then a bit that says NaN.
 // No two are equal, so results depend neither on the order in which entries come nor on the sort. A NaN half score
 // ranks as +inf, a sum of opposite infinities as -inf; the score written is the true sum, -0 as 0. Every entry beats
-// the zeros of an empty place. Determinism: a row's results depend on its own query and the keys alone.
+// the zeros of an empty place.
+// Determinism: a row's results depend on its own query and the keys alone.
 //
 // What bounds it, counted for T = 16384, H = 4, n = 1024, D = 512, top_k = 32, bfloat16, on an H100: 69 GFLOP are 0.12
 // ms of matrix instructions. A row merges 32 pending entries 6.5 times in each half and 3 times in step 4, which with
@@ -31,6 +33,7 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../cuda/dispatch.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/tile_math.cuh"
 #include "memory_config_cuda.h"
@@ -44,7 +47,7 @@ constexpr int count_rank_pairs(int top_k) {
   for (int a = 1; a <= top_k; ++a) count += top_k / a;
   return count;
 }
-constexpr int kMostRankPairs = count_rank_pairs(kProductKeyMostTopK);
+constexpr int kMaxRankPairs = count_rank_pairs(kProductKeyMaxTopK);
 
 struct ProductKeyArguments {
   uint32_t num_tiles;  // of a head
@@ -57,6 +60,7 @@ struct ProductKeyArguments {
   const void* query;  // [T, H, 2, whole row] dtype
   int64_t query_token_stride;
   int64_t query_head_stride;
+  int64_t query_half_stride;
   const void* keys;  // [H, 2, n, whole row] dtype
   int64_t keys_head_stride;
   int64_t keys_half_stride;
@@ -64,7 +68,7 @@ struct ProductKeyArguments {
   float* scores;     // [T, H, top_k] float32
   int64_t* indices;  // [T, H, top_k] int64
   int32_t num_pairs;
-  uint16_t pairs[kMostRankPairs];  // a + 256 b, the smallest (a + 1) (b + 1) first
+  uint16_t pairs[kMaxRankPairs];  // a + 256 b, the smallest (a + 1) (b + 1) first
 };
 
 // kPerLane: entries of a row's list that each lane of a warp holds, for top_k up to 32 kPerLane.
@@ -97,7 +101,7 @@ struct alignas(128) ProductKeySharedMemory {
   }
   // As many as fit, two at least: one is multiplied while another arrives.
   static constexpr int64_t stages(int64_t half_dim) {
-    int64_t num_stages = ProductKeyCudaConfig::kMostStages;
+    int64_t num_stages = ProductKeyCudaConfig::kMaxStages;
     while (num_stages > 2 && bytes(half_dim, num_stages) > ProductKeyCudaConfig::kSharedBytes) --num_stages;
     return num_stages;
   }
@@ -369,7 +373,7 @@ __device__ __forceinline__ void store_scores(Shared& shared, const float (&sums)
   }
 }
 
-// What a warp knows of its rows: lane r of row r.
+// A warp's state of its rows: lane r holds row r's.
 struct RowState {
   float worst;
   int num_pending;
@@ -497,7 +501,7 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
     product_key::RowState state{NAN, 0};
     // The barrier after the last scores went to shared memory saw the last products of the half before.
     for (int slice = 0; slice < num_slices; ++slice) {
-      product_key::copy_slice<Shared::kThreads>(query_tiles[slice], query + half * row_chunks * kPerChunk,
+      product_key::copy_slice<Shared::kThreads>(query_tiles[slice], query + half * args.query_half_stride,
                                                 args.query_token_stride, tokens_left, slice, row_chunks);
     }
     product_key::KeyStream<Element, kPerLane> stream{keys + half * args.keys_half_stride};
@@ -552,7 +556,7 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
 // What a launch of the kernel for one element type and length of lists needs to know of it.
 struct ProductKeyKernel {
   Dtype dtype;
-  int64_t most_top_k;
+  int64_t max_top_k;
   int64_t threads;
   int64_t rows;
   int64_t (*stages)(int64_t half_dim);
@@ -561,11 +565,11 @@ struct ProductKeyKernel {
 };
 
 template <typename Element, int kPerLane>
-constexpr ProductKeyKernel product_key_kernel(Dtype dtype) {
+constexpr ProductKeyKernel product_key_kernel() {
   using Shared = ProductKeySharedMemory<Element, kPerLane>;
-  static_assert(Shared::bytes(kProductKeyMostHalfDim, 2) <= ProductKeyCudaConfig::kSharedBytes);
-  static_assert(Shared::kListLength <= kProductKeyMostTopK);
-  return {dtype,
+  static_assert(Shared::bytes(kProductKeyMaxHalfDim, 2) <= ProductKeyCudaConfig::kSharedBytes);
+  static_assert(Shared::kListLength <= kProductKeyMaxTopK);
+  return {kDtypeOf<Element>,
           Shared::kListLength,
           Shared::kThreads,
           Shared::kRows,

@@ -1,10 +1,11 @@
 // Block attention backward on the CPU: scores recomputed, one pass, five products per tile.
 //
-//   delta_i  = sum_v grad_out_iv * out_iv - grad_lse_i
-//   p_it     = exp(scale * dot(query_i, key_t) - lse_i)
-//   ds_it    = p_it * (dot(grad_out_i, value_t) - delta_i)
-//   grad_value_t = sum_i p_it grad_out_i;  grad_key_t = scale sum_i ds_it query_i;  grad_query_i = scale sum_t ds_it
-//   key_t
+//   delta_i      = sum_v grad_out_iv * out_iv - grad_lse_i
+//   p_it         = exp(scale * dot(query_i, key_t) - lse_i)
+//   ds_it        = p_it * (dot(grad_out_i, value_t) - delta_i), times 1 - (s_it / c)^2 where scores s are capped at c
+//   grad_value_t = sum_i p_it grad_out_i
+//   grad_key_t   = scale * sum_i ds_it query_i
+//   grad_query_i = scale * sum_t ds_it key_t
 //
 // Who owns what: every (query range r, chunk of key blocks c) of a key head's group is one task; it adds to the rows
 // of grad_query of r and to the rows of grad_key and grad_value of c. Tasks run in rounds, task (r, c) in round
@@ -17,7 +18,8 @@
 //   4. add p x grad_out and ds x query to the block's grad_value and grad_key tiles;
 //   5. ds^T x keys, added to grad_query;
 //   6. after the last tile, the block's tiles are added to grad_key and grad_value;
-//   last, 7. where gradients are 16 bits wide, the float32 sums are converted.
+//   last:
+//   7. where gradients are 16 bits wide, the float32 sums are converted.
 // Numerics: float32 sums (float64 for float64). 16-bit gradients are summed in a float32 workspace, of as many key
 // heads at a time as keep the threads busy. Rows without visible keys are in no list: their gradients are 0.
 // Determinism: as above, bitwise, by default.
@@ -93,13 +95,24 @@ struct BackwardTask {
   };
 
   // The elementwise part of step 3: scores become weights, products with values become gradients of scores.
-  void weigh(int64_t num_keys, int64_t num_vectors, const T* lse_base2, const T* delta) {
+  // With kIsCapped, scores are capped at `cap` first.
+  template <bool kIsCapped>
+  void weigh(int64_t num_keys, int64_t num_vectors, const T* lse_base2, const T* delta, T cap) {
     for (int64_t key = 0; key < num_keys; ++key) {
       for (int64_t v = 0; v < num_vectors; ++v) {
         const int64_t at = key * kTileQueries + v * kLanes<T>;
-        const Vector<T> weight = exp2_vector(load<T>(weights + at) - load<T>(lse_base2 + v * kLanes<T>));
+        Vector<T> score = load<T>(weights + at);
+        Vector<T> slope;
+        if constexpr (kIsCapped) {
+          const Vector<T> share = tanh_vector(score / cap);
+          score = cap * share;
+          slope = T(1) - share * share;
+        }
+        const Vector<T> weight = exp2_vector(score - load<T>(lse_base2 + v * kLanes<T>));
         store<T>(weights + at, weight);
-        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>)));
+        Vector<T> gradient = weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>));
+        if constexpr (kIsCapped) gradient *= slope;
+        store<T>(grad_scores + at, gradient);
       }
     }
   }
@@ -110,15 +123,15 @@ struct BackwardTask {
     const MobaProblem& problem = params.problem;
     IntegerVector<T> limits[kMaxVectors];
     const TileVisibility visibility = visible_keys<T>(problem, range, queries, count, first_key, num_keys, limits);
-    if (visibility.most == 0) return;
+    if (visibility.max_keys == 0) return;
     const int64_t padded_count = round_up(count, kLanes<T>);
     const int64_t num_vectors = padded_count / kLanes<T>;
-    gather_rows(rows.query, params.query.row_stride, queries, count, problem.head_dim, padded_head_dim, query_rows,
+    gather_rows(rows.query, params.query.strides[2], queries, count, problem.head_dim, padded_head_dim, query_rows,
                 padded_head_dim);
-    gather_rows(rows.grad_out, params.grad_out.row_stride, queries, count, problem.value_dim, padded_value_dim,
+    gather_rows(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, padded_value_dim,
                 grad_out_rows, padded_value_dim);
-    const int64_t seen = visibility.most;
-    if (visibility.least < seen && count > 1 &&
+    const int64_t seen = visibility.max_keys;
+    if (visibility.min_keys < seen && count > 1 &&
         !(all_finite(keys.data, keys.row_stride, seen, problem.head_dim) &&
           all_finite(values.data, values.row_stride, seen, problem.value_dim) &&
           all_finite(query_rows, padded_head_dim, count, problem.head_dim) &&
@@ -129,9 +142,9 @@ struct BackwardTask {
       }
       return;
     }
-    gather_transposed(rows.query, params.query.row_stride, queries, count, problem.head_dim,
-                      static_cast<T>(problem.scale * kLog2E), query_columns, kTileQueries);
-    gather_transposed(rows.grad_out, params.grad_out.row_stride, queries, count, problem.value_dim, T(1),
+    gather_transposed(rows.query, params.query.strides[2], queries, count, problem.head_dim,
+                      static_cast<T>(params.scale * kLog2E), query_columns, kTileQueries);
+    gather_transposed(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, T(1),
                       grad_out_columns, kTileQueries);
     alignas(64) T lse_base2[kTileQueries];
     alignas(64) T delta[kTileQueries];
@@ -149,11 +162,15 @@ struct BackwardTask {
     tile_gemm<false>(GemmOperands<T>{values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores,
                                      kTileQueries, problem.value_dim},
                      seen, padded_count);
-    weigh(seen, num_vectors, lse_base2, delta);
-    if (visibility.least < seen) {
+    if (params.softcap > 0) {
+      weigh<true>(seen, num_vectors, lse_base2, delta, static_cast<T>(params.softcap * kLog2E));
+    } else {
+      weigh<false>(seen, num_vectors, lse_base2, delta, T(0));
+    }
+    if (visibility.min_keys < seen) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
-      hide_later_keys(weights, kTileQueries, num_vectors, visibility.least, seen, limits, T(0));
-      hide_later_keys(grad_scores, kTileQueries, num_vectors, visibility.least, seen, limits, T(0));
+      hide_later_keys(weights, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
+      hide_later_keys(grad_scores, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
     }
     tile_gemm<true>(GemmOperands<T>{weights, kTileQueries, 1, grad_out_rows, padded_value_dim, grad_value_tile,
                                     padded_value_dim, count},
@@ -164,7 +181,7 @@ struct BackwardTask {
     tile_gemm<false>(GemmOperands<T>{grad_scores, 1, kTileQueries, keys.data, keys.row_stride, grad_query_tile,
                                      padded_head_dim, seen},
                      count, padded_head_dim);
-    add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(problem.scale),
+    add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(params.scale),
              rows.grad_query);
   }
 
@@ -179,17 +196,17 @@ struct BackwardTask {
       const int64_t num_keys = min64(kTileKeys, block_end - first_key);
       const int64_t key_row = sequence.key_start + first_key;
       const RowBlock<T> keys =
-          dense_rows(rows_of<Storage>(params.key, sequence.batch_idx, kv_head, key_row), params.key.row_stride,
-                     num_keys, problem.head_dim, padded_head_dim, key_scratch);
+          dense_rows(params.key.at<Storage>(sequence.batch_idx, kv_head, key_row), params.key.strides[2], num_keys,
+                     problem.head_dim, padded_head_dim, key_scratch);
       const RowBlock<T> values =
-          dense_rows(rows_of<Storage>(params.value, sequence.batch_idx, kv_head, key_row), params.value.row_stride,
-                     num_keys, problem.value_dim, padded_value_dim, value_scratch);
+          dense_rows(params.value.at<Storage>(sequence.batch_idx, kv_head, key_row), params.value.strides[2], num_keys,
+                     problem.value_dim, padded_value_dim, value_scratch);
       for (int64_t i = 0; i < num_keys * padded_head_dim; ++i) grad_key_tile[i] = 0;
       for (int64_t i = 0; i < num_keys * padded_value_dim; ++i) grad_value_tile[i] = 0;
       for (int64_t i = 0; i < num_queries; i += kTileQueries) {
         add_tile(range, rows, queries + i, min64(kTileQueries, num_queries - i), first_key, num_keys, keys, values);
       }
-      add_rows<T>(grad_key_tile, padded_head_dim, nullptr, num_keys, problem.head_dim, static_cast<T>(problem.scale),
+      add_rows<T>(grad_key_tile, padded_head_dim, nullptr, num_keys, problem.head_dim, static_cast<T>(params.scale),
                   {grad_key.data + first_key * grad_key.row_stride, grad_key.row_stride});
       add_rows<T>(grad_value_tile, padded_value_dim, nullptr, num_keys, problem.value_dim, T(1),
                   {grad_value.data + first_key * grad_value.row_stride, grad_value.row_stride});
@@ -206,17 +223,17 @@ RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& r
   const int64_t first_row = sequence.query_start + range.first_query;
   const int64_t head = range.head_idx;
   for (int64_t i = 0; i < range.num_queries; ++i) {
-    const Storage* out = rows_of<Storage>(params.out, sequence.batch_idx, head, first_row + i);
-    const Storage* grad_out = rows_of<Storage>(params.grad_out, sequence.batch_idx, head, first_row + i);
+    const Storage* out = params.out.at<Storage>(sequence.batch_idx, head, first_row + i);
+    const Storage* grad_out = params.grad_out.at<Storage>(sequence.batch_idx, head, first_row + i);
     T sum = 0;
     for (int64_t d = 0; d < params.problem.value_dim; ++d) sum += to_compute(out[d]) * to_compute(grad_out[d]);
     if (params.grad_lse.data != nullptr) {
-      sum -= *rows_of<T>(params.grad_lse, sequence.batch_idx, head, first_row + i);
+      sum -= *params.grad_lse.at<T>(sequence.batch_idx, head, first_row + i);
     }
     delta[i] = sum;
   }
-  const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, head, first_row);
-  return build_block_lists(params.problem, range, choices, params.block_indices.row_stride, cursors, lists);
+  const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, first_row);
+  return build_block_lists(params.problem, range, choices, params.block_indices.strides[2], cursors, lists);
 }
 
 // The rounds of a whole problem. A unit is one sequence's key head with its group of query heads; a unit takes part in
@@ -236,12 +253,12 @@ class Backward {
   void run() {
     const int64_t num_units = problem_.batch_size * problem_.num_kv_heads;
     if (num_units == 0 || extent_.num_ranges == 0) return;
-    most_rounds_ = group_size_ * extent_.most_ranges;
+    max_rounds_ = group_size_ * extent_.max_ranges;
     const int num_workers =
-        useful_threads(problem_.num_threads, num_units * most_rounds_, 5 * pair_operations(problem_, extent_));
+        useful_threads(problem_.num_threads, num_units * max_rounds_, 5 * pair_operations(problem_, extent_));
     ScratchCutter measure(nullptr);
     BackwardTask<Storage>(params_, measure);
-    worker_bytes_ = max64(measure.used(), round_up(extent_.most_blocks * 4, 64));
+    worker_bytes_ = max64(measure.used(), round_up(extent_.max_blocks * 4, 64));
     const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes_ * num_workers));
     scratch_ = scratch.get();
     const AlignedBuffer starts = allocate_aligned(static_cast<size_t>(problem_.batch_size) * sizeof(int64_t));
@@ -257,7 +274,7 @@ class Backward {
                    });
 
     // In place, all units run together; with a workspace, so many that each round has tasks for every thread.
-    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, most_rounds_));
+    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, max_rounds_));
     AlignedBuffer workspace;
     if constexpr (!kSumsInPlace) {
       workspace_bytes_ = round_up(unit_elements(extent_.longest) * static_cast<int64_t>(sizeof(T)), 64);
@@ -266,11 +283,15 @@ class Backward {
     }
     for (first_unit_ = 0; first_unit_ < num_units; first_unit_ += wave) {
       const int64_t wave_units = min64(wave, num_units - first_unit_);
-      if constexpr (!kSumsInPlace) parallel_for(num_workers, wave_units, &Backward::clear_unit, this);
-      for (round_ = 0; round_ < most_rounds_; ++round_) {
-        parallel_for(num_workers, wave_units * most_rounds_, &Backward::run_task, this);
+      if constexpr (!kSumsInPlace) {
+        for_each_task(num_workers, wave_units, [&](int64_t index, int) { clear_unit(index); });
       }
-      if constexpr (!kSumsInPlace) parallel_for(num_workers, wave_units, &Backward::convert_unit, this);
+      for (round_ = 0; round_ < max_rounds_; ++round_) {
+        for_each_task(num_workers, wave_units * max_rounds_, [&](int64_t task, int worker) { run_task(task, worker); });
+      }
+      if constexpr (!kSumsInPlace) {
+        for_each_task(num_workers, wave_units, [&](int64_t index, int) { convert_unit(index); });
+      }
     }
   }
 
@@ -324,11 +345,11 @@ class Backward {
     if constexpr (kSumsInPlace) {
       const int64_t kv_head = unit % problem_.num_kv_heads;
       const int64_t batch = sequence.batch_idx;
-      return {{rows_of<T>(params_.grad_query, batch, kv_head * group_size_, sequence.query_start),
-               params_.grad_query.row_stride},
-              params_.grad_query.head_stride,
-              {rows_of<T>(params_.grad_key, batch, kv_head, sequence.key_start), params_.grad_key.row_stride},
-              {rows_of<T>(params_.grad_value, batch, kv_head, sequence.key_start), params_.grad_value.row_stride}};
+      return {
+          {params_.grad_query.at<T>(batch, kv_head * group_size_, sequence.query_start), params_.grad_query.strides[2]},
+          params_.grad_query.strides[1],
+          {params_.grad_key.at<T>(batch, kv_head, sequence.key_start), params_.grad_key.strides[2]},
+          {params_.grad_value.at<T>(batch, kv_head, sequence.key_start), params_.grad_value.strides[2]}};
     } else {
       T* data = reinterpret_cast<T*>(workspace_ + (unit - first_unit_) * workspace_bytes_);
       const int64_t query_elements = sequence.query_len * problem_.head_dim;
@@ -340,40 +361,38 @@ class Backward {
     }
   }
 
-  static void run_task(void* opaque, int64_t task, int worker) {
-    const Backward& self = *static_cast<Backward*>(opaque);
-    const MobaProblem& problem = self.problem_;
-    const int64_t unit = self.first_unit_ + task / self.most_rounds_;
-    const int64_t row_idx = task % self.most_rounds_;
-    const int64_t sequence_idx = unit / problem.num_kv_heads;
-    const Sequence sequence = sequence_at(problem, sequence_idx);
-    const int64_t num_ranges = ranges_in(problem, sequence);
-    const int64_t num_rounds = num_ranges * self.group_size_;
-    if (self.round_ >= num_rounds || row_idx >= num_rounds) return;
-    const int64_t chunk = (self.round_ - row_idx + num_rounds) % num_rounds;
+  void run_task(int64_t task, int worker) const {
+    const int64_t unit = first_unit_ + task / max_rounds_;
+    const int64_t row_idx = task % max_rounds_;
+    const int64_t sequence_idx = unit / problem_.num_kv_heads;
+    const Sequence sequence = sequence_at(problem_, sequence_idx);
+    const int64_t num_ranges = ranges_in(problem_, sequence);
+    const int64_t num_rounds = num_ranges * group_size_;
+    if (round_ >= num_rounds || row_idx >= num_rounds) return;
+    const int64_t chunk = (round_ - row_idx + num_rounds) % num_rounds;
     const int64_t head_in_group = row_idx / num_ranges;
-    const int64_t head = unit % problem.num_kv_heads * self.group_size_ + head_in_group;
+    const int64_t head = unit % problem_.num_kv_heads * group_size_ + head_in_group;
     const int64_t range_idx = row_idx % num_ranges;
-    const int64_t range_size = queries_per_range(problem, sequence);
+    const int64_t range_size = queries_per_range(problem_, sequence);
     const int64_t first_query = range_idx * range_size;
     const int64_t first_block = chunk * sequence.num_blocks / num_rounds;
     const int64_t last_block = (chunk + 1) * sequence.num_blocks / num_rounds;
     const QueryRange range{sequence, head, first_query, min64(range_size, sequence.query_len - first_query)};
 
-    const PreparedRange prepared = self.prepared_range(sequence, sequence_idx, head, range_idx);
+    const PreparedRange prepared = prepared_range(sequence, sequence_idx, head, range_idx);
     const BlockLists& lists = prepared.lists;
     if (lists.offsets[first_block] == lists.offsets[last_block]) return;
     const int64_t row = sequence.query_start + first_query;
-    const UnitSums sums = self.sums_of(unit, sequence);
+    const UnitSums sums = sums_of(unit, sequence);
     const typename BackwardTask<Storage>::RangeRows rows{
-        rows_of<Storage>(self.params_.query, sequence.batch_idx, head, row),
-        rows_of<Storage>(self.params_.grad_out, sequence.batch_idx, head, row),
-        rows_of<T>(self.params_.lse, sequence.batch_idx, head, row),
+        params_.query.at<Storage>(sequence.batch_idx, head, row),
+        params_.grad_out.at<Storage>(sequence.batch_idx, head, row),
+        params_.lse.at<T>(sequence.batch_idx, head, row),
         prepared.delta,
         {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
          sums.grad_query.row_stride}};
-    ScratchCutter cutter(self.scratch_ + worker * self.worker_bytes_);
-    BackwardTask<Storage> backward(self.params_, cutter);
+    ScratchCutter cutter(scratch_ + worker * worker_bytes_);
+    BackwardTask<Storage> backward(params_, cutter);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = lists.offsets[block];
       const int64_t num_queries = lists.offsets[block + 1] - begin;
@@ -382,41 +401,38 @@ class Backward {
     }
   }
 
-  static void clear_unit(void* opaque, int64_t index, int) {
-    const Backward& self = *static_cast<Backward*>(opaque);
-    const Sequence sequence = sequence_at(self.problem_, (self.first_unit_ + index) / self.problem_.num_kv_heads);
-    T* data = reinterpret_cast<T*>(self.workspace_ + index * self.workspace_bytes_);
-    for (int64_t i = 0; i < self.unit_elements(sequence); ++i) data[i] = 0;
+  void clear_unit(int64_t index) const {
+    const Sequence sequence = sequence_at(problem_, (first_unit_ + index) / problem_.num_kv_heads);
+    T* data = reinterpret_cast<T*>(workspace_ + index * workspace_bytes_);
+    for (int64_t i = 0; i < unit_elements(sequence); ++i) data[i] = 0;
   }
 
   // Step 7 for one unit.
-  static void convert_unit(void* opaque, int64_t index, int) {
-    const Backward& self = *static_cast<Backward*>(opaque);
-    const MobaProblem& problem = self.problem_;
-    const int64_t unit = self.first_unit_ + index;
-    const int64_t kv_head = unit % problem.num_kv_heads;
-    const Sequence sequence = sequence_at(problem, unit / problem.num_kv_heads);
-    const UnitSums sums = self.sums_of(unit, sequence);
-    const auto convert = [&](const GradientSum<T>& sum, const MutableTensor& grad, int64_t head, int64_t first_row,
+  void convert_unit(int64_t index) const {
+    const int64_t unit = first_unit_ + index;
+    const int64_t kv_head = unit % problem_.num_kv_heads;
+    const Sequence sequence = sequence_at(problem_, unit / problem_.num_kv_heads);
+    const UnitSums sums = sums_of(unit, sequence);
+    const auto convert = [&](const GradientSum<T>& sum, const Array<void, 4>& grad, int64_t head, int64_t first_row,
                              int64_t num_rows, int64_t depth) {
       for (int64_t i = 0; i < num_rows; ++i) {
         store_row(sum.data + i * sum.row_stride, depth, T(1),
-                  rows_of<Storage>(grad, sequence.batch_idx, head, first_row + i));
+                  grad.at<Storage>(sequence.batch_idx, head, first_row + i));
       }
     };
-    for (int64_t h = 0; h < self.group_size_; ++h) {
-      convert({sums.grad_query.data + h * sums.grad_query_head, sums.grad_query.row_stride}, self.params_.grad_query,
-              kv_head * self.group_size_ + h, sequence.query_start, sequence.query_len, problem.head_dim);
+    for (int64_t h = 0; h < group_size_; ++h) {
+      convert({sums.grad_query.data + h * sums.grad_query_head, sums.grad_query.row_stride}, params_.grad_query,
+              kv_head * group_size_ + h, sequence.query_start, sequence.query_len, problem_.head_dim);
     }
-    convert(sums.grad_key, self.params_.grad_key, kv_head, sequence.key_start, sequence.key_len, problem.head_dim);
-    convert(sums.grad_value, self.params_.grad_value, kv_head, sequence.key_start, sequence.key_len, problem.value_dim);
+    convert(sums.grad_key, params_.grad_key, kv_head, sequence.key_start, sequence.key_len, problem_.head_dim);
+    convert(sums.grad_value, params_.grad_value, kv_head, sequence.key_start, sequence.key_len, problem_.value_dim);
   }
 
   const MobaBackwardParams& params_;
   const MobaProblem& problem_;
   RangeExtent extent_;
   int64_t group_size_;
-  int64_t most_rounds_ = 0;      // of any unit
+  int64_t max_rounds_ = 0;       // of any unit
   int64_t worker_bytes_ = 0;     // scratch of one worker
   int64_t workspace_bytes_ = 0;  // sums of one unit
   int64_t first_unit_ = 0;       // of the wave

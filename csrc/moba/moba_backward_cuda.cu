@@ -6,11 +6,11 @@
 //   2. moba_row_terms: a warp takes a query's row, shift = dot(grad_out, out) - grad_lse;
 //   3. moba_attend_blocks_backward: float32 sums of all three gradients;
 //   4. moba_write_grad_query: a warp takes a query's row and rounds it, the deterministic way summing its slots in
-//   order; after a unit's last wave, 5. moba_write_grad_keys rounds the gradients of keys and values.
+//      order;
+//   after a unit's last wave:
+//   5. moba_write_grad_keys: a warp takes a row of the gradients of keys and values and rounds it.
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 #include "moba_backward_cuda.cuh"
 
@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kRowWarps = 8;
 constexpr int kRowThreads = kRowWarps * cuda::kLanes;
-// Waves of a unit whose float32 gradients of keys leave less than this of the budget get this much all the same.
-constexpr int64_t kLeastWaveBytes = int64_t{128} << 20;
+// Minimum budget of a wave beside the float32 gradients of keys of its unit.
+constexpr int64_t kMinWaveBytes = int64_t{128} << 20;
 
 }  // namespace
 
@@ -33,14 +33,14 @@ struct RowArguments {
   int32_t value_dim;
   int32_t key_elements;
   bool is_deterministic;
-  ConstTensor block_indices;     // [batch, query head, query, K] int32
-  ConstTensor out;               // [batch, query head, query, V] dtype
-  ConstTensor grad_out;          // [batch, query head, query, V] dtype
-  ConstTensor grad_lse;          // [batch, query head, query] float32; data null when absent
-  const uint16_t* is_row_valid;  // [unit, row] uint16
-  float* row_shift;              // [unit, row] float32
-  const float* sums;             // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
-  MutableTensor grad_query;      // [batch, query head, query, D] dtype
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 4> out;               // [batch, query head, query, V] dtype
+  Array<const void, 4> grad_out;          // [batch, query head, query, V] dtype
+  Array<const void, 3> grad_lse;          // [batch, query head, query] float32; data null when absent
+  const uint16_t* is_row_valid;           // [unit, row] uint16
+  float* row_shift;                       // [unit, row] float32
+  const float* sums;          // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
+  Array<void, 4> grad_query;  // [batch, query head, query, D] dtype
 };
 
 // Step 2.
@@ -51,15 +51,15 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_row_terms(const RowArgume
   if (row >= args.num_rows) return;  // whole warps, and no barrier follows
   const Unit unit = unit_at(args.geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
-  const Element* out = row_of<Element>(args.out, unit.batch_idx, place.head, place.query);
-  const Element* grad_out = row_of<Element>(args.grad_out, unit.batch_idx, place.head, place.query);
+  const Element* out = args.out.at<Element>(unit.batch_idx, place.head, place.query);
+  const Element* grad_out = args.grad_out.at<Element>(unit.batch_idx, place.head, place.query);
   float sum = 0.0f;
   for (int column = lane; column < args.value_dim; column += cuda::kLanes) {
     sum = fmaf(cuda::to_float(out[column]), cuda::to_float(grad_out[column]), sum);
   }
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(cuda::kAllLanes, sum, distance);
   if (lane != 0) return;
-  if (args.grad_lse.data != nullptr) sum -= *row_of<float>(args.grad_lse, unit.batch_idx, place.head, place.query);
+  if (args.grad_lse.data != nullptr) sum -= *args.grad_lse.at<float>(unit.batch_idx, place.head, place.query);
   args.row_shift[blockIdx.y * args.num_rows + row] = sum;
 }
 
@@ -72,10 +72,10 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_write_grad_query(const Ro
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(geometry, args.wave, unit, row);
   const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-  const int32_t* choices = row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query);
+  const int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query);
   const int64_t row_of_wave = blockIdx.y * args.num_rows + row;
   const bool is_valid = args.is_row_valid[row_of_wave] != 0;
-  Element* grad_query = row_of<Element>(args.grad_query, unit.batch_idx, place.head, place.query);
+  Element* grad_query = args.grad_query.at<Element>(unit.batch_idx, place.head, place.query);
   for (int column = cuda::lane_id() * 2; column < args.head_dim; column += 2 * cuda::kLanes) {
     float2 sum = make_float2(0.0f, 0.0f);
     if (!is_valid) {
@@ -100,7 +100,7 @@ struct KeyRowArguments {
   int32_t num_columns;   // of a row of the gradient
   int32_t sum_elements;  // of a row of sums
   const float* sums;     // [unit, key, sum_elements] float32
-  MutableTensor grad;    // [batch, kv head, key, num_columns] dtype
+  Array<void, 4> grad;   // [batch, kv head, key, num_columns] dtype
 };
 
 // Step 5, for keys or for values.
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_write_grad_keys(const Key
   if (key >= args.geometry.key_len) return;  // whole warps, and no barrier follows
   const Unit unit = unit_at(args.geometry, args.first_unit + blockIdx.y);
   const float* sums = args.sums + (blockIdx.y * args.geometry.key_len + key) * args.sum_elements;
-  Element* grad = row_of<Element>(args.grad, unit.batch_idx, unit.kv_head, key);
+  Element* grad = args.grad.at<Element>(unit.batch_idx, unit.kv_head, key);
   for (int column = cuda::lane_id() * 2; column < args.num_columns; column += 2 * cuda::kLanes) {
     const float2 sum = cuda::load_pair(sums + column);
     cuda::store_row_pair(grad, column, args.num_columns, sum.x, sum.y);
@@ -120,20 +120,9 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_write_grad_keys(const Key
 namespace {
 
 const BackwardKernel& kernel_for(const MobaProblem& problem) {
-  const int64_t dim = std::max(problem.head_dim, problem.value_dim);
-  const auto find = [&](const BackwardKernel(&table)[3]) -> const BackwardKernel& {
-    for (const BackwardKernel& kernel : table) {
-      if (dim <= kernel.most_head_dim) return kernel;
-    }
-    throw std::invalid_argument("head_dim and value_dim must be at most 256 on CUDA, got " +
-                                std::to_string(problem.head_dim) + " and " + std::to_string(problem.value_dim));
-  };
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return find(kBackwardFloat32);
-    case Dtype::kBFloat16: return find(kBackwardBFloat16);
-    case Dtype::kFloat16: return find(kBackwardFloat16);
-    default: throw std::invalid_argument("moba_attention on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  return with_element(problem.dtype, [&](auto element) -> const BackwardKernel& {
+    return narrowest_kernel(backward_kernels(element), std::max(problem.head_dim, problem.value_dim));
+  });
 }
 
 struct BackwardWorkspace {
@@ -153,8 +142,8 @@ WavePlan plan_backward(const MobaProblem& problem, bool is_deterministic) {
   const int64_t unit_bytes =
       list_unit_bytes(problem) + problem.key_len * (elements_of(problem.head_dim) + elements_of(problem.value_dim)) * 4;
   const int64_t budget = workspace_budget(MobaWaveConfig::kBackwardBudget);
-  const int64_t least = unit_bytes + std::min(budget, kLeastWaveBytes);
-  return plan_waves(problem, {row_bytes, unit_bytes, std::max(budget, least)});
+  const int64_t min_budget = unit_bytes + std::min(budget, kMinWaveBytes);
+  return plan_waves(problem, {row_bytes, unit_bytes, std::max(budget, min_budget)});
 }
 
 BackwardWorkspace take_workspace(const MobaProblem& problem, bool is_deterministic, int64_t num_units,
@@ -172,23 +161,13 @@ BackwardWorkspace take_workspace(const MobaProblem& problem, bool is_determinist
   return workspace;
 }
 
-// Calls visit with a value of the element type that `dtype` stands for.
-template <typename Visit>
-void with_element(Dtype dtype, const Visit& visit) {
-  switch (dtype) {
-    case Dtype::kFloat32: return visit(float{});
-    case Dtype::kBFloat16: return visit(BFloat16{});
-    default: return visit(Float16{});
-  }
-}
-
 void clear(float* sums, int64_t count, cudaStream_t stream) {
   cuda_require(cudaMemsetAsync(sums, 0, static_cast<size_t>(count) * sizeof(float), stream), "clearing gradient sums");
 }
 
 // Step 3. The deterministic way takes the chunks of large blocks one after the other: each adds to the same rows.
 void attend_backward(const BackwardKernel& kernel, BackwardArguments args, cudaStream_t stream) {
-  if (args.lists.most_items == 0) return;
+  if (args.lists.max_items == 0) return;
   const StageRange range("moba: attention backward");
   const auto num_chunks = static_cast<int32_t>(divide_up(args.geometry.block_size, kernel.keys_per_chunk));
   const auto needed = static_cast<int32_t>(divide_up(args.geometry.key_len, kernel.keys_per_chunk));
@@ -200,7 +179,7 @@ void attend_backward(const BackwardKernel& kernel, BackwardArguments args, cudaS
 }
 
 void write_grad_keys(const MobaProblem& problem, const MobaGeometry& geometry, int64_t first_unit, int64_t num_units,
-                     const float* sums, const MutableTensor& grad, int64_t dim, cudaStream_t stream) {
+                     const float* sums, const Array<void, 4>& grad, int64_t dim, cudaStream_t stream) {
   if (problem.key_len == 0 || dim == 0) return;
   const KeyRowArguments args{geometry, first_unit, static_cast<int32_t>(dim), static_cast<int32_t>(elements_of(dim)),
                              sums,     grad};
@@ -213,7 +192,9 @@ void write_grad_keys(const MobaProblem& problem, const MobaGeometry& geometry, i
 
 }  // namespace
 
-int64_t moba_backward_workspace_bytes(const MobaProblem& problem, bool is_deterministic) {
+int64_t moba_backward_workspace_bytes(const MobaBackwardParams& params, const CudaPlace&) {
+  const MobaProblem& problem = params.problem;
+  const bool is_deterministic = params.deterministic;
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return 0;
   WorkspaceCutter cutter(nullptr);
   const WavePlan plan = plan_backward(problem, is_deterministic);
@@ -222,9 +203,9 @@ int64_t moba_backward_workspace_bytes(const MobaProblem& problem, bool is_determ
   return cutter.used();
 }
 
-void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& given, bool is_deterministic,
-                        const CudaPlace& place) {
+void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& given, const CudaPlace& place) {
   const MobaProblem& problem = params.problem;
+  const bool is_deterministic = params.deterministic;
   const BackwardKernel& kernel = kernel_for(problem);
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return;
   const DeviceGuard guard(place.device);
@@ -281,8 +262,10 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       args.value_dim = rows.value_dim;
       args.key_elements = rows.key_elements;
       args.value_elements = static_cast<int32_t>(value_elements);
-      const auto scale = static_cast<float>(problem.scale);
+      const auto scale = static_cast<float>(params.scale);
       args.score_scale = scale * backward::kLog2E;
+      args.softcap = static_cast<float>(params.softcap) * backward::kLog2E;
+      args.inverse_softcap = 1.0f / args.softcap;
       args.d_score_scale = std::abs(scale) > 1.0f ? scale : 1.0f;
       args.gradient_scale = std::abs(scale) > 1.0f ? 1.0f : scale;
       args.query = params.query;
@@ -309,12 +292,13 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
 }
 
 void add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const auto* table : {kBackwardBFloat16, kBackwardFloat16, kBackwardFloat32}) {
-    for (int i = 0; i < 3; ++i) {
-      const BackwardKernel& kernel = table[i];
-      facts.push_back(
-          {"moba_attend_blocks_backward", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
-    }
+  for (const Dtype dtype : kCudaDtypes) {
+    with_element(dtype, [&](auto element) {
+      for (const BackwardKernel& kernel : backward_kernels(element)) {
+        facts.push_back(
+            {"moba_attend_blocks_backward", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
+      }
+    });
   }
 }
 

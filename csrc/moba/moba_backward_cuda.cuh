@@ -1,9 +1,11 @@
 // Block attention backward on CUDA, key-stationary: gradients of a key block stay in registers while the queries that
 // chose it come.
 //
-//   weight_ij  = exp(scale * dot(query_i, key_j) - lse_i)                        recomputed
-//   d_weight_ij = dot(grad_out_i, value_j),  d_score_ij = weight_ij * (d_weight_ij - shift_i)
-//   grad_value_j = sum_i weight_ij grad_out_i,  grad_key_j = scale * sum_i d_score_ij query_i
+//   weight_ij    = exp(scale * dot(query_i, key_j) - lse_i)                        recomputed
+//   d_weight_ij  = dot(grad_out_i, value_j)
+//   d_score_ij   = weight_ij * (d_weight_ij - shift_i)
+//   grad_value_j = sum_i weight_ij grad_out_i
+//   grad_key_j   = scale * sum_i d_score_ij query_i
 //   grad_query_i = scale * sum_j d_score_ij key_j
 // with shift_i = dot(grad_out_i, out_i) - grad_lse_i (moba_row_terms) and j over the visible keys of i's blocks.
 //
@@ -15,18 +17,20 @@
 //   3. a warp takes 16 rows by some keys: scores, d_weights; weights and d_scores to shared memory;
 //   4. a warp takes 16 keys by some columns: grad_value += weights^T grad_out, grad_key += d_scores^T query;
 //   5. a warp takes 16 rows by some columns: grad_query = d_scores key, added to where it belongs;
-//   last, 6. grad_key and grad_value added to where they belong.
+//   last:
+//   6. grad_key and grad_value added to where they belong.
 // All query heads of the group stand in the same lists: nothing is expanded.
 // Numerics: float32 sums; weights and d_scores are rounded to a 16-bit element type before they are multiplied. A scale
 // above 1 is multiplied in before, so that float16 does not lose what it would magnify; a smaller one after. Hidden
 // pairs weigh 0, and 0 x inf is NaN: a tile that hides keys and holds numbers that are not finite takes steps 4 and 5
-// in plain arithmetic over visible pairs alone, straight to memory. Ties do not arise. Determinism: sums over thread
-// blocks are atomic additions of float32, in any order; the deterministic way has one item a list, a place of its own
-// for each entry's grad_query, and no atomics.
+// in plain arithmetic over visible pairs alone, straight to memory. Ties do not arise.
+// Determinism: sums over thread blocks are atomic additions of float32, in any order; the deterministic way has one
+// item a list, a place of its own for each entry's grad_query, and no atomics.
 #pragma once
 
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
+#include "../cuda/scores.cuh"
 #include "moba_cuda.h"
 #include "moba_stages_cuda.cuh"
 
@@ -44,17 +48,19 @@ struct BackwardArguments {
   int32_t key_elements;    // of a row of grad_query and grad_key
   int32_t value_elements;  // of a row of grad_value
   float score_scale;       // scale * log2(e)
-  float d_score_scale;     // on gradients of scores before they are rounded
-  float gradient_scale;    // on grad_query and grad_key; the two make scale
-  ConstTensor query;       // [batch, query head, query, D] dtype
-  ConstTensor key;         // [batch, kv head, key, D] dtype
-  ConstTensor value;       // [batch, kv head, key, V] dtype
-  ConstTensor grad_out;    // [batch, query head, query, V] dtype
-  ConstTensor lse;         // [batch, query head, query] float32
-  const float* row_shift;  // [unit, row] float32
-  float* grad_query;       // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
-  float* grad_key;         // [unit, key, key_elements] float32
-  float* grad_value;       // [unit, key, value_elements] float32
+  float softcap;           // softcap * log2(e); 0: scores stay
+  float inverse_softcap;
+  float d_score_scale;            // on gradients of scores before they are rounded
+  float gradient_scale;           // on grad_query and grad_key; the two make scale
+  Array<const void, 4> query;     // [batch, query head, query, D] dtype
+  Array<const void, 4> key;       // [batch, kv head, key, D] dtype
+  Array<const void, 4> value;     // [batch, kv head, key, V] dtype
+  Array<const void, 4> grad_out;  // [batch, query head, query, V] dtype
+  Array<const void, 3> lse;       // [batch, query head, query] float32
+  const float* row_shift;         // [unit, row] float32
+  float* grad_query;              // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
+  float* grad_key;                // [unit, key, key_elements] float32
+  float* grad_value;              // [unit, key, value_elements] float32
 };
 
 template <typename Element, int kHeadDim>
@@ -131,29 +137,28 @@ __device__ __forceinline__ bool place_row(const BackwardArguments& args, const U
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
   const int32_t visible = num_visible_keys(args.geometry, item.block, place.query) - first_key;
   const int32_t num_visible = visible < 0 ? 0 : min(visible, num_keys);
-  const float lse = *row_of<float>(args.lse, unit.batch_idx, place.head, place.query);
+  const float lse = *args.lse.at<float>(unit.batch_idx, place.head, place.query);
   shared.num_visible[i] = num_visible;
   // A score of +inf makes every weight of its row NaN.
   shared.lse[i] = lse == INFINITY ? NAN : lse * kLog2E;
   shared.shift[i] = args.row_shift[unit_in_wave * args.lists.num_rows + row];
-  shared.query_offset[i] = unit.batch_idx * args.query.batch_stride + place.head * args.query.head_stride +
-                           place.query * args.query.row_stride;
-  shared.grad_out_offset[i] = unit.batch_idx * args.grad_out.batch_stride + place.head * args.grad_out.head_stride +
-                              place.query * args.grad_out.row_stride;
+  shared.query_offset[i] = args.query.offset(unit.batch_idx, place.head, place.query);
+  shared.grad_out_offset[i] = args.grad_out.offset(unit.batch_idx, place.head, place.query);
   return num_visible < num_keys;
 }
 
 // Step 2, second part.
 template <typename Tile>
-__device__ __forceinline__ void gather_rows_async(Tile& tile, const ConstTensor& tensor, const int64_t* offsets,
-                                                  const int32_t* entries, int depth, int num_threads) {
+__device__ __forceinline__ void gather_rows_async(Tile& tile, const Array<const void, 4>& tensor,
+                                                  const int64_t* offsets, const int32_t* entries, int depth,
+                                                  int num_threads) {
   using Element = std::remove_reference_t<decltype(tile.elements[0])>;
   const int row_chunks = (depth + Tile::kPerChunk - 1) / Tile::kPerChunk;
   const int used_chunks = (depth + 15) / 16 * 16 / Tile::kPerChunk;
   for (int i = threadIdx.x; i < Tile::kRows * used_chunks; i += num_threads) {
     const int row = i / used_chunks, chunk = i % used_chunks;
     const bool is_there = entries[row] >= 0;
-    const auto* base = static_cast<const Element*>(tensor.data);
+    const auto* base = tensor.at<Element>();
     cuda::copy_chunk_async(tile, row, chunk, is_there ? base + offsets[row] : base, row_chunks, is_there);
   }
 }
@@ -182,6 +187,14 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
     cuda::fill(scores, 0.0f);
     cuda::fill(d_weights, 0.0f);
     cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, key, num_keys - key, args.head_dim);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] *= args.score_scale;
+    if (args.softcap > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        scores[0][i / 4][i % 4] = cuda::cap_score(scores[0][i / 4][i % 4], args.softcap, args.inverse_softcap);
+      }
+    }
     cuda::multiply_by_rows(d_weights, shared.grad_out, first_row, shared.value, key, num_keys - key, args.value_dim);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -194,9 +207,11 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const bool is_visible = key + n * 8 + 2 * t + e < num_visible;
-          const float weight = cuda::exp2_approximate(scores[0][n][2 * h + e] * args.score_scale - lse);
+          float& score = scores[0][n][2 * h + e];
+          const float weight = cuda::exp2_approximate(score - lse);
           weights[e] = is_visible ? weight : 0.0f;
           d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) * args.d_score_scale : 0.0f;
+          if (args.softcap > 0.0f) d_scores[e] *= cuda::slope_of_cap(score, args.inverse_softcap);
         }
         cuda::store_pair(shared.weights, row, key + n * 8 + 2 * t, weights[0], weights[1]);
         cuda::store_pair(shared.d_scores, row, key + n * 8 + 2 * t, d_scores[0], d_scores[1]);
@@ -335,7 +350,7 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
   const Unit unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
   const int chunk = args.first_chunk + static_cast<int>(blockIdx.x % static_cast<unsigned>(args.num_chunks));
   WorkItem item;
-  // Step 1. The grid is a bound taken from shapes: thread blocks past the last item leave, whole, and so do those whose
+  // Step 1. The grid is a bound taken from shapes: whole thread blocks past the last item return, and so do those whose
   // part of a short block is empty.
   const auto item_idx = static_cast<int32_t>(blockIdx.x / static_cast<unsigned>(args.num_chunks));
   if (!find_work_item(args.geometry, args.lists, unit_in_wave, item_idx, item)) return;
@@ -344,10 +359,10 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
   if (num_keys <= 0) return;
   const int64_t key_row = item.block.first_key + first_key;
   const int64_t unit_key = unit_in_wave * args.geometry.key_len + key_row;
-  backward::copy_rows_async(shared.key, row_of<Element>(args.key, unit.batch_idx, unit.kv_head, key_row),
-                            args.key.row_stride, num_keys, args.head_dim, Shared::kThreads);
-  backward::copy_rows_async(shared.value, row_of<Element>(args.value, unit.batch_idx, unit.kv_head, key_row),
-                            args.value.row_stride, num_keys, args.value_dim, Shared::kThreads);
+  backward::copy_rows_async(shared.key, args.key.at<Element>(unit.batch_idx, unit.kv_head, key_row),
+                            args.key.strides[2], num_keys, args.head_dim, Shared::kThreads);
+  backward::copy_rows_async(shared.value, args.value.at<Element>(unit.batch_idx, unit.kv_head, key_row),
+                            args.value.strides[2], num_keys, args.value_dim, Shared::kThreads);
   cuda::copy_async_commit();
 
   const int warp = cuda::warp_id();
@@ -411,7 +426,7 @@ __global__ void __launch_bounds__(BackwardSharedMemory<Element, kHeadDim>::kThre
 
 struct BackwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;  // and value_dim
+  int64_t max_head_dim;  // and value_dim
   int64_t threads;
   int64_t shared_bytes;
   int64_t entries_per_item;
@@ -420,26 +435,32 @@ struct BackwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr BackwardKernel backward_kernel(Dtype dtype) {
+constexpr BackwardKernel backward_kernel() {
   using Shared = BackwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kThreads,
           sizeof(Shared),
           Shared::Tiles::kEntriesPerItem,
           Shared::kKeys,
           [](const BackwardArguments& args, cudaStream_t stream) {
-            const dim3 grid(static_cast<unsigned>(args.lists.most_items * args.num_chunks),
+            const dim3 grid(static_cast<unsigned>(args.lists.max_items * args.num_chunks),
                             static_cast<unsigned>(args.wave.num_units));
             cuda::launch(moba_attend_blocks_backward<Element, kHeadDim>,
                          {grid, dim3(Shared::kThreads), sizeof(Shared), stream}, args);
           }};
 }
 
-// One translation unit an element type: tables of three head dimensions, ascending.
-extern const BackwardKernel kBackwardFloat32[3];
-extern const BackwardKernel kBackwardBFloat16[3];
-extern const BackwardKernel kBackwardFloat16[3];
+using BackwardKernels = BackwardKernel[3];
+template <typename Element>
+inline constexpr BackwardKernels kBackwardKernels = {backward_kernel<Element, 64>(), backward_kernel<Element, 128>(),
+                                                     backward_kernel<Element, 256>()};
+
+// An element type's kernels, ascending in head_dim. Each of the three is compiled in a file of its own, which the build
+// writes (tools/cuda_instances.cmake).
+const BackwardKernels& backward_kernels(float);
+const BackwardKernels& backward_kernels(BFloat16);
+const BackwardKernels& backward_kernels(Float16);
 
 }  // namespace topgather

@@ -1,17 +1,84 @@
-// Block attention as Python sees it: addresses, sizes and strides in, nothing out. The CPU side; moba_cuda_bindings.cpp
-// is the other.
+// The entry points of block attention, and what its kernels rely on.
 #include <stdexcept>
 #include <string>
 
 #include "../bindings.h"
-#include "../common/cpu_target.h"
-#include "moba_arguments.h"
+#include "../common/checks.h"
+#include "../common/native_call.h"
 #include "moba_cpu.h"
-
-namespace py = pybind11;
+#if defined(TOPGATHER_HAVE_CUDA)
+#include "../cuda/native_call_cuda.h"
+#include "moba_cuda.h"
+#endif
 
 namespace topgather {
 
+namespace {
+
+// Packed tensors of tokens come as [1, token, head, dim].
+template <typename... Arrays>
+void swap_packed(const MobaProblem& problem, Arrays&... tokens) {
+  if (problem.cu_seqlens_q.data != nullptr) (tokens.swap_dims(1, 2), ...);
+}
+
+template <typename Params>
+void complete_problem(Params& params) {
+  MobaProblem& problem = params.problem;
+  const bool is_packed = problem.cu_seqlens_q.data != nullptr;
+  problem.dtype = params.query.dtype;
+  problem.batch_size = is_packed ? problem.cu_seqlens_q.sizes[0] - 1 : params.query.sizes[0];
+  problem.num_query_heads = params.query.sizes[1];
+  problem.num_kv_heads = params.key.sizes[1];
+  problem.query_len = params.query.sizes[2];
+  problem.key_len = params.key.sizes[2];
+  problem.head_dim = params.query.sizes[3];
+  if constexpr (requires { params.value; }) problem.value_dim = params.value.sizes[3];
+  problem.top_k = params.block_indices.sizes[3];
+  require(
+      problem.num_kv_heads >= 1 && problem.num_query_heads >= 1 && problem.num_query_heads % problem.num_kv_heads == 0,
+      "num_query_heads must be a multiple of num_kv_heads");
+  require(problem.block_size >= 1, "block_size must be at least 1");
+  require(problem.top_k >= 1, "top_k must be at least 1");
+  require(problem.cu_seqlens_q.sizes[0] == problem.cu_seqlens_k.sizes[0], "cu_seqlens must come in pairs");
+  require(!is_packed || params.query.sizes[0] == 1, "packed tensors have a batch of 1");
+  require(problem.num_threads >= 1, "num_threads must be at least 1");
+}
+
+}  // namespace
+
+void complete(CentroidParams& params) {
+  MobaProblem& problem = params.problem;
+  problem.block_size = params.block_size;
+  problem.num_threads = params.num_threads;
+  problem.dtype = params.key.dtype;
+  // A problem has at least one head; without any there is nothing to compute either.
+  problem.num_kv_heads = params.key.sizes[1] > 0 ? params.key.sizes[1] : 1;
+  problem.num_query_heads = problem.num_kv_heads;
+  problem.batch_size = params.key.sizes[1] > 0 ? params.key.sizes[0] : 0;
+  problem.key_len = params.key.sizes[2];
+  problem.head_dim = params.key.sizes[3];
+  problem.top_k = 1;
+  require(problem.block_size >= 1, "block_size must be at least 1");
+  require(problem.num_threads >= 1, "num_threads must be at least 1");
+}
+
+void complete(MobaRouteParams& params) {
+  swap_packed(params.problem, params.query, params.key);
+  complete_problem(params);
+}
+
+void complete(MobaForwardParams& params) {
+  swap_packed(params.problem, params.query, params.key, params.value, params.out);
+  complete_problem(params);
+}
+
+void complete(MobaBackwardParams& params) {
+  swap_packed(params.problem, params.query, params.key, params.value, params.out, params.grad_out, params.grad_query,
+              params.grad_key, params.grad_value);
+  complete_problem(params);
+}
+
+#if !defined(TOPGATHER_EMULATION)
 void throw_routing_fault(bool is_duplicate, int64_t head_idx, int64_t query, int64_t block) {
   const std::string place = " at query head " + std::to_string(head_idx) + ", query " + std::to_string(query);
   if (is_duplicate) {
@@ -21,60 +88,23 @@ void throw_routing_fault(bool is_duplicate, int64_t head_idx, int64_t query, int
   throw std::out_of_range("block_indices holds " + std::to_string(block) + place +
                           "; allowed are -1 and the numbers of the sequence's key blocks");
 }
-
-namespace {
-
-const MobaCpuKernels& cpu_kernels() {
-  switch (cpu_target()) {
-#if defined(TOPGATHER_HAVE_X86_TARGETS)
-    case CpuTarget::kAvx2: return avx2::kMobaCpuKernels;
-    case CpuTarget::kAvx512: return avx512::kMobaCpuKernels;
-#if defined(TOPGATHER_HAVE_AMX)
-    case CpuTarget::kAmx: return amx::kMobaCpuKernels;
 #endif
+
+void bind_moba(pybind11::module_& module) {
+#if !defined(TOPGATHER_EMULATION)
+  add_cpu_entry(module, "block_centroids", &MobaCpuKernels::centroids);
+  add_cpu_entry(module, "moba_route", &MobaCpuKernels::route);
+  add_cpu_entry(module, "moba_attention", &MobaCpuKernels::forward);
+  add_cpu_entry(module, "moba_attention_backward", &MobaCpuKernels::backward);
 #endif
-    default: return baseline::kMobaCpuKernels;
-  }
-}
-
-void bind_cpu(py::module_& module) {
-  module.def("moba_centroids_cpu", [](const py::tuple& p, const py::tuple& key, const py::tuple& centroids) {
-    const CentroidParams params{problem_from(p), tensor_from<ConstTensor>(key), tensor_from<MutableTensor>(centroids)};
-    const py::gil_scoped_release release;
-    cpu_kernels().centroids(params);
-  });
-  module.def("moba_route_cpu",
-             [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& block_indices) {
-               const MobaRouteParams params{problem_from(p), tensor_from<ConstTensor>(query),
-                                            tensor_from<ConstTensor>(key), tensor_from<MutableTensor>(block_indices)};
-               const py::gil_scoped_release release;
-               cpu_kernels().route(params);
-             });
-  module.def("moba_forward_cpu",
-             [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& value,
-                const py::tuple& block_indices, const py::tuple& out, const py::tuple& lse) {
-               const MobaForwardParams params = forward_params_from(p, query, key, value, block_indices, out, lse);
-               const py::gil_scoped_release release;
-               cpu_kernels().forward(params);
-             });
-  module.def("moba_backward_cpu",
-             [](const py::tuple& p, const py::tuple& query, const py::tuple& key, const py::tuple& value,
-                const py::tuple& block_indices, const py::tuple& out, const py::tuple& lse, const py::tuple& grad_out,
-                const py::tuple& grad_lse, const py::tuple& grad_query, const py::tuple& grad_key,
-                const py::tuple& grad_value) {
-               const MobaBackwardParams params = backward_params_from(
-                   p, query, key, value, block_indices, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value);
-               const py::gil_scoped_release release;
-               cpu_kernels().backward(params);
-             });
-}
-
-}  // namespace
-
-void bind_moba(py::module_& module) {
-  bind_cpu(module);
 #if defined(TOPGATHER_HAVE_CUDA)
-  bind_moba_cuda(module);
+  add_cuda_entry<CentroidParams>(module, "block_centroids", {&moba_centroids_cuda});
+  add_cuda_entry<MobaRouteParams>(module, "moba_route", {&moba_route_cuda, &moba_route_workspace_bytes});
+  add_cuda_entry<MobaForwardParams>(module, "moba_attention", {&moba_forward_cuda, &moba_forward_workspace_bytes});
+  add_cuda_entry<MobaBackwardParams>(module, "moba_attention_backward",
+                                     {&moba_backward_cuda, &moba_backward_workspace_bytes});
+  module.def("moba_cuda_set_budget", &moba_cuda_set_budget);
+  add_kernel_facts(module, "moba_cuda_kernel_facts", &moba_cuda_kernel_facts);
 #endif
 }
 

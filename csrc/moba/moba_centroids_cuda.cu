@@ -6,7 +6,8 @@
 // num_groups-th row; threads of one row stand side by side, so that reads coalesce. Steps, per panel of columns:
 //   1. each thread sums its rows in registers;
 //   2. the row groups' sums meet in shared memory;
-//   3. the first group adds them in order, divides and writes; the router also learns the largest magnitude of a unit.
+//   3. the first group adds them in order, divides and writes; for the router it also writes the largest magnitude of a
+//      unit.
 // Numerics: float32 sums of float32, bfloat16 or float16 keys. Ties do not arise. An empty key tensor has no blocks and
 // launches nothing; the last block of a sequence may be short and is divided by the keys it has.
 // Determinism: every sum is taken in an order fixed by shapes and alignment.
@@ -20,10 +21,10 @@ namespace topgather {
 namespace {
 
 constexpr int kThreads = MobaCentroidConfig::kThreads;
-constexpr int kMostVector = 8;
+constexpr int kMaxVector = 8;
 
 struct SharedMemory {
-  float sums[kThreads][kMostVector];
+  float sums[kThreads][kMaxVector];
 };
 
 // Step 1. Rows that are 16-byte aligned come in whole vectors.
@@ -61,9 +62,9 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
   if (block >= existing_blocks(geometry)) return;  // the whole thread block: the grid is a bound taken from shapes
   const KeyBlock key_block = key_block_on_device(geometry, block);
   const Unit unit = unit_at(geometry, unit_idx);
-  const Element* keys = row_of<Element>(args.key, unit.batch_idx, unit.kv_head, key_block.first_key);
-  float* centroid = args.is_by_unit ? row_of<float>(args.centroids, 0, blockIdx.y, block)
-                                    : row_of<float>(args.centroids, unit.batch_idx, unit.kv_head, block);
+  const Element* keys = args.key.at<Element>(unit.batch_idx, unit.kv_head, key_block.first_key);
+  float* centroid = args.is_by_unit ? args.centroids.at<float>(0, blockIdx.y, block)
+                                    : args.centroids.at<float>(unit.batch_idx, unit.kv_head, block);
 
   const int num_vectors = static_cast<int>((args.row_elements + kVector - 1) / kVector);
   const int panel = num_vectors < kThreads ? num_vectors : kThreads;
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
     float sums[kVector] = {};
     if (group < num_groups && is_in_row) {
       for (int row = group; row < key_block.num_keys; row += num_groups) {
-        add_row<Element, kVector>(keys + row * args.key.row_stride + column, sums);
+        add_row<Element, kVector>(keys + row * args.key.strides[2] + column, sums);
       }
     }
 #pragma unroll
@@ -107,19 +108,14 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
   const int64_t num_blocks = args.geometry.num_blocks;
   require(num_blocks <= INT32_MAX, "block_centroids: more than 2^31 - 1 key blocks");
   constexpr int kVector = 16 / static_cast<int>(sizeof(Element));
-  const auto is_aligned = [](const void* data, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kVector == 0;
-  };
-  const bool is_vector = is_aligned(args.key.data, args.key.row_stride) &&
-                         is_aligned(args.key.data, args.key.head_stride) &&
-                         is_aligned(args.key.data, args.key.batch_stride) && args.row_elements % kVector == 0 &&
-                         args.head_dim % kVector == 0;
-  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
-    const int64_t count = num_units - done < MobaWaveConfig::kMostUnits ? num_units - done : MobaWaveConfig::kMostUnits;
+  const bool is_vector =
+      args.key.has_aligned_rows(16) && args.row_elements % kVector == 0 && args.head_dim % kVector == 0;
+  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMaxUnits) {
+    const int64_t count = num_units - done < MobaWaveConfig::kMaxUnits ? num_units - done : MobaWaveConfig::kMaxUnits;
     CentroidArguments part = args;
     part.first_unit += done;
     if (args.is_by_unit)
-      part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.head_stride;
+      part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.strides[1];
     if (args.largest != nullptr) part.largest += done;
     const cuda::LaunchShape shape{dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)), dim3(kThreads),
                                   sizeof(SharedMemory), stream};
@@ -136,17 +132,11 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
 void launch_centroids(Dtype dtype, const CentroidArguments& args, int64_t num_units, cudaStream_t stream) {
   if (num_units == 0 || args.geometry.num_blocks == 0 || args.row_elements == 0) return;
   const StageRange range("moba: centroids");
-  switch (dtype) {
-    case Dtype::kFloat32: return launch_for<float>(args, num_units, stream);
-    case Dtype::kBFloat16: return launch_for<BFloat16>(args, num_units, stream);
-    case Dtype::kFloat16: return launch_for<Float16>(args, num_units, stream);
-    default: require(false, "block_centroids on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  with_element(dtype, [&](auto element) { launch_for<decltype(element)>(args, num_units, stream); });
 }
 
-void moba_centroids_cuda(const CentroidParams& params, const CudaPlace& place) {
+void moba_centroids_cuda(const CentroidParams& params, const CudaWorkspace&, const CudaPlace& place) {
   const MobaProblem& problem = params.problem;
-  require(!is_packed(problem), "block_centroids takes dense keys [batch, heads, tokens, dim] only");
   const DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
   WorkspaceCutter none(nullptr);

@@ -10,7 +10,7 @@ struct MobaRangeConfig {
   // Enough queries that an average key block is chosen by this many of them, so that a block read (and converted) once
   // serves two full query tiles, and no more, so that the running outputs of a range stay in cache.
   static constexpr int64_t kQueriesPerBlock = 128;
-  static constexpr int64_t kLeastQueries = 1024;
+  static constexpr int64_t kMinQueries = 1024;
 };
 
 struct MobaRouteConfig {

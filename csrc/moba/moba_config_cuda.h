@@ -15,7 +15,7 @@ struct MobaWaveConfig {
   static constexpr int64_t kForwardBudget = int64_t{512} << 20;
   static constexpr int64_t kBackwardBudget = int64_t{1} << 30;
   static constexpr int64_t kRouteBudget = int64_t{512} << 20;
-  static constexpr int64_t kMostUnits = 32768;  // a grid's second dimension
+  static constexpr int64_t kMaxUnits = 32768;  // a grid's second dimension
 };
 
 struct MobaLayoutConfig {
@@ -24,7 +24,7 @@ struct MobaLayoutConfig {
   static constexpr int kChunksPerThreadBlock = 4;
   static constexpr int kScanUnroll = 16;  // chunks whose counts are on their way at once
   // Cursors of a thread block's chunks lie in shared memory up to this size, else in global memory.
-  static constexpr int kMostCursorBytes = 64 * 1024;
+  static constexpr int kMaxCursorBytes = 64 * 1024;
 };
 
 struct MobaCentroidConfig {

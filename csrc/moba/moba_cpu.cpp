@@ -13,7 +13,7 @@ void centroids(const CentroidParams& params) {
   with_storage(params.problem.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     compute_centroids<Storage>(params.problem, params.key, [&](int64_t sequence, int64_t head, int64_t block) {
-      return rows_of<ComputeOf<Storage>>(params.centroids, sequence, head, block);
+      return params.centroids.at<ComputeOf<Storage>>(sequence, head, block);
     });
   });
 }

@@ -1,8 +1,7 @@
 // The CPU kernels of block attention, one table of entry points per instruction set.
 #pragma once
 
-#include <string>
-
+#include "../common/cpu_kernels.h"
 #include "moba_params.h"
 
 namespace topgather {
@@ -13,16 +12,7 @@ struct MobaCpuKernels {
   void (*forward)(const MobaForwardParams& params);
   void (*backward)(const MobaBackwardParams& params);
 };
-
-#define TOPGATHER_DECLARE_TARGET(target)       \
-  namespace target {                           \
-  extern const MobaCpuKernels kMobaCpuKernels; \
-  }
-TOPGATHER_DECLARE_TARGET(baseline)
-TOPGATHER_DECLARE_TARGET(avx2)
-TOPGATHER_DECLARE_TARGET(avx512)
-TOPGATHER_DECLARE_TARGET(amx)
-#undef TOPGATHER_DECLARE_TARGET
+TOPGATHER_CPU_KERNELS(MobaCpuKernels, amx)
 
 // A routing that names a block outside the sequence, or one block twice for a query: std::out_of_range and
 // std::invalid_argument, thrown after every thread has stopped.

@@ -4,8 +4,8 @@
 // [queries, V] = weights x value pairs. Keys and values of a block are packed into pairs once per range, then serve
 // every tile of queries that chose the block.
 // Numerics: products of bfloat16 with float32 sums; exponentials and the sum of weights in float32; the weights that
-// meet the values are rounded to bfloat16. Infinities among hidden values never get here: the caller sends such tiles
-// the general way.
+// meet the values are rounded to bfloat16. Infinities among hidden values never get here: the caller takes the
+// general path for such tiles.
 #pragma once
 
 #include <limits>
@@ -22,12 +22,13 @@ struct AmxForwardTile {
   static constexpr int64_t kTileQueries = kAmxPanel;
   static constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
-  int64_t tile_keys;  // most keys of a block packed at once, a multiple of 32
+  int64_t tile_keys;  // maximum of keys of a block packed at once, a multiple of 32
   int64_t head_dim;
   int64_t value_dim;
   int64_t padded_head_dim;   // to 32
   int64_t padded_value_dim;  // to 32
   float scale_base2;         // scale * log2(e), positive
+  float softcap_base2;       // softcap * log2(e), or 0
 
   BFloat16* query_rows;   // [kTileQueries, padded D]
   uint32_t* key_pairs;    // [padded D / 2, tile_keys]
@@ -37,13 +38,14 @@ struct AmxForwardTile {
   float* out_tile;        // [kTileQueries, padded V]
 
   template <typename Cutter>
-  AmxForwardTile(const MobaProblem& problem, int64_t most_keys, Cutter& scratch)
-      : tile_keys(most_keys),
+  AmxForwardTile(const MobaProblem& problem, double scale, double softcap, int64_t max_keys, Cutter& scratch)
+      : tile_keys(max_keys),
         head_dim(problem.head_dim),
         value_dim(problem.value_dim),
         padded_head_dim(round_up(problem.head_dim, kAmxDepth)),
         padded_value_dim(round_up(problem.value_dim, kAmxPanel)),
-        scale_base2(static_cast<float>(problem.scale * kLog2E)) {
+        scale_base2(static_cast<float>(scale * kLog2E)),
+        softcap_base2(static_cast<float>(softcap * kLog2E)) {
     query_rows = scratch.template take<BFloat16>(kTileQueries * padded_head_dim);
     key_pairs = scratch.template take<uint32_t>(padded_head_dim / 2 * tile_keys);
     value_pairs = scratch.template take<uint32_t>(tile_keys / 2 * padded_value_dim);
@@ -86,6 +88,17 @@ struct AmxForwardTile {
     return sum_of_lanes<float>(sum[0] + sum[1]);
   }
 
+  // Scores so that scaled ones are capped.
+  void cap_scores(int64_t count, int64_t num_depth) {
+    const float factor = scale_base2 / softcap_base2;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t key = 0; key < num_depth; key += kAmxRows) {
+        float* score = scores + i * tile_keys + key;
+        store<float>(score, tanh_vector(load<float>(score) * factor) / factor);
+      }
+    }
+  }
+
   // Step 4.
   template <typename LimitOf>
   void online_softmax(const int32_t* queries, int64_t count, int64_t num_depth, const LimitOf& limit_of,
@@ -124,6 +137,7 @@ struct AmxForwardTile {
       amx_panel_product(query_rows, padded_head_dim, key_pairs + key, tile_keys, scores + key, tile_keys,
                         padded_head_dim, one_row_group);
     }
+    if (softcap_base2 > 0) cap_scores(count, num_depth);
     online_softmax(queries, count, num_depth, limit_of, running_max, running_sum, rescale);
     for (int64_t d = 0; d < padded_value_dim; d += kAmxPanel) {
       amx_panel_product(weights, tile_keys, value_pairs + d, padded_value_dim, out_tile + d, padded_value_dim,

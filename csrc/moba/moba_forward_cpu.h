@@ -3,6 +3,9 @@
 //   out_i = sum_t softmax_t(scale * dot(query_i, key_t)) value_t,   t over the visible keys of the chosen blocks
 //   lse_i = log sum_t exp(scale * dot(query_i, key_t))
 //
+// With a softcap c, scaled scores s become c * tanh(s / c). A sink joins the softmax's sum and no value: out_i is
+// multiplied with exp(lse_i) / (exp(lse_i) + exp(sink)).
+//
 // Who owns what: a task is one QueryRange of one head and owns its rows of out and lse. It visits key blocks in
 // ascending order; each block stays in cache while the range's queries that chose it stream past in tiles of
 // kTileQueries. Steps:
@@ -14,7 +17,8 @@
 //   4. running maximum and sum per query (online softmax, base 2), weights in place of the scores;
 //   5. weights^T x values [queries, V] by the same micro-kernel;
 //   6. rescale and add to the range's running outputs;
-//   last, 7. divide, convert, write out and lse.
+//   last:
+//   7. divide, convert, write out and lse.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
 // row all of whose scores are -inf: NaN, as plain softmax.
 // Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.
@@ -24,6 +28,7 @@
 #include <limits>
 
 #include "../common/parallel.h"
+#include "../cpu/attention_tile.h"
 #include "../cpu/convert.h"
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
@@ -36,8 +41,8 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 
 // How many of a block's keys, from first_key on, each query of a tile may see; all of them where not causal.
 struct TileVisibility {
-  int64_t least;
-  int64_t most;
+  int64_t min_keys;
+  int64_t max_keys;
 };
 
 template <typename T>
@@ -47,9 +52,9 @@ inline TileVisibility visible_keys(const MobaProblem& problem, const QueryRange&
   if (!problem.is_causal) return {num_keys, num_keys};
   const int64_t offset = range.first_query + range.sequence.position_offset + 1 - first_key;
   const auto limit_of = [&](int64_t i) { return max64(0, min64(num_keys, queries[i] + offset)); };
-  // Queries ascend, so the ends of the tile bound it.
+  // Queries ascend: the first query's visible range is the shortest, the last one's the longest.
   const TileVisibility visibility{limit_of(0), limit_of(count - 1)};
-  if (visibility.least < num_keys) {
+  if (visibility.min_keys < num_keys) {
     const int64_t padded = round_up(count, kLanes<T>);
     for (int64_t i = 0; i < padded; ++i) {
       limits[i / kLanes<T>][i % kLanes<T>] = static_cast<Integer>(limit_of(min64(i, count - 1)));
@@ -81,12 +86,12 @@ inline constexpr bool kHasMatrixUnit = false;
 struct AmxGuard {};
 #endif
 template <typename Storage>
-inline bool uses_matrix_unit(const MobaProblem& problem) {
+inline bool uses_matrix_unit(double scale) {
   // The unit's scores are scaled after the product, and the largest stays the largest only for a positive scale.
-  return kHasMatrixUnit<Storage> && problem.scale > 0;
+  return kHasMatrixUnit<Storage> && scale > 0;
 }
 
-// Some keys of a block, with their values: where they lie, and as the micro-kernel wants them once it has asked.
+// Some keys of a block, with their values: where they lie, and, once needed, as the micro-kernel takes them.
 template <typename Storage>
 struct KeyTile {
   int64_t first_key;  // within the sequence
@@ -127,7 +132,7 @@ struct ForwardTask {
         padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
 #if TOPGATHER_MATRIX_UNIT
         ,
-        amx(p.problem, kTileKeys, scratch)
+        amx(p.problem, p.scale, p.softcap, kTileKeys, scratch)
 #endif
   {
     cursors = scratch.take<int32_t>(num_blocks);
@@ -210,24 +215,25 @@ struct ForwardTask {
     IntegerVector<T> limits[kMaxVectors];
     const TileVisibility visibility =
         visible_keys<T>(problem, range, queries, count, tile.first_key, tile.num_keys, limits);
-    if (visibility.most == 0) return;
+    if (visibility.max_keys == 0) return;
     prefetch_rows(running_out, padded_value_dim, queries, count, padded_value_dim);
-    prefetch_rows(range_query, params.query.row_stride, queries + count, num_following, problem.head_dim);
-    const bool hides_keys = visibility.least < visibility.most;
+    prefetch_rows(range_query, params.query.strides[2], queries + count, num_following, problem.head_dim);
+    const bool hides_keys = visibility.min_keys < visibility.max_keys;
     // The matrix unit multiplies whole steps of 32 keys.
-    const int64_t num_multiplied =
-        uses_matrix_unit<Storage>(problem) ? min64(tile.num_keys, round_up(visibility.most, 32)) : visibility.most;
+    const int64_t num_multiplied = uses_matrix_unit<Storage>(params.scale)
+                                       ? min64(tile.num_keys, round_up(visibility.max_keys, 32))
+                                       : visibility.max_keys;
     const bool hides_only_finite =
-        all_finite(tile.value_rows + visibility.least * params.value.row_stride, params.value.row_stride,
-                   num_multiplied - visibility.least, problem.value_dim);
+        all_finite(tile.value_rows + visibility.min_keys * params.value.strides[2], params.value.strides[2],
+                   num_multiplied - visibility.min_keys, problem.value_dim);
     alignas(64) T rescale[kTileQueries];
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
-      if (uses_matrix_unit<Storage>(problem) && hides_only_finite) {
+      if (uses_matrix_unit<Storage>(params.scale) && hides_only_finite) {
         const auto limit_of = [&](int64_t i) {
-          return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.most;
+          return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.max_keys;
         };
-        amx.attend(range_query, params.query.row_stride, queries, count, visibility.most, limit_of, running_max,
+        amx.attend(range_query, params.query.strides[2], queries, count, visibility.max_keys, limit_of, running_max,
                    running_sum, rescale);
         add_to_running(queries, count, rescale, amx.out_tile, amx.padded_value_dim);
         return;
@@ -241,18 +247,22 @@ struct ForwardTask {
     }
     if (tile.keys.data == nullptr) densify(tile);
     const int64_t padded_count = round_up(count, kLanes<T>);
-    gather_transposed(range_query, params.query.row_stride, queries, count, problem.head_dim,
-                      static_cast<T>(problem.scale * kLog2E), query_tile, kTileQueries);
+    gather_transposed(range_query, params.query.strides[2], queries, count, problem.head_dim,
+                      static_cast<T>(params.scale * kLog2E), query_tile, kTileQueries);
     tile_gemm<false>(GemmOperands<T>{tile.keys.data, tile.keys.row_stride, 1, query_tile, kTileQueries, scores,
                                      kTileQueries, problem.head_dim},
-                     visibility.most, padded_count);
+                     visibility.max_keys, padded_count);
+    if (params.softcap > 0) {
+      cap_scores(scores, kTileQueries, padded_count / kLanes<T>, visibility.max_keys,
+                 static_cast<T>(params.softcap * kLog2E));
+    }
     if (hides_keys) {
-      hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.least, visibility.most, limits,
+      hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.min_keys, visibility.max_keys, limits,
                       -std::numeric_limits<T>::infinity());
     }
-    softmax_all_columns(visibility.most, queries, count, rescale);
+    softmax_all_columns(visibility.max_keys, queries, count, rescale);
     tile_gemm<false>(GemmOperands<T>{scores, 1, kTileQueries, tile.values.data, tile.values.row_stride, out_tile,
-                                     padded_value_dim, visibility.most},
+                                     padded_value_dim, visibility.max_keys},
                      count, padded_value_dim);
     add_to_running(queries, count, rescale, out_tile, padded_value_dim);
   }
@@ -270,9 +280,9 @@ struct ForwardTask {
 
   void densify(KeyTile<Storage>& tile) {
     const MobaProblem& problem = params.problem;
-    tile.keys = dense_rows(tile.key_rows, params.key.row_stride, tile.num_keys, problem.head_dim, problem.head_dim,
+    tile.keys = dense_rows(tile.key_rows, params.key.strides[2], tile.num_keys, problem.head_dim, problem.head_dim,
                            key_scratch);
-    tile.values = dense_rows(tile.value_rows, params.value.row_stride, tile.num_keys, problem.value_dim,
+    tile.values = dense_rows(tile.value_rows, params.value.strides[2], tile.num_keys, problem.value_dim,
                              padded_value_dim, value_scratch);
   }
 
@@ -286,12 +296,13 @@ struct ForwardTask {
       T lse = (running_max[i] + std::log2(sum)) * static_cast<T>(kLn2);
       if (!(sum > 0)) {
         lse = lse_of_unusual_row(range, i);
-        // No key seen leaves zeros; keys seen, all at -inf, are 0 / 0.
-        factor = std::isinf(lse) && !sees_a_key(range, i) ? T(0) : std::numeric_limits<T>::quiet_NaN();
+        factor = factor_of_unusual_row<T>(lse, sees_a_key(range, i), params.sinks, range.head_idx);
+      } else if (params.sinks.data != nullptr) {
+        factor *= share_beside_sink<T>(lse, params.sinks, range.head_idx);
       }
       store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor,
-                rows_of<Storage>(params.out, sequence.batch_idx, range.head_idx, row));
-      *rows_of<T>(params.lse, sequence.batch_idx, range.head_idx, row) = lse;
+                params.out.at<Storage>(sequence.batch_idx, range.head_idx, row));
+      *params.lse.at<T>(sequence.batch_idx, range.head_idx, row) = lse;
     }
   }
 
@@ -301,7 +312,7 @@ struct ForwardTask {
     const MobaProblem& problem = params.problem;
     const Sequence& sequence = range.sequence;
     const int64_t row = sequence.query_start + range.first_query + query;
-    const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, range.head_idx, row);
+    const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, range.head_idx, row);
     const int64_t position = range.first_query + query + sequence.position_offset;
     const int64_t end = problem.is_causal ? min64(position + 1, sequence.key_len) : sequence.key_len;
     for (int64_t slot = 0; slot < problem.top_k; ++slot) {
@@ -323,15 +334,17 @@ struct ForwardTask {
     const Sequence& sequence = range.sequence;
     const int64_t row = sequence.query_start + range.first_query + query;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
-    const Storage* query_row = rows_of<Storage>(params.query, sequence.batch_idx, range.head_idx, row);
+    const Storage* query_row = params.query.at<Storage>(sequence.batch_idx, range.head_idx, row);
     T largest = -std::numeric_limits<T>::infinity();
     for_each_block_of(range, query, [&](int64_t block, int64_t num_visible) {
       const int64_t first_key = block * problem.block_size;
       for (int64_t key = first_key; key < first_key + num_visible; ++key) {
-        const Storage* key_row = rows_of<Storage>(params.key, sequence.batch_idx, kv_head, sequence.key_start + key);
+        const Storage* key_row = params.key.at<Storage>(sequence.batch_idx, kv_head, sequence.key_start + key);
         T score = 0;
         for (int64_t d = 0; d < problem.head_dim; ++d) score += to_compute(query_row[d]) * to_compute(key_row[d]);
-        score *= static_cast<T>(problem.scale);
+        score *= static_cast<T>(params.scale);
+        if (params.softcap > 0)
+          score = static_cast<T>(params.softcap) * std::tanh(score / static_cast<T>(params.softcap));
         if (score > largest || std::isnan(score)) largest = score;
         if (std::isnan(largest)) return;
       }
@@ -345,16 +358,16 @@ struct ForwardTask {
     const Sequence& sequence = range.sequence;
     const int64_t first_row = sequence.query_start + range.first_query;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
-    const int32_t* choices = rows_of<int32_t>(params.block_indices, sequence.batch_idx, range.head_idx, first_row);
+    const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, range.head_idx, first_row);
     const RoutingFault fault =
-        build_block_lists(problem, range, choices, params.block_indices.row_stride, cursors, lists);
+        build_block_lists(problem, range, choices, params.block_indices.strides[2], cursors, lists);
     if (fault.kind != RoutingFault::kNone) return fault;
     for (int64_t i = 0; i < range.num_queries * padded_value_dim; ++i) running_out[i] = 0;
     for (int64_t i = 0; i < range.num_queries; ++i) {
       running_max[i] = -std::numeric_limits<T>::infinity();
       running_sum[i] = 0;
     }
-    const Storage* range_query = rows_of<Storage>(params.query, sequence.batch_idx, range.head_idx, first_row);
+    const Storage* range_query = params.query.at<Storage>(sequence.batch_idx, range.head_idx, first_row);
     for (int64_t block = 0; block < sequence.num_blocks; ++block) {
       const int32_t* queries = lists.queries + lists.offsets[block];
       const int64_t num_queries = lists.offsets[block + 1] - lists.offsets[block];
@@ -366,17 +379,18 @@ struct ForwardTask {
         const int64_t key_row = sequence.key_start + first_key;
         KeyTile<Storage> tile{first_key,
                               num_keys,
-                              rows_of<Storage>(params.key, sequence.batch_idx, kv_head, key_row),
-                              rows_of<Storage>(params.value, sequence.batch_idx, kv_head, key_row),
+                              params.key.at<Storage>(sequence.batch_idx, kv_head, key_row),
+                              params.value.at<Storage>(sequence.batch_idx, kv_head, key_row),
                               {nullptr, 0},
                               {nullptr, 0}};
 #if TOPGATHER_MATRIX_UNIT
         if constexpr (kHasMatrixUnit<Storage>) {
-          amx.pack(tile.key_rows, params.key.row_stride, tile.value_rows, params.value.row_stride, num_keys);
+          amx.pack(tile.key_rows, params.key.strides[2], tile.value_rows, params.value.strides[2], num_keys);
         }
 #endif
         for (int64_t i = 0; i < num_queries;) {
-          const bool half = uses_matrix_unit<Storage>(problem) || (problem.is_causal && queries[i] < last_position_in);
+          const bool half =
+              uses_matrix_unit<Storage>(params.scale) || (problem.is_causal && queries[i] < last_position_in);
           const int64_t count = min64(half ? kHalfQueries : kTileQueries, num_queries - i);
           const int64_t num_following = min64(kHalfQueries, num_queries - i - count);
           attend(range, range_query, queries + i, count, num_following, tile);
@@ -390,20 +404,20 @@ struct ForwardTask {
 };
 
 struct RangeExtent {
-  int64_t most_queries = 0;  // in one range
-  int64_t most_blocks = 0;   // in one sequence
-  int64_t most_ranges = 0;   // in one head of a sequence
-  int64_t num_ranges = 0;    // over all sequences and query heads
-  Sequence longest{};        // no sequence's: the most queries and the most keys of any
+  int64_t max_queries = 0;  // in one range
+  int64_t max_blocks = 0;   // in one sequence
+  int64_t max_ranges = 0;   // in one head of a sequence
+  int64_t num_ranges = 0;   // over all sequences and query heads
+  Sequence longest{};       // no sequence's own: the maximum of queries and the maximum of keys over all sequences
 };
 
 inline RangeExtent range_extent(const MobaProblem& problem) {
   RangeExtent extent;
   for (int64_t s = 0; s < problem.batch_size; ++s) {
     const Sequence sequence = sequence_at(problem, s);
-    extent.most_queries = max64(extent.most_queries, queries_per_range(problem, sequence));
-    extent.most_blocks = max64(extent.most_blocks, sequence.num_blocks);
-    extent.most_ranges = max64(extent.most_ranges, ranges_in(problem, sequence));
+    extent.max_queries = max64(extent.max_queries, queries_per_range(problem, sequence));
+    extent.max_blocks = max64(extent.max_blocks, sequence.num_blocks);
+    extent.max_ranges = max64(extent.max_ranges, ranges_in(problem, sequence));
     extent.num_ranges += ranges_in(problem, sequence) * problem.num_query_heads;
     extent.longest.query_len = max64(extent.longest.query_len, sequence.query_len);
     extent.longest.key_len = max64(extent.longest.key_len, sequence.key_len);
@@ -415,43 +429,36 @@ inline RangeExtent range_extent(const MobaProblem& problem) {
 // reports is thrown once all are done.
 template <typename RunRange>
 void for_each_range(const MobaProblem& problem, int num_workers, const RunRange& run_range) {
-  struct Context {
-    const MobaProblem& problem;
-    const RunRange& run_range;
-    int64_t most_ranges;
-    RoutingFault fault;
-    int32_t fault_taken;
-  };
-  const int64_t most_ranges = range_extent(problem).most_ranges;
-  Context context{problem, run_range, most_ranges, {}, 0};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    Context& ctx = *static_cast<Context*>(opaque);
-    const int64_t range_idx = task % ctx.most_ranges;
-    const int64_t head = task / ctx.most_ranges % ctx.problem.num_query_heads;
-    const int64_t sequence_idx = task / ctx.most_ranges / ctx.problem.num_query_heads;
-    const Sequence sequence = sequence_at(ctx.problem, sequence_idx);
-    const int64_t size = queries_per_range(ctx.problem, sequence);
+  const int64_t max_ranges = range_extent(problem).max_ranges;
+  RoutingFault first_fault{};
+  int32_t has_fault = 0;
+  const int64_t num_tasks = problem.batch_size * problem.num_query_heads * max_ranges;
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    const int64_t range_idx = task % max_ranges;
+    const int64_t head = task / max_ranges % problem.num_query_heads;
+    const int64_t sequence_idx = task / max_ranges / problem.num_query_heads;
+    const Sequence sequence = sequence_at(problem, sequence_idx);
+    const int64_t size = queries_per_range(problem, sequence);
     const int64_t first_query = range_idx * size;
     if (first_query >= sequence.query_len) return;
     const QueryRange range{sequence, head, first_query, min64(size, sequence.query_len - first_query)};
-    const RoutingFault fault = ctx.run_range(range, sequence_idx, range_idx, worker);
-    if (fault.kind != RoutingFault::kNone && __atomic_exchange_n(&ctx.fault_taken, 1, __ATOMIC_RELAXED) == 0) {
-      ctx.fault = fault;
+    const RoutingFault fault = run_range(range, sequence_idx, range_idx, worker);
+    if (fault.kind != RoutingFault::kNone && __atomic_exchange_n(&has_fault, 1, __ATOMIC_RELAXED) == 0) {
+      first_fault = fault;
     }
-  };
-  parallel_for(num_workers, problem.batch_size * problem.num_query_heads * most_ranges, body, &context);
-  if (context.fault_taken != 0) {
-    throw_routing_fault(context.fault.kind == RoutingFault::kDuplicate, context.fault.head_idx, context.fault.query,
-                        context.fault.block);
+  });
+  if (has_fault != 0) {
+    throw_routing_fault(first_fault.kind == RoutingFault::kDuplicate, first_fault.head_idx, first_fault.query,
+                        first_fault.block);
   }
 }
 
 // Multiply-adds of one product of chosen queries with keys: what the number of threads is judged by.
 inline double pair_operations(const MobaProblem& problem, const RangeExtent& extent) {
   const double keys_per_query =
-      static_cast<double>(min64(problem.top_k, extent.most_blocks)) * static_cast<double>(problem.block_size);
+      static_cast<double>(min64(problem.top_k, extent.max_blocks)) * static_cast<double>(problem.block_size);
   const double num_rows = static_cast<double>(problem.num_query_heads) * static_cast<double>(problem.query_len) *
-                          (problem.cu_seqlens_q == nullptr ? static_cast<double>(problem.batch_size) : 1.0);
+                          (problem.cu_seqlens_q.data == nullptr ? static_cast<double>(problem.batch_size) : 1.0);
   return num_rows * keys_per_query * static_cast<double>(problem.head_dim + problem.value_dim);
 }
 
@@ -462,11 +469,11 @@ void forward_storage(const MobaForwardParams& params) {
   if (extent.num_ranges == 0) return;
   const int num_workers = useful_threads(problem.num_threads, extent.num_ranges, pair_operations(problem, extent));
   ScratchCutter measure(nullptr);
-  ForwardTask<Storage>(params, extent.most_queries, extent.most_blocks, measure);
+  ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, measure);
   const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used()) * num_workers);
   for_each_range(problem, num_workers, [&](const QueryRange& range, int64_t, int64_t, int worker) {
     ScratchCutter cutter(scratch.get() + measure.used() * worker);
-    return ForwardTask<Storage>(params, extent.most_queries, extent.most_blocks, cutter).run(range);
+    return ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, cutter).run(range);
   });
 }
 

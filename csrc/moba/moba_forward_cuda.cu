@@ -6,8 +6,6 @@
 //   2. moba_attend_blocks: a normalised partial output and its lse per choice;
 //   3. moba_merge_slots: a warp takes a query's row and combines its choices.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "moba_forward_cuda.cuh"
 
@@ -27,12 +25,13 @@ struct MergeArguments {
   int64_t num_rows;  // of a unit
   int32_t value_dim;
   int32_t partial_elements;
-  ConstTensor block_indices;     // [batch, query head, query, K] int32
-  const uint16_t* is_row_valid;  // [unit, row] uint16
-  const void* partial_out;       // [unit, entry, partial_elements] dtype
-  const float* partial_lse;      // [unit, entry] float32, base 2
-  MutableTensor out;             // [batch, query head, query, V] dtype
-  MutableTensor lse;             // [batch, query head, query] float32
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 1> sinks;             // [query head] float32, or data null
+  const uint16_t* is_row_valid;           // [unit, row] uint16
+  const void* partial_out;                // [unit, entry, partial_elements] dtype
+  const float* partial_lse;               // [unit, entry] float32, base 2
+  Array<void, 4> out;                     // [batch, query head, query, V] dtype
+  Array<void, 3> lse;                     // [batch, query head, query] float32
 };
 
 // A lane takes a slot while weights are made, 32 slots at a time, and neighbouring columns while they are applied, slot
@@ -48,7 +47,7 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(geometry, args.wave, unit, row);
   const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-  const int32_t* choices = row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query);
+  const int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query);
   const int64_t first_entry = (blockIdx.y * args.num_rows + row) * geometry.top_k;
   const bool is_valid = args.is_row_valid[blockIdx.y * args.num_rows + row] != 0;
   const auto sees_keys = [&](int slot) {
@@ -90,38 +89,30 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
       }
     }
   }
-  // Seen, but all at -inf: 0 / 0. Not seen: 0.
-  const float factor = !is_valid ? NAN : (sees_any ? 1.0f / sum : 0.0f);
-  Element* out = row_of<Element>(args.out, unit.batch_idx, place.head, place.query);
+  float lse = fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
+  if (!sees_any) lse = is_valid ? -INFINITY : NAN;
+  // Seen, but all at -inf: 0 / 0, unless a sink gives the sum something. Not seen: 0.
+  const float share = cuda::share_beside_sink(lse, args.sinks, place.head);
+  const bool is_zero = is_valid && (!sees_any || (lse == -INFINITY && cuda::has_sink(args.sinks, place.head)));
+  const float factor = is_valid ? share / sum : NAN;
+  Element* out = args.out.at<Element>(unit.batch_idx, place.head, place.query);
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
     const int column = (p * cuda::kLanes + lane) * 2;
-    cuda::store_row_pair(out, column, args.value_dim, result[p][0] * factor, result[p][1] * factor);
+    cuda::store_row_pair(out, column, args.value_dim, is_zero ? 0.0f : result[p][0] * factor,
+                         is_zero ? 0.0f : result[p][1] * factor);
   }
   if (lane == 0) {
-    float lse = fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
-    if (!sees_any) lse = is_valid ? -INFINITY : NAN;
-    *row_of<float>(args.lse, unit.batch_idx, place.head, place.query) = lse;
+    *args.lse.at<float>(unit.batch_idx, place.head, place.query) = lse;
   }
 }
 
 namespace {
 
 const ForwardKernel& kernel_for(const MobaProblem& problem) {
-  const int64_t dim = std::max(problem.head_dim, problem.value_dim);
-  const auto find = [&](const ForwardKernel(&table)[3]) -> const ForwardKernel& {
-    for (const ForwardKernel& kernel : table) {
-      if (dim <= kernel.most_head_dim) return kernel;
-    }
-    throw std::invalid_argument("head_dim and value_dim must be at most 256 on CUDA, got " +
-                                std::to_string(problem.head_dim) + " and " + std::to_string(problem.value_dim));
-  };
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return find(kForwardFloat32);
-    case Dtype::kBFloat16: return find(kForwardBFloat16);
-    case Dtype::kFloat16: return find(kForwardFloat16);
-    default: throw std::invalid_argument("moba_attention on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  return with_element(problem.dtype, [&](auto element) -> const ForwardKernel& {
+    return narrowest_kernel(forward_kernels(element), std::max(problem.head_dim, problem.value_dim));
+  });
 }
 
 struct ForwardWorkspace {
@@ -154,16 +145,13 @@ void merge(Dtype dtype, const MergeArguments& args, cudaStream_t stream) {
   const cuda::LaunchShape shape{
       dim3(static_cast<unsigned>(divide_up(args.num_rows, kMergeWarps)), static_cast<unsigned>(args.wave.num_units)),
       dim3(kMergeWarps * cuda::kLanes), 0, stream};
-  switch (dtype) {
-    case Dtype::kFloat32: return cuda::launch(moba_merge_slots<float>, shape, args);
-    case Dtype::kBFloat16: return cuda::launch(moba_merge_slots<BFloat16>, shape, args);
-    default: return cuda::launch(moba_merge_slots<Float16>, shape, args);
-  }
+  with_element(dtype, [&](auto element) { cuda::launch(moba_merge_slots<decltype(element)>, shape, args); });
 }
 
 }  // namespace
 
-int64_t moba_forward_workspace_bytes(const MobaProblem& problem) {
+int64_t moba_forward_workspace_bytes(const MobaForwardParams& params, const CudaPlace&) {
+  const MobaProblem& problem = params.problem;
   if (problem.query_len == 0 || count_units(problem) == 0) return 0;
   WorkspaceCutter cutter(nullptr);
   const WavePlan plan = plan_forward(problem);
@@ -191,7 +179,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     WorkspaceCutter wave_cutter = wave_start;
     const ForwardWorkspace workspace = take_workspace(problem, wave.num_units, wave.num_queries, wave_cutter);
     build_block_lists({geometry, wave, params.block_indices, workspace.lists}, stream);
-    if (workspace.lists.most_items > 0) {
+    if (workspace.lists.max_items > 0) {
       const StageRange attention("moba: attention");
       ForwardArguments args{};
       args.geometry = geometry;
@@ -200,7 +188,8 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
       args.head_dim = static_cast<int32_t>(problem.head_dim);
       args.value_dim = static_cast<int32_t>(problem.value_dim);
       args.partial_elements = static_cast<int32_t>(partial_elements_of(problem));
-      args.score_scale = static_cast<float>(problem.scale) * kLog2E;
+      args.score_scale = static_cast<float>(params.scale) * kLog2E;
+      args.softcap = static_cast<float>(params.softcap) * kLog2E;
       args.query = params.query;
       args.key = params.key;
       args.value = params.value;
@@ -210,18 +199,19 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     }
     merge(problem.dtype,
           {geometry, wave, workspace.lists.num_rows, static_cast<int32_t>(problem.value_dim),
-           static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, workspace.lists.is_row_valid,
-           workspace.partial_out, workspace.partial_lse, params.out, params.lse},
+           static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, params.sinks,
+           workspace.lists.is_row_valid, workspace.partial_out, workspace.partial_lse, params.out, params.lse},
           stream);
   }
 }
 
 void add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const auto* table : {kForwardBFloat16, kForwardFloat16, kForwardFloat32}) {
-    for (int i = 0; i < 3; ++i) {
-      const ForwardKernel& kernel = table[i];
-      facts.push_back({"moba_attend_blocks", kernel.dtype, kernel.most_head_dim, kernel.threads, kernel.shared_bytes});
-    }
+  for (const Dtype dtype : kCudaDtypes) {
+    with_element(dtype, [&](auto element) {
+      for (const ForwardKernel& kernel : forward_kernels(element)) {
+        facts.push_back({"moba_attend_blocks", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
+      }
+    });
   }
 }
 

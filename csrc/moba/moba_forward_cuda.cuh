@@ -2,8 +2,9 @@
 // come.
 //
 //   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
-//   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key))                                      [entry]
-//   out_row   = sum_e 2^(lse_e - lse) partial_e,  lse = log2 sum_e 2^lse_e            (moba_merge_slots)
+//   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key)), capped where there is a softcap      [entry]
+//   lse       = log2 sum_e 2^lse_e                                                        (moba_merge_slots)
+//   out_row   = sum_e 2^(lse_e - lse) partial_e                                            (moba_merge_slots)
 //
 // Who owns what: a thread block owns a work item, up to kEntriesPerItem entries of one block's list. Its warps take
 // tiles of kRowsPerWarp entries in turn, each on its own: a tile's queries lie in the warp's part of shared memory, its
@@ -18,16 +19,17 @@
 //   6. divide, round to the element type, write partial and lse.
 // Where outputs would not fit the registers (float32, V > 128), the grid's third dimension takes kValueColumns columns
 // of values each, and scores are computed for each of them. Blocks of more than kResidentKeys keys pass through shared
-// memory once per round of tiles, all warps together. Numerics: scores, weights and sums in float32; weights are
-// rounded to a 16-bit element type before they meet the values. A hidden key weighs 0, and 0 x inf is NaN: an item that
-// hides keys and whose values are not all finite takes its entries one at a time, with the hidden keys' rows zeroed. A
-// choice whose scores are all -inf leaves its outputs undivided, with lse -inf; the maximum passes NaN on, so that inf
-// and NaN scores can be told apart. Ties do not arise. Determinism: an entry's arithmetic depends on its own row and
-// block alone.
+// memory once per round of tiles, all warps together.
+// Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
+// values. A hidden key weighs 0, and 0 x inf is NaN: an item that hides keys and whose values are not all finite takes
+// its entries one at a time, with the hidden keys' rows zeroed. A choice whose scores are all -inf leaves its outputs
+// undivided, with lse -inf; the maximum passes NaN on, so that inf and NaN scores can be told apart. Ties do not arise.
+// Determinism: an entry's arithmetic depends on its own row and block alone.
 #pragma once
 
 #include "../common/checks.h"
 #include "../cuda/launch.cuh"
+#include "../cuda/scores.cuh"
 #include "moba_cuda.h"
 #include "moba_stages_cuda.cuh"
 
@@ -39,13 +41,14 @@ struct ForwardArguments {
   BlockListsOnDevice lists;
   int32_t head_dim;
   int32_t value_dim;
-  int32_t partial_elements;  // of a row of partial_out
-  float score_scale;         // scale * log2(e)
-  ConstTensor query;         // [batch, query head, query, D] dtype
-  ConstTensor key;           // [batch, kv head, key, D] dtype
-  ConstTensor value;         // [batch, kv head, key, V] dtype
-  void* partial_out;         // [unit, entry, partial_elements] dtype
-  float* partial_lse;        // [unit, entry] float32, base 2
+  int32_t partial_elements;    // of a row of partial_out
+  float score_scale;           // scale * log2(e)
+  float softcap;               // softcap * log2(e); 0: scores stay
+  Array<const void, 4> query;  // [batch, query head, query, D] dtype
+  Array<const void, 4> key;    // [batch, kv head, key, D] dtype
+  Array<const void, 4> value;  // [batch, kv head, key, V] dtype
+  void* partial_out;           // [unit, entry, partial_elements] dtype
+  float* partial_lse;          // [unit, entry] float32, base 2
 };
 
 template <typename Element, int kHeadDim>
@@ -73,7 +76,7 @@ using cuda::kLanes;
 using cuda::lane_id;
 using cuda::warp_id;
 
-// A tile of entries as a warp sees it: lane r knows row r.
+// A tile of entries as a warp holds it: lane r has row r.
 struct Rows {
   int32_t entry;         // -1: the row is not there
   int32_t num_visible;   // keys of the block; rows that are not there see all, so that they hide none
@@ -98,14 +101,13 @@ __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, co
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const int num_rows = (num_keys + Shared::kStepKeys - 1) / Shared::kStepKeys * Shared::kStepKeys;
-  const auto copy = [&](auto& tile, const ConstTensor& tensor, int first_column, int depth) {
-    const Element* rows =
-        row_of<Element>(tensor, unit.batch_idx, unit.kv_head, block.first_key + first_key) + first_column;
+  const auto copy = [&](auto& tile, const Array<const void, 4>& tensor, int first_column, int depth) {
+    const Element* rows = tensor.at<Element>(unit.batch_idx, unit.kv_head, block.first_key + first_key) + first_column;
     const int row_chunks = (depth + kPerChunk - 1) / kPerChunk;
     const int used_chunks = (depth + 15) / 16 * 16 / kPerChunk;
     for (int i = threadIdx.x; i < num_rows * used_chunks; i += Shared::kThreads) {
       const int row = i / used_chunks, chunk = i % used_chunks;
-      cuda::copy_chunk_async(tile, row, chunk, rows + row * tensor.row_stride, row_chunks, row < num_keys);
+      cuda::copy_chunk_async(tile, row, chunk, rows + row * tensor.strides[2], row_chunks, row < num_keys);
     }
   };
   copy(shared.key, args.key, 0, args.head_dim);
@@ -117,10 +119,10 @@ template <typename Element>
 __device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args, const Unit& unit,
                                                    const KeyBlock& block, int num_threads) {
   bool is_unusual = false;
-  const Element* rows = row_of<Element>(args.value, unit.batch_idx, unit.kv_head, block.first_key);
+  const Element* rows = args.value.at<Element>(unit.batch_idx, unit.kv_head, block.first_key);
   for (int key = static_cast<int>(threadIdx.x) / 8; key < block.num_keys; key += num_threads / 8) {
     for (int d = static_cast<int>(threadIdx.x) % 8; d < args.value_dim; d += 8) {
-      is_unusual = is_unusual || !(fabsf(cuda::to_float(rows[key * args.value.row_stride + d])) < INFINITY);
+      is_unusual = is_unusual || !(fabsf(cuda::to_float(rows[key * args.value.strides[2] + d])) < INFINITY);
     }
   }
   return __syncthreads_or(is_unusual ? 1 : 0) != 0;
@@ -135,8 +137,7 @@ __device__ __forceinline__ Rows place_rows(const ForwardArguments& args, const U
     rows.entry = item.entries[first_entry + lane];
     const WaveRow place = wave_row(geometry, args.wave, unit, rows.entry / geometry.top_k);
     rows.num_visible = num_visible_keys(geometry, item.block, place.query);
-    rows.query_offset = unit.batch_idx * args.query.batch_stride + place.head * args.query.head_stride +
-                        place.query * args.query.row_stride;
+    rows.query_offset = args.query.offset(unit.batch_idx, place.head, place.query);
   }
   return rows;
 }
@@ -149,7 +150,7 @@ __device__ __forceinline__ void gather_queries_async(const ForwardArguments& arg
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const int row_chunks = (args.head_dim + kPerChunk - 1) / kPerChunk;
   const int used_chunks = (args.head_dim + 15) / 16 * 16 / kPerChunk;
-  const auto* query = static_cast<const Element*>(args.query.data);
+  const auto* query = args.query.at<Element>();
   const uint32_t low = static_cast<uint32_t>(rows.query_offset);
   const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(rows.query_offset) >> 32);
   for (int first = 0; first < Shared::kRowsPerWarp * used_chunks; first += kLanes) {
@@ -166,11 +167,11 @@ __device__ __forceinline__ void gather_queries_async(const ForwardArguments& arg
   }
 }
 
-__device__ __forceinline__ int32_t least_of_warp(int32_t value) {
+__device__ __forceinline__ int32_t min_of_warp(int32_t value) {
   for (int distance = 16; distance > 0; distance /= 2) value = min(value, __shfl_xor_sync(kAllLanes, value, distance));
   return value;
 }
-__device__ __forceinline__ int32_t most_of_warp(int32_t value) {
+__device__ __forceinline__ int32_t max_of_warp(int32_t value) {
   for (int distance = 16; distance > 0; distance /= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, distance));
   return value;
 }
@@ -196,6 +197,20 @@ struct Running {
 template <typename Element, int kHeadDim>
 using RunningOf =
     Running<MobaForwardTiles<Element, kHeadDim>::kRowBlocks, MobaForwardTiles<Element, kHeadDim>::kValueColumns>;
+
+// Step 3's cap.
+template <int kRowBlocks, int kStepBlocks>
+__device__ __forceinline__ void cap_scores(float (&scores)[kRowBlocks][kStepBlocks][4], float cap) {
+  const float inverse_cap = 1.0f / cap;
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kStepBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[m][n][e] = cuda::cap_score(scores[m][n][e], cap, inverse_cap);
+    }
+  }
+}
 
 // Step 3's mask: keys from num_visible on, counted from the block's start, are hidden from a row.
 template <int kRowBlocks, int kStepBlocks>
@@ -286,9 +301,9 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
   using Tiles = typename Shared::Tiles;
   constexpr int kStepKeys = Tiles::kStepKeys;
   const int first_row = warp_id() * Tiles::kRowBlocks * 16;
-  const int32_t least_visible = least_of_warp(rows.num_visible);
-  const int32_t most_visible = most_of_warp(rows.entry >= 0 ? rows.num_visible : 0);
-  const int end = min(num_keys, most_visible - first_key);
+  const int32_t min_visible = min_of_warp(rows.num_visible);
+  const int32_t max_visible = max_of_warp(rows.entry >= 0 ? rows.num_visible : 0);
+  const int end = min(num_keys, max_visible - first_key);
 #pragma unroll 1
   for (int step = 0; step < end; step += kStepKeys) {
     float scores[Tiles::kRowBlocks][kStepKeys / 8][4];
@@ -303,7 +318,8 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
         for (int e = 0; e < 4; ++e) scores[m][n][e] *= args.score_scale;
       }
     }
-    if (first_key + step + kStepKeys > least_visible) hide_keys(scores, first_key + step, rows.num_visible);
+    if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
+    if (first_key + step + kStepKeys > min_visible) hide_keys(scores, first_key + step, rows.num_visible);
     online_softmax(scores, running);
     if constexpr (Tiles::kIsFloat) {
       const int g = lane_id() / 4, t = lane_id() % 4;
@@ -379,7 +395,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   const int64_t unit_in_wave = blockIdx.y;
   const Unit unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
   WorkItem item;
-  // Step 1. The grid is a bound taken from shapes: thread blocks past the last item leave, whole.
+  // Step 1. The grid is a bound taken from shapes: whole thread blocks past the last item return.
   if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x), item)) return;
   const bool fits = item.block.num_keys <= Tiles::kResidentKeys;
   if (fits) forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, 0, item.block.num_keys, shared);
@@ -456,7 +472,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
 
 struct ForwardKernel {
   Dtype dtype;
-  int64_t most_head_dim;  // and value_dim
+  int64_t max_head_dim;  // and value_dim
   int64_t threads;
   int64_t shared_bytes;
   int64_t entries_per_item;
@@ -464,26 +480,32 @@ struct ForwardKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr ForwardKernel forward_kernel(Dtype dtype) {
+constexpr ForwardKernel forward_kernel() {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kThreads,
           sizeof(Shared),
           Shared::Tiles::kEntriesPerItem,
           [](const ForwardArguments& args, cudaStream_t stream) {
             const int64_t num_panels = divide_up(args.value_dim, Shared::kValueColumns);
-            const dim3 grid(static_cast<unsigned>(args.lists.most_items), static_cast<unsigned>(args.wave.num_units),
+            const dim3 grid(static_cast<unsigned>(args.lists.max_items), static_cast<unsigned>(args.wave.num_units),
                             static_cast<unsigned>(num_panels > 0 ? num_panels : 1));
             cuda::launch(moba_attend_blocks<Element, kHeadDim>, {grid, dim3(Shared::kThreads), sizeof(Shared), stream},
                          args);
           }};
 }
 
-// One translation unit an element type: tables of three head dimensions, ascending.
-extern const ForwardKernel kForwardFloat32[3];
-extern const ForwardKernel kForwardBFloat16[3];
-extern const ForwardKernel kForwardFloat16[3];
+using ForwardKernels = ForwardKernel[3];
+template <typename Element>
+inline constexpr ForwardKernels kForwardKernels = {forward_kernel<Element, 64>(), forward_kernel<Element, 128>(),
+                                                   forward_kernel<Element, 256>()};
+
+// An element type's kernels, ascending in head_dim. Each of the three is compiled in a file of its own, which the build
+// writes (tools/cuda_instances.cmake).
+const ForwardKernels& forward_kernels(float);
+const ForwardKernels& forward_kernels(BFloat16);
+const ForwardKernels& forward_kernels(Float16);
 
 }  // namespace topgather

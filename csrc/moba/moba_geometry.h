@@ -20,28 +20,16 @@ struct Sequence {
 
 inline Sequence sequence_at(const MobaProblem& problem, int64_t sequence_idx) {
   Sequence sequence{};
-  if (problem.cu_seqlens_q == nullptr) {
+  if (problem.cu_seqlens_q.data == nullptr) {
     sequence = {sequence_idx, 0, problem.query_len, 0, problem.key_len, 0, 0};
   } else {
-    const int64_t* q = problem.cu_seqlens_q + sequence_idx;
-    const int64_t* k = problem.cu_seqlens_k + sequence_idx;
+    const int64_t* q = problem.cu_seqlens_q.data + sequence_idx;
+    const int64_t* k = problem.cu_seqlens_k.data + sequence_idx;
     sequence = {0, q[0], q[1] - q[0], k[0], k[1] - k[0], 0, 0};
   }
   sequence.num_blocks = ceil_div(sequence.key_len, problem.block_size);
   sequence.position_offset = sequence.key_len - sequence.query_len;
   return sequence;
-}
-
-template <typename T>
-inline const T* rows_of(const ConstTensor& tensor, int64_t batch_idx, int64_t head_idx, int64_t row) {
-  return static_cast<const T*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
-         row * tensor.row_stride;
-}
-
-template <typename T>
-inline T* rows_of(const MutableTensor& tensor, int64_t batch_idx, int64_t head_idx, int64_t row) {
-  return static_cast<T*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
-         row * tensor.row_stride;
 }
 
 // A consecutive piece of one head's queries: the unit of work of the forward, and what owns a gradient of query.
@@ -56,7 +44,7 @@ struct QueryRange {
 inline int64_t queries_per_range(const MobaProblem& problem, const Sequence& sequence) {
   const int64_t chosen = max64(1, min64(problem.top_k, sequence.num_blocks));
   const int64_t wanted = round_up(ceil_div(sequence.num_blocks * MobaRangeConfig::kQueriesPerBlock, chosen), 64);
-  return min64(max64(wanted, MobaRangeConfig::kLeastQueries), round_up(max64(sequence.query_len, 1), 64));
+  return min64(max64(wanted, MobaRangeConfig::kMinQueries), round_up(max64(sequence.query_len, 1), 64));
 }
 
 inline int64_t ranges_in(const MobaProblem& problem, const Sequence& sequence) {

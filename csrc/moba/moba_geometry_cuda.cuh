@@ -7,12 +7,11 @@
 // can lead out of bounds.
 #pragma once
 
+#include "../cuda/rounding.h"
 #include "../cuda/tile_math.cuh"
 #include "moba_params.h"
 
 namespace topgather {
-
-__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct MobaGeometry {
   int64_t query_len;  // tokens of a sequence; of all of them where packed
@@ -130,20 +129,6 @@ __device__ __forceinline__ int32_t num_visible_keys(const MobaGeometry& geometry
                                                     int64_t query, int32_t choice) {
   if (choice < 0 || choice >= sequence.num_blocks) return 0;
   return num_visible_keys(geometry, key_block_of(geometry, sequence, choice), query);
-}
-
-// Rows of one tensor as kernels see them: element offsets of a unit's parts.
-template <typename Element>
-__device__ __forceinline__ const Element* row_of(const ConstTensor& tensor, int64_t batch_idx, int64_t head_idx,
-                                                 int64_t row) {
-  return static_cast<const Element*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
-         row * tensor.row_stride;
-}
-template <typename Element>
-__device__ __forceinline__ Element* row_of(const MutableTensor& tensor, int64_t batch_idx, int64_t head_idx,
-                                           int64_t row) {
-  return static_cast<Element*>(tensor.data) + batch_idx * tensor.batch_stride + head_idx * tensor.head_stride +
-         row * tensor.row_stride;
 }
 
 struct Unit {

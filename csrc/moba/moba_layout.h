@@ -9,7 +9,7 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-// What is wrong with a routing, or nothing. Kernels report the first fault they meet and never follow it.
+// What is wrong with a routing, or nothing. Kernels report the first fault they find and never use a faulty index.
 struct RoutingFault {
   enum Kind : int32_t { kNone = 0, kOutOfRange = 1, kDuplicate = 2 };
   int32_t kind = kNone;

@@ -5,16 +5,16 @@
 // names a block its sequence does not have, or one block twice. Nothing is sorted and nothing waits for the host.
 //
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
-//   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per (chunk,
-//   block);
+//   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per
+//      (chunk, block);
 //   2. moba_scan_chunks: a thread takes a block and turns its chunk counts into starts within the block's list;
 //   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks,
 //      and notes each item's block;
 //   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor
-//   per
-//      block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the order
-//      of entries. Choices are read and judged several rows at a time.
-// Numerics: integers. Determinism: counts are sums of ones, everything else has a fixed order.
+//      per block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the
+//      order of entries. Choices are read and judged several rows at a time.
+// Numerics: integers.
+// Determinism: counts are sums of ones, everything else has a fixed order.
 #include <algorithm>
 
 #include "../common/checks.h"
@@ -36,8 +36,7 @@ constexpr int kRowsPerChunk = MobaLayoutConfig::kRowsPerChunk;
 constexpr int kFillWarps = MobaLayoutConfig::kChunksPerThreadBlock;
 }  // namespace
 
-// --- packed sequences
-// --------------------------------------------------------------------------------------------------
+// --- packed sequences -----------------------------------------------------------------------------------------------
 
 struct SequenceArguments {
   const int64_t* cu_seqlens_q;  // [num_sequences + 1] int64, as the user gave them
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kLanes) moba_prepare_sequences(const SequenceA
     const uint32_t high = __shfl_sync(kAllLanes, static_cast<uint32_t>(static_cast<uint64_t>(value) >> 32), source);
     return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
   };
-  const auto clamped = [](int64_t value, int64_t most) { return value < 0 ? 0 : (value > most ? most : value); };
+  const auto clamped = [](int64_t value, int64_t limit) { return value < 0 ? 0 : (value > limit ? limit : value); };
   for (int64_t first = 0; first <= args.num_sequences; first += kLanes) {
     const int64_t i = first + lane;
     const bool is_there = i <= args.num_sequences;
@@ -107,6 +106,9 @@ __global__ void __launch_bounds__(kLanes) moba_prepare_sequences(const SequenceA
 
 MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, WorkspaceCutter& cutter,
                               cudaStream_t stream) {
+  require(problem.query_len <= INT32_MAX && problem.key_len <= INT32_MAX, "at most 2^31 - 1 tokens on CUDA");
+  require(problem.num_query_heads <= INT32_MAX && problem.block_size <= INT32_MAX && problem.top_k <= INT32_MAX,
+          "heads, block_size and top_k must fit 31 bits on CUDA");
   MobaGeometry geometry{};
   geometry.query_len = problem.query_len;
   geometry.key_len = problem.key_len;
@@ -127,14 +129,13 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
   geometry.tile_starts = starts[3];
   if (starts[0] == nullptr) return geometry;
   const SequenceArguments args{
-      problem.cu_seqlens_q, problem.cu_seqlens_k, starts[0],       starts[1],          starts[2], starts[3],
-      problem.batch_size,   problem.query_len,    problem.key_len, problem.block_size, query_tile};
+      problem.cu_seqlens_q.data, problem.cu_seqlens_k.data, starts[0],       starts[1],          starts[2], starts[3],
+      problem.batch_size,        problem.query_len,         problem.key_len, problem.block_size, query_tile};
   cuda::launch(moba_prepare_sequences, {dim3(1), dim3(kLanes), 0, stream}, args);
   return geometry;
 }
 
-// --- block lists
-// -------------------------------------------------------------------------------------------------------
+// --- block lists ----------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -168,7 +169,7 @@ struct RowChoices {
 __device__ __forceinline__ RowChoices row_choices(const LayoutArguments& args, const Unit& unit, int64_t row) {
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
   return {place.query, sequence_of_query(args.geometry, place.query),
-          row_of<int32_t>(args.block_indices, unit.batch_idx, place.head, place.query)};
+          args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query)};
 }
 
 }  // namespace
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
   const int64_t num_blocks = args.geometry.num_blocks;
   int32_t* list_starts = args.lists.list_starts + blockIdx.x * (num_blocks + 1);
   int32_t* item_starts = args.lists.item_starts + blockIdx.x * (num_blocks + 1);
-  int32_t* item_blocks = args.lists.item_blocks + blockIdx.x * args.lists.most_items;
+  int32_t* item_blocks = args.lists.item_blocks + blockIdx.x * args.lists.max_items;
   int32_t entries_before = 0, items_before = 0;
   for (int64_t first = 0; first < num_blocks; first += kThreads) {
     const int64_t block = first + threadIdx.x;
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
   }
 }
 
-// Step 4. Shared memory, where it is asked for: cursors [chunk of the thread block, block] int32.
+// Step 4. Dynamic shared memory, where there is any: cursors [chunk of the thread block, block] int32.
 __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const LayoutArguments args) {
   const MobaGeometry& geometry = args.geometry;
   const BlockListsOnDevice& lists = args.lists;
@@ -362,11 +363,11 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
   lists.entries_per_item = static_cast<int32_t>(entries_per_item);
   // Every item but a list's last is full, and there are no more lists than blocks or choices.
   const int64_t num_entries = lists.num_rows * problem.top_k;
-  lists.most_items = num_blocks > 0 ? num_entries / entries_per_item + std::min(num_blocks, num_entries) : 0;
+  lists.max_items = num_blocks > 0 ? num_entries / entries_per_item + std::min(num_blocks, num_entries) : 0;
   lists.counts = cutter.take<int32_t>(num_units * lists.num_chunks * num_blocks);
   lists.list_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
   lists.item_starts = cutter.take<int32_t>(num_units * (num_blocks + 1));
-  lists.item_blocks = cutter.take<int32_t>(num_units * lists.most_items);
+  lists.item_blocks = cutter.take<int32_t>(num_units * lists.max_items);
   lists.entries = cutter.take<int32_t>(num_units * num_entries);
   lists.is_row_valid = cutter.take<uint16_t>(num_units * lists.num_rows);
   return lists;
@@ -389,7 +390,7 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
   cuda::launch(moba_scan_blocks, {dim3(num_units), dim3(kThreads), sizeof(ScanSharedMemory), stream}, args);
   LayoutArguments fill = args;
   const int64_t cursor_bytes = kFillWarps * num_blocks * static_cast<int64_t>(sizeof(int32_t));
-  fill.are_cursors_shared = cursor_bytes <= MobaLayoutConfig::kMostCursorBytes;
+  fill.are_cursors_shared = cursor_bytes <= MobaLayoutConfig::kMaxCursorBytes;
   cuda::launch(moba_fill_lists,
                {dim3(grid(lists.num_chunks, kFillWarps), num_units), dim3(kFillWarps * kLanes),
                 fill.are_cursors_shared ? static_cast<size_t>(cursor_bytes) : 0, stream},

@@ -1,84 +1,89 @@
 // What crosses from Python into the block-attention kernels, on every backend.
 //
 // D = head_dim, V = value_dim, K = top_k (slots per query). A dense problem has batch_size sequences of query_len and
-// key_len tokens. A packed one has cu_seqlens set, batch strides of zero, and query_len / key_len tokens in total.
-// Strides count elements; the last dimension of every tensor is contiguous.
+// key_len tokens. A packed one has cu_seqlens set, a batch of 1 in every tensor, and query_len / key_len tokens in
+// total. The sum type is float32, and float64 for float64. The last dimension of every tensor is contiguous.
 #pragma once
 
-#include <cstdint>
-
-#include "../common/dtype.h"
+#include "../common/array.h"
+#include "../common/fields.h"
 
 namespace topgather {
 
-struct ConstTensor {
-  const void* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-};
-
-struct MutableTensor {
-  void* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-};
-
 struct MobaProblem {
-  Dtype dtype;  // of query, key, value and what is returned in their likeness
-  int64_t batch_size;
+  int64_t block_size;
+  bool is_causal;
+  Array<const int64_t, 1> cu_seqlens_q;  // [batch_size + 1] int64; data null for a dense problem
+  Array<const int64_t, 1> cu_seqlens_k;  // [batch_size + 1] int64; data null for a dense problem
+  int num_threads;
+  // Derived from the tensors.
+  Dtype dtype;         // of query, key, value and what is returned in their likeness
+  int64_t batch_size;  // packed: sequences
   int64_t num_query_heads;
   int64_t num_kv_heads;
   int64_t query_len;
   int64_t key_len;
   int64_t head_dim;
-  int64_t value_dim;
-  int64_t block_size;
+  int64_t value_dim;  // 0 where there are no values
   int64_t top_k;
-  bool is_causal;
-  double scale;
-  const int64_t* cu_seqlens_q;  // [batch_size + 1] int64, or null for a dense problem
-  const int64_t* cu_seqlens_k;  // [batch_size + 1] int64, or null for a dense problem
-  int num_threads;
 };
+TOPGATHER_FIELDS(MobaProblem, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, num_threads)
 
 struct CentroidParams {
-  MobaProblem problem;
-  ConstTensor key;          // [batch, kv head, key, D] dtype
-  MutableTensor centroids;  // [batch, kv head, block, D] float32, float64 for float64
+  Array<const void, 4> key;  // [batch, kv head, key, D] dtype
+  int64_t block_size;
+  int num_threads;
+  Array<void, 4> centroids;  // [batch, kv head, block, D] sum type
+  MobaProblem problem;       // derived: dense, without queries
 };
+TOPGATHER_FIELDS(CentroidParams, key, block_size, num_threads, centroids)
 
+// Shapes are those of dense problems. Packed ones: query, key, value, out and their gradients are [token, head, dim],
+// block_indices [head, token, K], lse and grad_lse [head, token].
 struct MobaRouteParams {
   MobaProblem problem;
-  ConstTensor query;            // [batch, query head, query, D] dtype
-  ConstTensor key;              // [batch, kv head, key, D] dtype
-  MutableTensor block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 4> query;       // [batch, query head, query, D] dtype
+  Array<const void, 4> key;         // [batch, kv head, key, D] dtype
+  Array<int32_t, 4> block_indices;  // [batch, query head, query, K] int32, contiguous
+  static constexpr const char* kAlignedOnCuda[] = {"query", "key"};
 };
+TOPGATHER_FIELDS(MobaRouteParams, problem, query, key, block_indices)
 
 struct MobaForwardParams {
   MobaProblem problem;
-  ConstTensor query;          // [batch, query head, query, D] dtype
-  ConstTensor key;            // [batch, kv head, key, D] dtype
-  ConstTensor value;          // [batch, kv head, key, V] dtype
-  ConstTensor block_indices;  // [batch, query head, query, K] int32
-  MutableTensor out;          // [batch, query head, query, V] dtype
-  MutableTensor lse;          // [batch, query head, query] float32, float64 for float64; row_stride 1
+  double scale;
+  double softcap;                         // scaled scores become softcap * tanh(score / softcap); 0: they stay
+  Array<const void, 4> query;             // [batch, query head, query, D] dtype
+  Array<const void, 4> key;               // [batch, kv head, key, D] dtype
+  Array<const void, 4> value;             // [batch, kv head, key, V] dtype
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 1> sinks;             // [query head] sum type, logits that join a row's sum; or data null
+  Array<void, 4> out;                     // [batch, query head, query, V] dtype
+  Array<void, 3> lse;                     // [batch, query head, query] sum type
+  static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value"};
 };
+TOPGATHER_FIELDS(MobaForwardParams, problem, scale, softcap, query, key, value, block_indices, sinks, out, lse)
 
 struct MobaBackwardParams {
   MobaProblem problem;
-  ConstTensor query;          // [batch, query head, query, D] dtype
-  ConstTensor key;            // [batch, kv head, key, D] dtype
-  ConstTensor value;          // [batch, kv head, key, V] dtype
-  ConstTensor block_indices;  // [batch, query head, query, K] int32
-  ConstTensor out;            // [batch, query head, query, V] dtype
-  ConstTensor lse;            // [batch, query head, query] float32, float64 for float64
-  ConstTensor grad_out;       // [batch, query head, query, V] dtype
-  ConstTensor grad_lse;       // [batch, query head, query] float32, float64 for float64; data null when absent
-  MutableTensor grad_query;   // [batch, query head, query, D] dtype
-  MutableTensor grad_key;     // [batch, kv head, key, D] dtype
-  MutableTensor grad_value;   // [batch, kv head, key, V] dtype
+  double scale;
+  double softcap;                         // as in the forward
+  bool deterministic;                     // on CUDA: the same bits every time; the CPU's always are
+  Array<const void, 4> query;             // [batch, query head, query, D] dtype
+  Array<const void, 4> key;               // [batch, kv head, key, D] dtype
+  Array<const void, 4> value;             // [batch, kv head, key, V] dtype
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const void, 4> out;               // [batch, query head, query, V] dtype
+  Array<const void, 3> lse;               // [batch, query head, query] sum type
+  Array<const void, 4> grad_out;          // [batch, query head, query, V] dtype
+  Array<const void, 3> grad_lse;          // [batch, query head, query] sum type; data null where there is none
+  // Zeros where the CPU's kernel starts, which adds to them.
+  Array<void, 4> grad_query;  // [batch, query head, query, D] dtype
+  Array<void, 4> grad_key;    // [batch, kv head, key, D] dtype
+  Array<void, 4> grad_value;  // [batch, kv head, key, V] dtype
+  static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value", "grad_out"};
 };
+TOPGATHER_FIELDS(MobaBackwardParams, problem, scale, softcap, deterministic, query, key, value, block_indices, out, lse,
+                 grad_out, grad_lse, grad_query, grad_key, grad_value)
 
 }  // namespace topgather

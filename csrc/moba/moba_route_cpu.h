@@ -41,37 +41,29 @@ void mean_of_rows(const Storage* rows, int64_t row_stride, int64_t count, int64_
 
 // Centroids of every block: centroid_of(sequence_idx, kv_head, block) says where each goes.
 template <typename Storage, typename CentroidOf>
-void compute_centroids(const MobaProblem& problem, const ConstTensor& key, const CentroidOf& centroid_of) {
+void compute_centroids(const MobaProblem& problem, const Array<const void, 4>& key, const CentroidOf& centroid_of) {
   constexpr int64_t kBlocksPerTask = MobaRouteConfig::kCentroidsPerTask;
-  struct Context {
-    const MobaProblem& problem;
-    const ConstTensor& key;
-    const CentroidOf& centroid_of;
-    int64_t chunks_per_head;
-  };
-  int64_t most_blocks = 0;
+  int64_t max_blocks = 0;
   for (int64_t s = 0; s < problem.batch_size; ++s) {
-    most_blocks = max64(most_blocks, sequence_at(problem, s).num_blocks);
+    max_blocks = max64(max_blocks, sequence_at(problem, s).num_blocks);
   }
-  Context context{problem, key, centroid_of, ceil_div(most_blocks, kBlocksPerTask)};
-  const auto body = [](void* opaque, int64_t task, int) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const int64_t chunk = task % ctx.chunks_per_head;
-    const int64_t head = task / ctx.chunks_per_head % ctx.problem.num_kv_heads;
-    const int64_t sequence_idx = task / ctx.chunks_per_head / ctx.problem.num_kv_heads;
-    const Sequence sequence = sequence_at(ctx.problem, sequence_idx);
-    const int64_t last = min64((chunk + 1) * kBlocksPerTask, sequence.num_blocks);
-    for (int64_t block = chunk * kBlocksPerTask; block < last; ++block) {
-      const int64_t first_key = block * ctx.problem.block_size;
-      const int64_t count = min64(ctx.problem.block_size, sequence.key_len - first_key);
-      mean_of_rows(rows_of<Storage>(ctx.key, sequence.batch_idx, head, sequence.key_start + first_key),
-                   ctx.key.row_stride, count, ctx.problem.head_dim, ctx.centroid_of(sequence_idx, head, block));
-    }
-  };
-  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * context.chunks_per_head;
+  const int64_t chunks_per_head = ceil_div(max_blocks, kBlocksPerTask);
+  const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_kv_heads) *
                                 static_cast<double>(problem.key_len * problem.head_dim);
-  parallel_for(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, body, &context);
+  for_each_task(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, [&](int64_t task, int) {
+    const int64_t chunk = task % chunks_per_head;
+    const int64_t head = task / chunks_per_head % problem.num_kv_heads;
+    const int64_t sequence_idx = task / chunks_per_head / problem.num_kv_heads;
+    const Sequence sequence = sequence_at(problem, sequence_idx);
+    const int64_t last = min64((chunk + 1) * kBlocksPerTask, sequence.num_blocks);
+    for (int64_t block = chunk * kBlocksPerTask; block < last; ++block) {
+      const int64_t first_key = block * problem.block_size;
+      const int64_t count = min64(problem.block_size, sequence.key_len - first_key);
+      mean_of_rows(key.at<Storage>(sequence.batch_idx, head, sequence.key_start + first_key), key.strides[2], count,
+                   problem.head_dim, centroid_of(sequence_idx, head, block));
+    }
+  });
 }
 
 template <typename Storage>
@@ -132,11 +124,11 @@ struct RouteTask {
   // Steps 2 and 3: the lists of a tile of queries, the i-th of which may see the first visible[i] blocks.
   // chunk_of(first, count) gives the centroids of so many blocks from `first` on, as a RowBlock.
   template <typename ChunkOf>
-  void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* visible, int64_t most_visible) {
+  void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* visible, int64_t max_visible) {
     const int64_t head_dim = params.problem.head_dim;
     for (int64_t i = 0; i < list_length * kVectorsPerTile; ++i) kept[i] = IntegerVector<T>{} - 1;
-    for (int64_t first = 0; first < most_visible; first += kChunkBlocks) {
-      const int64_t count = min64(kChunkBlocks, most_visible - first);
+    for (int64_t first = 0; first < max_visible; first += kChunkBlocks) {
+      const int64_t count = min64(kChunkBlocks, max_visible - first);
       const RowBlock<T> chunk = chunk_of(first, count);
       const GemmOperands<T> product{chunk.data, chunk.row_stride, 1,       query_tile, kTileQueries,
                                     scores,     kTileQueries,     head_dim};
@@ -192,28 +184,27 @@ struct RouteTask {
       IntegerVector<T> visible[kVectorsPerTile];
       int32_t rows[kTileQueries];
       int64_t own[kTileQueries];
-      int64_t most_visible = 0;
+      int64_t max_visible = 0;
       for (int64_t i = 0; i < kTileQueries; ++i) {
         rows[i] = static_cast<int32_t>(i);
         const int64_t position = tile + min64(i, count - 1) + sequence.position_offset;
         own[i] = problem.is_causal ? (position < 0 ? -1 : position / problem.block_size) : -1;
         const int64_t num_visible = problem.is_causal ? max64(own[i], 0) : sequence.num_blocks;
         visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
-        most_visible = max64(most_visible, num_visible);
+        max_visible = max64(max_visible, num_visible);
       }
-      const bool needs_scores = most_visible > list_length && list_length > 0;
+      const bool needs_scores = max_visible > list_length && list_length > 0;
       if (needs_scores) {
-        const ConstTensor& query = params.query;
-        gather_transposed(rows_of<Storage>(query, sequence.batch_idx, head, sequence.query_start + tile),
-                          query.row_stride, rows, count, problem.head_dim, T(1), query_tile, kTileQueries);
+        const Array<const void, 4>& query = params.query;
+        gather_transposed(query.at<Storage>(sequence.batch_idx, head, sequence.query_start + tile), query.strides[2],
+                          rows, count, problem.head_dim, T(1), query_tile, kTileQueries);
         const auto chunk_of = [&](int64_t first, int64_t) -> RowBlock<T> {
           return {centroids + first * problem.head_dim, problem.head_dim};
         };
-        select(chunk_of, ceil_div(count, kLanes<T>), visible, most_visible);
+        select(chunk_of, ceil_div(count, kLanes<T>), visible, max_visible);
       }
       for (int64_t i = 0; i < count; ++i) {
-        int32_t* choices =
-            rows_of<int32_t>(params.block_indices, sequence.batch_idx, head, sequence.query_start + tile + i);
+        int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, sequence.query_start + tile + i);
         const int64_t num_visible = visible[i / kLanes<T>][i % kLanes<T>];
         if (needs_scores) {
           write_choices(i, own[i], choices);
@@ -231,18 +222,18 @@ void route_storage(const MobaRouteParams& params) {
   using Task = RouteTask<Storage>;
   const MobaProblem& problem = params.problem;
   int64_t total_blocks = 0;
-  int64_t most_blocks = 0;
-  int64_t most_queries = 0;
+  int64_t max_blocks = 0;
+  int64_t max_queries = 0;
   const AlignedBuffer starts_buffer = allocate_aligned(static_cast<size_t>(problem.batch_size + 1) * sizeof(int64_t));
   int64_t* block_starts = reinterpret_cast<int64_t*>(starts_buffer.get());
   for (int64_t s = 0; s < problem.batch_size; ++s) {
     const Sequence sequence = sequence_at(problem, s);
     block_starts[s] = total_blocks;
     total_blocks += sequence.num_blocks;
-    most_blocks = max64(most_blocks, sequence.num_blocks);
-    most_queries = max64(most_queries, sequence.query_len);
+    max_blocks = max64(max_blocks, sequence.num_blocks);
+    max_queries = max64(max_queries, sequence.query_len);
   }
-  const int64_t list_length = min64(problem.is_causal ? problem.top_k - 1 : problem.top_k, most_blocks);
+  const int64_t list_length = min64(problem.is_causal ? problem.top_k - 1 : problem.top_k, max_blocks);
   const AlignedBuffer centroid_buffer =
       allocate_aligned(static_cast<size_t>(total_blocks * problem.num_kv_heads * problem.head_dim) * sizeof(T));
   T* centroids = reinterpret_cast<T*>(centroid_buffer.get());
@@ -253,36 +244,24 @@ void route_storage(const MobaRouteParams& params) {
   };
   if (list_length > 0) compute_centroids<Storage>(problem, params.key, centroid_of);
 
-  const int64_t chunks_per_head = ceil_div(most_queries, Task::kQueriesPerTask);
+  const int64_t chunks_per_head = ceil_div(max_queries, Task::kQueriesPerTask);
   const int64_t num_tasks = problem.batch_size * problem.num_query_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.num_query_heads * problem.query_len) *
-                                static_cast<double>(most_blocks * problem.head_dim + problem.top_k);
+                                static_cast<double>(max_blocks * problem.head_dim + problem.top_k);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
   const size_t worker_bytes =
       static_cast<size_t>(round_up(static_cast<int64_t>(Task::scratch_bytes(problem.head_dim, list_length)), 64));
   const AlignedBuffer scratch = allocate_aligned(worker_bytes * static_cast<size_t>(num_workers));
 
-  struct Context {
-    const MobaRouteParams& params;
-    const decltype(centroid_of)& first_centroid;
-    unsigned char* scratch;
-    size_t worker_bytes;
-    int64_t list_length;
-    int64_t chunks_per_head;
-  };
-  Context context{params, centroid_of, scratch.get(), worker_bytes, list_length, chunks_per_head};
-  const auto body = [](void* opaque, int64_t task, int worker) {
-    const Context& ctx = *static_cast<Context*>(opaque);
-    const MobaProblem& p = ctx.params.problem;
-    const int64_t chunk = task % ctx.chunks_per_head;
-    const int64_t head = task / ctx.chunks_per_head % p.num_query_heads;
-    const int64_t sequence_idx = task / ctx.chunks_per_head / p.num_query_heads;
-    const Sequence sequence = sequence_at(p, sequence_idx);
-    const int64_t kv_head = head / (p.num_query_heads / p.num_kv_heads);
-    Task route(ctx.params, ctx.list_length, ctx.scratch + static_cast<size_t>(worker) * ctx.worker_bytes);
-    route.run(sequence, head, chunk * Task::kQueriesPerTask, ctx.first_centroid(sequence_idx, kv_head, 0));
-  };
-  parallel_for(num_workers, num_tasks, body, &context);
+  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+    const int64_t chunk = task % chunks_per_head;
+    const int64_t head = task / chunks_per_head % problem.num_query_heads;
+    const int64_t sequence_idx = task / chunks_per_head / problem.num_query_heads;
+    const Sequence sequence = sequence_at(problem, sequence_idx);
+    const int64_t kv_head = head / (problem.num_query_heads / problem.num_kv_heads);
+    Task route(params, list_length, scratch.get() + static_cast<size_t>(worker) * worker_bytes);
+    route.run(sequence, head, chunk * Task::kQueriesPerTask, centroid_of(sequence_idx, kv_head, 0));
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -8,8 +8,6 @@
 // float16 reaches from 6e-8 to 65504 only: centroids are scaled by a power of two that brings the unit's largest to the
 // top of that range. Scores of a unit all scale alike, so that their order stays.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "moba_route_cuda.cuh"
 
@@ -18,7 +16,7 @@ namespace topgather {
 namespace {
 
 constexpr int kSplitThreads = 256;
-constexpr int64_t kMostThreadBlocks = 2048;  // of the router where lists lie in global memory
+constexpr int64_t kMaxThreadBlocks = 2048;  // of the router where lists lie in global memory
 
 struct RouteWorkspace {
   float* centroids;      // [unit, block, row_elements] float32
@@ -68,23 +66,16 @@ __global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const Spli
 namespace {
 
 const RouteKernel& kernel_for(const MobaProblem& problem) {
-  const auto find = [&](const RouteKernel(&table)[3]) -> const RouteKernel& {
-    for (const RouteKernel& kernel : table) {
-      if (problem.head_dim <= kernel.most_head_dim) return kernel;
-    }
-    throw std::invalid_argument("head_dim must be at most 256 on CUDA, got " + std::to_string(problem.head_dim));
-  };
-  switch (problem.dtype) {
-    case Dtype::kFloat32: return find(kRouteFloat32);
-    case Dtype::kBFloat16: return find(kRouteBFloat16);
-    case Dtype::kFloat16: return find(kRouteFloat16);
-    default: throw std::invalid_argument("moba_route on CUDA takes float32, bfloat16 and float16, not float64");
-  }
+  return with_element(problem.dtype, [&](auto element) -> const RouteKernel& {
+    return narrowest_kernel(route_kernels(element), problem.head_dim);
+  });
 }
 
 int64_t parts_of(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? kCentroidParts<BFloat16>
-                                   : (dtype == Dtype::kFloat16 ? kCentroidParts<Float16> : 0);
+  return with_element(dtype, [](auto element) -> int64_t {
+    using Element = decltype(element);
+    return std::is_same_v<Element, float> ? 0 : kCentroidParts<Element>;
+  });
 }
 
 // Blocks kept by score: top_k, less the own block where causal, at most as many as there are.
@@ -118,18 +109,18 @@ RoutePlan plan_route(const MobaProblem& problem) {
   const int64_t budget = workspace_budget(MobaWaveConfig::kRouteBudget);
   const int64_t unit_bytes = blocks_per_unit(problem) * plan.row_elements * (4 + 2 * parts_of(problem.dtype)) + 4;
   // Work is numbered in 31 bits.
-  const int64_t most_by_index = INT32_MAX / (plan.num_tiles * heads_per_unit(problem));
-  require(most_by_index >= 1, "moba_route: more than 2^31 - 1 tiles of queries in one key head");
-  plan.units_per_step = std::clamp<int64_t>(std::min(budget / unit_bytes, most_by_index), 1, count_units(problem));
+  const int64_t max_by_index = INT32_MAX / (plan.num_tiles * heads_per_unit(problem));
+  require(max_by_index >= 1, "moba_route: more than 2^31 - 1 tiles of queries in one key head");
+  plan.units_per_step = std::clamp<int64_t>(std::min(budget / unit_bytes, max_by_index), 1, count_units(problem));
   const int64_t work = plan.num_tiles * plan.units_per_step * heads_per_unit(problem);
   plan.shared_bytes = plan.kernel->shared_bytes(plan.list_length);
-  plan.are_lists_shared = plan.shared_bytes <= cuda::most_shared_bytes();
+  plan.are_lists_shared = plan.shared_bytes <= cuda::max_shared_bytes();
   plan.thread_blocks = work;
   if (!plan.are_lists_shared) {
     plan.shared_bytes = plan.kernel->shared_bytes(0);
     const int64_t list_bytes = plan.kernel->queries_per_tile * plan.list_length * 8;
-    const int64_t most = std::clamp<int64_t>((budget / 2) / list_bytes, 1, kMostThreadBlocks);
-    plan.thread_blocks = std::min(work, most);
+    const int64_t max_blocks = std::clamp<int64_t>((budget / 2) / list_bytes, 1, kMaxThreadBlocks);
+    plan.thread_blocks = std::min(work, max_blocks);
   }
   return plan;
 }
@@ -154,12 +145,12 @@ RouteWorkspace take_workspace(const MobaProblem& problem, const RoutePlan& plan,
 template <typename Element>
 void split(const SplitArguments& args, int64_t num_units, cudaStream_t stream) {
   const auto grid_x = static_cast<unsigned>(divide_up(args.unit_elements, kSplitThreads));
-  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMostUnits) {
+  for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMaxUnits) {
     SplitArguments part = args;
     part.centroids += done * args.unit_elements;
     part.parts = static_cast<Element*>(args.parts) + done * args.unit_elements * kCentroidParts<Element>;
     if (args.largest != nullptr) part.largest += done;
-    const auto count = static_cast<unsigned>(std::min(num_units - done, MobaWaveConfig::kMostUnits));
+    const auto count = static_cast<unsigned>(std::min(num_units - done, MobaWaveConfig::kMaxUnits));
     cuda::launch(moba_split_centroids<Element>, {dim3(grid_x, count), dim3(kSplitThreads), 0, stream}, part);
   }
 }
@@ -177,19 +168,23 @@ void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geomet
   centroids.head_dim = params.problem.head_dim;
   centroids.row_elements = plan.row_elements;
   centroids.key = params.key;
-  centroids.centroids = {workspace.centroids, 0, geometry.num_blocks * plan.row_elements, plan.row_elements};
+  centroids.centroids = {
+      workspace.centroids, {}, {0, geometry.num_blocks * plan.row_elements, plan.row_elements, 1}, Dtype::kFloat32};
   centroids.largest = workspace.largest;
   centroids.is_by_unit = true;
   launch_centroids(params.problem.dtype, centroids, num_units, stream);
   const SplitArguments args{geometry,          workspace.centroids, workspace.parts,
                             workspace.largest, plan.row_elements,   geometry.num_blocks * plan.row_elements};
-  if (params.problem.dtype == Dtype::kBFloat16) split<BFloat16>(args, num_units, stream);
-  if (params.problem.dtype == Dtype::kFloat16) split<Float16>(args, num_units, stream);
+  with_element(params.problem.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (!std::is_same_v<Element, float>) split<Element>(args, num_units, stream);
+  });
 }
 
 }  // namespace
 
-int64_t moba_route_workspace_bytes(const MobaProblem& problem, const CudaPlace& place) {
+int64_t moba_route_workspace_bytes(const MobaRouteParams& params, const CudaPlace& place) {
+  const MobaProblem& problem = params.problem;
   if (problem.query_len == 0 || count_units(problem) == 0) return 0;
   const DeviceGuard guard(place.device);
   WorkspaceCutter cutter(nullptr);
@@ -242,12 +237,13 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
 }
 
 void add_route_kernel_facts(std::vector<CudaKernelFacts>& facts) {
-  for (const auto* table : {kRouteBFloat16, kRouteFloat16, kRouteFloat32}) {
-    for (int i = 0; i < 3; ++i) {
-      const RouteKernel& kernel = table[i];
-      facts.push_back({"moba_route", kernel.dtype, kernel.most_head_dim, kernel.threads,
-                       static_cast<int64_t>(kernel.shared_bytes(8))});
-    }
+  for (const Dtype dtype : kCudaDtypes) {
+    with_element(dtype, [&](auto element) {
+      for (const RouteKernel& kernel : route_kernels(element)) {
+        facts.push_back({"moba_route", kernel.dtype, kernel.max_head_dim, kernel.threads,
+                         static_cast<int64_t>(kernel.shared_bytes(8))});
+      }
+    });
   }
 }
 

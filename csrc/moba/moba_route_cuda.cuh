@@ -11,13 +11,15 @@
 //   3. members of a group, 8, 16 or 32 lanes by top_k, take a row, a score each: one comparison with the worst score
 //      kept; where any member's beats it, the group enters the scores that do, one at a time, into the row's sorted
 //      list;
-//   last, 4. own block, ascending order, -1 for the rest, written out.
+//   last:
+//   4. own block, ascending order, -1 for the rest, written out.
 // Numerics: scores must rank as float32 does. A 16-bit query times a centroid cut into kParts 16-bit numbers (three of
 // bfloat16, two of float16) sums products that are exact in float32; float32 takes plain multiply-adds. A score that
 // comes out NaN is computed once more in float32 from the uncut centroid, since inf times a part may be NaN where inf
 // times the whole is inf; what is NaN then ranks as +inf. Ties: scores rank by value, then by lower block number, a
 // total order, so that the order of insertion does not matter. Empty lists hold (-inf, no block), which every block
-// beats. Determinism: a row's choice depends on its own row and the centroids alone.
+// beats.
+// Determinism: a row's choice depends on its own row and the centroids alone.
 #pragma once
 
 #include "../common/checks.h"
@@ -44,14 +46,14 @@ struct RouteArguments {
   int32_t list_length;
   int32_t group_width;  // lanes that share a row while selecting
   int32_t head_dim;
-  int32_t row_elements;         // of a centroid row in memory, zeros past head_dim
-  bool are_lists_shared;        // lists in shared memory, else in list_scores and list_blocks
-  ConstTensor query;            // [batch, query head, query, D] dtype
-  const void* parts;            // [unit, block, part, row_elements] dtype; float32: the centroids themselves
-  const float* centroids;       // [unit, block, row_elements] float32
-  float* list_scores;           // [thread block, row, list_length] float32
-  int32_t* list_blocks;         // [thread block, row, list_length] int32
-  MutableTensor block_indices;  // [batch, query head, query, K] int32
+  int32_t row_elements;             // of a centroid row in memory, zeros past head_dim
+  bool are_lists_shared;            // lists in shared memory, else in list_scores and list_blocks
+  Array<const void, 4> query;       // [batch, query head, query, D] dtype
+  const void* parts;                // [unit, block, part, row_elements] dtype; float32: the centroids themselves
+  const float* centroids;           // [unit, block, row_elements] float32
+  float* list_scores;               // [thread block, row, list_length] float32
+  int32_t* list_blocks;             // [thread block, row, list_length] int32
+  Array<int32_t, 4> block_indices;  // [batch, query head, query, K] int32
 };
 
 template <typename Element, int kHeadDim>
@@ -216,7 +218,7 @@ __device__ __forceinline__ void select(const RouteArguments& args, Shared& share
       float score = shared.scores[row][column];
       const bool is_candidate = column < count && block < visible;
       if (isnan(score) && is_candidate) {
-        score = plain_score(query_rows + row * args.query.row_stride, centroids + column * args.row_elements,
+        score = plain_score(query_rows + row * args.query.strides[2], centroids + column * args.row_elements,
                             args.head_dim);
         score = isnan(score) ? INFINITY : score;
       }
@@ -296,12 +298,12 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
     }
     const SequenceOnDevice sequence = sequence_on_device(geometry, sequence_idx);
     const int64_t first_query = tile * Shared::kQueries;
-    const Element* query_rows = row_of<Element>(args.query, unit.batch_idx, head, sequence.first_query + first_query);
+    const Element* query_rows = args.query.at<Element>(unit.batch_idx, head, sequence.first_query + first_query);
 
-    const int32_t most_visible = route::place_rows(geometry, sequence, first_query, shared);
-    const bool needs_scores = args.list_length > 0 && most_visible > args.list_length;
+    const int32_t max_visible = route::place_rows(geometry, sequence, first_query, shared);
+    const bool needs_scores = args.list_length > 0 && max_visible > args.list_length;
     if (needs_scores) {
-      route::copy_rows(shared.query, query_rows, args.query.row_stride, sequence.num_queries - first_query,
+      route::copy_rows(shared.query, query_rows, args.query.strides[2], sequence.num_queries - first_query,
                        Shared::kQueries, used_chunks, row_chunks, Shared::kThreads);
       cuda::copy_async_commit();
       for (int64_t i = threadIdx.x; i < num_list_entries; i += Shared::kThreads) {
@@ -309,9 +311,9 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
         lists.blocks[i] = route::kNoBlock;
       }
       const int64_t unit_block = unit_in_step * geometry.num_blocks + sequence.first_block;
-      for (int32_t first_block = 0; first_block < most_visible; first_block += Shared::kCentroids) {
+      for (int32_t first_block = 0; first_block < max_visible; first_block += Shared::kCentroids) {
         const int count =
-            most_visible - first_block < Shared::kCentroids ? most_visible - first_block : Shared::kCentroids;
+            max_visible - first_block < Shared::kCentroids ? max_visible - first_block : Shared::kCentroids;
         const Element* parts =
             static_cast<const Element*>(args.parts) + (unit_block + first_block) * kParts * args.row_elements;
         // Step 1: part by part, each part's rows together.
@@ -346,8 +348,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       const int row = cuda::warp_id() * Shared::kRowsPerWarp + first + cuda::lane_id() / width;
       const int32_t visible = shared.num_visible[row];
       if (visible < 0) continue;
-      int32_t* choices =
-          row_of<int32_t>(args.block_indices, unit.batch_idx, head, sequence.first_query + first_query + row);
+      int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, head, sequence.first_query + first_query + row);
       if (needs_scores) {
         route::write_choices(lists, row, member, width, shared.own_block[row], geometry.top_k, choices);
       } else {
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
 // What a launch of the kernel for one element type and head dimension needs to know of it.
 struct RouteKernel {
   Dtype dtype;
-  int64_t most_head_dim;
+  int64_t max_head_dim;
   int64_t threads;
   int64_t queries_per_tile;
   size_t (*shared_bytes)(int64_t list_length);
@@ -371,9 +372,9 @@ struct RouteKernel {
 };
 
 template <typename Element, int kHeadDim>
-constexpr RouteKernel route_kernel(Dtype dtype) {
+constexpr RouteKernel route_kernel() {
   using Shared = RouteSharedMemory<Element, kHeadDim>;
-  return {dtype,
+  return {kDtypeOf<Element>,
           kHeadDim,
           Shared::kThreads,
           Shared::kQueries,
@@ -385,9 +386,15 @@ constexpr RouteKernel route_kernel(Dtype dtype) {
           }};
 }
 
-// One translation unit an element type: tables of three head dimensions, ascending.
-extern const RouteKernel kRouteFloat32[3];
-extern const RouteKernel kRouteBFloat16[3];
-extern const RouteKernel kRouteFloat16[3];
+using RouteKernels = RouteKernel[3];
+template <typename Element>
+inline constexpr RouteKernels kRouteKernels = {route_kernel<Element, 64>(), route_kernel<Element, 128>(),
+                                               route_kernel<Element, 256>()};
+
+// An element type's kernels, ascending in head_dim. Each of the three is compiled in a file of its own, which the build
+// writes (tools/cuda_instances.cmake).
+const RouteKernels& route_kernels(float);
+const RouteKernels& route_kernels(BFloat16);
+const RouteKernels& route_kernels(Float16);
 
 }  // namespace topgather

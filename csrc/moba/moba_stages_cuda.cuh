@@ -1,6 +1,7 @@
 // Stages that several CUDA ops of block attention share: geometry of packed sequences, block lists.
 #pragma once
 
+#include "../cuda/dispatch.h"
 #include "moba_cuda.h"
 #include "moba_geometry_cuda.cuh"
 #include "moba_waves_cuda.h"
@@ -22,7 +23,7 @@ struct BlockListsOnDevice {
   uint16_t* is_row_valid;  // [unit, row] uint16: the row's choices exist and differ
   int64_t num_chunks;      // of a unit
   int64_t num_rows;        // of a unit
-  int64_t most_items;      // of a unit: a bound taken from shapes
+  int64_t max_items;       // of a unit: a bound taken from shapes
   int32_t entries_per_item;
 };
 
@@ -36,7 +37,7 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
 struct LayoutArguments {
   MobaGeometry geometry;
   Wave wave;
-  ConstTensor block_indices;  // [batch, query head, query, K] int32
+  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
   BlockListsOnDevice lists;
   bool are_cursors_shared = false;  // decided by build_block_lists
 };
@@ -56,7 +57,7 @@ __device__ __forceinline__ bool find_work_item(const MobaGeometry& geometry, con
   const int32_t* item_starts = lists.item_starts + unit_in_wave * (num_blocks + 1);
   const int32_t* list_starts = lists.list_starts + unit_in_wave * (num_blocks + 1);
   if (item_idx >= item_starts[num_blocks]) return false;
-  const int64_t block = lists.item_blocks[unit_in_wave * lists.most_items + item_idx];
+  const int64_t block = lists.item_blocks[unit_in_wave * lists.max_items + item_idx];
   const int32_t first = list_starts[block] + (item_idx - item_starts[block]) * lists.entries_per_item;
   const int32_t left = list_starts[block + 1] - first;
   item.entries = lists.entries + unit_in_wave * lists.num_rows * geometry.top_k + first;
@@ -70,11 +71,11 @@ struct CentroidArguments {
   MobaGeometry geometry;
   int64_t first_unit;
   int64_t head_dim;
-  int64_t row_elements;     // of a centroid row that are written, those past head_dim as zeros
-  ConstTensor key;          // [batch, kv head, key, D] dtype
-  MutableTensor centroids;  // [batch, kv head, block, row_elements] float32; for the router [0, unit, block, ..]
-  uint32_t* largest;        // [unit] bits of the largest finite magnitude; null when not asked for
-  bool is_by_unit;          // centroids are addressed by unit, not by batch entry and head
+  int64_t row_elements;      // of a centroid row that are written, those past head_dim as zeros
+  Array<const void, 4> key;  // [batch, kv head, key, D] dtype
+  Array<void, 4> centroids;  // [batch, kv head, block, row_elements] float32; for the router [0, unit, block, ..]
+  uint32_t* largest;         // [unit] bits of the largest finite magnitude; null when not asked for
+  bool is_by_unit;           // centroids are addressed by unit, not by batch entry and head
 };
 void launch_centroids(Dtype dtype, const CentroidArguments& arguments, int64_t num_units, cudaStream_t stream);
 
@@ -89,6 +90,15 @@ __device__ __forceinline__ WaveRow wave_row(const MobaGeometry& geometry, const 
   const uint32_t head_in_group = static_cast<uint32_t>(row) / static_cast<uint32_t>(wave.num_queries);
   const uint32_t query = static_cast<uint32_t>(row) - head_in_group * static_cast<uint32_t>(wave.num_queries);
   return {wave.first_query + query, unit.kv_head * geometry.group + head_in_group};
+}
+
+// The first of an element type's kernels, ascending in head_dim, that takes rows of so many elements.
+template <typename Kernel>
+const Kernel& narrowest_kernel(const Kernel (&kernels)[3], int64_t num_elements) {
+  for (const Kernel& kernel : kernels) {
+    if (num_elements <= kernel.max_head_dim) return kernel;
+  }
+  throw_rows_too_wide(num_elements);
 }
 
 // Each op's part of moba_cuda_kernel_facts.

@@ -5,19 +5,16 @@
 // query heads: row = head_in_group * num_queries + query. An entry is one choice: entry = row * top_k + slot.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
+#include "../cuda/workspace.h"
 #include "moba_config_cuda.h"
 #include "moba_geometry_cuda.cuh"
 #include "moba_params.h"
 
 namespace topgather {
 
-constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q != nullptr; }
+inline bool is_packed(const MobaProblem& problem) { return problem.cu_seqlens_q.data != nullptr; }
 
 // Key blocks of a unit. Packed: a bound, since every sequence may end in a short block.
 inline int64_t blocks_per_unit(const MobaProblem& problem) {
@@ -30,9 +27,8 @@ inline int64_t count_units(const MobaProblem& problem) {
 }
 inline int64_t heads_per_unit(const MobaProblem& problem) { return problem.num_query_heads / problem.num_kv_heads; }
 
-// What waves may take of the workspace, if not what MobaWaveConfig says; 0: as it says. For tests of many small waves
-// and for devices with little memory.
-int64_t workspace_budget(int64_t configured);
+// std::invalid_argument, for rows of more elements than there are kernels for.
+[[noreturn]] void throw_rows_too_wide(int64_t num_elements);
 
 struct Wave {
   int64_t first_unit;
@@ -66,22 +62,5 @@ struct WavePlan {
 };
 
 WavePlan plan_waves(const MobaProblem& problem, const WaveDemand& demand);
-
-// Hands out 256-byte aligned pieces of the workspace; without memory behind it, it only counts.
-class WorkspaceCutter {
- public:
-  explicit WorkspaceCutter(void* base) : base_(static_cast<unsigned char*>(base)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    unsigned char* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += multiple_of(count * static_cast<int64_t>(sizeof(T)), 256);
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* base_;
-  int64_t used_ = 0;
-};
 
 }  // namespace topgather

@@ -4,7 +4,7 @@ Score, keep the top, gather, compute densely, scatter back.
 """
 
 from ._environment import apply_environment
-from .cache import MobaCache, PagedMobaCache
+from .cache import MobaCache, PagedMobaCache, moba_decode
 from .ops import (
     BlockRouting,
     block_centroids,
@@ -19,7 +19,6 @@ from .ops import (
     product_key_topk,
     window_attention,
 )
-from .ops.decode import moba_decode
 
 from . import compat, integrations, models, nn, reference  # isort: skip  these build on the ops
 

@@ -76,7 +76,7 @@ from .nn.memory import MemoryPool
 from .ops import _checks as checks
 from .ops import memory_lookup
 from .ops._library import DTYPE_CODES, sum_dtype
-from .ops._memory_kernels import check_indices, check_weights
+from .ops._memory_ops import check_indices, check_weights
 
 __all__ = ["MemoryColwise", "ShardedMemoryPool", "clip_grad_norm_"]
 

@@ -1,17 +1,19 @@
 // The emulated stand-ins for topgather._native: the CUDA entry points, and the emulator's controls. One object serves
 // both modules; they differ in what they are linked with.
 #include "bindings.h"
+#include "common/native_call.h"
 #include "runtime/bindings.h"
 
 namespace {
 
 void fill(pybind11::module_& module, bool is_checked) {
   topgather::emulation::bind_emulation(module, is_checked);
-  topgather::bind_moba_cuda(module);
-  topgather::bind_memory_cuda(module);
-  topgather::bind_grid_cuda(module);
-  topgather::bind_key_conv_cuda(module);
-  topgather::bind_decode_cuda(module);
+  topgather::add_native_calls(module);
+  topgather::bind_moba(module);
+  topgather::bind_memory(module);
+  topgather::bind_grid(module);
+  topgather::bind_key_conv(module);
+  topgather::bind_decode(module);
 }
 
 }  // namespace

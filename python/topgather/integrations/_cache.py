@@ -1,12 +1,17 @@
 """Layers of a transformers ``Cache`` that hold a :class:`topgather.MobaCache`.
 
-How a layer works, one forward of its attention module:
+A layer holds its tokens in one of two ways.
 
-1. The module calls ``update`` with the new keys and values. ``update`` is not told which of them are padding, so it
-   only keeps them at hand, and returns them with itself tied to the keys.
-2. The attention function finds the layer at the keys and calls ``attend`` with the mask. The first tokens attend to
-   each other as in training; later ones are appended and decoded with the cache. Padding never enters the cache:
-   its sequences are ragged, and ``num_columns`` counts what transformers counts, padding included.
+*Columns*: all keys and values that ``update`` was given, padding included, as transformers' own layers hold them. So it
+starts, and so it is left to a module that does not attend by blocks: ``update`` returns all of them.
+
+*Blocks*: the keys and values that the attention function saw, in a :class:`topgather.MobaCache` without padding. Its
+sequences are ragged, and ``num_columns`` counts what transformers counts. ``update`` then returns the new tokens alone.
+
+From columns to blocks a layer goes when a module that attends by blocks is about to ask (``expect``): the attention
+function gets all keys, attends, and puts them in. What it sees may not be what ``update`` was given: where a model
+caches a latent and makes keys of it (multi-head latent attention), blocks hold the keys, and the latents, which are
+small, stay beside them. From blocks to columns it goes when a module asks that was not expected.
 """
 
 from __future__ import annotations
@@ -16,19 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from ..cache import MobaCache, PagedMobaCache
-from ..ops.decode import moba_decode
-from ._attend import LastOne, NewTokens, Settings, as_autocast
+from ..cache import MobaCache, PagedMobaCache, moba_decode
+from ._arguments import Scores
+from ._attend import NewTokens, Settings, as_autocast
+from ._forward import remembered
 
-# Under this name a layer is tied to the keys it returns.
-_LAYER = "_topgather_layer"
-
-_new_of_last_mask = LastOne(lambda mask, num_new: NewTokens.of_mask(mask[:, mask.shape[1] - num_new :]))
+_Fields = dict[str, Any]
 
 
-class MobaLayer(CacheLayerMixin):
+class MobaLayer(DynamicLayer):
     """One attention layer's keys and values, in a cache that is searched block by block.
 
     Args:
@@ -51,27 +54,45 @@ class MobaLayer(CacheLayerMixin):
         self.num_pages = num_pages
         self.reset()
 
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> MobaLayer:
+        """A layer with the columns of transformers' own."""
+        taker = cls()
+        taker.keys, taker.values, taker.is_initialized = layer.keys, layer.values, layer.is_initialized
+        taker.num_columns = layer.get_seq_length()
+        return taker
+
     def reset(self) -> None:
         """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
         self.moba_cache: MobaCache | PagedMobaCache | None = None
         self.num_columns = 0
         self.mask: Tensor | None = None  # [B, columns] bool, which columns are real; None, or past its end: all are
-        self._pending: tuple[Tensor, Tensor] | None = None
-        self.is_initialized = False
+        self.holds_packed = False  # whether the columns are several sequences side by side
+        # What update was given, where that is not what the attention function saw, by forwards.
+        self.raw: list[tuple[Tensor, Tensor]] | None = None
+        self._is_expected = False
+        self._updated: tuple[Tensor, Tensor] | None = None  # what update returned, until it is attended to
 
     # ------------------------------------------------------------------------------- what transformers asks of a layer
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing yet: the block size is known to the attention function."""
+    def expect(self, is_expected: bool) -> None:
+        """Say whether the next ``update`` is of a module that attends by blocks."""
+        self._is_expected, self._updated = is_expected, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take the new tokens, ``[B, Hkv, M, D]``; the attention function will fetch them."""
-        self._check_settled()
-        key = key_states.view_as(key_states)  # a tensor of our own to write on
-        setattr(key, _LAYER, self)
-        self._pending = key_states, value_states
+        """Take the new tokens, ``[B, Hkv, M, D]``: all columns, or the new ones where blocks hold the others."""
+        expected, self._is_expected = self._is_expected, False
+        if self.moba_cache is not None and expected:
+            returned = key_states, value_states
+        else:
+            self.to_columns()
+            returned = super().update(key_states, value_states)
+        self.num_columns += key_states.shape[2]
         self.is_initialized = True
-        return key, value_states
+        self._updated = returned if expected else None
+        return returned
 
     def get_seq_length(self) -> int:
         """Columns of the mask so far, padding included."""
@@ -91,21 +112,25 @@ class MobaLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Sequences, -1 before the first tokens."""
-        return -1 if self.moba_cache is None else self.moba_cache.batch_size
+        if self.moba_cache is not None:
+            return self.moba_cache.batch_size
+        return -1 if self.keys is None else self.keys.shape[0]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` columns. A positive number, in older versions, is how many to keep."""
-        self._check_settled()
         keep = self.num_columns + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
-        if keep >= self.num_columns or self.moba_cache is None:
-            return
         keep = max(keep, 0)
-        lengths = [keep] * self.moba_cache.batch_size
+        if keep >= self.num_columns:
+            return
+        if self.moba_cache is not None:
+            lengths = [keep] * self.moba_cache.batch_size
+            if self.mask is not None:
+                beyond = max(keep - self.mask.shape[1], 0)
+                lengths = [length + beyond for length in self.mask[:, :keep].sum(1).tolist()]
+            self.moba_cache.truncate(lengths)
         if self.mask is not None:
-            beyond = max(keep - self.mask.shape[1], 0)
             self.mask = self.mask[:, :keep]
-            lengths = [length + beyond for length in self.mask.sum(1).tolist()]
-        self.moba_cache.truncate(lengths)
+        self._change_columns(lambda columns: columns[:, :, :keep])
         self.num_columns = keep
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -118,8 +143,8 @@ class MobaLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence ``repeats`` times, one beside the other."""
-        if self.moba_cache is not None:
-            self._select(torch.arange(self.moba_cache.batch_size).repeat_interleave(repeats))
+        if self.batch_size >= 0:
+            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Not supported."""
@@ -129,77 +154,106 @@ class MobaLayer(CacheLayerMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MobaLayer:
         """A layer of its own: how a prompt's cache is used several times."""
-        self._check_settled()
         other = MobaLayer(self.max_seq_len, self.paged, self.num_pages)
         memo[id(self)] = other
+        # Columns and masks are replaced and never written to.
+        other.__dict__.update(self._fields(), _is_expected=False, _updated=None)
         other.moba_cache = None if self.moba_cache is None else self.moba_cache.copy()
-        other.num_columns, other.mask = self.num_columns, self.mask
-        other.is_initialized = self.is_initialized
         return other
+
+    # ----------------------------------------------------------------------------------- forwards that are taken back
+
+    def snapshot(self) -> _Fields:
+        """What :meth:`restore` needs to take back the forwards from now on."""
+        return {**self._fields(), "lengths": None if self.moba_cache is None else self.moba_cache.lengths}
+
+    def restore(self, snapshot: _Fields) -> None:
+        """Be what the layer was at ``snapshot``."""
+        fields = dict(snapshot)
+        lengths = fields.pop("lengths")
+        self.__dict__.update(fields, _is_expected=False, _updated=None)
+        if self.moba_cache is not None:
+            self.moba_cache.truncate(lengths)
+
+    def _fields(self) -> _Fields:
+        return {**self.__dict__, "raw": None if self.raw is None else list(self.raw)}
 
     # --------------------------------------------------------------------------- what the attention function asks of it
 
-    @staticmethod
-    def of_keys(key: Tensor) -> MobaLayer | None:
-        """The layer whose ``update`` returned ``key``."""
-        return getattr(key, _LAYER, None)
+    @property
+    def is_pending(self) -> bool:
+        """Whether the last tokens of ``update`` are still to be attended to."""
+        return self._updated is not None
 
     def attend(
         self,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
         mask: Tensor | None,
         settings: Settings,
-        scale: float | None,
-        attend_to_new: Callable[[], Tensor],
+        scores: Scores,
+        attend_to_keys: Callable[[], Tensor],
+        is_packed: bool,
     ) -> Tensor:
-        """Append the pending tokens and attend with ``query [B, Hq, M, D]``: ``[B, Hq, M, Dv]``.
+        """Attend with ``query [B, Hq, M, D]`` to all tokens, and keep ``key``, ``value``: ``[B, Hq, M, Dv]``.
 
-        ``mask`` is bool ``[B, columns]`` or None, ``attend_to_new`` what the first tokens do among themselves.
+        ``mask`` is bool ``[B, columns]`` or None. ``attend_to_keys`` attends to ``key`` and ``value`` alone, which
+        are all tokens or, where blocks hold the others, the new ones. ``is_packed``: whether they are several sequences
+        in a row.
         """
-        assert self._pending is not None
-        (key, value), self._pending = self._pending, None
-        if self.num_columns == 0:
-            out = attend_to_new()
-            self.append(key, value, mask, settings)
+        assert self._updated is not None
+        if key.shape[2] != self._updated[0].shape[2]:
+            raise ValueError(
+                f"key must have the tokens that the cache returned, {self._updated[0].shape[2]}, got {key.shape[2]}"
+            )
+        if self.holds_packed or (is_packed and self.num_columns > query.shape[2]):
+            raise ValueError(
+                "several sequences in a row cannot be gone on with from a cache: give each a row of its own, padded, "
+                "or call the model with use_cache=False"
+            )
+        if self.moba_cache is None:
+            out = attend_to_keys()
+            self._append(key, value, mask, settings)
+            self.holds_packed = is_packed
             return out
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
             raise ValueError(
                 "query must not require gradients where the cache holds tokens already: a MoBA cache is for inference. "
                 "Call the model under torch.no_grad(), or without the cache"
             )
-        new = self.append(key, value, mask, settings)
+        new = self._append(key, value, mask, settings)
         assert self.moba_cache is not None
+        dtype, query = query.dtype, query.to(self.moba_cache.dtype)
         if new is None:
-            return moba_decode(query, self.moba_cache, settings.top_k, scale)
-        return new.scatter(moba_decode(new.gather(query), self.moba_cache, settings.top_k, scale))
+            return moba_decode(query, self.moba_cache, settings.top_k, **scores.of_op).to(dtype)
+        return new.scatter(moba_decode(new.gather(query), self.moba_cache, settings.top_k, **scores.of_op)).to(dtype)
 
-    def append(self, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> NewTokens | None:
-        """Store new columns, ``[B, Hkv, M, D]``; of ``mask [B, columns]`` the last M count."""
+    def _append(self, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> NewTokens | None:
+        """Store the columns of ``key [B, Hkv, M, D]`` in blocks; of ``mask [B, columns]`` the last M count."""
+        assert self._updated is not None
+        updated, self._updated = self._updated, None
         num_new = key.shape[2]
+        is_raw = _is_same(updated[0], key) and _is_same(updated[1], value)
         key, value = as_autocast(key.detach(), value.detach())
-        new = None
-        if mask is not None:
-            new = _new_of_last_mask(mask, num_new)
-            self.mask = mask
+        if self.moba_cache is not None:  # made under autocast perhaps, or before it
+            key, value = key.to(self.moba_cache.dtype), value.to(self.moba_cache.dtype)
+        new = None if mask is None else remembered(_new_tokens, mask, num_new)
         counts = None
         if new is not None:
             key, value, counts = new.gather(key), new.gather(value), new.counts
+        was_empty = self.moba_cache is None
         self._make_room(key, value, max(counts) if counts else num_new, settings.block_size)
         assert self.moba_cache is not None
         self.moba_cache.append(key, value, num_tokens=counts)
-        self.num_columns += num_new
-        self.is_initialized = True
+        if mask is not None:
+            self.mask = mask
+        if was_empty:
+            self.raw = None if is_raw else []
+            self.keys = self.values = None
+        if self.raw is not None:
+            self.raw.append((updated[0].detach(), updated[1].detach()))
         return new
-
-    @classmethod
-    def taking_over(cls, layer: DynamicLayer, mask: Tensor | None, settings: Settings) -> MobaLayer:
-        """A layer with what transformers' own holds; ``mask`` is that of the next forward, with columns to come."""
-        taker = cls()
-        if layer.get_seq_length() > 0:
-            assert layer.keys is not None and layer.values is not None
-            past = None if mask is None else mask[:, : layer.get_seq_length()]
-            taker.append(layer.keys, layer.values, past, settings)
-        return taker
 
     def _make_room(self, key: Tensor, value: Tensor, num_new: int, block_size: int) -> None:
         """See to a cache that takes ``num_new`` more tokens a sequence."""
@@ -230,17 +284,63 @@ class MobaLayer(CacheLayerMixin):
             return PagedMobaCache(batch_size, num_kv_heads, head_dim, num_pages=self.num_pages, **options)
         return MobaCache(batch_size, num_kv_heads, head_dim, **options)
 
-    def _select(self, indices: Tensor) -> None:
-        self._check_settled()
+    # ------------------------------------------------------------------------------------------------- columns, blocks
+
+    def to_columns(self) -> None:
+        """Hold what blocks hold as columns, zeros where there is padding."""
         if self.moba_cache is None:
             return
-        self.moba_cache.reorder(indices)
+        if self.raw is not None:
+            keys, values = zip(*self.raw, strict=True)
+            self.keys, self.values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        else:
+            self.keys, self.values = (self._columns_of(pages) for pages in self._rows())
+        self.moba_cache, self.raw, self.mask = None, None, None
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the blocks, ``[B, Hkv, longest sequence, D]``."""
+        cache = self.moba_cache
+        assert cache is not None
+        longest = max(cache.lengths, default=0)
+        if isinstance(cache, MobaCache):
+            return cache.key[:, :, :longest], cache.value[:, :, :longest]
+        pages = cache.page_table[:, : -(-longest // cache.page_size)].long().clamp(min=0)
+        key, value = (
+            held[pages].transpose(1, 2).flatten(2, 3)[:, :, :longest] for held in (cache.key_pages, cache.value_pages)
+        )
+        return key, value
+
+    def _columns_of(self, rows: Tensor) -> Tensor:
+        """``rows [B, Hkv, longest, D]`` put in the columns of the mask."""
+        if self.mask is None:
+            return rows.clone()
+        beyond = self.num_columns - self.mask.shape[1]
+        mask = torch.nn.functional.pad(self.mask, (0, beyond), value=True)
+        place = (mask.long().cumsum(1) - 1).clamp(min=0, max=max(rows.shape[2] - 1, 0))[:, None, :, None]
+        if rows.shape[2] == 0:
+            return rows.new_zeros(*rows.shape[:2], self.num_columns, rows.shape[3])
+        columns = rows.gather(2, place.expand(-1, rows.shape[1], -1, rows.shape[3]))
+        return columns.where(mask[:, None, :, None], columns.new_zeros(()))
+
+    def _change_columns(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is held as columns."""
+        if self.keys is not None and self.values is not None and self.keys.ndim == 4:
+            self.keys, self.values = change(self.keys), change(self.values)
+        if self.raw is not None:
+            keys, values = zip(*self.raw, strict=True)
+            self.raw = [(change(torch.cat(keys, dim=2)), change(torch.cat(values, dim=2)))]
+
+    def _select(self, indices: Tensor) -> None:
+        if self.moba_cache is not None:
+            self.moba_cache.reorder(indices)
         if self.mask is not None:
             self.mask = self.mask.index_select(0, indices.to(self.mask.device))
+        self._change_columns(lambda columns: columns.index_select(0, indices.to(columns.device)))
 
-    def _check_settled(self) -> None:
-        if self._pending is not None:
-            raise RuntimeError(
-                "the cache's last tokens were never attended to: a cache of MoBA layers works with a model whose "
-                'attn_implementation is "moba" alone'
-            )
+
+def _new_tokens(mask: Tensor, num_new: int) -> NewTokens | None:
+    return NewTokens.of_mask(mask[:, mask.shape[1] - num_new :])
+
+
+def _is_same(left: Tensor, right: Tensor) -> bool:
+    return left is right or (left.shape == right.shape and left.data_ptr() == right.data_ptr())

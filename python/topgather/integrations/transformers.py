@@ -14,6 +14,7 @@ between dense and sparse while training). docs/transformers.md says what is supp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,22 +23,29 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks as checks
+from ._version import raise_unless_too_old
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 except ImportError as error:
-    raise ImportError(
-        f"topgather.integrations.transformers needs transformers 4.56 or newer, pip install 'topgather[transformers]': "
-        f"{error}"
-    ) from error
+    raise_unless_too_old(error)
 
-from ._attend import LastOne, PackedRows, Settings, as_autocast, attend, attend_packed
+from . import _forward
+from ._arguments import IMPLEMENTATION, OF_OTHER_PARTS, USED, Scores, by_us, check_causal, check_dropout, check_names
+from ._attend import (
+    PackedRows,
+    Settings,
+    as_autocast,
+    attend,
+    attend_packed,
+    sequence_starts,
+)
 from ._cache import MobaLayer
+from ._models import hook_attention, is_local, layer_of, watch_models
 
 __all__ = ["make_cache", "register", "set_moba"]
-
-IMPLEMENTATION = "moba"
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,12 @@ def register(
     _registered = _Registered(block_size, top_k, _check_layers("dense_layers", dense_layers), replace_cache)
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    watch_models()
+
+
+def registered() -> _Registered:
+    """What :func:`register` was called with last."""
+    return _registered
 
 
 def set_moba(
@@ -123,9 +137,7 @@ def set_moba(
     if dense_layers is not None:
         dense_layers = _check_layers("dense_layers", dense_layers)
         num_layers = config.num_hidden_layers
-        for layer_idx in dense_layers:
-            if not -num_layers <= layer_idx < num_layers:
-                raise ValueError(f"dense_layers must be from {-num_layers} to {num_layers - 1}, got {layer_idx}")
+        _check_layers_exist("dense_layers", dense_layers, num_layers)
 
     if IMPLEMENTATION not in AttentionInterface().valid_keys():
         register()
@@ -163,12 +175,12 @@ def make_cache(
         num_pages: pages of a paged layer, of ``block_size`` tokens; enough for ``max_seq_len`` everywhere if None.
 
     Returns:
-        A ``transformers.Cache``. It takes batch size, dtype and device from the first tokens.
+        A ``transformers.Cache``. It takes batch size, dtype and device from the first tokens. Layers that attend to a
+        sliding window or have a state instead get transformers' own.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a size below 1, ``paged`` without ``max_seq_len``, ``num_pages`` without ``paged``, or a model with
-            layers of another kind, such as sliding windows.
+        ValueError: a size below 1, ``paged`` without ``max_seq_len``, or ``num_pages`` without ``paged``.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
@@ -182,10 +194,10 @@ def make_cache(
         if not paged:
             raise ValueError(f"num_pages must be None unless paged is True, got {num_pages}")
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"model must have layers of full attention alone, got layer_types {sorted(kinds)}")
-    return Cache(layers=[MobaLayer(max_seq_len, paged, num_pages) for _ in range(config.num_hidden_layers)])
+    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    return Cache(
+        layers=[MobaLayer(max_seq_len, paged, num_pages) if type(layer) is DynamicLayer else layer for layer in layers]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -198,6 +210,12 @@ def _check_layers(name: str, layers: Any) -> tuple[int, ...]:
         if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
             raise TypeError(f"{name} must hold ints, got {layer_idx!r} of type {type(layer_idx).__name__}")
     return tuple(layers)
+
+
+def _check_layers_exist(name: str, layers: Sequence[int], num_layers: int) -> None:
+    for layer_idx in layers:
+        if not -num_layers <= layer_idx < num_layers:
+            raise ValueError(f"{name} must be from {-num_layers} to {num_layers - 1}, got {layer_idx}")
 
 
 def _settings_of(module: nn.Module) -> Settings:
@@ -213,13 +231,15 @@ def _settings_of(module: nn.Module) -> Settings:
     checks.check_count("config.moba_top_k", top_k)
     dense_layers = _check_layers("config.moba_dense_layers", setting("dense_layers"))
     if dense_layers:
-        layer_idx, num_layers = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", 0)
-        if layer_idx in [idx + num_layers if idx < 0 else idx for idx in dense_layers]:
+        layer_idx, num_layers = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
+        if num_layers is not None:
+            _check_layers_exist("dense_layers", dense_layers, num_layers)
+        if layer_idx in [idx + (num_layers or 0) if idx < 0 else idx for idx in dense_layers]:
             return Settings(block_size, None)
     return Settings(block_size, top_k)
 
 
-# -------------------------------------------------------------------------------------------------- masks and packing
+# ------------------------------------------------------------------------------------------------------------- masks
 
 
 def _mask(
@@ -228,27 +248,52 @@ def _mask(
     kv_length: int = 0,
     q_offset: int | Tensor | None = None,
     kv_offset: int = 0,
-    mask_function: Any = None,
+    mask_function: Any = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     cache_position: Tensor | None = None,
     device: torch.device | str = "cpu",
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask as transformers hands it to the attention: bool ``[B, Nk]``, or None where all tokens are real.
 
-    In older versions ``cache_position`` stands for ``q_length`` and ``q_offset``.
+    In older versions ``cache_position`` stands for ``q_length`` and ``q_offset``. Two other forms: bool
+    ``[B, 1, Nq, Nk]`` for layers that attend to a window or chunk, and, under torch.compile, bool ``[B, Nq + Nk]``,
+    which queries and which keys are real, where the place of the queries among the keys is on the device.
     """
-    bidirectional = getattr(masking_utils, "bidirectional_mask_function", None)  # not in 4.56
-    if use_vmap or (mask_function is bidirectional and bidirectional is not None):
+    if local_size is not None:
+        positions: dict[str, Any] = (
+            {"q_length": q_length, "q_offset": q_offset}
+            if cache_position is None
+            else {"cache_position": cache_position}
+        )
+        mask: Any = masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            device=device,
+            local_size=local_size,
+            **positions,
+            **{**kwargs, "allow_is_causal_skip": False},
+        )
+        return mask
+    if torch.compiler.is_compiling() and not use_vmap and mask_function is not masking_utils.causal_mask_function:
+        _assert_causal(mask_function, batch_size, kv_length, device)
+    elif use_vmap or not _is_causal(mask_function):
         raise ValueError(
-            f'attn_implementation="{IMPLEMENTATION}" is causal attention with padding; it cannot apply '
-            "or_mask_function, and_mask_function or is_causal=False"
+            f'attn_implementation="{IMPLEMENTATION}" is causal attention with padding; in {_forward.name_of_model()} '
+            "it cannot apply or_mask_function, and_mask_function, block_sequence_ids or is_causal=False"
         )
     if q_length is None:
         assert cache_position is not None
         q_length, q_offset = cache_position.shape[0], cache_position[0]
-    num_keys = int(q_offset or 0) + q_length - kv_offset
+    if torch.compiler.is_compiling() and isinstance(q_offset, Tensor):
+        return _mask_of_static_cache(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+    num_keys = int(q_offset if q_offset is not None else 0) + q_length - kv_offset
     if attention_mask is None:
         if kv_length <= num_keys:
             return None
@@ -260,28 +305,152 @@ def _mask(
             f"got shape {tuple(attention_mask.shape)}"
         )
     mask = attention_mask[:, kv_offset : kv_offset + num_keys].bool()
+    if torch.compiler.is_compiling():  # whether all are real is on the device
+        return mask
     return None if kv_length <= num_keys and bool(mask.all()) else mask
 
 
-def _rows_of_mask(mask: Tensor, num_queries: int) -> tuple[PackedRows, PackedRows]:
-    """Queries' and keys' rows; the queries are the last columns."""
-    keys = PackedRows.of_mask(mask)
-    return (keys if num_queries == mask.shape[1] else PackedRows.of_mask(mask[:, -num_queries:])), keys
+def _mask_of_static_cache(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> Tensor:
+    columns = torch.arange(kv_length, device=device) + kv_offset
+    keys = (columns < q_offset + q_length).expand(batch_size, -1)
+    if attention_mask is not None:
+        missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
+        given = torch.nn.functional.pad(attention_mask.bool(), (0, missing))
+        keys = keys & given[:, kv_offset : kv_offset + kv_length]
+    newest = (q_offset - kv_offset + torch.arange(q_length, device=device)).expand(batch_size, -1)
+    return torch.cat([keys.gather(1, newest), keys], dim=1)
 
 
-def _rows_of_positions(position_ids: Tensor, batch_size: int) -> PackedRows | None:
-    """Sequences packed side by side in ``position_ids [B or 1, N]``: one starts where numbers do not go on."""
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
-    if not bool(starts[:, 1:].any()):
+# What transformers composes mask functions of where they say no more than that attention is causal, that some tokens
+# are padding, or that position_ids start several sequences in a row, all of which is known from elsewhere.
+_CAUSAL_PARTS = frozenset(
+    {
+        "causal_mask_function",
+        "and_masks",
+        "packed_sequence_mask_function",
+        "padding_mask_function",
+        "remap_positions_for_packed_sequence",
+    }
+)
+
+
+def _is_causal(mask_function: Any) -> bool:
+    if mask_function is masking_utils.causal_mask_function:
+        return True
+    if mask_function.__qualname__.split(".")[0] not in _CAUSAL_PARTS:
+        return False
+    for cell in mask_function.__closure__ or ():
+        parts = cell.cell_contents if isinstance(cell.cell_contents, (tuple, list)) else (cell.cell_contents,)
+        if not all(_is_causal(part) for part in parts if callable(part) and not isinstance(part, Tensor)):
+            return False
+    return True
+
+
+_IN_COMPILED = "is not seen under torch.compile: pass cu_seq_lens_q and cu_seq_lens_k"
+
+
+def _assert_causal(mask_function: Any, batch_size: int, num_tokens: int, device: torch.device | str) -> None:
+    """Where a mask function cannot be looked into: that a token sees the one before it, and not the one after."""
+    batch, head = torch.arange(batch_size, device=device)[:, None], torch.zeros((), dtype=torch.int64, device=device)
+    earlier = torch.arange(num_tokens - 1, device=device)[None]
+    is_causal = mask_function(batch, head, earlier + 1, earlier) & ~mask_function(batch, head, earlier, earlier + 1)
+    torch._assert_async(
+        is_causal.all(), f"a mask that is not causal, or position_ids of several sequences in a row, {_IN_COMPILED}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ sequences in a row
+
+
+def _segments(mask: Tensor | None, batch_size: int, num_tokens: int, arguments: dict[str, Any]) -> Any:
+    """Which of the sequences packed side by side a token is of: int64 ``[B * N]`` and their number; None without.
+
+    They are told by ``cu_seq_lens_q``, by ``seq_idx``, or by ``position_ids``.
+    """
+    boundaries, seq_idx, position_ids = (arguments.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
+    if boundaries is not None:
+        _check_one_row(batch_size)
+        rows = torch.arange(num_tokens, device=boundaries.device)
+        return torch.bucketize(rows, boundaries[1:].contiguous(), right=True), len(boundaries) - 1
+    if seq_idx is not None and seq_idx.shape[-1] == num_tokens:
+        starts = torch.nn.functional.pad(seq_idx.diff(dim=-1) != 0, (1, 0))
+    elif position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == num_tokens:
+        starts = sequence_starts(position_ids.expand(batch_size if mask is not None else -1, -1), mask)
+        if torch.compiler.is_compiling():
+            torch._assert_async(
+                starts.logical_not().all(),
+                f"position_ids that start several sequences in a row: that {_IN_COMPILED}",
+            )
+            return None
+    else:
         return None
-    flat = starts.expand(batch_size, -1).flatten()
-    return PackedRows.of_boundaries(torch.nn.functional.pad(flat.nonzero().squeeze(1).int(), (0, 1), value=len(flat)))
+    if not bool(starts.any()):
+        return None
+    starts = starts.expand(batch_size, -1).clone()
+    starts[:, 0] = True
+    segments = starts.flatten().cumsum(0) - 1
+    return segments, int(segments[-1]) + 1
 
 
-_rows_of_last_mask = LastOne(_rows_of_mask)
-_rows_of_last_positions = LastOne(_rows_of_positions)
-_rows_of_last_queries, _rows_of_last_keys = LastOne(PackedRows.of_boundaries), LastOne(PackedRows.of_boundaries)
+def _check_one_row(batch_size: int) -> None:
+    if batch_size != 1:
+        raise ValueError(f"cu_seq_lens_q needs a batch of one row that holds all sequences, got {batch_size} rows")
+
+
+def _packed_rows(
+    query: Tensor, key: Tensor, mask: Tensor | None, arguments: dict[str, Any]
+) -> tuple[PackedRows, PackedRows] | None:
+    """Where the sequences of a padded or packed batch lie; None for a plain one."""
+    batch_size, _, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    if mask is None and arguments.get("cu_seq_lens_q") is not None:
+        _check_one_row(batch_size)
+        queries, keys = arguments["cu_seq_lens_q"], arguments.get("cu_seq_lens_k")
+        of_queries = _forward.remembered(PackedRows.of_boundaries, queries, num_queries)
+        return of_queries, of_queries if keys is None else _forward.remembered(PackedRows.of_boundaries, keys, num_keys)
+    segments = None
+    if num_queries > 1 and num_queries == num_keys:
+        segments = _segments_once(mask, batch_size, num_queries, arguments)
+    if mask is None and segments is None:
+        return None
+    if mask is None:
+        mask = torch.ones(batch_size, num_queries, dtype=torch.bool, device=query.device)
+    if segments is not None:
+        rows = _forward.remembered(PackedRows.of_segments, *segments, mask.flatten())
+        return rows, rows
+    if mask.shape[1] == num_queries + num_keys:  # of a static cache under torch.compile
+        return PackedRows.of_mask(mask[:, :num_queries]), PackedRows.of_mask(mask[:, num_queries:])
+    keys_rows: PackedRows = _forward.remembered(PackedRows.of_mask, mask)
+    if num_queries == mask.shape[1]:
+        return keys_rows, keys_rows
+    return _forward.remembered(_rows_of_newest, mask, num_queries), keys_rows
+
+
+def _rows_of_newest(mask: Tensor, num_queries: int) -> PackedRows:
+    return PackedRows.of_mask(mask[:, -num_queries:])
+
+
+def _segments_once(mask: Tensor | None, batch_size: int, num_tokens: int, arguments: dict[str, Any]) -> Any:
+    """:func:`_segments`, once in a forward."""
+    named = [(name, arguments[name]) for name in _PACKING if isinstance(arguments.get(name), Tensor)]
+    if not named:
+        return None
+
+    def make(_: Tensor, *__: Any) -> Any:
+        return _segments(mask, batch_size, num_tokens, dict(named))
+
+    return make(named[0][1])
+
+
+_PACKING = ("cu_seq_lens_q", "seq_idx", "position_ids")
 
 
 # ----------------------------------------------------------------------------------------------- the attention function
@@ -298,101 +467,94 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: ``query [B, Hq, Nq, D]``, ``key, value [B, Hkv, Nk, D]`` to ``[B, Nq, Hq, Dv]``."""
-    _check_supported(module, attention_mask, dropout, kwargs)
+    if not torch.compiler.is_compiling():
+        _forward.count_call()
+        hook_attention(module)
+    if is_local(module, kwargs.get("sliding_window")):
+        return _attend_locally(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+    check_dropout(module, dropout)
+    check_names(module, kwargs)
+    check_causal(module, kwargs.get("is_causal"))
+    _check_mask(module, attention_mask)
+    scores = Scores.of_arguments(module, scaling, kwargs)
     settings = _settings_of(module)
-    layer = MobaLayer.of_keys(key)
+    layer = None if torch.compiler.is_compiling() else layer_of(module, key)
+    given = key, value
     query, key, value = as_autocast(query, key, value)
     num_queries = query.shape[2]
-    _watch_cache(module)
-    if attention_mask is not None and layer is None:
+    if attention_mask is not None and layer is None and attention_mask.shape[1] != num_queries + key.shape[2]:
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+    if layer is not None and attention_mask is not None and attention_mask.shape[1] != layer.num_columns:
+        raise ValueError(
+            f"attention_mask must cover cached and new tokens, {layer.num_columns - num_queries} + {num_queries}, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    newest = attention_mask
+    if layer is not None and attention_mask is not None and key.shape[2] < attention_mask.shape[1]:
+        newest = attention_mask[:, -key.shape[2] :]
+    rows = _packed_rows(query, key, newest, kwargs)
 
     def attend_to_keys() -> Tensor:
-        rows = _packed_rows(query, key, attention_mask, kwargs)
         if rows is None:
-            return attend(query, key, value, settings, scaling)
-        return attend_packed(query, key, value, *rows, settings, scaling)
+            return attend(query, key, value, settings, scores)
+        return attend_packed(query, key, value, *rows, settings, scores)
 
     if layer is None:
         out = attend_to_keys()
     else:
-        if attention_mask is not None and attention_mask.shape[1] != layer.num_columns + num_queries:
-            raise ValueError(
-                f"attention_mask must cover cached and new tokens, {layer.num_columns} + {num_queries}, "
-                f"got shape {tuple(attention_mask.shape)}"
-            )
-        out = layer.attend(query, attention_mask, settings, scaling, attend_to_keys)
+        is_packed = rows is not None and len(rows[0].cu_seqlens) > query.shape[0] + 1
+        out = layer.attend(query, *given, attention_mask, settings, scores, attend_to_keys, is_packed)
     return out.transpose(1, 2), None
 
 
-def _packed_rows(
-    query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-) -> tuple[PackedRows, PackedRows] | None:
-    """Where the sequences of a padded or packed batch lie; None for a plain one."""
-    batch_size, _, num_queries, _ = query.shape
-    if mask is not None:
-        rows: tuple[PackedRows, PackedRows] = _rows_of_last_mask(mask, num_queries)
-        return rows
-    boundaries = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if boundaries[0] is not None and boundaries[1] is not None:
-        if batch_size != 1:
-            raise ValueError(f"cu_seq_lens_q needs a batch of one row that holds all sequences, got {batch_size} rows")
-        return _rows_of_last_queries(boundaries[0]), _rows_of_last_keys(boundaries[1])
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None or position_ids.ndim != 2 or num_queries == 1:
-        return None
-    if num_queries != key.shape[2] or position_ids.shape[1] != num_queries:
-        return None
-    packed = _rows_of_last_positions(position_ids, batch_size)
-    return None if packed is None else (packed, packed)
-
-
-# Arguments of transformers' attention functions that change what is computed, and that block attention cannot heed.
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask", "block_table", "output_attentions")
-
-
-def _check_supported(module: nn.Module, mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
-    where = f'by attn_implementation="{IMPLEMENTATION}"'
-    if dropout:
-        raise ValueError(f"dropout must be 0 {where}, got {dropout}: set config.attention_dropout to 0")
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            shown = kwargs[name] if isinstance(kwargs[name], (int, float)) else type(kwargs[name]).__name__
-            raise ValueError(f"{name} is not supported {where}, got {shown}")
-    is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ValueError(f"is_causal must be True {where}, got False")
+def _check_mask(module: nn.Module, mask: Any) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must have 2 dimensions, [batch, tokens], {where}, got {shape}")
+        raise ValueError(
+            f"attention_mask must have 2 dimensions, [batch, tokens], to be read {by_us(module)}, got {shape}"
+        )
 
 
-# ------------------------------------------------------------------------------------------------ the cache of generate
+# What torch's own attention knows, besides what it need not.
+_OF_SDPA = (USED - {"softcap", "s_aux", "sinks"}) | OF_OTHER_PARTS
 
 
-def _watch_cache(module: nn.Module) -> None:
-    """From its next forward on, look at the cache that ``module`` is given.
+def _attend_locally(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """A layer that attends to a window or chunk, as the model does without us: ``[B, Nq, Hq, Dv]``.
 
-    The attention function sees keys but not the cache they came from; a hook on the module does.
+    ``mask`` is bool ``[B, 1, Nq, Nk]``. Arguments that torch's attention does not know go to the model's eager one.
     """
-    if not getattr(module, "_topgather_watches_cache", False) and not torch.compiler.is_compiling():
-        module.register_forward_pre_hook(_replace_cache_layer, with_kwargs=True)
-        module.__dict__["_topgather_watches_cache"] = True
-
-
-def _replace_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Put a MoBA layer, with what is cached so far, in the place of a plain one."""
-    cache = next((value for value in kwargs.values() if type(value) is DynamicCache), None)
-    if cache is None or cache.offloading or torch.is_grad_enabled() or not _registered.replace_cache:
-        return
-    layer_idx = getattr(module, "layer_idx", None)
-    if layer_idx is None or getattr(module.config, "_attn_implementation", None) != IMPLEMENTATION:
-        return
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.extend(DynamicLayer() for _ in range(layer_idx + 1 - len(cache.layers)))
-    if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is DynamicLayer:
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            return  # the attention function will refuse it
-        layer = cache.layers[layer_idx]
-        cache.layers[layer_idx] = MobaLayer.taking_over(layer, mask, _settings_of(module))
+    if mask is None or mask.ndim != 4:
+        raise ValueError(
+            f"sliding_window and chunks need an attention_mask [batch, 1, queries, keys], which transformers' "
+            f"masking_utils make, in {type(module).__name__}, got {None if mask is None else tuple(mask.shape)}"
+        )
+    batch_size, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
+    if mask.dtype == torch.bool and num_queries > 1 and num_queries == num_keys:
+        is_real = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        segments = _segments_once(is_real, batch_size, num_queries, kwargs)
+        if segments is not None:
+            of_token = segments[0].view(batch_size, num_queries)
+            mask = mask & (of_token[:, None, :, None] == of_token[:, None, None, :])
+    own = {name: given for name, given in kwargs.items() if given is not None}
+    if own.keys() <= _OF_SDPA:
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **own)
+        return out
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        check_names(module, kwargs)
+        raise ValueError(f"{type(module).__name__} needs attention of its own for {sorted(own.keys() - _OF_SDPA)}")
+    if mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), hidden)
+    out, _ = eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **own)
+    return out

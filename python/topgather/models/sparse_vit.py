@@ -14,8 +14,7 @@ from ..nn._init import TruncatedNormalLinear, reset_modules
 from ..nn._tables import check_number, copy_reference, parameter_to_load
 from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts
 from ..ops import _checks as checks
-from ..ops._grid_kernels import GRID, axis_of
-from ..ops.grid import Pair
+from ..ops.grid import GRID, Pair, axis_of
 
 
 class SparseViT(nn.Module):

@@ -14,7 +14,7 @@ from ..ops import _checks as checks
 UNIT_BITS = 30
 LOOKUP_BITS = 62
 # Keeps the units of one call's entries below 2 ** 63.
-MOST_WEIGHT = 1024.0
+MAX_WEIGHT = 1024.0
 
 COUNTERS = ("usage_units", "usage_weights", "usage_lookups", "usage_lookups_carried")
 
@@ -74,7 +74,7 @@ class UsageCounters(nn.Module):
         assert self.usage_lookups is not None and self.usage_lookups_carried is not None
         rows = indices.flatten()
         # A weight too small for a unit counts as one: the row was touched.
-        units = (weights.detach().clamp(max=MOST_WEIGHT) * 2**UNIT_BITS).to(torch.int64).clamp(min=1)
+        units = (weights.detach().clamp(max=MAX_WEIGHT) * 2**UNIT_BITS).to(torch.int64).clamp(min=1)
         self.usage_units.index_add_(0, rows, units.flatten())
         # Written, not added: a row that stands several times is given the same numbers each time.
         sums = self.usage_units[rows]

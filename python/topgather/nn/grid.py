@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as checks
 from ..ops import grid_attention, window_attention
-from ..ops._grid_kernels import GRID, WINDOW, axis_of
-from ..ops.grid import Pair
+from ..ops.grid import GRID, WINDOW, Pair, axis_of
 from ._init import reset_modules
 from ._tables import check_number
 
@@ -153,8 +152,8 @@ class SparseSelfAttention2d(nn.Module):
             assert self.grid_size is not None
             partition, most = GRID, self.grid_size
             steps = max(-(-num_rows // most[0]), 1), max(-(-num_columns // most[1]), 1)
-        rows = axis_of(partition, num_rows, steps[0]).most_tokens
-        columns = axis_of(partition, num_columns, steps[1]).most_tokens
+        rows = axis_of(partition, num_rows, steps[0]).max_tokens
+        columns = axis_of(partition, num_columns, steps[1]).max_tokens
         # Entry k of window s is table[s + k]: the window of query q begins at most - 1 - q, so that key k is at its
         # distance k - q. No gather, so the gradient is a sum in a fixed order. Windows are as wide as the largest group
         # and cut afterwards, so that a compiled graph serves images of any size.

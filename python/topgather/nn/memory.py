@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as checks
 from ..ops import expert_lookup, memory_lookup, product_key_topk
-from ..ops._memory_kernels import MOST_KEYS
+from ..ops._memory_ops import MAX_KEYS
 from ..ops.memory import ACTIVATIONS
 from ._init import FanInNormalLinear, XavierLinear, reset_modules
 from ._tables import TableModule, check_number, copy_reference, linear_targets, parameter_to_load
@@ -588,5 +588,5 @@ class PeerMemory(_ProductKeyLayer):
 
 def _check_num_keys(num_keys: Any) -> None:
     checks.check_count("num_keys", num_keys)
-    if num_keys > MOST_KEYS:
-        raise ValueError(f"num_keys must be at most {MOST_KEYS}, got {num_keys}")
+    if num_keys > MAX_KEYS:
+        raise ValueError(f"num_keys must be at most {MAX_KEYS}, got {num_keys}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as checks
 from ..ops import key_conv, moba_attention
-from ..ops._key_conv_kernels import LEAST_WIDTH, MOST_WIDTH
+from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH
 from ._init import reset_modules
 
 PositionEmbedding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -84,8 +84,8 @@ class MobaAttention(nn.Module):
             raise TypeError(f"position_embedding must be callable or None, got {type(position_embedding).__name__}")
         if kernel_size is not None:
             checks.check_count("kernel_size", kernel_size)
-            if not LEAST_WIDTH <= kernel_size <= MOST_WIDTH:
-                raise ValueError(f"kernel_size must be between {LEAST_WIDTH} and {MOST_WIDTH}, got {kernel_size}")
+            if not MIN_WIDTH <= kernel_size <= MAX_WIDTH:
+                raise ValueError(f"kernel_size must be between {MIN_WIDTH} and {MAX_WIDTH}, got {kernel_size}")
 
         self.dim = dim
         self.num_heads = num_heads

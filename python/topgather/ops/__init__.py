@@ -1,6 +1,6 @@
 """The ops: checks, registration and autograd, one module an op.
 
-``decode`` builds on :mod:`topgather.cache`, which builds on what is named here.
+The ops of decoding have no functions here: :mod:`topgather.cache`, which builds on what is named here, calls them.
 """
 
 from .grid import grid_attention, window_attention

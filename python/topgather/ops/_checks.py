@@ -6,10 +6,14 @@ and devices only, never at values, so they run under fake tensors and while comp
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._library import sum_dtype
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,6 +29,8 @@ def check_tensor(name: str, value: Any) -> Tensor:
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise unless ``value`` is an int (not a bool) of at least ``least`` that fits 31 bits."""
+    if type(value) is int and least <= value < 2**31:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < least or value > 2**31 - 1:
@@ -54,8 +60,25 @@ def check_scale(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float or None, got {value!r} of type {type(value).__name__}")
-    if not abs(value) <= torch.finfo(torch.float64).max:
+    if not abs(value) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {value}")
+
+
+def check_softcap(value: Any) -> None:
+    """Raise unless ``value`` is None or a finite number above 0."""
+    if value is None or isinstance(value, torch.SymFloat):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"softcap must be a float or None, got {value!r} of type {type(value).__name__}")
+    if not 0 < value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"softcap must be positive and finite, got {value}")
+
+
+def check_sinks(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
+    """Raise unless ``sinks`` has one logit per query head."""
+    check_sum_operand("sinks", sinks, "query", query)
+    if tuple(sinks.shape) != (num_query_heads,):
+        raise ValueError(f"sinks must have shape [{num_query_heads}] (query heads), got {tuple(sinks.shape)}")
 
 
 def check_ndim(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
@@ -83,11 +106,6 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
 
 
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where its last dimension is not contiguous."""
-    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def check_contiguous_rows(name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` unless the last dimension is contiguous."""
     if tensor.size(-1) > 1 and tensor.stride(-1) != 1:
@@ -95,6 +113,63 @@ def check_contiguous_rows(name: str, tensor: Tensor) -> None:
             f"{name} must have a contiguous last dimension, got strides {tuple(tensor.stride())}; "
             f"call .contiguous() on it"
         )
+
+
+def check_operands(named: Sequence[tuple[str, Tensor]], ndim: int, layout: str) -> None:
+    """Raise unless tensors have ``ndim`` dimensions, contiguous rows, and the first one's floating dtype and device."""
+    first_name, first = named[0]
+    dtype, device = first.dtype, first.device
+    for name, tensor in named:
+        # Asked here, so that a call that is right costs no more calls.
+        if tensor.dim() != ndim:
+            check_ndim(name, tensor, ndim, layout)
+        if tensor.dtype not in FLOATING_DTYPES:
+            check_floating(name, tensor)
+        if tensor.dtype != dtype:
+            check_same_dtype(name, tensor, first_name, first)
+        if tensor.device != device:
+            check_same_device(name, tensor, first_name, first)
+        if tensor.stride(-1) != 1:
+            check_contiguous_rows(name, tensor)
+
+
+def check_sum_operand(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless ``tensor`` has the dtype of ``like`` or that of its sums, on its device."""
+    allowed = dict.fromkeys((like.dtype, sum_dtype(like.dtype)))
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise TypeError(f"{name} must have the dtype of {like_name} or that of its sums, {names}, got {tensor.dtype}")
+    check_same_device(name, tensor, like_name, like)
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless ``cu_seqlens`` can delimit sequences of ``other``, but for what it holds."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.size(0) < 1:
+        raise ValueError(f"{name} must have shape [num_sequences + 1], got {tuple(cu_seqlens.shape)}")
+    check_same_device(name, cu_seqlens, other_name, other)
+
+
+def check_boundaries(
+    name: str, cu_seqlens: Tensor, total: int, total_name: str, max_name: str, max_seqlen: int
+) -> None:
+    """Raise unless ``cu_seqlens`` delimits ``total`` tokens. Reads what the tensor holds."""
+    boundaries = cu_seqlens.to(torch.int64)
+    if boundaries[0].item() != 0:
+        raise ValueError(f"{name} must start with 0, got {boundaries[0].item()}")
+    lengths = boundaries.diff()
+    longest = 0
+    if lengths.numel() > 0:
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < 0:
+            raise ValueError(f"{name} must not decrease, got a sequence of length {shortest}")
+    if boundaries[-1].item() != total:
+        raise ValueError(
+            f"{name} must end with the number of tokens of {total_name}, {total}, got {boundaries[-1].item()}"
+        )
+    if longest > max_seqlen:
+        raise ValueError(f"{max_name} must be at least the longest sequence, {longest}, got {max_seqlen}")
 
 
 def check_size(name: str, tensor: Tensor, dim: int, expected: Any, meaning: str) -> None:

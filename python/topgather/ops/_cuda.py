@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._library import library
 
 # Asynchronous copies move 16 bytes at a time.
 ROW_BYTES = 16
 
 # Every kernel of the dispatcher's CUDA key, by op; the tests' emulator takes them from here.
 KERNELS: dict[str, Callable[..., Any]] = {}
-
-
-def register_kernels(kernels: dict[str, Callable[..., Any]]) -> None:
-    """Hand kernels to the dispatcher's CUDA key."""
-    for name, kernel in kernels.items():
-        library.impl(name, kernel, "CUDA")
-    KERNELS.update(kernels)
 
 
 def native_module() -> Any:
@@ -37,12 +29,39 @@ def place(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """The same values with rows on 16-byte boundaries, padded with zeros to whole multiples of 16 bytes.
+def runner(native: str) -> Callable[..., None]:
+    """A function that calls ``<native>_cuda`` on the device of a tensor, with the fields of its parameter struct.
+
+    Workspace comes from torch's caching allocator, so that it belongs to the caller's stream and to a captured graph.
+    Nothing here waits for the device.
+    """
+
+    def run(like: Tensor, *fields: Any) -> None:
+        module = native_module()
+        device, stream = place(like.device)
+        count = getattr(module, f"{native}_workspace_bytes", None)
+        num_bytes = 0 if count is None else count(*fields, device)
+        workspace = like.new_empty(num_bytes, dtype=torch.uint8)
+        getattr(module, f"{native}_cuda")(*fields, workspace.data_ptr(), num_bytes, device, stream)
+
+    return run
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` for float64, which no CUDA kernel takes."""
+    if tensor.dtype == torch.float64:
+        raise TypeError(
+            f"{name} must have one of the dtypes torch.float32, torch.bfloat16, torch.float16 on CUDA, "
+            f"got torch.float64"
+        )
+
+
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    """The same values with rows on 16-byte boundaries, zeros behind them up to whole multiples of 16 bytes.
 
     Itself where it is so already: a last dimension that is a multiple of 8 (float32: of 4), and strides that are.
     """
-    if tensor.numel() == 0:
+    if tensor is None or tensor.numel() == 0:
         return tensor
     per_row = ROW_BYTES // tensor.element_size()
     dim = tensor.size(-1)
@@ -50,5 +69,4 @@ def aligned(tensor: Tensor) -> Tensor:
     if dim % per_row == 0 and tensor.data_ptr() % ROW_BYTES == 0 and all(stride % per_row == 0 for stride in strides):
         return tensor
     padded = tensor.new_zeros((*tensor.shape[:-1], -(-dim // per_row) * per_row))
-    padded[..., :dim].copy_(tensor)
-    return padded
+    return padded[..., :dim].copy_(tensor)

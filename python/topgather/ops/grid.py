@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import _checks as checks
-from . import _grid_cuda  # noqa: F401  register torch.ops.topgather
-from ._grid_kernels import GRID, WINDOW
-from ._library import call
+from . import _cuda
+from . import _tensors as tensors
+from ._library import call, sum_dtype
+from ._spec import Op, register
 
 _ops = torch.ops.topgather
 
 Pair = int | tuple[int, int]
+GRID, WINDOW = "grid", "window"
+MAX_CUDA_HEAD_DIM = 128
 
 
 def grid_attention(
@@ -36,13 +41,13 @@ def grid_attention(
             last dimension: the views of a fused ``[B, H, W, 3, heads, D]`` projection need no copy.
         key: the same shape and dtype.
         value: the same shape and dtype.
-        grid_size: most tokens of a group, ``(rows, columns)``, or an int for a square: the strides are then
-            ``ceil(H / rows)`` and ``ceil(W / columns)``.
+        grid_size: largest number of tokens of a group, ``(rows, columns)``, or an int for a square: the strides are
+            then ``ceil(H / rows)`` and ``ceil(W / columns)``.
         stride: instead of ``grid_size``, the distance between a group's tokens, which keeps the rate of sparsity as
             images grow. 1 is global attention.
         bias: ``[heads, G, G]``, added to the scaled scores, query before key, of query's dtype or float32 (float64 for
-            float64). ``G`` is the most tokens that a group has, ``ceil(H / stride_rows) * ceil(W / stride_columns)``, a
-            group's tokens counted row by row.
+            float64). ``G`` is the largest number of tokens that a group has, ``ceil(H / stride_rows) *
+            ceil(W / stride_columns)``, a group's tokens counted row by row.
         scale: factor on the scores; ``D ** -0.5`` if None.
 
     Returns:
@@ -115,3 +120,174 @@ def _attention(
     out, _ = call(_ops.grid_attention.default, query, key, value, bias, partition, *steps, float(scale))
     result: Tensor = out
     return result
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+
+class Axis(NamedTuple):
+    """How an axis is cut: token i of group g stands at g * group_step + i * token_step."""
+
+    size: int
+    num_groups: int
+    group_step: int
+    token_step: int
+    max_tokens: int
+
+
+def axis_of(partition: str, size: int, step: int) -> Axis:
+    """``step`` is the stride of a grid's tokens, or the side of a window."""
+    if partition == GRID:
+        return Axis(size, min(step, size), 1, step, -(-size // step))
+    return Axis(size, -(-size // step), step, 1, min(step, size))
+
+
+def tokens_per_group(query: Tensor, partition: str, rows_step: int, columns_step: int) -> int:
+    """Largest number of tokens of a group: the sides of a bias."""
+    rows = axis_of(partition, query.size(2), rows_step).max_tokens
+    return rows * axis_of(partition, query.size(3), columns_step).max_tokens
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    partition: str,
+    rows_step: int,
+    columns_step: int,
+    scale: float,
+) -> None:
+    if partition not in (GRID, WINDOW):
+        raise ValueError(f"partition must be {GRID!r} or {WINDOW!r}, got {partition!r}")
+    checks.check_count("rows_step", rows_step)
+    checks.check_count("columns_step", columns_step)
+    checks.check_scale(scale)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.check_ndim(name, tensor, 5, "[batch, heads, rows, columns, head_dim]")
+        checks.check_floating(name, tensor)
+        _check_like_query(name, tensor, query)
+        checks.check_contiguous_rows(name, tensor)
+    if query.size(-1) < 1:
+        raise ValueError(f"query must have a head_dim of at least 1, got shape {tuple(query.shape)}")
+    if bias is None:
+        return
+    checks.check_sum_operand("bias", bias, "query", query)
+    num_tokens = tokens_per_group(query, partition, rows_step, columns_step)
+    expected = (query.size(1), num_tokens, num_tokens)
+    if tuple(bias.shape) != expected:
+        raise ValueError(
+            f"bias must have shape {list(expected)} [heads, tokens of a group, tokens of a group], "
+            f"got {tuple(bias.shape)}"
+        )
+
+
+def _check_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
+    checks.check_same_dtype(name, tensor, "query", query)
+    checks.check_same_device(name, tensor, "query", query)
+    if tensor.shape != query.shape:
+        raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}, got {tuple(tensor.shape)}")
+
+
+def _check_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    partition: str,
+    rows_step: int,
+    columns_step: int,
+    scale: float,
+) -> None:
+    _check(query, key, value, bias, partition, rows_step, columns_step, scale)
+    _check_like_query("grad_out", grad_out, query)
+    _check_like_query("out", out, query)
+    if lse.dtype != sum_dtype(query.dtype):
+        raise TypeError(f"lse must have dtype {sum_dtype(query.dtype)}, got {lse.dtype}")
+    if lse.shape != query.shape[:-1] or lse.device != query.device:
+        raise ValueError(f"lse must have one entry per token and head on query's device, got {tuple(lse.shape)}")
+
+
+def _cuda_check(query: Tensor) -> None:
+    _cuda.check_dtype("query", query)
+    if query.size(-1) > MAX_CUDA_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {MAX_CUDA_HEAD_DIM} on CUDA, got {query.size(-1)}")
+
+
+def _empty_like_image(like: Tensor) -> Tensor:
+    """A tensor of ``like``'s shape, tokens before heads in memory where ``like`` has them so.
+
+    So that the view ``[B, heads, H, W, D]`` of a projection ``[B, H, W, heads, D]`` gets an output that needs no copy.
+    """
+    batch, heads, rows, columns, dim = like.shape
+    if like.stride(1) < like.stride(3):
+        return like.new_empty((batch, rows, columns, heads, dim)).permute(0, 3, 1, 2, 4)
+    return like.new_empty(like.shape)
+
+
+def _results(query: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_like_image(query), query.new_empty(query.shape[:-1], dtype=sum_dtype(query.dtype))
+
+
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, needs_grad_bias: bool
+) -> tuple[Tensor, ...]:
+    """Where that of the bias is not asked for, an empty tensor."""
+    shape = bias.shape if bias is not None and needs_grad_bias else (0,)
+    grad_bias = query.new_empty(shape, dtype=sum_dtype(query.dtype))
+    return _empty_like_image(query), _empty_like_image(key), _empty_like_image(value), grad_bias
+
+
+def _grad_bias(tensor: Tensor, bias: Tensor | None, needs_grad_bias: bool) -> Tensor | None:
+    return tensor if bias is not None and needs_grad_bias else None
+
+
+def _bias_follows(tensor: Tensor, query: Tensor, device_type: str) -> Tensor:
+    return tensors.autocast_to_sums(tensor, query, device_type)
+
+
+def _is_window(partition: str) -> bool:
+    return partition == WINDOW
+
+
+_IMAGES = ("query", "key", "value", "out", "lse", "grad_out", "grad_query", "grad_key", "grad_value")
+_BATCH = dict.fromkeys(_IMAGES, 0)
+_OPTIONS = "str partition, SymInt rows_step, SymInt columns_step, float scale"
+
+register(
+    Op(
+        schema="grid_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? bias, "
+        f"Tensor out, Tensor lse, {_OPTIONS}, bool needs_grad_bias) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+        check=_check_backward,
+        cuda_check=_cuda_check,
+        locals={"is_window": _is_window},
+        inputs={
+            "bias": tensors.sums_like_query,
+            "out": tensors.contiguous_rows,
+            "lse": tensors.contiguous,
+            "grad_out": tensors.contiguous_rows,
+            "grad_bias": _grad_bias,
+        },
+        results=_gradients,
+        derivative_of="grid_attention",
+        batch=_BATCH,
+    )
+)
+register(
+    Op(
+        schema="grid_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, "
+        f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
+        check=_check,
+        cuda_check=_cuda_check,
+        locals={"is_window": _is_window},
+        inputs={"bias": tensors.sums_like_query},
+        results=_results,
+        backward="grid_attention_backward",
+        autocast={**dict.fromkeys(("query", "key", "value"), tensors.autocast), "bias": _bias_follows},
+        batch=_BATCH,
+    )
+)

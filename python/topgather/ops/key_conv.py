@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from . import _key_conv_cuda  # noqa: F401  register torch.ops.topgather
-from ._library import call
+from . import _cuda
+from . import _tensors as tensors
+from ._library import call, sum_dtype
+from ._spec import Op, register
 
 _ops = torch.ops.topgather
+
+MIN_WIDTH, MAX_WIDTH = 2, 8
 
 
 @overload
@@ -69,3 +73,113 @@ def key_conv(
     if num_tokens >= length:
         return out, key.narrow(2, num_tokens - length, length).clone(memory_format=torch.contiguous_format)
     return out, torch.cat([state.narrow(2, num_tokens, length - num_tokens), key], dim=2)
+
+
+# --- the ops --------------------------------------------------------------------------------------------------------
+
+
+def _check(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    packed = cu_seqlens is not None
+    layout = "[total_tokens, heads, head_dim]" if packed else "[batch, heads, tokens, head_dim]"
+    checks.check_ndim("key", key, 3 if packed else 4, layout)
+    checks.check_floating("key", key)
+    checks.check_contiguous_rows("key", key)
+    if key.size(-1) < 1:
+        raise ValueError(f"key must have a head_dim of at least 1, got shape {tuple(key.shape)}")
+    checks.check_ndim("weight", weight, 3, "[heads, head_dim, kernel_width]")
+    checks.check_sum_operand("weight", weight, "key", key)
+    checks.check_size("weight", weight, 0, key.size(1), "heads of key")
+    checks.check_size("weight", weight, 1, key.size(-1), "head_dim of key")
+    width = weight.size(2)
+    if not MIN_WIDTH <= width <= MAX_WIDTH:
+        raise ValueError(f"weight must have between {MIN_WIDTH} and {MAX_WIDTH} taps, got shape {tuple(weight.shape)}")
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
+    if state is None:
+        return
+    if packed:
+        raise ValueError("state must be None where cu_seqlens is given: packed sequences start from nothing")
+    checks.check_same_dtype("state", state, "key", key)
+    checks.check_same_device("state", state, "key", key)
+    expected = (key.size(0), key.size(1), width - 1, key.size(3))
+    if tuple(state.shape) != expected:
+        raise ValueError(
+            f"state must have shape {list(expected)} [batch, heads, kernel_width - 1, head_dim], "
+            f"got {tuple(state.shape)}"
+        )
+    checks.check_contiguous_rows("state", state)
+
+
+def _check_backward(
+    grad_out: Tensor, key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    _check(key, weight, state, cu_seqlens)
+    checks.check_same_dtype("grad_out", grad_out, "key", key)
+    checks.check_same_device("grad_out", grad_out, "key", key)
+    if grad_out.shape != key.shape:
+        raise ValueError(f"grad_out must have the shape of key, {tuple(key.shape)}, got {tuple(grad_out.shape)}")
+
+
+def _check_content(key: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        checks.check_boundaries("cu_seqlens", cu_seqlens, key.size(0), "key", "max_seqlen", key.size(0))
+
+
+def _cuda_check(key: Tensor) -> None:
+    _cuda.check_dtype("key", key)
+
+
+def _weight(tensor: Tensor, key: Tensor, on_cuda: bool) -> Tensor:
+    return tensors.sums_like(tensor, key) if on_cuda else tensor.contiguous()
+
+
+def _weight_follows(tensor: Tensor, key: Tensor, device_type: str) -> Tensor:
+    return tensors.autocast_to_sums(tensor, key, device_type)
+
+
+def _gradients(key: Tensor, weight: Tensor, state: Tensor | None, needs_grad_weight: bool) -> tuple[Tensor, ...]:
+    """Where one is not asked for, an empty tensor."""
+    grad_weight = key.new_empty(weight.shape if needs_grad_weight else (0,), dtype=sum_dtype(key.dtype))
+    # Zeros: where there are no tokens, no kernel writes them.
+    grad_state = key.new_empty(0) if state is None else key.new_zeros(state.shape)
+    return torch.empty_like(key), grad_weight, grad_state
+
+
+def _folds(cu_seqlens: Tensor | None) -> bool:
+    return cu_seqlens is None
+
+
+register(
+    Op(
+        schema="key_conv_backward(Tensor grad_out, Tensor key, Tensor weight, Tensor? state, Tensor? cu_seqlens, "
+        "bool needs_grad_weight) -> (Tensor grad_key, Tensor grad_weight, Tensor grad_state)",
+        check=_check_backward,
+        check_content=_check_content,
+        cuda_check=_cuda_check,
+        inputs={
+            "grad_out": tensors.contiguous_rows,
+            "weight": _weight,
+            "cu_seqlens": tensors.boundaries,
+            "grad_weight": lambda tensor, needs_grad_weight: tensor if needs_grad_weight else None,
+            "grad_state": lambda tensor, state: None if state is None else tensor,
+        },
+        results=_gradients,
+        derivative_of="key_conv",
+        batch={"grad_out": 0, "key": 0, "state": 0, "grad_key": 0, "grad_state": 0},
+        folds=_folds,
+    )
+)
+register(
+    Op(
+        schema="key_conv(Tensor key, Tensor weight, Tensor? state, Tensor? cu_seqlens) -> Tensor out",
+        check=_check,
+        check_content=_check_content,
+        cuda_check=_cuda_check,
+        inputs={"weight": _weight, "cu_seqlens": tensors.boundaries},
+        results=lambda key: torch.empty_like(key),
+        backward="key_conv_backward",
+        autocast={"key": tensors.autocast, "state": tensors.autocast, "weight": _weight_follows},
+        batch={"key": 0, "state": 0, "out": 0},
+        folds=_folds,
+    )
+)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
-from . import _memory_cuda, _memory_kernels  # noqa: F401  register torch.ops.topgather
+from . import _tensors as tensors
 from ._library import AUTOCAST_KEYS, call
-from ._memory_kernels import check_indices, check_table, check_token_rows, check_weights
+from ._memory_ops import check_indices, check_table, check_token_rows, check_weights, follow_table
 
 _ops = torch.ops.topgather
 
@@ -129,6 +129,10 @@ def expert_lookup(
     checks.check_flag("sparse_grad", sparse_grad)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    device_type = x.device.type
+    if device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
+        x = follow_table(x, values_in, device_type)
+        weights = tensors.autocast_to_sums(weights, values_out, device_type)
     _check_experts(x, values_in, values_out, indices, weights)
     hidden = call(_ops.memory_dot.default, values_in, indices, x, sparse_grad)
     gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
@@ -143,8 +147,5 @@ def _check_experts(x: Tensor, values_in: Tensor, values_out: Tensor, indices: Te
     checks.check_same_device("values_out", values_out, "values_in", values_in)
     checks.check_size("values_out", values_out, 0, values_in.size(0), "rows of values_in")
     check_indices(indices, values_in, "values_in")
-    # Autocast brings what varies by token to the tables' dtype.
-    device_type = x.device.type
-    if not (device_type in AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)):
-        check_token_rows("x", x, indices, values_in, "values_in")
-        check_weights(weights, indices, values_in, "values_in")
+    check_token_rows("x", x, indices, values_in, "values_in")
+    check_weights(weights, indices, values_in, "values_in")

@@ -50,6 +50,8 @@ def moba_decode(
     block_size: int,
     num_tokens: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest queries of each sequence over the blocks they chose.
 
@@ -62,6 +64,7 @@ def moba_decode(
         block_size: tokens in a block, at least 1.
         num_tokens: ``[B]``, integer, how many of the M queries each sequence has; None for all.
         scale: factor on the scores, any finite float; None means ``D ** -0.5``.
+        softcap, sinks: as in :func:`topgather.reference.moba_attention`.
 
     Returns:
         out, float64 ``[B, Hq, M, Dv]``, and lse, float64 ``[B, Hq, M]``: 0 and -inf for queries that are padding or
@@ -77,6 +80,8 @@ def moba_decode(
             block_indices[b : b + 1, :, :count],
             block_size,
             scale=scale,
+            softcap=softcap,
+            sinks=sinks,
         )
         out[b, :, :count], lse[b, :, :count] = rows[0][0], rows[1][0]
     return out, lse

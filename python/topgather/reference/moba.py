@@ -117,6 +117,8 @@ def moba_attention(
     block_size: int,
     is_causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over exactly the keys it sees (MoBA, arXiv 2502.13189, section 2).
 
@@ -136,11 +138,15 @@ def moba_attention(
         block_size: tokens in a block, at least 1.
         is_causal: whether a query sees only keys at or before its position.
         scale: factor on the scores, any finite float; None means ``D ** -0.5``.
+        softcap: positive; scaled scores become ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv 2408.00118,
+            section 2). None leaves them as they are.
+        sinks: ``[Hq]``, any floating dtype: a logit per head that joins the softmax's sum and has no value (gpt-oss,
+            arXiv 2508.10925; attention sinks, arXiv 2309.17453). lse does not count it.
 
     Returns:
-        out, float64 ``[B, Hq, Nq, Dv]``, and lse, the natural log of the sum of exponentials of the scaled
-        scores seen, float64 ``[B, Hq, Nq]``. Both are differentiable in query, key and value by plain
-        autograd.
+        out, float64 ``[B, Hq, Nq, Dv]``, and lse, the natural log of the sum of exponentials of the scaled and
+        capped scores seen, float64 ``[B, Hq, Nq]``. Both are differentiable in query, key, value and sinks by
+        plain autograd.
     """
     num_heads = query.shape[1]
     query = query.double()
@@ -153,10 +159,16 @@ def moba_attention(
     sees_any = visible.any(dim=-1, keepdim=True)
 
     scores = _scores(query, key, visible) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(visible, scores, -torch.inf)
     # Finite stand-ins for rows that see nothing: softmax of an all -inf row is NaN, and so is its gradient.
     scores = torch.where(sees_any, scores, 0.0)
-    weights = torch.where(visible, scores.softmax(dim=-1), 0.0)
+    logits = scores
+    if sinks is not None:
+        # A row that sees nothing has weights of 0 in any case.
+        logits = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = torch.where(visible, logits.softmax(dim=-1)[..., : scores.shape[-1]], 0.0)
     out = _weighted_values(weights, value, visible)
     if key.shape[2] == 0:
         lse = scores.sum(dim=-1) - torch.inf

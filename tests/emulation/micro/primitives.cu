@@ -8,8 +8,7 @@
 
 namespace topgather::micro {
 
-// --- matrix unit: a [16, 16] and b [16, 8] in rows, output [16, 8] float32 = 1 + a b
-// ---------------------------------------
+// --- matrix unit: a [16, 16] and b [16, 8] in rows, output [16, 8] float32 = 1 + a b --------------------------------
 
 template <typename Element>
 __global__ void __launch_bounds__(32) multiply_accumulate(const MicroArguments args) {
@@ -46,8 +45,7 @@ __global__ void __launch_bounds__(32) load_matrix(const MicroArguments args) {
   for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(args.output)[threadIdx.x * 4 + i] = fragment[i];
 }
 
-// --- asynchronous copies: thread t copies a[t] unless t >= option; three groups in flight
-// -------------------------------
+// --- asynchronous copies: thread t copies a[t] unless t >= option; three groups in flight ---------------------------
 
 __global__ void __launch_bounds__(64) copy_async(const MicroArguments args) {
   auto* stage = reinterpret_cast<uint4*>(cuda::dynamic_shared_memory());
@@ -74,7 +72,6 @@ __global__ void __launch_bounds__(64) copy_async(const MicroArguments args) {
 }
 
 // --- conversions: a [n] float32 pairs, output [n / 2] packed, then [n] unpacked, then [n] through the scalar functions
-// ---
 
 template <typename Element>
 __global__ void __launch_bounds__(32) convert(const MicroArguments args) {
@@ -94,8 +91,7 @@ __global__ void __launch_bounds__(32) convert(const MicroArguments args) {
   }
 }
 
-// --- arithmetic: output [2, n]: exp2 of a, larger one of a and b
-// ---------------------------------------------------------
+// --- arithmetic: output [2, n]: exp2 of a, larger one of a and b ----------------------------------------------------
 
 __global__ void __launch_bounds__(32) arithmetic(const MicroArguments args) {
   const auto* a = static_cast<const float*>(args.a);
@@ -107,8 +103,7 @@ __global__ void __launch_bounds__(32) arithmetic(const MicroArguments args) {
   }
 }
 
-// --- warps: output [10, 32]
-// -----------------------------------------------------------------------------------------------
+// --- warps: output [10, 32] -----------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(32) warp_intrinsics(const MicroArguments args) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -129,8 +124,7 @@ __global__ void __launch_bounds__(32) warp_intrinsics(const MicroArguments args)
   write(9, __popc(0xf0f0u) + 100 * __ffs(8) + 10000 * __clz(1 << 20) + 1000000 * (min(3, 4) + max(1, 2)));
 }
 
-// --- barriers: output [blocks, threads]: rounds counted through shared memory
-// -----------------------------------------------
+// --- barriers: output [blocks, threads]: rounds counted through shared memory ---------------------------------------
 
 __global__ void __launch_bounds__(256) barriers(const MicroArguments args) {
   auto* numbers = reinterpret_cast<int*>(cuda::dynamic_shared_memory());
@@ -156,8 +150,7 @@ __global__ void __launch_bounds__(128) exit_before_barrier(const MicroArguments 
   static_cast<int*>(args.output)[threadIdx.x] = 1;
 }
 
-// --- atomics: output 16 floats, 16 ints, 16 unsigned; added to by every thread of every block
-// -------------------------------
+// --- atomics: output 16 floats, 16 ints, 16 unsigned; added to by every thread of every block -----------------------
 
 __global__ void __launch_bounds__(128) atomics(const MicroArguments args) {
   auto* floats = static_cast<float*>(args.output);
@@ -180,8 +173,7 @@ __global__ void indices(const MicroArguments args) {
   output[3] = threadIdx.x, output[4] = threadIdx.y, output[5] = threadIdx.z;
 }
 
-// --- speed: option operations a warp, results kept alive
-// ------------------------------------------------------------------
+// --- speed: option operations a warp, results kept alive ------------------------------------------------------------
 
 __global__ void __launch_bounds__(128) many_products(const MicroArguments args) {
   float d[4] = {};

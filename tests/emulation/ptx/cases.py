@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
+from topgather import _native
+from topgather.ops._cuda import aligned
+from topgather.ops._library import describe
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
 
 
 class Recorder:
@@ -36,15 +38,19 @@ class Recorder:
         """A tensor of zeros."""
         return self.keep(torch.zeros(shape, dtype=dtype))
 
-    def workspace(self, num_bytes: int) -> tuple[int, int]:
-        """Address and size of memory that a call may use."""
+    def call(self, entry_point: str, **fields: Any) -> None:
+        """Run an entry point on device 0 and the default stream, its fields given by name."""
+        fields = {"num_threads": 1, **fields}
+        names = self.module.argument_names[f"{entry_point}_cuda"][:-4]
+        assert set(names) == set(fields), f"{entry_point} takes {names}"
+        for name in _native.aligned_arguments[entry_point]:
+            fields[name] = self.keep(aligned(fields[name]))
+        values = [describe(fields[name]) for name in names]
+        count = getattr(self.module, f"{entry_point}_workspace_bytes", None)
+        num_bytes = 0 if count is None else count(*values, 0)
         self._kept.append(torch.zeros(max(num_bytes, 1), dtype=torch.uint8))
-        return self._kept[-1].data_ptr(), num_bytes
-
-    def call(self, entry_point: str, *arguments: Any) -> None:
-        """Run an entry point on device 0 and the default stream."""
         self.module.start_recording()
-        getattr(self.module, entry_point)(*arguments, 0, 0)
+        getattr(self.module, f"{entry_point}_cuda")(*values, self._kept[-1].data_ptr(), num_bytes, 0, 0)
         self.launches += take_recording(self.module)
 
 
@@ -65,66 +71,54 @@ class MobaCase:
     lengths: tuple[int, ...] = ()
     num_heads: int = 2
     num_kv_heads: int = 1
-    is_deterministic: bool = False
+    deterministic: bool = False
 
     least_launches = 12
 
     def __str__(self) -> str:
         parts = [FLOAT_TYPES[self.dtype], f"{self.head_dim}x{self.value_dim}", "causal" if self.is_causal else "full"]
-        return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.is_deterministic)
-
-    def _problem(self, recorder: Recorder) -> tuple[Any, ...]:
-        boundaries = [0, 0]
-        if self.lengths:
-            starts = torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64)
-            boundaries = [recorder.keep(each).data_ptr() for each in (starts, starts.clone())]
-        sizes = (len(self.lengths) or 1, self.num_heads, self.num_kv_heads, self.num_tokens, self.num_tokens)
-        return (
-            DTYPE_CODES[self.dtype],
-            *sizes,
-            self.head_dim,
-            self.value_dim,
-            self.block_size,
-            self.top_k,
-            self.is_causal,
-            self.head_dim**-0.5,
-            *boundaries,
-            1,
-        )
+        return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.deterministic)
 
     def run(self, recorder: Recorder) -> None:
-        """Centroids, routing, forward and backward."""
-        problem = self._problem(recorder)
+        """Routing, forward and backward."""
         heads, kv_heads, dtype = self.num_heads, self.num_kv_heads, self.dtype
+        bounds: Tensor | None = None
+        if self.lengths:
+            bounds = recorder.keep(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64))
+        problem = {
+            "block_size": self.block_size,
+            "is_causal": self.is_causal,
+            "cu_seqlens_q": bounds,
+            "cu_seqlens_k": None if bounds is None else recorder.keep(bounds.clone()),
+        }
 
-        def call(kind: str, entry_point: str, tensors: list[Tensor], *more: Any) -> None:
-            workspace = recorder.workspace(recorder.module.moba_cuda_workspace_bytes(kind, problem, 0))
-            rows = [(tensor.data_ptr(), *tensor.stride()[:3]) for tensor in tensors]
-            recorder.call(entry_point, problem, *rows, workspace, *more)
+        def rows(make: Any, heads: int, dim: int) -> Tensor:
+            """[1, heads, tokens, dim], or packed [tokens, heads, dim]."""
+            shape = (self.num_tokens, heads, dim) if self.lengths else (1, heads, self.num_tokens, dim)
+            return make(*shape, dtype=dtype)
 
-        def random(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-            return recorder.random(1, heads, self.num_tokens, dim, dtype=dtype)
-
-        def zeros(heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-            return recorder.zeros(1, heads, self.num_tokens, dim, dtype=dtype)
-
-        query = random(heads, self.head_dim, dtype)
-        key = random(kv_heads, self.head_dim, dtype)
-        value = random(kv_heads, self.value_dim, dtype)
-        block_indices = zeros(heads, self.top_k, torch.int32)
-        out = zeros(heads, self.value_dim, dtype)
-        lse = zeros(heads, 1, torch.float32)
-        call("route", "moba_route_cuda", [query, key, block_indices])
-        call("forward", "moba_forward_cuda", [query, key, value, block_indices, out, lse])
-        saved = [query, key, value, block_indices, out, lse]
-        incoming = [random(heads, self.value_dim, dtype), random(heads, 1, torch.float32)]
-        gradients = [
-            zeros(heads, self.head_dim, dtype),
-            zeros(kv_heads, self.head_dim, dtype),
-            zeros(kv_heads, self.value_dim, dtype),
-        ]
-        kind = "backward_deterministic" if self.is_deterministic else "backward"
-        call(kind, "moba_backward_cuda", saved + incoming + gradients, self.is_deterministic)
+        leading = (heads, self.num_tokens) if self.lengths else (1, heads, self.num_tokens)
+        query = rows(recorder.random, heads, self.head_dim)
+        key = rows(recorder.random, kv_heads, self.head_dim)
+        value = rows(recorder.random, kv_heads, self.value_dim)
+        block_indices = recorder.zeros(*leading, self.top_k, dtype=torch.int32)
+        recorder.call("moba_route", **problem, query=query, key=key, block_indices=block_indices)
+        attended = {**problem, "scale": self.head_dim**-0.5, "query": query, "key": key, "value": value}
+        attended |= {"block_indices": block_indices, "out": rows(recorder.zeros, heads, self.value_dim)}
+        attended["lse"] = recorder.zeros(*leading, dtype=torch.float32)
+        attended["softcap"] = 2.0 if self.lengths else None
+        sinks = recorder.random(heads, dtype=torch.float32) if self.lengths else None
+        recorder.call("moba_attention", **attended, sinks=sinks)
+        recorder.call(
+            "moba_attention_backward",
+            **attended,
+            deterministic=self.deterministic,
+            grad_out=rows(recorder.random, heads, self.value_dim),
+            grad_lse=recorder.random(*leading, dtype=torch.float32),
+            grad_query=rows(recorder.zeros, heads, self.head_dim),
+            grad_key=rows(recorder.zeros, kv_heads, self.head_dim),
+            grad_value=rows(recorder.zeros, kv_heads, self.value_dim),
+        )
 
 
 @dataclass(frozen=True)
@@ -145,18 +139,14 @@ class ProductKeyCase:
 
     def run(self, recorder: Recorder) -> None:
         """Scores and indices."""
-        heads, keys, dim, count = self.num_heads, self.num_keys, self.half_dim, self.num_tokens * self.num_heads
-        query = recorder.random(self.num_tokens, heads, 2 * dim, dtype=self.dtype)
-        table = recorder.random(heads, 2, keys, dim, dtype=self.dtype)
-        scores = recorder.zeros(count, self.top_k, dtype=torch.float32)
-        indices = recorder.zeros(count, self.top_k, dtype=torch.int64)
+        heads, keys, dim = self.num_heads, self.num_keys, self.half_dim
         recorder.call(
-            "product_key_topk_cuda",
-            (
-                *(DTYPE_CODES[self.dtype], self.num_tokens, heads, keys, dim, self.top_k, 1),
-                *(query.data_ptr(), *query.stride()[:2], table.data_ptr(), *table.stride()[:3]),
-                *(scores.data_ptr(), indices.data_ptr()),
-            ),
+            "product_key_topk",
+            top_k=self.top_k,
+            query=recorder.random(self.num_tokens, heads, 2, dim, dtype=self.dtype),
+            keys=recorder.random(heads, 2, keys, dim, dtype=self.dtype),
+            scores=recorder.zeros(self.num_tokens, heads, self.top_k, dtype=torch.float32),
+            indices=recorder.zeros(self.num_tokens, heads, self.top_k, dtype=torch.int64),
         )
 
 
@@ -180,33 +170,28 @@ class MemoryCase:
     def run(self, recorder: Recorder) -> None:
         """Forward where it is wanted, and backward with gradients of rows and weights."""
         rows, dim, tokens, entries = self.num_rows, self.row_dim, self.num_tokens, self.bag_size
-        problem = (DTYPE_CODES[self.dtype], rows, dim, tokens, entries, 1)
         indices = torch.randint(rows, (tokens, entries)).masked_fill(torch.rand(tokens, entries) < self.hot, 1)
         indices = recorder.keep(indices.masked_fill(torch.rand(tokens, entries) < 0.01, rows))
         values = recorder.random(rows, dim, dtype=self.dtype)
         x = recorder.random(tokens, dim, dtype=self.dtype)
         weights = recorder.random(tokens, entries, dtype=torch.float32)
-        table, x_rows = (values.data_ptr(), dim), (x.data_ptr(), dim)
         if self.is_forward:
             out = recorder.zeros(tokens, dim, dtype=self.dtype)
-            recorder.call("memory_lookup_cuda", problem, table, indices.data_ptr(), weights.data_ptr(), out.data_ptr())
+            recorder.call("memory_lookup", values=values, indices=indices, weights=weights, out=out)
             dots = recorder.zeros(tokens, entries, dtype=torch.float32)
-            recorder.call("memory_dot_cuda", problem, table, indices.data_ptr(), x_rows, dots.data_ptr())
+            recorder.call("memory_dot", values=values, indices=indices, x=x, out=dots)
         sorted_rows, order = torch.sort(indices.flatten().to(torch.int32), stable=True)
-        grad_values = recorder.zeros(rows, dim, dtype=self.dtype)
-        grad_weights = recorder.zeros(tokens, entries, dtype=torch.float32)
-        sorted_rows, order = recorder.keep(sorted_rows), recorder.keep(order)
+        sorted_rows = recorder.keep(sorted_rows)
         recorder.call(
-            "memory_backward_cuda",
-            problem,
-            table,
-            (order.data_ptr(), sorted_rows.data_ptr(), sorted_rows.data_ptr()),
-            weights.data_ptr(),
-            x_rows,
-            rows,
-            grad_values.data_ptr(),
-            grad_weights.data_ptr(),
-            recorder.workspace(recorder.module.memory_backward_workspace_bytes(problem)),
+            "memory_backward",
+            grad_out=x,
+            values=values,
+            weights=weights,
+            order=recorder.keep(order),
+            sorted_rows=sorted_rows,
+            targets=sorted_rows,
+            grad_rows=recorder.zeros(rows, dim, dtype=self.dtype),
+            grad_weights=recorder.zeros(tokens, entries, dtype=torch.float32),
         )
 
 
@@ -234,33 +219,28 @@ class GridCase:
 
     def run(self, recorder: Recorder) -> None:
         """Outputs and every gradient."""
-        heads, shape = self.num_heads, (self.batch, self.num_heads, *self.size, self.head_dim)
-        axes = [
-            (size, min(step, size), 1, step, -(-size // step))
-            for size, step in zip(self.size, self.stride, strict=True)
-        ]
-        problem = (DTYPE_CODES[self.dtype], self.batch, heads, self.head_dim, *axes, self.head_dim**-0.5, 1)
-        group = axes[0][4] * axes[1][4]
+        shape = (self.batch, self.num_heads, *self.size, self.head_dim)
+        group = 1
+        for size, step in zip(self.size, self.stride, strict=True):
+            group *= -(-size // step)
 
-        def image_of(tensor: Tensor) -> tuple[int, ...]:
-            return (tensor.data_ptr(), *tensor.stride()[:4])
+        def image(make: Any) -> Tensor:
+            return make(*shape, dtype=self.dtype)
 
-        query, key, value = (recorder.random(*shape, dtype=self.dtype) for _ in range(3))
-        bias = recorder.random(heads, group, group, dtype=torch.float32).data_ptr() if self.has_bias else 0
-        out = recorder.zeros(*shape, dtype=self.dtype)
-        lse = recorder.zeros(*shape[:4], dtype=torch.float32).data_ptr()
-        inputs = [image_of(tensor) for tensor in (query, key, value)]
-        recorder.call("grid_forward_cuda", problem, *inputs, bias, image_of(out), lse)
-        incoming = [image_of(out), image_of(recorder.random(*shape, dtype=self.dtype))]
+        def bias(make: Any) -> Tensor | None:
+            return make(self.num_heads, group, group, dtype=torch.float32) if self.has_bias else None
+
+        attended = {name: image(recorder.random) for name in ("query", "key", "value")}
+        attended |= {"is_window": False, "rows_step": self.stride[0], "columns_step": self.stride[1]}
+        attended |= {"scale": self.head_dim**-0.5, "bias": bias(recorder.random), "out": image(recorder.zeros)}
+        attended["lse"] = recorder.zeros(*shape[:4], dtype=torch.float32)
+        recorder.call("grid_attention", **attended)
         recorder.call(
-            "grid_backward_cuda",
-            problem,
-            (*inputs, *incoming),
-            bias,
-            lse,
-            tuple(image_of(recorder.zeros(*shape, dtype=self.dtype)) for _ in range(3)),
-            recorder.zeros(heads, group, group, dtype=torch.float32).data_ptr() if self.has_bias else 0,
-            recorder.workspace(recorder.module.grid_backward_workspace_bytes(problem, self.has_bias)),
+            "grid_attention_backward",
+            **attended,
+            grad_out=image(recorder.random),
+            **{f"grad_{name}": image(recorder.zeros) for name in ("query", "key", "value")},
+            grad_bias=bias(recorder.zeros),
         )
 
 
@@ -289,36 +269,46 @@ class DecodeCase:
         num_pages = batch * columns
         lengths = recorder.keep(torch.tensor([self.length, self.length - 11], dtype=torch.int32))
         none = recorder.keep(torch.zeros(batch, dtype=torch.int32))
-        table = recorder.keep(torch.randperm(num_pages).to(torch.int32))
-
-        def problem(query_heads: int, tokens: int, seq_lens: Tensor, num_tokens: Tensor | None) -> tuple[Any, ...]:
-            sizes = (batch, query_heads, kv_heads, tokens, self.head_dim, self.value_dim, self.block_size)
-            pages = (self.page_size, num_pages, columns, self.top_k)
-            counts = 0 if num_tokens is None else num_tokens.data_ptr()
-            addresses = (seq_lens.data_ptr(), counts, table.data_ptr())
-            return (DTYPE_CODES[dtype], *sizes, *pages, self.head_dim**-0.5, *addresses, 1)
-
-        def rows(tensor: Tensor) -> tuple[int, ...]:
-            return (tensor.data_ptr(), *tensor.stride()[:3])
-
+        table = recorder.keep(torch.randperm(num_pages).to(torch.int32).view(batch, columns))
+        problem = {"page_table": table, "block_size": self.block_size}
         key_pages = recorder.zeros(num_pages, kv_heads, self.page_size, self.head_dim, dtype=dtype)
         value_pages = recorder.zeros(num_pages, kv_heads, self.page_size, self.value_dim, dtype=dtype)
         blocks = self.page_size // self.block_size
         centroids = recorder.zeros(num_pages, kv_heads, blocks, self.head_dim, dtype=torch.float32)
-        cache = (rows(key_pages), rows(value_pages))
-        key = recorder.random(batch, kv_heads, self.length, self.head_dim, dtype=dtype)
-        value = recorder.random(batch, kv_heads, self.length, self.value_dim, dtype=dtype)
-        appended = problem(kv_heads, self.length, none, lengths)
-        recorder.call("moba_cache_append_cuda", appended, rows(key), rows(value), *cache, rows(centroids))
+        pages = {"key_pages": key_pages, "value_pages": value_pages}
+        recorder.call(
+            "moba_cache_append",
+            **problem,
+            **pages,
+            seq_lens=none,
+            num_tokens=lengths,
+            key=recorder.random(batch, kv_heads, self.length, self.head_dim, dtype=dtype),
+            value=recorder.random(batch, kv_heads, self.length, self.value_dim, dtype=dtype),
+            centroids=centroids,
+        )
+        problem |= {"seq_lens": lengths, "num_tokens": None}
         query = recorder.random(batch, heads, self.query_len, self.head_dim, dtype=dtype)
         choices = recorder.zeros(batch, heads, self.query_len, self.top_k, dtype=torch.int32)
-        out = recorder.zeros(batch, heads, self.query_len, self.value_dim, dtype=dtype)
-        lse = recorder.zeros(batch, heads, self.query_len, 1, dtype=torch.float32)
-        asked = problem(heads, self.query_len, lengths, None)
-        space = recorder.workspace(recorder.module.moba_decode_route_workspace_bytes(asked))
-        recorder.call("moba_decode_route_cuda", asked, rows(query), rows(centroids), rows(choices), space)
-        space = recorder.workspace(recorder.module.moba_decode_workspace_bytes(asked))
-        recorder.call("moba_decode_cuda", asked, rows(query), *cache, rows(choices), rows(out), rows(lse), space)
+        recorder.call(
+            "moba_decode_route",
+            **problem,
+            query=query,
+            centroids=centroids,
+            page_size=self.page_size,
+            block_indices=choices,
+        )
+        recorder.call(
+            "moba_decode",
+            **problem,
+            **pages,
+            query=query,
+            block_indices=choices,
+            scale=self.head_dim**-0.5,
+            softcap=2.0,
+            sinks=recorder.random(heads, dtype=torch.float32),
+            out=recorder.zeros(batch, heads, self.query_len, self.value_dim, dtype=dtype),
+            lse=recorder.zeros(batch, heads, self.query_len, dtype=torch.float32),
+        )
 
 
 @dataclass(frozen=True)
@@ -339,33 +329,27 @@ class KeyConvCase:
 
     def run(self, recorder: Recorder) -> None:
         """Outputs and every gradient."""
-        packed = bool(self.lengths)
-        batch, heads, tokens = (1, 2, sum(self.lengths)) if packed else (2, 2, self.num_tokens)
-        bounds = recorder.keep(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64))
-        sequences = (bounds.data_ptr(), len(self.lengths)) if packed else (0, 0)
-        dtypes = (DTYPE_CODES[self.dtype], DTYPE_CODES[torch.float32])
-        problem = (*dtypes, batch, heads, tokens, self.head_dim, self.width, *sequences, 1)
+        packed, heads, batch = bool(self.lengths), 2, 2
+        bounds = recorder.keep(torch.tensor([0, *np.cumsum(self.lengths)], dtype=torch.int64)) if packed else None
 
-        def rows(tensor: Tensor) -> tuple[int, ...]:
-            return (tensor.data_ptr(), *tensor.stride()[:3])
+        def keys(make: Any, count: int) -> Tensor:
+            shape = (sum(self.lengths), heads) if packed else (batch, heads, count)
+            return make(*shape, self.head_dim, dtype=self.dtype)
 
-        def keys(count: int, make: Any) -> tuple[int, ...]:
-            return rows(make(batch, heads, count, self.head_dim, dtype=self.dtype))
-
-        nothing = (0, 0, 0, 0)
-        key, grad_out = keys(tokens, recorder.random), keys(tokens, recorder.random)
-        state = nothing if packed else keys(self.width - 1, recorder.random)
-        weight = recorder.random(heads, self.head_dim, self.width, dtype=torch.float32).data_ptr()
-        recorder.call("key_conv_forward_cuda", problem, key, state, weight, keys(tokens, recorder.zeros))
-        grad_state = nothing if packed else keys(self.width - 1, recorder.zeros)
+        given = {
+            "cu_seqlens": bounds,
+            "key": keys(recorder.random, self.num_tokens),
+            "state": None if packed else keys(recorder.random, self.width - 1),
+            "weight": recorder.random(heads, self.head_dim, self.width, dtype=torch.float32),
+        }
+        recorder.call("key_conv", **given, out=keys(recorder.zeros, self.num_tokens))
         recorder.call(
-            "key_conv_backward_cuda",
-            problem,
-            (grad_out, key, state),
-            weight,
-            (keys(tokens, recorder.zeros), grad_state),
-            recorder.zeros(heads, self.head_dim, self.width, dtype=torch.float32).data_ptr(),
-            recorder.workspace(recorder.module.key_conv_backward_workspace_bytes(problem, True)),
+            "key_conv_backward",
+            **given,
+            grad_out=keys(recorder.random, self.num_tokens),
+            grad_key=keys(recorder.zeros, self.num_tokens),
+            grad_state=None if packed else keys(recorder.zeros, self.width - 1),
+            grad_weight=recorder.zeros(heads, self.head_dim, self.width, dtype=torch.float32),
         )
 
 

@@ -1,5 +1,5 @@
 // One small kernel a primitive of csrc/cuda/primitives.cuh, and one for the intrinsics that kernels use beside them.
-// nvcc makes PTX of it, the interpreter runs that, and tests/test_ptx.py knows in closed form what must come out.
+// nvcc makes PTX of it, the interpreter runs that, and tests/cuda/test_ptx.py knows in closed form what must come out.
 //
 // Registers go to and from memory as they are, lane by lane: the layout of a fragment is the test's to know.
 #include <cstdint>

@@ -101,8 +101,8 @@ def take_recording(module: ModuleType) -> list[RecordedLaunch]:
 
 
 def kernel_sources() -> list[Path]:
-    """The files that hold the project's kernels."""
-    return sorted(SOURCES.glob("*/*_cuda.cu"))
+    """The files that hold the project's kernels, those that the build writes among them."""
+    return [*sorted(SOURCES.glob("*/*_cuda.cu")), *sorted((Path(emulation_folder()) / "instances").glob("*_cuda.cu"))]
 
 
 def global_functions() -> set[str]:

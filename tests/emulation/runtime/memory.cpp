@@ -31,8 +31,7 @@ bool is_sealed = false;
 
 bool is_given(MemoryKind kind) { return kind == MemoryKind::kInput || kind == MemoryKind::kInOut; }
 
-// --- shadow memory: reserved once, used from the start by every entry point's ranges
-// -----------------------------------
+// --- shadow memory: reserved once, used from the start by every entry point's ranges --------------------------------
 
 constexpr size_t kReservedCells = (size_t{4} << 30) / sizeof(ShadowCell);  // for 512 MB of declared memory
 size_t num_used_cells = 0;
@@ -88,8 +87,7 @@ void poison(uintptr_t begin, uintptr_t end, const std::vector<Declaration>& give
 
 }  // namespace
 
-// --- the lock: one entry point, or one launch outside any, at a time
-// --------------------------------------------------
+// --- the lock: one entry point, or one launch outside any, at a time ------------------------------------------------
 
 namespace {
 std::recursive_mutex launch_mutex;

@@ -363,8 +363,7 @@ void require_global(const void* address, size_t, const char* operation, const vo
 
 }  // namespace topgather::emulation
 
-// --- what -fsanitize=thread and alignment call
-// -----------------------------------------------------------------------------------
+// --- what -fsanitize=thread and alignment call ----------------------------------------------------------------------
 
 #if defined(TOPGATHER_EMULATION_CHECKED)
 

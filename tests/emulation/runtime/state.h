@@ -134,8 +134,7 @@ inline uint64_t next_random() {
 }
 inline unsigned random_below(unsigned count) { return static_cast<unsigned>((next_random() >> 32) * count >> 32); }
 
-// --- the arena: shared memory, the arguments' copy and every stack in one piece of address space (arena.cpp)
-// -----------
+// --- the arena: shared memory, the arguments' copy and every stack in one piece of address space (arena.cpp) --------
 
 struct Arena {
   uintptr_t begin = 0, size = 0;
@@ -176,8 +175,7 @@ inline void make_runnable(Warp& warp, uint32_t lanes) {
 }
 void leave_barriers_of_exited_thread();  // collectives.cpp
 
-// --- crashes: SIGSEGV and SIGBUS in kernel code become an Error (crash.cpp)
-// -------------------------------------------
+// --- crashes: SIGSEGV and SIGBUS in kernel code become an Error (crash.cpp) -----------------------------------------
 
 class CrashGuard {
  public:

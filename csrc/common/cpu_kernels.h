@@ -1,0 +1,41 @@
+// An op's CPU kernels: a struct of function pointers, one constant of it per instruction set.
+#pragma once
+
+#include "cpu_target.h"
+
+#if defined(TOPGATHER_HAVE_X86_TARGETS)
+#define TOPGATHER_X86_CASES(Kernels)              \
+  case CpuTarget::kAvx2: return avx2::k##Kernels; \
+  case CpuTarget::kAvx512: return avx512::k##Kernels;
+#else
+#define TOPGATHER_X86_CASES(Kernels)
+#endif
+#if defined(TOPGATHER_HAVE_AMX)
+#define TOPGATHER_AMX_CASE(Kernels, amx) \
+  case CpuTarget::kAmx: return amx::k##Kernels;
+#else
+#define TOPGATHER_AMX_CASE(Kernels, amx)
+#endif
+
+// Declares the constant k<Kernels> of every instruction set, and kernels_in_use(tag) that returns the one to call.
+// `amx` is the namespace that processors with the matrix unit run: amx, or avx512 where nothing multiplies on it.
+#define TOPGATHER_CPU_KERNELS(Kernels, amx)              \
+  namespace baseline {                                   \
+  extern const Kernels k##Kernels;                       \
+  }                                                      \
+  namespace avx2 {                                       \
+  extern const Kernels k##Kernels;                       \
+  }                                                      \
+  namespace avx512 {                                     \
+  extern const Kernels k##Kernels;                       \
+  }                                                      \
+  namespace amx {                                        \
+  extern const Kernels k##Kernels;                       \
+  }                                                      \
+  inline const Kernels& kernels_in_use(const Kernels*) { \
+    switch (cpu_target()) {                              \
+      TOPGATHER_X86_CASES(Kernels)                       \
+      TOPGATHER_AMX_CASE(Kernels, amx)                   \
+      default: return baseline::k##Kernels;              \
+    }                                                    \
+  }

@@ -1,0 +1,121 @@
+// How Python calls an entry point: one positional argument a field of its parameter struct, in the order of the list
+// that TOPGATHER_FIELDS gives. Python reads that order, by name, when it imports the module
+// (python/topgather/ops/_spec.py), so no call depends on a position that somebody wrote down.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "array.h"
+#include "fields.h"
+
+namespace topgather {
+
+// What a tensor is, as torch tells it. Sizes and strides belong to the tensor.
+struct TensorView {
+  void* data;
+  Dtype dtype;
+  int num_dims;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
+
+// Fills sizes, strides, data and dtype of an array of `rank` dimensions from a tensor, from None, or from the tuple
+// (address, dtype code, sizes, strides). `expected` is the dtype code that a typed array needs, or -1.
+void read_array(PyObject* object, const char* name, int rank, int expected, void** data, int64_t* sizes,
+                int64_t* strides, Dtype* dtype);
+int64_t read_integer(PyObject* object, const char* name);
+double read_number(PyObject* object, const char* name);  // 0 for None
+
+template <typename T>
+inline constexpr int kRequiredDtype = -1;  // void: any
+template <>
+inline constexpr int kRequiredDtype<int32_t> = static_cast<int>(Dtype::kInt32);
+template <>
+inline constexpr int kRequiredDtype<int64_t> = static_cast<int>(Dtype::kInt64);
+
+template <typename Field>
+concept IsArray = requires { Field::kRank; };
+
+template <typename Field>
+void read_field(PyObject* object, const char* name, Field& field) {
+  if constexpr (IsArray<Field>) {
+    void* data = nullptr;
+    read_array(object, name, Field::kRank, kRequiredDtype<std::remove_const_t<typename Field::Element>>, &data,
+               field.sizes, field.strides, &field.dtype);
+    field.data = static_cast<typename Field::Element*>(data);
+  } else if constexpr (std::is_floating_point_v<Field>) {
+    field = static_cast<Field>(read_number(object, name));
+  } else {
+    field = static_cast<Field>(read_integer(object, name));
+  }
+}
+
+template <typename Params>
+std::vector<std::string> field_names() {
+  std::vector<std::string> names;
+  Params params{};
+  visit_all_fields(params, [&](const char* name, auto&) { names.emplace_back(name); });
+  return names;
+}
+
+// Tensors whose rows must start on 16-byte boundaries on CUDA, and are read there in whole multiples of 16 bytes, as
+// asynchronous copies need: Params::kAlignedOnCuda, an array of names. What stands between a row's end and the multiple
+// are zeros.
+template <typename Params>
+std::vector<std::string> aligned_names() {
+  std::vector<std::string> names;
+  if constexpr (requires { Params::kAlignedOnCuda; }) {
+    for (const char* name : Params::kAlignedOnCuda) names.emplace_back(name);
+  }
+  return names;
+}
+
+template <typename Params>
+Params read_params(PyObject* const* arguments) {
+  Params params{};
+  visit_all_fields(params, [&](const char* name, auto& field) { read_field(*arguments++, name, field); });
+  complete(params);
+  return params;
+}
+
+// An entry point as Python calls it. The arguments are there and counted.
+using NativeCall = std::function<PyObject*(PyObject* const* arguments)>;
+void add_entry(pybind11::module_& module, const std::string& name, std::vector<std::string> argument_names,
+               NativeCall call);
+
+// Lets other Python threads run.
+class WithoutInterpreterLock {
+ public:
+  WithoutInterpreterLock() : state_(PyEval_SaveThread()) {}
+  ~WithoutInterpreterLock() { PyEval_RestoreThread(state_); }
+  WithoutInterpreterLock(const WithoutInterpreterLock&) = delete;
+  WithoutInterpreterLock& operator=(const WithoutInterpreterLock&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// Adds the CPU entry point `<name>_cpu`: the function `member` of the kernels in use. `check` throws for what tensors
+// hold where a kernel would follow it.
+template <typename Kernels, typename Params>
+void add_cpu_entry(pybind11::module_& module, const std::string& name, void (*Kernels::*member)(const Params&),
+                   void (*check)(const Params&) = nullptr) {
+  module.attr("aligned_arguments")[name.c_str()] = aligned_names<Params>();
+  add_entry(module, name + "_cpu", field_names<Params>(), [member, check](PyObject* const* arguments) {
+    const Params params = read_params<Params>(arguments);
+    if (check != nullptr) check(params);
+    const WithoutInterpreterLock unlocked;
+    (kernels_in_use(static_cast<const Kernels*>(nullptr)).*member)(params);
+    return nullptr;
+  });
+}
+
+// Adds what Python needs besides entry points: their names and argument names, and how tensors are read. Once a module.
+void add_native_calls(pybind11::module_& module);
+
+}  // namespace topgather

@@ -1,0 +1,477 @@
+"""The ops of memory layers.
+
+Two kernels make the forward, a weighted sum of table rows (``memory_lookup``) and dot products with table rows
+(``memory_dot``), and one the gradients of tables (``memory_backward``); each op's gradient is made of the others.
+:mod:`topgather.ops.memory` is what users call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks as checks
+from . import _cuda
+from . import _tensors as tensors
+from ._library import sum_dtype
+from ._spec import Op, register
+
+_ops = torch.ops.topgather
+
+MAX_ROWS = 2**31 - 2
+# So that the n * n pairs of keys can be numbered in 31 bits.
+MAX_KEYS = 46340
+# What the CUDA kernel of the search takes (csrc/memory/memory_cuda.h).
+MAX_HALF_DIM = 256
+MAX_TOP_K = 128
+CHECK_INDICES_VARIABLE = "TOPGATHER_CHECK_INDICES"
+# Scores of a chunk of tokens in the composition of torch ops.
+COMPOSED_BYTES = 256 * 2**20
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_product_keys(query: Tensor, keys: Tensor, top_k: int) -> None:
+    checks.check_ndim("query", query, 3, "[tokens, heads, head_dim]")
+    checks.check_floating("query", query)
+    checks.check_ndim("keys", keys, 4, "[heads, 2, num_keys, head_dim / 2]")
+    checks.check_same_dtype("keys", keys, "query", query)
+    checks.check_same_device("keys", keys, "query", query)
+    head_dim = query.size(2)
+    if head_dim < 2 or head_dim % 2 != 0:
+        raise ValueError(f"query must have an even head_dim of at least 2, got shape {tuple(query.shape)}")
+    checks.check_size("keys", keys, 0, query.size(1), "heads of query")
+    checks.check_size("keys", keys, 1, 2, "halves")
+    checks.check_size("keys", keys, 3, head_dim // 2, "half of query's head_dim")
+    num_keys = keys.size(2)
+    if num_keys < 1 or num_keys > MAX_KEYS:
+        raise ValueError(f"keys must have between 1 and {MAX_KEYS} keys a half, got shape {tuple(keys.shape)}")
+    checks.check_count("top_k", top_k)
+    if top_k > num_keys * num_keys:
+        raise ValueError(f"top_k must be at most num_keys squared, {num_keys * num_keys}, got {top_k}")
+    checks.check_contiguous_rows("query", query)
+    checks.check_contiguous_rows("keys", keys)
+
+
+def check_table(name: str, values: Tensor) -> None:
+    """A table of rows that a kernel can take."""
+    checks.check_ndim(name, values, 2, "[rows, row_dim]")
+    checks.check_floating(name, values)
+    checks.check_contiguous_rows(name, values)
+    if values.size(0) > MAX_ROWS:
+        raise ValueError(f"{name} must have at most {MAX_ROWS} rows, got shape {tuple(values.shape)}")
+
+
+def check_indices(indices: Tensor, values: Tensor, name: str = "values") -> None:
+    """Indices that a kernel can take, but for what they hold."""
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"indices must have dtype torch.int32 or torch.int64, got {indices.dtype}")
+    checks.check_ndim("indices", indices, 2, "[tokens, entries]")
+    checks.check_same_device("indices", indices, name, values)
+
+
+def check_weights(weights: Tensor, indices: Tensor, values: Tensor, name: str = "values") -> None:
+    """Weights that a kernel can take."""
+    checks.check_sum_operand("weights", weights, name, values)
+    if weights.shape != indices.shape:
+        raise ValueError(f"weights must have the shape of indices, {tuple(indices.shape)}, got {tuple(weights.shape)}")
+
+
+def check_token_rows(name: str, x: Tensor, indices: Tensor, values: Tensor, values_name: str = "values") -> None:
+    """One row as wide as the table's for every token."""
+    checks.check_ndim(name, x, 2, "[tokens, row_dim]")
+    checks.check_same_dtype(name, x, values_name, values)
+    checks.check_same_device(name, x, values_name, values)
+    checks.check_size(name, x, 0, indices.size(0), "tokens of indices")
+    checks.check_size(name, x, 1, values.size(1), f"row_dim of {values_name}")
+
+
+def _check_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> None:
+    check_table("values", values)
+    check_indices(indices, values)
+    check_weights(weights, indices, values)
+
+
+def _check_dot(values: Tensor, indices: Tensor, x: Tensor) -> None:
+    check_table("values", values)
+    check_indices(indices, values)
+    check_token_rows("x", x, indices, values)
+
+
+def _check_backward(grad_out: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> None:
+    _check_lookup(values, indices, weights)
+    check_token_rows("grad_out", grad_out, indices, values)
+
+
+def _check_content(values: Tensor, indices: Tensor) -> None:
+    """Raise ``IndexError`` where an index names no row. Waits for the device."""
+    if indices.numel() == 0:
+        return
+    num_rows = values.size(0)
+    low, high = (bound.item() for bound in torch.aminmax(indices))
+    if low < 0 or high >= num_rows:
+        raise IndexError(
+            f"indices must be between 0 and {num_rows - 1}, for values has {num_rows} rows, "
+            f"got {low if low < 0 else high}"
+        )
+
+
+def _cuda_check(values: Tensor, indices: Tensor) -> None:
+    """A kernel follows no index that names no row, so that nothing waits for the device unless that is asked for."""
+    _cuda.check_dtype("values", values)
+    if os.environ.get(CHECK_INDICES_VARIABLE, "") not in ("", "0"):
+        _check_content(values, indices)
+
+
+# --- gradients of tables: memory_backward, dense and sparse ---------------------------------------------------------
+
+
+def _sorted_entries(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the entries ``t * K + k``, int32 ascending, and the entries, int64, those of a row ascending.
+
+    Both ``[T * K]``. An index that names no row counts as the number of rows.
+    """
+    num_rows, flat = values.size(0), indices.reshape(-1)
+    flat = torch.where((flat >= 0) & (flat < num_rows), flat, num_rows)
+    sorted_rows, order = flat.to(torch.int32).sort(stable=True)
+    return sorted_rows, order
+
+
+def _is_first(sorted_rows: Tensor) -> Tensor:
+    is_first = torch.ones_like(sorted_rows, dtype=torch.bool)
+    torch.ne(sorted_rows[1:], sorted_rows[:-1], out=is_first[1:])
+    return is_first
+
+
+def _empty_weights(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> Tensor:
+    return values.new_empty(indices.shape if needs_grad_weights else (0,), dtype=sum_dtype(values.dtype))
+
+
+def _dense_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), _empty_weights(values, indices, needs_grad_weights)
+
+
+def _touched_rows(values: Tensor, sorted_rows: Tensor, is_first: Tensor) -> Tensor:
+    """Their number is a size of the result: on CUDA this waits for the device, as no other op does."""
+    return sorted_rows[is_first & (sorted_rows < values.size(0))].to(torch.int64)
+
+
+def _sparse_gradients(
+    values: Tensor, indices: Tensor, needs_grad_weights: bool, rows: Tensor, grad_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    _keep_coalesced(rows)
+    grad_values = torch.sparse_coo_tensor(
+        rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
+    )
+    return grad_values, _empty_weights(values, indices, needs_grad_weights)
+
+
+def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
+    """With as many rows as there are entries: how many are touched only data can tell, and nobody who traces asks."""
+    num_entries = indices.size(0) * indices.size(1)
+    rows = indices.new_empty((1, num_entries), dtype=torch.int64)
+    grad_values = torch.sparse_coo_tensor(
+        rows, values.new_empty((num_entries, values.size(1))), values.shape, is_coalesced=True, check_invariants=False
+    )
+    return grad_values, _empty_weights(values, indices, needs_grad_weights)
+
+
+def _keep_coalesced(rows: Tensor) -> None:
+    """Inside a backward: where the gradient of just these rows becomes a leaf's, mark it as coalesced there.
+
+    torch stores a sparse gradient without its mark, and an optimizer would sort and copy all of it again. The mark is
+    set at the end of this backward, and nothing of it is left afterwards. Holding on to ``rows`` until then makes sure
+    that no other gradient's indices can lie at their address.
+    """
+    node = torch._C._current_autograd_node()
+    if node is None:
+        return
+    accumulators = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+    leaves = [following.variable for following, _ in node.next_functions if isinstance(following, accumulators)]
+
+    def mark() -> None:
+        for leaf in leaves:
+            grad = leaf.grad
+            if grad is None or not grad.is_sparse or grad._nnz() != rows.numel():
+                continue
+            if grad._indices().data_ptr() == rows.data_ptr():
+                grad._coalesced_(True)
+
+    torch.autograd.Variable._execution_engine.queue_callback(mark)
+
+
+def _in_sum_dtype(tensor: Tensor, values: Tensor) -> Tensor:
+    return tensors.sums_like(tensor, values)
+
+
+_entry_locals: dict[str, Callable[..., Any]] = {
+    "entries": _sorted_entries,
+    "sorted_rows": lambda entries: entries[0],
+    "order": lambda entries: entries[1],
+}
+_backward_inputs: dict[str, Callable[..., Any]] = {
+    "grad_out": tensors.contiguous_rows,
+    "weights": _in_sum_dtype,
+    "grad_weights": lambda tensor, needs_grad_weights: tensor if needs_grad_weights else None,
+}
+# `owner` is the op whose gradient is made.
+_backward_arguments = (
+    'Tensor grad_out, Tensor values, Tensor indices, Tensor weights, bool needs_grad_weights, str owner="memory_lookup"'
+)
+register(
+    Op(
+        schema=f"memory_backward({_backward_arguments}) -> (Tensor grad_rows, Tensor grad_weights)",
+        check=_check_backward,
+        check_content=_check_content,
+        cuda_check=_cuda_check,
+        locals={**_entry_locals, "targets": lambda sorted_rows: sorted_rows},
+        inputs=_backward_inputs,
+        results=_dense_gradients,
+        derivative_of="owner",
+    )
+)
+register(
+    Op(
+        schema=f"memory_backward_sparse({_backward_arguments}) -> (Tensor grad_values, Tensor grad_weights)",
+        native="memory_backward",
+        check=_check_backward,
+        check_content=_check_content,
+        cuda_check=_cuda_check,
+        locals={
+            **_entry_locals,
+            "is_first": _is_first,
+            "targets": lambda is_first: is_first.cumsum(0, dtype=torch.int32).sub_(1),
+            "rows": _touched_rows,
+            "grad_rows": lambda values, rows: values.new_empty((rows.size(0), values.size(1))),
+        },
+        inputs=_backward_inputs,
+        results=_sparse_gradients,
+        fake_results=_fake_sparse_gradients,
+        derivative_of="owner",
+    )
+)
+
+
+def _table_gradients(sparse_grad: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of a table, dense or sparse, and of weights; the latter empty unless asked for."""
+    op = _ops.memory_backward_sparse if sparse_grad else _ops.memory_backward
+    grad_values, grad_weights = op.default(*arguments)
+    return grad_values, grad_weights
+
+
+# --- memory_lookup and memory_dot -----------------------------------------------------------------------------------
+
+
+def follow_table(tensor: Tensor, values: Tensor, device_type: str) -> Tensor:
+    """A table of millions of rows stays what it is under autocast: what is multiplied with its rows follows it."""
+    return tensor.to(values.dtype) if tensors.is_autocast(tensor, device_type) else tensor
+
+
+def _lookup_backward(
+    grad_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    sparse_grad: bool,
+    needs_grad_values: bool,
+    needs_grad_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    if needs_grad_values:
+        arguments = (grad_out, values, indices, weights, needs_grad_weights)
+        return _table_gradients(sparse_grad, *arguments, "memory_lookup")
+    return None, _ops.memory_dot.default(values, indices, grad_out)
+
+
+def _lookup_forward(
+    values: Tensor, indices: Tensor, weights: Tensor, tangent_values: Tensor | None, tangent_weights: Tensor | None
+) -> Tensor:
+    return _sum_of_tangents(_ops.memory_lookup.default, indices, (tangent_values, values), (weights, tangent_weights))
+
+
+def _dot_backward(
+    grad_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    sparse_grad: bool,
+    needs_grad_values: bool,
+    needs_grad_x: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_values = grad_x = None
+    if needs_grad_values:
+        grad_values, _ = _table_gradients(sparse_grad, x, values, indices, grad_out, False, "memory_dot")
+    if needs_grad_x:
+        grad_x = _ops.memory_lookup.default(values, indices, grad_out)
+    return grad_values, grad_x
+
+
+def _dot_forward(
+    values: Tensor, indices: Tensor, x: Tensor, tangent_values: Tensor | None, tangent_x: Tensor | None
+) -> Tensor:
+    return _sum_of_tangents(_ops.memory_dot.default, indices, (tangent_values, values), (x, tangent_x))
+
+
+def _sum_of_tangents(
+    op: Any, indices: Tensor, tables: tuple[Tensor | None, Tensor | None], others: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """The tangent of an op that is linear in its table and in its other tensor: one call for each that has one."""
+    pairs = zip(tables, others, strict=True)
+    terms = [
+        op(tensors.contiguous_rows(table), indices, other)
+        for table, other in pairs
+        if table is not None and other is not None
+    ]
+    return sum(terms[1:], start=terms[0])
+
+
+register(
+    Op(
+        schema="memory_lookup(Tensor values, Tensor indices, Tensor weights, bool sparse_grad=False) -> Tensor out",
+        check=_check_lookup,
+        check_content=_check_content,
+        cuda_check=_cuda_check,
+        inputs={"indices": tensors.boundaries, "weights": _in_sum_dtype},
+        results=lambda values, indices: values.new_empty((indices.size(0), values.size(1))),
+        backward=_lookup_backward,
+        gradients=("values", "weights"),
+        forward_mode=_lookup_forward,
+        autocast={"weights": lambda tensor, values, device_type: tensors.autocast_to_sums(tensor, values, device_type)},
+        batch={"indices": 0, "weights": 0, "out": 0},
+    )
+)
+register(
+    Op(
+        schema="memory_dot(Tensor values, Tensor indices, Tensor x, bool sparse_grad=False) -> Tensor out",
+        check=_check_dot,
+        check_content=_check_content,
+        cuda_check=_cuda_check,
+        inputs={"indices": tensors.boundaries, "x": tensors.contiguous_rows},
+        results=lambda values, indices: values.new_empty(indices.shape, dtype=sum_dtype(values.dtype)),
+        backward=_dot_backward,
+        gradients=("values", "x"),
+        forward_mode=_dot_forward,
+        autocast={"x": follow_table},
+        batch={"indices": 0, "x": 0, "out": 0},
+    )
+)
+
+
+# --- product_key_topk -----------------------------------------------------------------------------------------------
+
+
+def _empty_topk(query: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (query.size(0), query.size(1), top_k)
+    return query.new_empty(shape, dtype=sum_dtype(query.dtype)), query.new_empty(shape, dtype=torch.int64)
+
+
+def _halves(tensor: Tensor, keys: Tensor) -> Tensor:
+    return tensor.unflatten(2, (2, keys.size(3)))
+
+
+def _topk_composed_on_cuda(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor] | None:
+    fits = keys.size(3) <= MAX_HALF_DIM and top_k <= MAX_TOP_K
+    return None if fits else composed_topk(_halves(query, keys), keys, top_k)
+
+
+def composed_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The same contract by torch's own ops, a chunk of tokens at a time: for head_dim above 512 or top_k above 128.
+
+    ``query [T, H, 2, D / 2]``, ``keys [H, 2, n, D / 2]``.
+    """
+    num_tokens, num_heads, _, _ = query.shape
+    num_keys = keys.size(2)
+    dtype = sum_dtype(query.dtype)
+    scores = query.new_empty((num_tokens, num_heads, top_k), dtype=dtype)
+    indices = query.new_empty((num_tokens, num_heads, top_k), dtype=torch.int64)
+    length = min(top_k, num_keys)
+    ranks = torch.arange(length, device=query.device)
+    # Only pairs of ranks that fewer than top_k other pairs dominate can be among the best.
+    first, second = _pairs_of_ranks(length, top_k, query.device)
+    bytes_a_token = num_heads * (2 * num_keys * 12 + len(first) * 32)
+    chunk = max(COMPOSED_BYTES // max(bytes_a_token, 1), 1)
+    wide_keys = keys.to(dtype)
+    for start in range(0, num_tokens, chunk):
+        part = slice(start, start + chunk)
+        halves = torch.einsum("thsd,hsnd->thsn", query[part].to(dtype), wide_keys)
+        kept = _ranked(halves).sort(dim=-1, descending=True, stable=True).indices[..., ranks]
+        best = halves.gather(-1, kept)
+        sums = best[:, :, 0, first] + best[:, :, 1, second]
+        pairs = kept[:, :, 0, first] * num_keys + kept[:, :, 1, second]
+        ranking = _ranked(best[:, :, 0, first]) + _ranked(best[:, :, 1, second])
+        ranking = torch.where(ranking.isnan(), -torch.inf, ranking)
+        # By index first: a stable sort by score then leaves ties to the lower one.
+        by_index = pairs.argsort(dim=-1)
+        by_score = ranking.gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        order = by_index.gather(-1, by_score)
+        scores[part] = sums.gather(-1, order)
+        indices[part] = pairs.gather(-1, order)
+    return scores, indices
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    return torch.where(scores.isnan(), torch.inf, scores)
+
+
+def _pairs_of_ranks(length: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    counts = [min(top_k // (rank + 1), length) for rank in range(length)]
+    first = torch.repeat_interleave(torch.arange(length), torch.tensor(counts, dtype=torch.int64))
+    second = torch.cat([torch.arange(count) for count in counts])
+    return first.to(device), second.to(device)
+
+
+def _bags_of_half_keys(keys: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys of all heads and halves as one table of rows, and a token's chosen keys as a bag of it for each half.
+
+    ``[H * 2 * n, D / 2]`` and ``[T * H * 2, top_k]``.
+    """
+    num_heads, _, num_keys, half_dim = keys.shape
+    halves = torch.stack((indices.div(num_keys, rounding_mode="floor"), indices % num_keys), dim=2)
+    first_rows = torch.arange(2 * num_heads, device=keys.device).view(num_heads, 2, 1) * num_keys
+    return keys.reshape(-1, half_dim), (halves + first_rows).view(-1, indices.size(2))
+
+
+def _topk_backward(
+    grad_scores: Tensor, query: Tensor, keys: Tensor, indices: Tensor, needs_grad_query: bool, needs_grad_keys: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    table, rows = _bags_of_half_keys(keys, indices)
+    weights = grad_scores.unsqueeze(2).expand(-1, -1, 2, -1).reshape(rows.shape)
+    grad_query = grad_keys = None
+    if needs_grad_query:
+        grad_query = _ops.memory_lookup.default(table, rows, weights).view(query.shape)
+    if needs_grad_keys:
+        bags = query.reshape(rows.size(0), keys.size(3))
+        grad_keys, _ = _ops.memory_backward.default(bags, table, rows, weights, False, "product_key_topk")
+        grad_keys = grad_keys.view(keys.shape)
+    return grad_query, grad_keys
+
+
+def _topk_forward(
+    query: Tensor, keys: Tensor, indices: Tensor, tangent_query: Tensor | None, tangent_keys: Tensor | None
+) -> tuple[Tensor, None]:
+    table, rows = _bags_of_half_keys(keys, indices)
+    bags = query.reshape(rows.size(0), keys.size(3))
+    tangent_table = None if tangent_keys is None else tangent_keys.reshape(table.shape)
+    tangent_bags = None if tangent_query is None else tangent_query.reshape(bags.shape)
+    of_halves = _sum_of_tangents(_ops.memory_dot.default, rows, (tangent_table, table), (bags, tangent_bags))
+    return of_halves.view(*indices.shape[:2], 2, -1).sum(2), None
+
+
+register(
+    Op(
+        schema="product_key_topk(Tensor query, Tensor keys, SymInt top_k) -> (Tensor scores, Tensor indices)",
+        check=_check_product_keys,
+        cuda_check=lambda query: _cuda.check_dtype("query", query),
+        composed_on_cuda=_topk_composed_on_cuda,
+        inputs={"query": _halves},
+        results=_empty_topk,
+        backward=_topk_backward,
+        gradients=("query", "keys"),
+        forward_mode=_topk_forward,
+        autocast={"query": tensors.autocast, "keys": tensors.autocast},
+        batch={"query": 0, "scores": 0, "indices": 0},
+    )
+)

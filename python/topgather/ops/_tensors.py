@@ -1,0 +1,61 @@
+"""Tensors as native entry points take them, and as autocast makes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._library import sum_dtype
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where its last dimension is not contiguous."""
+    return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """The tensor or a contiguous copy."""
+    return tensor.contiguous()
+
+
+def empty_like_rows(like: Tensor, dim: int) -> Tensor:
+    """An empty tensor of the shape of ``like`` but for its last dimension, laid out as ``like`` is.
+
+    So that the transposed view of a ``[B, N, H, D]`` projection gets an output that transposes back without a copy.
+    """
+    strides = like.stride()
+    if len(strides) == 4 and strides[1] < strides[2]:
+        batch, heads, tokens, _ = like.shape
+        return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return like.new_empty((*like.shape[:-1], dim))
+
+
+def boundaries(tensor: Tensor) -> Tensor:
+    """``cu_seqlens`` or indices as int64, contiguous."""
+    return tensor.to(torch.int64).contiguous()
+
+
+def sums_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the dtype of sums of ``like``, contiguous."""
+    return tensor.to(sum_dtype(like.dtype)).contiguous()
+
+
+def sums_like_query(tensor: Tensor, query: Tensor) -> Tensor:
+    """:func:`sums_like` for what stands beside queries."""
+    return sums_like(tensor, query)
+
+
+def is_autocast(tensor: Tensor, device_type: str) -> bool:
+    """Whether autocast casts such a tensor: floating-point, not float64, on its device."""
+    return tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
+
+
+def autocast(tensor: Tensor, device_type: str) -> Tensor:
+    """The tensor as matrix products get it under autocast."""
+    return tensor.to(torch.get_autocast_dtype(device_type)) if is_autocast(tensor, device_type) else tensor
+
+
+def autocast_to_sums(tensor: Tensor, like: Tensor, device_type: str) -> Tensor:
+    """The tensor in the dtype of sums of ``like`` where its own is another than that of ``like``."""
+    is_cast = tensor.dtype != like.dtype and is_autocast(tensor, device_type)
+    return tensor.to(sum_dtype(like.dtype)) if is_cast else tensor

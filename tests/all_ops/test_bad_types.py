@@ -1,0 +1,194 @@
+"""Every argument of every op, given as something else: an error that names the argument, on every device.
+
+Sizes, strides and contents that an op refuses are its own affair: ``test_bad_input.py`` in its folder.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.common.ops import CASES, PUBLIC, OpCase, every
+from tests.common.runs import assert_all_equal
+
+pytestmark = pytest.mark.sanitize
+TYPE = (TypeError,)
+VALUE = (ValueError,)
+EITHER = (TypeError, ValueError)
+NO_FLOATS = [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+NO_INTEGERS = [torch.float32, torch.bool, torch.int16, torch.uint8]
+
+
+def arguments(
+    of: Callable[[Any], bool],
+    cases: list[OpCase] = CASES,
+    which: Callable[[OpCase, str], bool] = lambda case, name: True,
+) -> Any:
+    """Run a test over arguments whose value ``of`` takes, as its parameters ``case`` and ``name``."""
+    found = [(case, name) for case in cases for name, value in case.example.items() if of(value) and which(case, name)]
+    return pytest.mark.parametrize(("case", "name"), found, ids=[f"{case}-{name}" for case, name in found])
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, float)
+
+
+def refuse(
+    case: OpCase, name: str, wrong: Any, exceptions: tuple[type[Exception], ...], named: str, device: torch.device
+) -> None:
+    """The call with ``wrong`` fails with one of ``exceptions``, whose message has one of ``named`` (a|b) as a word.
+
+    Of a registered op torch itself refuses what its schema does not allow, by a RuntimeError.
+    """
+    inputs = case.inputs(torch.float32, device)
+    inputs[name] = wrong(inputs[name]) if callable(wrong) else wrong
+    with pytest.raises(exceptions if case.is_public else (*exceptions, RuntimeError)) as info:
+        case.function(**inputs)
+    if case.is_public:
+        assert type(info.value) in exceptions, f"{wrong!r}: {info.value!r}"
+    assert re.search(rf"\b({named})\b", str(info.value)), f"{wrong!r}: does not name {named}: {info.value}"
+
+
+def tensors_of(case: OpCase) -> str:
+    """The names of all tensors: where two do not go together the message may begin with either."""
+    return "|".join([*case.tensors(), "cache"])
+
+
+@arguments(is_tensor)
+def test_not_a_tensor(case: OpCase, name: str, device: torch.device) -> None:
+    for wrong in (None, 3.0, [[1.0]], "query"):
+        if wrong is None and (name in case.optional or not case.is_public):
+            continue  # torch hands an op None for any tensor
+        # num_tokens may be a list of ints, too.
+        refuse(case, name, wrong, EITHER if "tokens" in name else TYPE, name, device)
+
+
+@arguments(is_tensor)
+def test_unsupported_dtype(case: OpCase, name: str, device: torch.device) -> None:
+    for dtype in NO_FLOATS if case.example[name].is_floating_point() else NO_INTEGERS:
+        refuse(case, name, lambda tensor, dtype=dtype: tensor.to(dtype), TYPE, tensors_of(case), device)
+
+
+@every(CASES)
+def test_unsupported_dtype_throughout(case: OpCase, device: torch.device) -> None:
+    for dtype in NO_FLOATS:
+        inputs = case.inputs(torch.float32, device)
+        inputs |= {name: inputs[name].to(dtype) for name in case.tensors(floating=True)}
+        with pytest.raises(TypeError, match=rf"\b({tensors_of(case)})\b"):
+            case.function(**inputs)
+
+
+@every(CASES)
+def test_float64_is_for_the_cpu(case: OpCase, cuda_device: torch.device) -> None:
+    inputs = case.inputs(torch.float32, cuda_device)
+    inputs |= {name: inputs[name].double() for name in case.tensors(floating=True)}
+    # expert_lookup hands its tables to an op that calls them values.
+    with pytest.raises(TypeError, match=rf"\b({tensors_of(case)}|values)\b"):
+        case.function(**inputs)
+
+
+@arguments(is_tensor)
+def test_wrong_number_of_dimensions(case: OpCase, name: str, device: torch.device) -> None:
+    changes = [lambda tensor: tensor[0], lambda tensor: tensor[None]]
+    if case.is_public:
+        changes.append(lambda tensor: tensor.flatten()[0])
+    for wrong in changes:
+        refuse(case, name, wrong, VALUE, tensors_of(case), device)
+
+
+@arguments(is_tensor)
+def test_another_device(case: OpCase, name: str, device: torch.device) -> None:
+    others = len(case.tensors()) > 1 or "cache" in case.example
+    if others:
+        refuse(case, name, lambda tensor: tensor.to("meta"), EITHER, f"{tensors_of(case)}|device", device)
+    else:
+        assert case.function(**{**case.inputs(torch.float32, device), name: case.example[name].to("meta")}).is_meta
+
+
+@arguments(is_tensor)
+def test_sparse_layout(case: OpCase, name: str, device: torch.device) -> None:
+    named = name if case.is_public else f"{name}|Sparse\\w+"
+    refuse(case, name, Tensor.to_sparse, EITHER, named, device)
+
+
+@arguments(is_flag, PUBLIC)
+def test_flag_of_another_type(case: OpCase, name: str, device: torch.device) -> None:
+    for wrong in (1, 0, None, "yes", torch.tensor(True)):
+        if wrong is not None or name not in case.optional:
+            refuse(case, name, wrong, TYPE, name, device)
+
+
+@arguments(is_int)
+def test_integer_of_another_type(case: OpCase, name: str, device: torch.device) -> None:
+    # What torch makes an int of before a registered op sees it is none of the op's business.
+    wrongs = (1.5, 8.0, True, "8", [8], torch.tensor(8.0), {8}) if case.is_public else (1.5, "8", [8], {8})
+    for wrong in wrongs:
+        refuse(case, name, wrong, TYPE, name, device)
+    if name not in case.optional:
+        refuse(case, name, None, TYPE, name, device)
+
+
+def is_checked_by_itself(case: OpCase, name: str) -> bool:
+    """A registered op compares the longest sequence with what boundaries hold, and with nothing else."""
+    return case.is_public or not name.startswith("max_seqlen")
+
+
+@arguments(is_int, which=is_checked_by_itself)
+def test_integer_out_of_range(case: OpCase, name: str, device: torch.device) -> None:
+    too_small = (-2, -(2**63), -(2**70)) if name.startswith("max_seqlen") else (0, -1, -(2**63), -(2**70))
+    for wrong in (*too_small, 2**31, 2**63 - 1, 2**64, 2**70):
+        # Python's ints may have more bits than torch's.
+        named = name if case.is_public or -(2**63) <= wrong < 2**63 else f"{name}|Overflow|overflow|too (big|large)"
+        refuse(case, name, wrong, VALUE if case.is_public else EITHER, named, device)
+
+
+@arguments(is_float)
+def test_number_of_another_type(case: OpCase, name: str, device: torch.device) -> None:
+    for wrong in ("1", True, [1.0], torch.ones(2), 1j) if case.is_public else ("1", [1.0], torch.ones(2), 1j):
+        refuse(case, name, wrong, TYPE, name, device)
+
+
+@arguments(is_float)
+def test_number_that_is_not_finite(case: OpCase, name: str, device: torch.device) -> None:
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        refuse(case, name, wrong, VALUE, name, device)
+    if case.is_public:
+        refuse(case, name, 10**400, VALUE, name, device)
+
+
+@every(PUBLIC)
+def test_unknown_and_missing_arguments(case: OpCase) -> None:
+    inputs = case.inputs(torch.float32, torch.device("cpu"))
+    with pytest.raises(TypeError, match="blocksize"):
+        case.function(**inputs, blocksize=3)
+    for parameter in inspect.signature(case.function).parameters.values():
+        if parameter.default is inspect.Parameter.empty:
+            with pytest.raises(TypeError, match=parameter.name):
+                case.function(**{name: value for name, value in inputs.items() if name != parameter.name})
+
+
+@pytest.mark.usefixtures("deterministic")
+@every(CASES)
+def test_an_error_leaves_the_op_usable(case: OpCase, device: torch.device) -> None:
+    expected = case.everything(case.inputs(torch.float32, device, requires_grad=True))
+    inputs = case.inputs(torch.float32, device, requires_grad=True)
+    name = case.tensors()[-1]
+    with pytest.raises(ValueError, match=rf"\b({tensors_of(case)})\b"):
+        case.function(**{**inputs, name: inputs[name][None]})
+    assert_all_equal(case.everything(inputs), expected)

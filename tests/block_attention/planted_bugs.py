@@ -1,0 +1,421 @@
+"""Bugs to plant in the CUDA sources of block attention; ``cuda/planted_bugs.py`` says how."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import topgather as tg
+from tests.block_attention.helpers import (
+    AttentionCase,
+    assert_attention_close,
+    assert_routing_contract,
+    check_attention,
+    make_gradients,
+    make_inputs,
+    run_attention,
+)
+from tests.block_attention.test_softcap_and_sinks import (
+    test_against_reference,
+    test_decoding_gives_the_rows_of_attention,
+)
+from tests.block_attention.test_varlen import Packed
+from tests.common import emulated
+from tests.common.tensors import assert_bitwise_equal, integer_tensor
+from tests.cuda.planted_bug import (
+    BEFORE_WAIT,
+    DIVERGENT,
+    OUT_OF_BOUNDS,
+    OVERWRITTEN,
+    RACE,
+    READ_OUT_OF_BOUNDS,
+    UNINITIALIZED,
+    UNPUBLISHED,
+    PlantedBug,
+)
+from topgather import reference
+
+CPU = torch.device("cpu")
+BFLOAT16 = torch.bfloat16
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+# Several query heads a key head, fewer choices than blocks, a short last block.
+SMALL = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=75, head_dim=32, block_size=16, top_k=3)
+# Several tiles of queries a warp, several steps of keys a block, and as many choices as blocks.
+MANY_QUERIES = AttentionCase(
+    num_kv_heads=1, query_len=100, key_len=230, head_dim=32, block_size=120, top_k=2, is_causal=False
+)
+# Blocks of more keys than the kernels hold on chip.
+LARGE_BLOCKS = AttentionCase(num_heads=1, query_len=150, key_len=430, head_dim=32, block_size=200, top_k=2)
+# More blocks than a kernel adds up in one go.
+MANY_BLOCKS = AttentionCase(num_heads=1, query_len=10, key_len=260, head_dim=16, block_size=1, top_k=2)
+# More queries of one block than one work item holds.
+LONG_LIST = AttentionCase(num_heads=1, query_len=4200, key_len=8, head_dim=16, block_size=8, top_k=1, is_causal=False)
+
+
+def small_waves_case() -> None:
+    """Little workspace: every key head takes several waves of queries."""
+    emulated.native().moba_cuda_set_budget(20_000)
+    check_attention(SMALL, BFLOAT16, CPU)
+
+
+def routed_case() -> None:
+    """The user's own routing: blocks in any order, unused slots anywhere, blocks after the query's own."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (SMALL.batch, SMALL.num_heads, SMALL.query_len, SMALL.num_blocks)
+    block_indices = torch.rand(shape, generator=generator).argsort(dim=-1)[..., :3].to(torch.int32)
+    block_indices[torch.rand(block_indices.shape, generator=generator) < 0.3] = -1
+    inputs, gradients = make_inputs(SMALL, BFLOAT16, CPU), make_gradients(SMALL, BFLOAT16, CPU, 0)
+    result = run_attention(*inputs, *gradients, SMALL, tg.BlockRouting(block_indices, SMALL.block_size))
+    assert_attention_close(result, inputs, gradients, block_indices, SMALL)
+
+
+def nonfinite_case() -> None:
+    """An infinite key and an infinite value reach the queries that see them and no other."""
+    case = AttentionCase(num_heads=2, query_len=60, block_size=16)
+    query, key, value = (tensor.detach() for tensor in make_inputs(case, BFLOAT16, CPU))
+    key[0, 1, 21, 2] = value[0, 0, 37, 3] = torch.inf
+    inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
+    gradients = make_gradients(case, BFLOAT16, CPU, 0)
+    block_indices = tg.moba_route(query, key, case.block_size, case.top_k).block_indices
+    assert_attention_close(run_attention(*inputs, *gradients, case), inputs, gradients, block_indices, case)
+
+
+def varlen_case() -> None:
+    """Packed sequences, one without queries, of more keys than queries and the other way round."""
+    packed = Packed(([30, 25, 0, 20], [41, 30, 5, 13]), BFLOAT16, CPU)
+    block_indices = tg.moba_route_varlen(packed.query, packed.key, *packed.cu_seqlens, 8, 3).block_indices
+    for seq_idx in range(4):
+        query, key = packed.tokens(packed.query, seq_idx), packed.tokens(packed.key, seq_idx, of_key=True)
+        assert_routing_contract(packed.columns(block_indices, seq_idx), query, key, 8, 3, is_causal=True)
+    packed.check(packed.run(8, 3, True), block_indices, 8, 3, True)
+
+
+def deterministic_case() -> None:
+    """The deterministic way gives the same bits whatever the order: in float32, whose last bits show it."""
+    case = replace(SMALL, block_size=70, top_k=2)
+    torch.use_deterministic_algorithms(True)
+    first = check_attention(case, torch.float32, CPU).tensors()
+    emulated.native().set_options(order="descending", cp_async="at_issue")
+    for name, tensor in check_attention(case, torch.float32, CPU).tensors().items():
+        assert_bitwise_equal(name, tensor, first[name])
+
+
+def deterministic_long_list_case() -> None:
+    """No list is cut, however long."""
+    torch.use_deterministic_algorithms(True)
+    check_attention(LONG_LIST, BFLOAT16, CPU)
+
+
+def check_routing(case: AttentionCase) -> None:
+    query, key = (tensor.detach() for tensor in make_inputs(case, BFLOAT16, CPU)[:2])
+    chosen = tg.moba_route(query, key, case.block_size, case.top_k, case.is_causal).block_indices
+    assert_routing_contract(chosen, query, key, case.block_size, case.top_k, case.is_causal)
+
+
+def routing_long_lists_case() -> None:
+    """Lists that do not fit shared memory, and so little workspace that thread blocks take several tiles of queries."""
+    emulated.native().moba_cuda_set_budget(100_000)
+    check_routing(AttentionCase(num_heads=1, query_len=300, block_size=2, top_k=100))
+
+
+def routing_ties_case() -> None:
+    """Small integers: scores are exact, many tie, and the choice equals the reference's."""
+    query, key = (integer_tensor((1, 2, 90, 5), BFLOAT16, CPU, seed) for seed in (0, 1))
+    key[:, :, 88:] = 1
+    chosen = tg.moba_route(query, key, 8, 3).block_indices
+    assert torch.equal(chosen, reference.moba_route(query, key, 8, 3)), "block_indices: not the reference's"
+
+
+def centroids_case() -> None:
+    """Means of blocks, the last one short."""
+    key = integer_tensor((1, 2, 37, 20), torch.float32, CPU, 0)
+    centroids = tg.block_centroids(key, 16)
+    assert torch.allclose(centroids.double(), reference.block_centroids(key, 16)), "centroids: not the reference's"
+
+
+BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
+    "small": lambda: check_attention(SMALL, BFLOAT16, CPU),
+    "small full": lambda: check_attention(replace(SMALL, is_causal=False), BFLOAT16, CPU),
+    "many queries": lambda: check_attention(MANY_QUERIES, BFLOAT16, CPU),
+    "many queries float32": lambda: check_attention(MANY_QUERIES, torch.float32, CPU),
+    "large blocks": lambda: check_attention(LARGE_BLOCKS, BFLOAT16, CPU),
+    "many blocks": lambda: check_attention(MANY_BLOCKS, BFLOAT16, CPU),
+    "long list": lambda: check_attention(LONG_LIST, BFLOAT16, CPU),
+    "small waves": small_waves_case,
+    "routed": routed_case,
+    "nonfinite": nonfinite_case,
+    "varlen": varlen_case,
+    "deterministic": deterministic_case,
+    "deterministic long list": deterministic_long_list_case,
+    "routing": lambda: check_routing(AttentionCase(num_kv_heads=1, query_len=299, block_size=4, top_k=4)),
+    "routing full": lambda: check_routing(AttentionCase(query_len=150, block_size=4, top_k=4, is_causal=False)),
+    "routing long lists": routing_long_lists_case,
+    "routing ties": routing_ties_case,
+    "centroids": centroids_case,
+    "softcap and sinks": lambda: test_against_reference(BFLOAT16, {"softcap": 1.5, "has_sinks": True}, True, CPU),
+    "decoding with softcap and sinks": lambda: test_decoding_gives_the_rows_of_attention(
+        BFLOAT16, {"softcap": 1.5, "has_sinks": True}, CPU
+    ),
+}
+
+
+# --- bugs -------------------------------------------------------------------------------------------------------------
+
+WRONG_OUT = "AssertionError: out"
+WRONG_LSE = "AssertionError: lse"
+WRONG_GRADIENT = "AssertionError: d_"
+WRONG_CHOICE = "AssertionError: block_indices"
+
+LAYOUT = "moba/moba_layout_cuda.cu"
+FORWARD = "moba/moba_forward_cuda.cuh"
+MERGE = "moba/moba_forward_cuda.cu"
+BACKWARD = "moba/moba_backward_cuda.cuh"
+DECODE_ATTEND = "decode/decode_attend_cuda.cu"
+BACKWARD_STEPS = "moba/moba_backward_cuda.cu"
+ROUTE = "moba/moba_route_cuda.cuh"
+ROUTE_STEPS = "moba/moba_route_cuda.cu"
+CENTROIDS = "moba/moba_centroids_cuda.cu"
+STAGES = "moba/moba_stages_cuda.cuh"
+GEOMETRY = "moba/moba_geometry_cuda.cuh"
+TILE_MATH = "cuda/tile_math.cuh"
+SHARED_TILE = "cuda/shared_tile.cuh"
+
+# What is compiled for an edit of a file, if not the file alone: enough for the case to meet the bug.
+BLOCK_ATTENTION_UNITS = {
+    FORWARD: ["moba_forward_bfloat16_cuda.cu"],
+    BACKWARD: ["moba_backward_bfloat16_cuda.cu"],
+    ROUTE: ["moba_route_bfloat16_cuda.cu"],
+    STAGES: ["moba_layout_cuda.cu", "moba_forward_cuda.cu", "moba_forward_bfloat16_cuda.cu"],
+    GEOMETRY: ["moba_layout_cuda.cu", "moba_forward_cuda.cu", "moba_forward_bfloat16_cuda.cu"],
+    TILE_MATH: ["moba_forward_bfloat16_cuda.cu"],
+    SHARED_TILE: ["moba_forward_bfloat16_cuda.cu"],
+}
+FORWARD_FLOAT32 = ["moba_forward_float32_cuda.cu"]
+
+
+# fmt: off
+BARRIERS = [
+    PlantedBug("layout: totals not published", LAYOUT,
+               "Publishes every warp's totals to all warps. __syncthreads();", "", "small", UNPUBLISHED),
+    PlantedBug("layout: totals overwritten while read", LAYOUT,
+               "have been read and the next blocks may overwrite them. __syncthreads();", "",
+               "many blocks", OVERWRITTEN),
+    PlantedBug("layout: cursors not published", LAYOUT,
+               "Publishes the cursors to the warp's lanes. __syncwarp();", "", "small full", UNPUBLISHED),
+    PlantedBug("layout: cursors not published to the next row", LAYOUT,
+               "Publishes the cursors moved by this row's lanes to the next row's. __syncwarp();", "", "small", RACE),
+    PlantedBug("forward: keys not published", FORWARD,
+               "they stay as they are to the end. __syncthreads();", "", "small", UNPUBLISHED),
+    PlantedBug("forward: keys of large blocks not published", FORWARD,
+               "Publishes keys and values to all warps, and each warp's queries to its lanes. __syncthreads();", "",
+               "large blocks", UNPUBLISHED),
+    PlantedBug("forward: keys of large blocks overwritten while read", FORWARD,
+               "Tells all warps that the keys before have been used and may be overwritten. __syncthreads();", "",
+               "large blocks", OVERWRITTEN),
+    PlantedBug("forward: queries not published", FORWARD,
+               "Publishes the warp's queries to its lanes. __syncwarp();", "", "many queries", UNPUBLISHED),
+    PlantedBug("forward: queries overwritten while read", FORWARD,
+               "and the next tile's may overwrite them. __syncwarp();", "", "small", OVERWRITTEN),
+    PlantedBug("forward: queries overwritten a step of keys too early", FORWARD,
+               "if (step + kStepKeys >= end) after_scores();", "if (step == 0) after_scores();",
+               "many queries", OVERWRITTEN),
+    PlantedBug("forward: weights in float32 not published", FORWARD,
+               "Publishes the warp's weights to its lanes. __syncwarp();", "",
+               "many queries float32", UNPUBLISHED, FORWARD_FLOAT32),
+    PlantedBug("forward: weights in float32 overwritten while read", FORWARD,
+               "Tells the lanes that the weights have been used and may be overwritten. __syncwarp();", "",
+               "many queries float32", OVERWRITTEN, FORWARD_FLOAT32),
+    PlantedBug("forward: threads vote on hidden keys each for themselves", FORWARD,
+               "hides_keys = __syncthreads_or(hides_keys ? 1 : 0) != 0;", "", "nonfinite", DIVERGENT),
+    PlantedBug("backward: places of rows not published", BACKWARD,
+               "__syncthreads_or(row_hides_keys ? 1 : 0) != 0;", "row_hides_keys;", "small", UNPUBLISHED),
+    PlantedBug("backward: queries not published", BACKWARD,
+               "and the first time keys and values, to all warps. __syncthreads();", "", "small", UNPUBLISHED),
+    PlantedBug("backward: weights not published", BACKWARD,
+               "is_unusual = __syncthreads_or(is_unusual ? 1 : 0) != 0;", "", "small", UNPUBLISHED),
+    PlantedBug("backward: a tile overwritten while read", BACKWARD,
+               "the tile has been used and the next one may overwrite it. __syncthreads();", "",
+               "small", OVERWRITTEN),
+    PlantedBug("route: centroids not published", ROUTE,
+               "the first time queries, lists and what rows see, to all warps. __syncthreads();", "",
+               "routing", UNPUBLISHED),
+    PlantedBug("route: centroids overwritten while read", ROUTE,
+               "Tells all warps that the centroids have been used and may be overwritten. __syncthreads();", "",
+               "routing", OVERWRITTEN),
+    PlantedBug("route: scores not published", ROUTE,
+               "Publishes the warp's scores to its lanes. __syncwarp();", "", "routing", UNPUBLISHED),
+    PlantedBug("route: list entries overwritten while read", ROUTE,
+               "All members have read before any of them writes. __syncwarp();", "", "routing", OVERWRITTEN),
+    PlantedBug("route: moved list entries not published", ROUTE,
+               "Publishes the moved entries to the group. __syncwarp();", "", "routing", RACE),
+    PlantedBug("route: what rows see not published", ROUTE,
+               "Publishes what the rows see to all warps. __syncthreads();", "", "many queries", UNPUBLISHED),
+    PlantedBug("route: lists overwritten by the next tile of queries", ROUTE,
+               "and may be overwritten by the next tile's. __syncthreads();", "", "routing long lists", RACE),
+    PlantedBug("centroids: sums not published", CENTROIDS,
+               "Step 2: publishes every group's sums to the first group. __syncthreads();", "",
+               "centroids", UNPUBLISHED),
+]
+
+COPIES_AND_ATOMICS = [
+    PlantedBug("forward: keys not waited for", FORWARD,
+               "cuda::copy_async_wait<0>(); // Publishes keys and values, where", "// Publishes keys and values, where",
+               "small", UNPUBLISHED),
+    PlantedBug("forward: next queries not waited for", FORWARD,
+               "cuda::copy_async_wait<0>(); // Publishes the warp's queries", "// Publishes the warp's queries",
+               "many queries", BEFORE_WAIT),
+    PlantedBug("backward: copies not waited for", BACKWARD,
+               "cuda::copy_async_wait<0>();", "", "small", BEFORE_WAIT),
+    PlantedBug("route: copies not waited for", ROUTE,
+               "cuda::copy_async_wait<0>();", "", "routing", BEFORE_WAIT),
+    PlantedBug("layout: lost atomic in the counts", LAYOUT,
+               "cuda::add_atomic(counts + mine.sequence.first_block + choice, 1);",
+               "counts[mine.sequence.first_block + choice] += 1;", "small", RACE),
+    PlantedBug("backward: lost atomic in grad_query", BACKWARD,
+               "cuda::add_atomic_quad(grad + n * 8, four);", "grad[n * 8] += four.x;", "small", RACE),
+    PlantedBug("backward: lost atomic in grad_key", BACKWARD,
+               "cuda::add_atomic_pair(address, make_float2(first, second));", "address[0] += first;",
+               "long list", RACE),
+    PlantedBug("forward: one row past a short last block", FORWARD,
+               "row_chunks, row < num_keys);", "row_chunks, row <= num_keys);", "small", READ_OUT_OF_BOUNDS),
+    PlantedBug("backward: one row past a short last block", BACKWARD,
+               "row_chunks, row < count);", "row_chunks, row <= count);", "small", READ_OUT_OF_BOUNDS),
+    PlantedBug("tiles: rows that are not there copied", SHARED_TILE,
+               "is_row_there && chunk_idx < row_chunks", "chunk_idx < row_chunks", "small", READ_OUT_OF_BOUNDS),
+    PlantedBug("tiles: rows that are not there not zeroed", SHARED_TILE,
+               "copy_async_16(tile.chunk(", "if (is_copied) copy_async_16(tile.chunk(", "small", UNINITIALIZED),
+]
+
+LISTS = [
+    PlantedBug("layout: lists filled one entry late", LAYOUT,
+               "counts[block] + list_starts[block];", "counts[block] + list_starts[block] + 1;",
+               "small", UNINITIALIZED),
+    PlantedBug("layout: a chunk starts where it ends", LAYOUT,
+               "counts[(first + i) * num_blocks] = total;", "counts[(first + i) * num_blocks] = total + count[i];",
+               "small", f"{RACE}|{UNINITIALIZED}"),
+    PlantedBug("layout: work items rounded down", LAYOUT,
+               "divide_up(entries, args.lists.entries_per_item)", "(entries / args.lists.entries_per_item)",
+               "small", UNINITIALIZED),
+    PlantedBug("layout: unused slots counted", LAYOUT,
+               "choice) > 0) { cuda::add_atomic(", "choice) >= 0) { cuda::add_atomic(", "small", OUT_OF_BOUNDS),
+    PlantedBug("layout: choices past the causal limit listed", LAYOUT,
+               "choice) > 0) { block =", "choice) > 0 || choice >= 0) { block =",
+               "routed", f"{RACE}|{UNINITIALIZED}|{OUT_OF_BOUNDS}"),
+    PlantedBug("layout: blocks of packed sequences numbered one short", LAYOUT,
+               "args.block_starts[i] = num_blocks + blocks;",
+               "args.block_starts[i] = num_blocks + blocks - (i > 1 ? 1 : 0);", "varlen", WRONG_OUT),
+    PlantedBug("stages: query heads interleaved over key heads", STAGES,
+               "unit.kv_head * geometry.group + head_in_group", "unit.kv_head + head_in_group * geometry.num_kv_heads",
+               "small", WRONG_OUT),
+    PlantedBug("stages: every wave takes the first queries", STAGES,
+               "wave.first_query + query,", "query + 0 * wave.first_query,", "small waves", WRONG_OUT),
+    PlantedBug("geometry: a query sees one key after its own", GEOMETRY,
+               "query + block.visible_offset + 1;", "query + block.visible_offset + 2;", "small", WRONG_OUT),
+    PlantedBug("geometry: queries stand at the first keys", GEOMETRY,
+               "sequence.position_offset = sequence.num_keys - sequence.num_queries;", "sequence.position_offset = 0;",
+               "varlen", WRONG_CHOICE, BLOCK_ATTENTION_UNITS[ROUTE]),
+]
+
+SCORES = [
+    PlantedBug("forward: scores not capped", FORWARD,
+               "if (args.softcap > 0.0f) cap_scores(scores, args.softcap);", "", "softcap and sinks", WRONG_OUT),
+    PlantedBug("backward: the slope of the cap forgotten", BACKWARD,
+               "if (args.softcap > 0.0f) d_scores[e] *= cuda::slope_of_cap(score, args.inverse_softcap);", "",
+               "softcap and sinks", "AssertionError: gradient of query"),
+    PlantedBug("merge: the sink forgotten", MERGE,
+               "const float factor = is_valid ? share / sum : NAN;",
+               "const float factor = is_valid ? 1.0f / sum : NAN;",
+               "softcap and sinks", WRONG_OUT),
+    PlantedBug("decode: scores not capped", DECODE_ATTEND,
+               "if (args.softcap > 0.0f) score =", "if (false) score =", "decoding with softcap and sinks", WRONG_OUT),
+    PlantedBug("decode: the sink forgotten", DECODE_ATTEND,
+               "result / sum * share", "result / sum", "decoding with softcap and sinks", WRONG_OUT),
+]
+
+ARITHMETIC = [
+    PlantedBug("tiles: left operands of an mma swapped", TILE_MATH,
+               "left[m][1] = pack2<Element>(w[m][2 * k][2], w[m][2 * k][3]); left[m][2]",
+               "left[m][2] = pack2<Element>(w[m][2 * k][2], w[m][2 * k][3]); left[m][1]", "small", WRONG_OUT),
+    PlantedBug("tiles: right operands of an mma swapped", TILE_MATH,
+               "k * 2 + ((lane >> 3) & 1)));", "k * 2 + 1 - ((lane >> 3) & 1)));",
+               "small", WRONG_OUT),
+    PlantedBug("tiles: right operand not transposed", TILE_MATH,
+               "load_matrix_x4_transposed(right, b.chunk(first_row +", "load_matrix_x4(right, b.chunk(first_row +",
+               "small", WRONG_OUT),
+    PlantedBug("tiles: four columns of a row stored at another lane's", TILE_MATH,
+               "return t % 2 * 8 + t / 2 * 4;", "return t / 2 * 8 + t % 2 * 4;", "small", WRONG_OUT),
+    PlantedBug("forward: hidden keys from one too late", FORWARD,
+               "+ e >= num_visible)", "+ e > num_visible)", "small", WRONG_OUT),
+    PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
+               "running.out[m][n][2 * h] *= rescale;", "", "large blocks", WRONG_OUT),
+    PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
+               "running.sum[m][h] * rescale + sum", "running.sum[m][h] + sum", "large blocks", WRONG_OUT),
+    PlantedBug("forward: hidden values that are not finite", FORWARD,
+               "hides_keys && forward::has_unusual_values<Element>(", "false && forward::has_unusual_values<Element>(",
+               "nonfinite", "AssertionError: out: NaN mask differs"),
+    PlantedBug("merge: the first slot weighs twice", MERGE,
+               "= __shfl_sync(cuda::kAllLanes, weight_of_lane, i);",
+               "= __shfl_sync(cuda::kAllLanes, weight_of_lane, i) * (first + i == 0 ? 2.0f : 1.0f);",
+               "small", WRONG_OUT),
+    PlantedBug("merge: slots that see nothing take part", MERGE,
+               "if ((seen >> i & 1) == 0) continue;", "", "small", UNINITIALIZED),
+    PlantedBug("merge: lse in base 2", MERGE,
+               "(maximum + log2f(sum)) * kLn2", "(maximum + log2f(sum))", "small", WRONG_LSE),
+    PlantedBug("backward: hidden keys from one too late", BACKWARD,
+               "+ e < num_visible;", "+ e <= num_visible;", "small", WRONG_GRADIENT),
+    PlantedBug("backward: gradients of hidden scores kept", BACKWARD,
+               "d_scores[e] = is_visible ?", "d_scores[e] = true ?", "small", WRONG_GRADIENT),
+    PlantedBug("backward: scale missing on grad_key", BACKWARD,
+               "grad_key, args.gradient_scale, warp_key", "grad_key, 1.0f, warp_key", "small", "AssertionError: d_key"),
+    PlantedBug("backward: scale missing on grad_query", BACKWARD,
+               "const float scale = args.gradient_scale;", "const float scale = 1.0f;",
+               "small", "AssertionError: d_query"),
+    PlantedBug("backward: gradient of lse left out", BACKWARD_STEPS,
+               "if (args.grad_lse.data != nullptr)", "if (false)", "small", WRONG_GRADIENT),
+    PlantedBug("backward: sums of earlier waves cleared", BACKWARD_STEPS,
+               "if (wave.first_query == 0) {", "if (true) {", "small waves", "AssertionError: d_key"),
+    PlantedBug("backward: a key past a short last block", BACKWARD,
+               "if (key >= num_keys) continue;", "if (key > num_keys) continue;", "small", "RuntimeError"),
+    PlantedBug("backward, deterministic: all chunks of a block at once", BACKWARD_STEPS,
+               "if (!args.is_deterministic) return kernel.launch(", "if (true) return kernel.launch(",
+               "deterministic", RACE),
+    PlantedBug("backward, deterministic: lists cut into items", BACKWARD_STEPS,
+               "is_deterministic ? INT32_MAX :", "", "deterministic long list", RACE),
+    PlantedBug("backward, deterministic: atomic sums all the same", BACKWARD_STEPS,
+               "= params.is_deterministic; const BackwardKernel&", "= false; const BackwardKernel&",
+               "deterministic", "AssertionError: d_.*: bits differ"),
+]
+
+CHOICES = [
+    PlantedBug("route: own block dropped", ROUTE,
+               "choices[num_kept] = own_block;", "choices[num_kept] = -1;", "routing", WRONG_CHOICE),
+    PlantedBug("route: own block ranked with those before it", ROUTE,
+               "geometry.is_causal ? (own > 0 ? own : 0)", "geometry.is_causal ? own + 1", "routing", WRONG_CHOICE),
+    PlantedBug("route: ties go to the later block", ROUTE,
+               "block < other_block)", "block > other_block)", "routing ties", WRONG_CHOICE),
+    PlantedBug("route: centroids rounded to bfloat16", ROUTE_STEPS,
+               "? rest - cuda::to_float(head) : 0.0f", "? 0.0f : 0.0f", "routing", WRONG_CHOICE),
+    PlantedBug("route: a tile of centroids ends one early", ROUTE,
+               "column < count && block < visible", "column + 1 < count && block < visible", "routing", WRONG_CHOICE),
+    PlantedBug("route: query heads interleaved over key heads", ROUTE,
+               "unit.kv_head * geometry.group + head_of_units % static_cast<uint32_t>(geometry.group)",
+               "unit.kv_head + head_of_units % static_cast<uint32_t>(geometry.group) * geometry.num_kv_heads",
+               "small", WRONG_CHOICE),
+    PlantedBug("centroids: a short block divided by a full one's size", CENTROIDS,
+               "static_cast<float>(key_block.num_keys)", "static_cast<float>(geometry.block_size)",
+               "routing full", WRONG_CHOICE),
+]
+
+# fmt: on
+
+BLOCK_ATTENTION_BUGS = [
+    *BARRIERS,
+    *COPIES_AND_ATOMICS,
+    *LISTS,
+    *SCORES,
+    *ARITHMETIC,
+    *CHOICES,
+]

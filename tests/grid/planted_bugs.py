@@ -1,0 +1,169 @@
+"""Bugs to plant in the CUDA sources of grid and window attention; ``cuda/planted_bugs.py`` says how."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.cuda.planted_bug import (
+    BEFORE_WAIT,
+    OUT_OF_BOUNDS,
+    OVERWRITTEN,
+    RACE,
+    READ_OUT_OF_BOUNDS,
+    UNINITIALIZED,
+    UNPUBLISHED,
+    PlantedBug,
+)
+from tests.grid.helpers import GridCase, assert_grid_close, check_grid, make_inputs, run_grid
+
+CPU = torch.device("cpu")
+BFLOAT16 = torch.bfloat16
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+# Groups of up to 20 tokens, of all four sizes: two to a tile.
+GRID = GridCase(rows=7, columns=9, step=(2, 2), head_dim=24, has_bias=True)
+# 27 windows of up to 12 tokens, four to a tile; those at the edges are short.
+WINDOWS = GridCase(batch=1, num_heads=3, rows=7, columns=9, step=(3, 4), head_dim=24, partition="window", has_bias=True)
+# One group of more than two tiles.
+LARGE = GridCase(rows=13, columns=11, step=(1, 1), head_dim=24, has_bias=True)
+# More groups of one head than its bias' gradient is summed in pieces.
+MANY_GROUPS = GridCase(batch=1, num_heads=33, rows=13, columns=10, step=(13, 5), head_dim=8, has_bias=True)
+
+
+def nonfinite_case() -> None:
+    """The first token of all, which stands in for those that are not there, is not finite."""
+    inputs = make_inputs(GRID, BFLOAT16, CPU)
+    value = inputs.value.detach().clone()
+    value[0, 0, 0, 0] = torch.inf
+    inputs.value = value.requires_grad_()
+    assert_grid_close(run_grid(inputs, GRID), inputs, GRID)
+
+
+def empty_case() -> None:
+    """No image, but a bias; memory that nobody writes is NaN."""
+    torch.use_deterministic_algorithms(True)
+    check_grid(GridCase(batch=0, has_bias=True), BFLOAT16, CPU)
+
+
+GRID_CASES: dict[str, Callable[[], Any]] = {
+    "grid": lambda: check_grid(GRID, BFLOAT16, CPU),
+    "grid windows": lambda: check_grid(WINDOWS, BFLOAT16, CPU),
+    "grid large": lambda: check_grid(LARGE, BFLOAT16, CPU),
+    "grid large float32": lambda: check_grid(LARGE, torch.float32, CPU),
+    "grid many groups": lambda: check_grid(MANY_GROUPS, BFLOAT16, CPU),
+    "grid nonfinite": nonfinite_case,
+    "grid empty": empty_case,
+}
+
+# --- bugs -------------------------------------------------------------------------------------------------------------
+
+WRONG_OUT = "AssertionError: out"
+WRONG_GRADIENT = "AssertionError: d_"
+WRONG_BIAS = "AssertionError: d_bias"
+
+GEOMETRY = "grid/grid_geometry_cuda.cuh"
+FORWARD = "grid/grid_forward_cuda.cu"
+BACKWARD = "grid/grid_backward_cuda.cuh"
+BACKWARD_STEPS = "grid/grid_backward_cuda.cu"
+GRID_UNITS = {GEOMETRY: ["grid_forward_cuda.cu"], BACKWARD: ["grid_backward_cuda.cu"]}
+
+# fmt: off
+GRID_BUGS = [
+    PlantedBug("grid: groups begin one row late", GEOMETRY,
+               "row_group * geometry.rows.group_step +", "(row_group + 1) * geometry.rows.group_step +",
+               "grid", f"{WRONG_OUT}|{UNINITIALIZED}"),
+    PlantedBug("grid: tokens of a group one column too near", GEOMETRY,
+               "token_column * geometry.columns.token_step;", "token_column * (geometry.columns.token_step - 1);",
+               "grid", f"{WRONG_OUT}|{RACE}|{UNINITIALIZED}"),
+    PlantedBug("grid: windows one token further apart", GEOMETRY,
+               "column_group * geometry.columns.group_step +", "column_group * (geometry.columns.group_step + 1) +",
+               "grid windows", f"{WRONG_OUT}|{RACE}|{UNINITIALIZED}"),
+    PlantedBug("grid: tokens past the last column", GEOMETRY,
+               "row < geometry.rows.size && column < geometry.columns.size;", "row < geometry.rows.size;",
+               "grid", f"{WRONG_OUT}|{RACE}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("grid: tokens past the last row", GEOMETRY,
+               "row < geometry.rows.size && column", "row <= geometry.rows.size && column",
+               "grid windows", f"{WRONG_OUT}|{RACE}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("grid: a unit past the last", GEOMETRY,
+               "is_there = unit < geometry.num_units() &&", "is_there = unit <= geometry.num_units() &&",
+               "grid windows", f"{READ_OUT_OF_BOUNDS}|{OUT_OF_BOUNDS}"),
+    PlantedBug("grid: places not published", GEOMETRY,
+               "return __syncthreads_or(is_there ? 1 : 0) != 0;", "return true;", "grid", UNPUBLISHED),
+    PlantedBug("grid: groups of up to 32 tokens in slots of 16", GEOMETRY,
+               "(most_tokens <= 32 ? 32 : tile_tokens)", "(most_tokens <= 32 ? 16 : tile_tokens)",
+               "grid", f"{WRONG_OUT}|{UNINITIALIZED}"),
+    PlantedBug("grid: rows of tokens that are not there copied", GEOMETRY,
+               "row_chunks, is_there);", "row_chunks, true);", "grid nonfinite", WRONG_OUT),
+    PlantedBug("grid: results of tokens that are not there written", GEOMETRY,
+               "if (!is_token_there(places, row)) continue; Element* target", "\nElement* target",
+               "grid", f"{RACE}|{WRONG_OUT}"),
+    PlantedBug("grid: results not published to the warp", GEOMETRY,
+               "Publishes the warp's results to its lanes. __syncwarp();", "", "grid", f"{RACE}|{UNINITIALIZED}"),
+    PlantedBug("grid: weights in float32 not published", GEOMETRY,
+               "Publishes the warp's weights to its lanes. __syncwarp();", "", "grid large float32", UNPUBLISHED),
+    PlantedBug("grid: weights in float32 overwritten while read", GEOMETRY,
+               "Tells the lanes that the weights have been used and may be overwritten. __syncwarp();", "",
+               "grid large float32", OVERWRITTEN),
+    PlantedBug("grid forward: a key that is not there attended to", FORWARD,
+               "if ((there >> key & 1u) == 0) score = -INFINITY;", "", "grid", WRONG_OUT),
+    PlantedBug("grid forward: bias dropped", FORWARD,
+               "if (bias != nullptr && (there >> key & 1u) != 0) {", "if (false) {", "grid", WRONG_OUT),
+    PlantedBug("grid forward: bias of the first head", FORWARD,
+               "(shared.query_places.head[row] * group +", "(0 * group +", "grid", WRONG_OUT),
+    PlantedBug("grid forward: outputs not rescaled", FORWARD,
+               "running.out[0][n][2 * h] *= rescale;", "", "grid large", WRONG_OUT),
+    PlantedBug("grid forward: sums of one lane", FORWARD,
+               "const float sum = cuda::sum_of_row(running.sum[h]);", "const float sum = running.sum[h];",
+               "grid", WRONG_OUT),
+    PlantedBug("grid forward: lse without the maximum", FORWARD,
+               "(running.maximum[h] + log2f(sum)) * kLn2", "log2f(sum) * kLn2", "grid", WRONG_GRADIENT),
+    PlantedBug("grid forward: the last tile of keys left out", FORWARD,
+               "key_tile < geometry.num_tiles;", "key_tile + 1 < geometry.num_tiles;", "grid large", WRONG_OUT),
+    PlantedBug("grid forward: keys not published", FORWARD,
+               "Publishes keys and values, and the first time queries, to all warps. __syncthreads();", "",
+               "grid", UNPUBLISHED),
+    PlantedBug("grid forward: keys overwritten while read", FORWARD,
+               "the tile has been used and the next one may overwrite it. __syncthreads();", "",
+               "grid large", OVERWRITTEN),
+    PlantedBug("grid forward: copies not waited for", FORWARD,
+               "cuda::copy_async_wait<0>();", "", "grid", f"{BEFORE_WAIT}|{UNPUBLISHED}"),
+    PlantedBug("grid backward: tokens that are not there weigh", BACKWARD,
+               "if (!is_there) {", "if (false) {", "grid", f"{WRONG_GRADIENT}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("grid backward: bias dropped", BACKWARD,
+               "if (bias != nullptr) { score = fmaf(", "if (false) { score = fmaf(", "grid", WRONG_GRADIENT),
+    PlantedBug("grid backward: bias turned where keys are rows", BACKWARD,
+               "shared.row_places.number[row] * (kAreRowsKeys ? 1 : group);",
+               "shared.row_places.number[row] * (kAreRowsKeys ? group : 1);", "grid windows",
+               f"{WRONG_GRADIENT}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("grid backward: shift dropped", BACKWARD,
+               "(d_score - shared.shift[query]);", "d_score;", "grid", WRONG_GRADIENT),
+    PlantedBug("grid backward: gradient of values zeroed", BACKWARD,
+               "const float ones[2] = {1.0f, 1.0f};", "const float ones[2] = {0.0f, 0.0f};",
+               "grid", "AssertionError: d_value"),
+    PlantedBug("grid backward: scale dropped", BACKWARD,
+               "factors[2] = {args.gradient_scale, args.gradient_scale};", "factors[2] = {1.0f, 1.0f};",
+               "grid", WRONG_GRADIENT),
+    PlantedBug("grid backward: columns not published", BACKWARD,
+               "and the first time those of the rows, to all warps. __syncthreads();", "", "grid", UNPUBLISHED),
+    PlantedBug("grid backward: columns overwritten while read", BACKWARD,
+               "the tile has been used and the next one may overwrite it. __syncthreads();", "",
+               "grid large", OVERWRITTEN),
+    PlantedBug("grid backward: rows for the bias not published", BACKWARD,
+               "Publishes rows and numbers to all warps. __syncthreads();", "", "grid", UNPUBLISHED),
+    PlantedBug("grid backward: rows for the bias overwritten while read", BACKWARD,
+               "the tiles have been used and the next ones may overwrite them. __syncthreads();", "",
+               "grid many groups", OVERWRITTEN),
+    PlantedBug("grid backward: the bias' gradient of one image a piece", BACKWARD,
+               "sums[step][n][e] += d_scores[0][n][e];", "sums[step][n][e] = d_scores[0][n][e];",
+               "grid many groups", WRONG_BIAS),
+    PlantedBug("grid backward: the last piece of the bias' gradient left out", BACKWARD_STEPS,
+               "piece < args.num_pieces; ++piece", "piece + 1 < args.num_pieces; ++piece", "grid", WRONG_BIAS),
+    PlantedBug("grid backward: shift of every other channel", BACKWARD_STEPS,
+               "fmaf(left.x, right.x, fmaf(left.y, right.y, sum))", "fmaf(left.x, right.x, sum)",
+               "grid", WRONG_GRADIENT),
+    PlantedBug("grid backward: the bias' gradient of no image not cleared", BACKWARD_STEPS,
+               "if (!needs_grad_bias || bias_sums_of(problem) == 0) return;", "return;", "grid empty", WRONG_BIAS),
+]
+# fmt: on

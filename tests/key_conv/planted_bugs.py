@@ -1,0 +1,157 @@
+"""Bugs to plant in the CUDA sources of the key convolution; ``cuda/planted_bugs.py`` says how."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.cuda.planted_bug import OVERWRITTEN, READ_OUT_OF_BOUNDS, UNINITIALIZED, UNPUBLISHED, PlantedBug
+from tests.key_conv.helpers import KeyConvCase, assert_key_conv_close, check_key_conv, make_inputs, run_key_conv
+
+CPU = torch.device("cpu")
+BFLOAT16 = torch.bfloat16
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+# Several runs of tokens, in several thread blocks.
+DENSE = KeyConvCase(num_tokens=300, head_dim=24, width=4, has_state=True)
+NO_STATE = KeyConvCase(num_tokens=70, head_dim=24, width=3)
+WIDE = KeyConvCase(num_tokens=70, head_dim=24, width=7)
+PACKED = KeyConvCase(lengths=(9, 0, 1, 50, 33, 2), head_dim=24, width=5)
+
+
+def nonfinite_case() -> None:
+    """A key further back than the taps reach, within the registers' window, is not finite."""
+    inputs = make_inputs(NO_STATE, BFLOAT16, CPU)
+    key = inputs.key.detach().clone()
+    key[0, 0, 10] = torch.inf
+    inputs.key = key.requires_grad_()
+    assert_key_conv_close(run_key_conv(inputs), inputs, NO_STATE)
+
+
+def empty_case() -> None:
+    """No tokens, but a weight; memory that nobody writes is NaN."""
+    torch.use_deterministic_algorithms(True)
+    check_key_conv(KeyConvCase(num_tokens=0), BFLOAT16, CPU)
+
+
+def outside_case() -> None:
+    """Boundaries that leave out the first tokens and the last."""
+    inputs = make_inputs(PACKED, torch.float32, CPU)
+    inputs.cu_seqlens = torch.tensor([3, 9, 9, 10, 60, 90])
+    result = run_key_conv(inputs)
+    for name in ("out", "d_key"):
+        is_missing = torch.ones(95, dtype=torch.bool)
+        is_missing[3:90] = False
+        assert result[name][is_missing].isnan().all(), f"{name}: a token of no sequence is not NaN"
+        assert result[name][~is_missing].isfinite().all(), f"{name}: a token of a sequence is not finite"
+    assert result["d_weight"].isfinite().all(), "d_weight: not finite"
+
+
+KEY_CONV_CASES: dict[str, Callable[[], Any]] = {
+    "key_conv": lambda: check_key_conv(DENSE, BFLOAT16, CPU),
+    "key_conv float32": lambda: check_key_conv(DENSE, torch.float32, CPU),
+    "key_conv without state": lambda: check_key_conv(NO_STATE, BFLOAT16, CPU),
+    "key_conv wide": lambda: check_key_conv(WIDE, BFLOAT16, CPU),
+    "key_conv packed": lambda: check_key_conv(PACKED, BFLOAT16, CPU),
+    "key_conv offset": lambda: check_key_conv(NO_STATE, BFLOAT16, CPU, layout="offset"),
+    "key_conv nonfinite": nonfinite_case,
+    "key_conv empty": empty_case,
+    "key_conv outside": outside_case,
+}
+
+# --- bugs -------------------------------------------------------------------------------------------------------------
+
+WRONG_OUT = "AssertionError: out"
+WRONG_GRADIENT = "AssertionError: d_"
+WRONG_KEY = "AssertionError: d_key"
+WRONG_WEIGHT = "AssertionError: d_weight"
+WRONG_STATE = "AssertionError: d_state"
+MISALIGNED = "RuntimeError: MISALIGNED"
+
+ROWS = "key_conv/key_conv_rows_cuda.cuh"
+FORWARD = "key_conv/key_conv_forward_cuda.cu"
+BACKWARD = "key_conv/key_conv_backward_cuda.cu"
+KEY_CONV_UNITS = {ROWS: ["key_conv_forward_cuda.cu"]}
+
+# fmt: off
+KEY_CONV_BUGS = [
+    PlantedBug("key_conv: taps turned round", ROWS,
+               "source[c * shape.width + shape.width - 1 - l]", "source[c * shape.width + l]",
+               "key_conv", WRONG_OUT),
+    PlantedBug("key_conv: the state one row late", ROWS,
+               "row + shape.width - 1) + place.column", "row + shape.width - 2) + place.column",
+               "key_conv", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("key_conv: keys past the end read", ROWS,
+               "if (row < shape.num_tokens) {", "if (row <= shape.num_tokens + 16) {", "key_conv",
+               f"{READ_OUT_OF_BOUNDS}|{WRONG_GRADIENT}", ["key_conv_backward_cuda.cu"]),
+    PlantedBug("key_conv: a boundary belongs to the sequence before", ROWS,
+               "shape.cu_seqlens[middle] <= token", "shape.cu_seqlens[middle] < token", "key_conv packed", WRONG_OUT),
+    PlantedBug("key_conv: the last sequence has no end", ROWS,
+               "end < shape.num_tokens ? end : shape.num_tokens", "shape.num_tokens", "key_conv outside", WRONG_OUT),
+    PlantedBug("key_conv: pairs turned round", ROWS,
+               "values[2 * i] = pair.x; values[2 * i + 1] = pair.y;",
+               "values[2 * i] = pair.y; values[2 * i + 1] = pair.x;", "key_conv", WRONG_OUT),
+    PlantedBug("key_conv: a sigmoid of twice the number", ROWS,
+               "x * -kKeyConvLog2E", "x * (-2.0f * kKeyConvLog2E)", "key_conv", WRONG_OUT),
+    PlantedBug("key_conv: a vector where rows allow none", ROWS,
+               "(reinterpret_cast<uintptr_t>(keys.data) % static_cast<uintptr_t>(vector * element_bytes) == 0 &&", "(",
+               "key_conv offset", MISALIGNED, ["key_conv_forward_cuda.cu", "key_conv_backward_cuda.cu"]),
+    PlantedBug("key_conv forward: history one row late", FORWARD,
+               "const int64_t row = first - kHistory + j;", "const int64_t row = first - kHistory + j + 1;",
+               "key_conv", WRONG_OUT),
+    PlantedBug("key_conv forward: rows do not move on", FORWARD,
+               "window[j] = window[j + kStep];", "window[j] = window[j];", "key_conv", WRONG_OUT),
+    PlantedBug("key_conv forward: the sequence before reaches in", FORWARD,
+               "window[j].clear();", ";", "key_conv packed", WRONG_OUT),
+    PlantedBug("key_conv forward: tokens of no sequence unmarked", FORWARD,
+               "sequence.has(t + i) ? 0.0f : NAN", "0.0f", "key_conv outside", WRONG_OUT),
+    PlantedBug("key_conv forward: all taps of the registers multiplied", FORWARD,
+               "if (l < shape.width) {", "{", "key_conv nonfinite", WRONG_OUT),
+    PlantedBug("key_conv forward: residual dropped", FORWARD,
+               "fmaf(sums[c], sigmoid(sums[c]), current[c])", "sums[c] * sigmoid(sums[c])", "key_conv", WRONG_OUT),
+    PlantedBug("key_conv forward: the last tap left out", FORWARD,
+               "for (int l = 1; l < kTaps; ++l)", "for (int l = 1; l < kTaps - 1; ++l)", "key_conv", WRONG_OUT),
+    PlantedBug("key_conv forward: a run one token short", FORWARD,
+               "const int64_t end = first + args.tokens_per_run;",
+               "const int64_t end = first + args.tokens_per_run - 1;", "key_conv", f"{WRONG_OUT}|{UNINITIALIZED}"),
+    PlantedBug("key_conv backward: slope without its second part", BACKWARD,
+               "grad[c] * gate * fmaf(s, 1.0f - gate, 1.0f)", "grad[c] * gate", "key_conv", WRONG_GRADIENT),
+    PlantedBug("key_conv backward: tokens after the run left out", BACKWARD,
+               "int64_t t = last - 1 + shape.width - 1;", "int64_t t = last - 1;", "key_conv", WRONG_KEY),
+    PlantedBug("key_conv backward: the sequence after reaches in", BACKWARD,
+               "if (t + 1 >= sequence.end) {", "if (false) {", "key_conv packed", WRONG_KEY),
+    PlantedBug("key_conv backward: the sequence before reaches in", BACKWARD,
+               "if (is_packed && t - l < sequence.start) row.clear();", "", "key_conv packed", WRONG_GRADIENT),
+    PlantedBug("key_conv backward: tokens of no sequence unmarked", BACKWARD,
+               "const float absent = is_there ? 0.0f : NAN;", "const float absent = 0.0f;",
+               "key_conv outside", WRONG_KEY),
+    PlantedBug("key_conv backward: residual dropped", BACKWARD,
+               "fmaf(taps[0][c], d_s[c], grad[c])", "taps[0][c] * d_s[c]", "key_conv", WRONG_KEY),
+    PlantedBug("key_conv backward: taps of later tokens one off", BACKWARD,
+               "fmaf(taps[l][c], later[l - 1][c], result[c])", "fmaf(taps[l - 1][c], later[l - 1][c], result[c])",
+               "key_conv", WRONG_KEY),
+    PlantedBug("key_conv backward: the state's gradient not written", BACKWARD,
+               "first == 0 && args.grad_state.data != nullptr ? 1 - shape.width : first", "first",
+               "key_conv", WRONG_STATE),
+    PlantedBug("key_conv backward: weights summed over tokens after the run too", BACKWARD,
+               "if (t < last) {", "if (t < shape.num_tokens) {",
+               "key_conv float32", WRONG_WEIGHT + "|RuntimeError: RACE"),
+    PlantedBug("key_conv backward: sums of all runs not published", BACKWARD,
+               "Publishes every run's sums to the first run's threads. __syncthreads();", "", "key_conv", UNPUBLISHED),
+    PlantedBug("key_conv backward: sums overwritten while read", BACKWARD,
+               "may be overwritten. if (l > 0) __syncthreads();", "", "key_conv", OVERWRITTEN),
+    PlantedBug("key_conv backward: the last runs left out", BACKWARD,
+               "r < args.runs_per_block; ++r", "r + 3 < args.runs_per_block; ++r", "key_conv", WRONG_WEIGHT),
+    PlantedBug("key_conv backward: pieces of the first head", BACKWARD,
+               "shape.num_heads + head) * shape.width *", "shape.num_heads) * shape.width *",
+               "key_conv", f"{WRONG_WEIGHT}|{UNINITIALIZED}|RuntimeError: RACE"),
+    PlantedBug("key_conv backward: the last piece left out", BACKWARD,
+               "piece < args.num_pieces; ++piece", "piece + 1 < args.num_pieces; ++piece", "key_conv", WRONG_WEIGHT),
+    PlantedBug("key_conv backward: sums by distance, not by tap", BACKWARD,
+               "* args.width + args.width - 1 - l] = sum;", "* args.width + l] = sum;", "key_conv", WRONG_WEIGHT),
+    PlantedBug("key_conv backward: the weight's gradient of no token not cleared", BACKWARD,
+               "if (!needs_grad_weight || weights_of(problem) == 0) return;", "return;",
+               "key_conv empty", WRONG_WEIGHT),
+]
+# fmt: on

@@ -1,0 +1,208 @@
+"""Bugs to plant in the CUDA sources of memory layers; ``cuda/planted_bugs.py`` says how."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import topgather as tg
+from tests.common.tensors import integer_tensor, random_tensor
+from tests.cuda.planted_bug import (
+    BEFORE_WAIT,
+    OUT_OF_BOUNDS,
+    OVERWRITTEN,
+    RACE,
+    READ_OUT_OF_BOUNDS,
+    UNINITIALIZED,
+    UNPUBLISHED,
+    PlantedBug,
+)
+from tests.memory.helpers import (
+    LookupCase,
+    TopkCase,
+    assert_topk_contract,
+    check_experts,
+    check_lookup,
+    check_topk,
+    make_lookup,
+    run_lookup,
+)
+from topgather import reference
+
+CPU = torch.device("cpu")
+BFLOAT16 = torch.bfloat16
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+# Several tokens a warp, bags that end within a step, rows of whole vectors; then not, and rows that no one names.
+LOOKUP = LookupCase(num_tokens=21, width=40, bag_size=11, width_in=24)
+ODD_LOOKUP = LookupCase(num_rows=300, num_tokens=21, width=37, bag_size=11, width_in=150)
+# Runs that begin, end and go on in other pieces.
+RUNS = LookupCase(num_rows=20, num_tokens=60, width=16, bag_size=11, pattern="power_law")
+# A run of more than two stretches of pieces, by far.
+LONG_RUN = LookupCase(num_rows=3, num_tokens=4000, width=2, bag_size=8, pattern="hot")
+SEARCH = TopkCase(num_tokens=40, num_heads=2, num_keys=75, head_dim=48, top_k=20)
+LONG_LISTS = TopkCase(num_tokens=5, num_heads=1, num_keys=150, head_dim=24, top_k=100)
+
+
+def bad_index_case() -> None:
+    """An index past the table: NaN for its token, nothing for its row."""
+    lookup = make_lookup(LOOKUP, BFLOAT16, CPU)
+    lookup.indices[5, 3] = 2**20
+    result = run_lookup(lookup)
+    is_nan = torch.zeros(LOOKUP.num_tokens, dtype=torch.bool)
+    is_nan[5] = True
+    assert torch.equal(result["out"].isnan().all(-1), is_nan), "out: NaN is not where the bad index is"
+    assert torch.equal(result["out"].isnan().any(-1), is_nan), "out: NaN is not where the bad index is"
+    dots = torch.ops.topgather.memory_dot(lookup.values_in.detach(), lookup.indices, lookup.x.detach())
+    for name, tensor in (("d_weights", result["d_weights"]), ("dots", dots)):
+        expected = lookup.indices >= LOOKUP.num_rows
+        assert torch.equal(tensor.isnan(), expected), f"{name}: NaN is not where the bad index is"
+    assert result["d_values"].isfinite().all(), "d_values: not finite"
+
+
+def one_half_case() -> None:
+    """All of the first half's list is chosen, the last of it found after the others."""
+    query, keys = torch.ones(1, 1, 2, dtype=BFLOAT16), torch.zeros(1, 2, 75, 1, dtype=BFLOAT16)
+    keys[0, 0, :19, 0], keys[0, 0, 40], keys[0, 1, 0] = torch.arange(40, 59).bfloat16(), 30, 64
+    assert_topk_contract(*tg.product_key_topk(query, keys, 20), query, keys, 20)
+
+
+def ties_case() -> None:
+    """Small integers: scores are exact, many tie, and the choice equals the reference's."""
+    query, keys = integer_tensor((9, 2, 6), BFLOAT16, CPU, 0), integer_tensor((2, 2, 90, 3), BFLOAT16, CPU, 1)
+    for top_k in (9, 100):
+        indices = tg.product_key_topk(query, keys, top_k)[1]
+        assert torch.equal(indices, reference.product_key_topk(query, keys, top_k)[1]), "indices: not the reference's"
+
+
+def nonfinite_case() -> None:
+    query, keys = random_tensor((5, 1, 8), BFLOAT16, CPU, 0).abs(), random_tensor((1, 2, 40, 4), BFLOAT16, CPU, 1)
+    keys[0, 0, 3], keys[0, 1, 7], keys[0, 1, 9] = torch.nan, -torch.inf, torch.inf
+    assert_topk_contract(*tg.product_key_topk(query, keys, 60), query, keys, 60)
+
+
+MEMORY_CASES: dict[str, Callable[[], Any]] = {
+    "lookup": lambda: check_lookup(LOOKUP, BFLOAT16, CPU),
+    "lookup odd": lambda: check_lookup(ODD_LOOKUP, BFLOAT16, CPU),
+    "lookup runs": lambda: check_lookup(RUNS, BFLOAT16, CPU),
+    "lookup long run": lambda: check_lookup(LONG_RUN, torch.float32, CPU),
+    "experts": lambda: check_experts(LOOKUP, BFLOAT16, CPU),
+    "experts odd": lambda: check_experts(ODD_LOOKUP, BFLOAT16, CPU),
+    "bad index": bad_index_case,
+    "search": lambda: check_topk(SEARCH, BFLOAT16, CPU),
+    "search long lists": lambda: check_topk(LONG_LISTS, BFLOAT16, CPU),
+    "search one half": one_half_case,
+    "search ties": ties_case,
+    "search nonfinite": nonfinite_case,
+}
+
+# --- bugs -------------------------------------------------------------------------------------------------------------
+
+WRONG_OUT = "AssertionError: out"
+WRONG_TABLE = "AssertionError: d_values"
+WRONG_WEIGHTS = "AssertionError: d_weights"
+WRONG_SEARCH = "AssertionError: (indices|scores)"
+
+LOOKUPS = "memory/memory_lookup_cuda.cu"
+ROWS = "cuda/lane_rows.cuh"
+BACKWARD = "memory/memory_backward_cuda.cu"
+TOPK = "memory/memory_topk_cuda.cuh"
+MEMORY_UNITS = {ROWS: ["memory_lookup_cuda.cu"], TOPK: ["memory_topk_cuda.cu"]}
+
+# fmt: off
+MEMORY_BUGS = [
+    PlantedBug("lookup: one entry past the bag", LOOKUPS,
+               "k >= args.bag_size) return entry;", "k > args.bag_size) return entry;",
+               "lookup", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("lookup: every row with the weight of the first", LOOKUPS,
+               "__shfl_sync(kAllLanes, mine.weight, e + i, lanes_per_row)",
+               "__shfl_sync(kAllLanes, mine.weight, e, lanes_per_row)", "lookup", WRONG_OUT),
+    PlantedBug("lookup: a bad index followed", LOOKUPS,
+               "const bool is_row = index >= 0 && index < args.num_rows;", "const bool is_row = index >= 0;",
+               "bad index", OUT_OF_BOUNDS),
+    PlantedBug("lookup: a bad index passed over", LOOKUPS,
+               "is_row ? args.weights[place] : not_a_number();", "is_row ? args.weights[place] : 0.0f;",
+               "bad index", WRONG_OUT),
+    PlantedBug("dot: of another entry", LOOKUPS,
+               "task.lane_in_row / 4 == (e + i) / 4", "task.lane_in_row / 4 == e / 4", "experts", "AssertionError"),
+    PlantedBug("dot: a bad index passed over", LOOKUPS,
+               "my_row == kNoRow ? not_a_number() : my_dot", "my_dot", "bad index", "AssertionError: dots"),
+    PlantedBug("rows: stored past their end", ROWS,
+               "if (first + i * step < row_dim) row[first + i * step] = cuda::from_float",
+               "if (true) row[first + i * step] = cuda::from_float",
+               "lookup odd", f"{OUT_OF_BOUNDS}|{RACE}|{WRONG_OUT}"),
+    PlantedBug("rows: two of four sums swapped", ROWS,
+               "const float high = (is_odd ? sums[3] : sums[2])", "const float high = (is_odd ? sums[2] : sums[3])",
+               "experts", "AssertionError"),
+    PlantedBug("rows: sums over half of the lanes", ROWS,
+               "for (int distance = 4; distance < lanes_per_row;",
+               "for (int distance = 4; distance * 2 < lanes_per_row;",
+               "experts odd", "AssertionError"),
+    PlantedBug("backward: products not published", BACKWARD,
+               "Publishes every warp's products to the thread block. __syncthreads();", "", "lookup odd", UNPUBLISHED),
+    PlantedBug("backward: a run from before written over", BACKWARD,
+               "if (row == piece.row_before) {", "if (false) {",
+               "lookup runs", f"{RACE}|{UNINITIALIZED}|{WRONG_TABLE}"),
+    PlantedBug("backward: a run that goes on written over", BACKWARD,
+               "} else if (row == piece.row_after) {", "} else if (false) {",
+               "lookup runs", f"{RACE}|{UNINITIALIZED}|{WRONG_TABLE}"),
+    PlantedBug("backward: sums go on into the next run", BACKWARD,
+               "++c) sums[c] = 0.0f;", "++c) sums[c] *= 1.0f;", "lookup", WRONG_TABLE),
+    PlantedBug("backward: values of the run before", BACKWARD,
+               "value_part = value_parts[i];", "if (first + e == 0) value_part = value_parts[i];",
+               "lookup", WRONG_WEIGHTS),
+    PlantedBug("backward: rows not cleared", BACKWARD,
+               "if (grad_bytes > 0) {", "if (false) {", "lookup odd", WRONG_TABLE),
+    PlantedBug("backward: the row of a bad index written", BACKWARD,
+               "return row >= 0 && row < args.num_rows ? row : kNoRow;", "return row;",
+               "bad index", f"{OUT_OF_BOUNDS}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("backward: the weight of a bad index passed over", BACKWARD,
+               "row_at(args, position) == kNoRow ? not_a_number() : dot", "dot", "bad index", WRONG_WEIGHTS),
+    PlantedBug("backward: a long run begun twice", BACKWARD,
+               "if (row_at(args, begin * kEntriesPerPiece - 1) == row) return;", "",
+               "lookup long run", f"{RACE}|{UNINITIALIZED}|{WRONG_TABLE}"),
+    PlantedBug("backward: stretches left out", BACKWARD,
+               "kPiecesPerStretch * sum_step, count,", "kPiecesPerStretch * sum_step, count - 1,",
+               "lookup long run", WRONG_TABLE),
+    PlantedBug("backward: heads after the stretches left out", BACKWARD,
+               "if (piece < end) add_heads(piece, end);", "", "lookup long run", WRONG_TABLE),
+    PlantedBug("search: keys not published", TOPK,
+               "used and its stage may be overwritten. __syncthreads();", "", "search", f"{UNPUBLISHED}|{OVERWRITTEN}"),
+    PlantedBug("search: copies not waited for", TOPK,
+               "product_key::wait_for_slice(args.num_stages);", "", "search", f"{BEFORE_WAIT}|{UNPUBLISHED}"),
+    PlantedBug("search: scores not published", TOPK,
+               "Publishes the scores to all warps. __syncthreads();", "", "search", UNPUBLISHED),
+    PlantedBug("search: scores overwritten while read", TOPK,
+               "chunk before have: every slice has a barrier. __syncthreads();", "", "search", OVERWRITTEN),
+    PlantedBug("search: pending entries not published", TOPK,
+               "Publishes the pending entries to the warp. __syncwarp(); list.enter(pending[lane_id()]);",
+               "\nlist.enter(pending[lane_id()]);", "search", f"{UNPUBLISHED}|{OVERWRITTEN}"),
+    PlantedBug("search: pending entries overwritten while read", TOPK,
+               "they have been read and may be overwritten. __syncwarp(); if (passes", "\nif (passes",
+               "search", OVERWRITTEN),
+    PlantedBug("search: lists not cleared", TOPK,
+               "last_rank, 0.0f).clear();", "last_rank, 0.0f);", "search", UNINITIALIZED),
+    PlantedBug("search: pending keys forgotten", TOPK,
+               "product_key::finish_half<kPerLane>(shared, state, half, num_rows, last_rank);", "",
+               "search", f"{WRONG_SEARCH}|{UNINITIALIZED}"),
+    PlantedBug("search: one key of a half too few", TOPK,
+               "min(args.top_k, args.num_keys) - 1;", "min(args.top_k, args.num_keys) - 2;",
+               "search one half", WRONG_SEARCH),
+    PlantedBug("search: halves of a pair exchanged", TOPK,
+               "shared.list_keys[0][row][a]) * static_cast<uint32_t>(args.num_keys) + shared.list_keys[1][row][b];",
+               "shared.list_keys[1][row][b]) * static_cast<uint32_t>(args.num_keys) + shared.list_keys[0][row][a];",
+               "search", WRONG_SEARCH),
+    PlantedBug("search: lists of 128 not merged", TOPK,
+               "list[j + distance] = keep(first, second, false);", "list[j + distance] = second;",
+               "search long lists", WRONG_SEARCH),
+    PlantedBug("search: ties of 27 bits in any order", TOPK,
+               "if (__any_sync(kAllLanes, is_tie) == 0) return", "if (true) return", "search ties", WRONG_SEARCH),
+    PlantedBug("search: a NaN becomes infinite", TOPK,
+               "is_nan = max(ordinal1, ordinal2) > kInfinityOrdinal || isnan(sum);", "is_nan = isnan(sum);",
+               "search nonfinite", WRONG_SEARCH),
+    PlantedBug("search: opposite infinities come first", TOPK,
+               "ordinal_of(isnan(sum) ? -INFINITY : sum)", "ordinal_of(isnan(sum) ? INFINITY : sum)",
+               "search nonfinite", WRONG_SEARCH),
+]
+# fmt: on
