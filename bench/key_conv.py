@@ -39,7 +39,7 @@ from _harness import (
     time_interleaved,
 )
 from topgather import _native
-from topgather.ops import _key_conv_kernels as kernels
+from topgather.ops._library import describe, reads_tensors
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, TORCH, COPY, CLONE = "topgather", "conv1d + SiLU + add", "copy_", "clone"
@@ -135,14 +135,14 @@ def make_run(name: str, direction: str, problem: Problem, device: torch.device) 
     if name == KERNEL:
         taps = weight.detach()
 
+        entry = _native.key_conv_cpu
+        fields = {"cu_seqlens": None, "num_threads": torch.get_num_threads(), "state": None}
+        for field, tensor in (("key", source), ("weight", taps), ("out", grad_out)):
+            fields[field] = tensor if reads_tensors else describe(tensor)
+        passed = [fields[name] for name in _native.argument_names["key_conv_cpu"]]
+
         def run_kernel() -> None:
-            _native.key_conv_forward_cpu(
-                kernels.problem_of(source, taps, None),
-                kernels.rows_of(source, False),
-                kernels.NOTHING,
-                taps.data_ptr(),
-                kernels.rows_of(grad_out, False),
-            )
+            entry(*passed)
 
         return run_kernel
     function = FUNCTIONS[name]

@@ -6,6 +6,7 @@ and devices only, never at values, so they run under fake tensors and while comp
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +61,8 @@ def check_scale(value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float or None, got {value!r} of type {type(value).__name__}")
-    if not abs(value) <= sys.float_info.max:
+    # A comparison would make torch.compile trace a graph twice; an int may be beyond what floats hold.
+    if not (math.isfinite(value) if isinstance(value, float) else abs(value) <= sys.float_info.max):
         raise ValueError(f"scale must be finite, got {value}")
 
 
