@@ -71,8 +71,9 @@ sanitize: install
 	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
 	$(VENV)/bin/cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package
+	cp -r python/topgather $(SANITIZED)/package/ && rm -f $(SANITIZED)/package/topgather/_native*
 	$(VENV)/bin/cmake --install $(SANITIZED) --prefix $(SANITIZED)/package
-	cp -r python/topgather $(SANITIZED)/package/
 	PYTHONPATH=$(SANITIZED)/package \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \

@@ -1,12 +1,21 @@
 """Fixtures every test file shares: the devices to run on, and global state put back after each test."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 # Read when torch is first imported: on a busy machine its idle threads would otherwise spin against each
 # other, and thousands of small problems take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What torch.compile keeps on disk names the arguments of ops as they were when it was written, and is found again by
+# what stands in the graph alone. Tests therefore see nothing compiled before this run; its workers share.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+    os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else tempfile.mkdtemp(prefix="topgather-inductor-")
+)
 
 import pytest
 import torch
@@ -30,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "emulator: needs what only the emulator shows, such as a record of launches")
     config.addinivalue_line("markers", "sanitize: reaches the CPU kernels, for a build with sanitizers")
     config.addinivalue_line("markers", "unchecked: on the emulator without its checks, which keep books on all memory")
+
+
+def pytest_unconfigure() -> None:
+    """Nothing compiled by this run is left behind."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k: what a rule leaves out does not depend on what else is asked for

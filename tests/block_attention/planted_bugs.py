@@ -385,7 +385,7 @@ ARITHMETIC = [
     PlantedBug("backward, deterministic: lists cut into items", BACKWARD_STEPS,
                "is_deterministic ? INT32_MAX :", "", "deterministic long list", RACE),
     PlantedBug("backward, deterministic: atomic sums all the same", BACKWARD_STEPS,
-               "= params.is_deterministic; const BackwardKernel&", "= false; const BackwardKernel&",
+               "= params.deterministic; const BackwardKernel&", "= false; const BackwardKernel&",
                "deterministic", "AssertionError: d_.*: bits differ"),
 ]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.block_attention.planted_bugs import BACKWARD, FORWARD, FORWARD_FLOAT32, ROUTE
-from tests.cuda.planted_bugs import BUGS, CASES, UNITS, CaseRunner, PlantedBug, build
+from tests.cuda.planted_bugs import BUGS, CASES, SOURCES, UNITS, CaseRunner, PlantedBug, build, planted
 
 EMULATION = Path(os.environ.get("TOPGATHER_EMULATION", "")).absolute()
-pytestmark = pytest.mark.skipif(
+needs_emulation = pytest.mark.skipif(
     "TOPGATHER_EMULATION" not in os.environ,
     reason="TOPGATHER_EMULATION does not name the folder with the emulated modules; see tests/emulation/CMakeLists.txt",
 )
@@ -37,11 +37,19 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
+def test_bugs_can_be_planted() -> None:
+    """Sources still have the text that each bug replaces: found in a second, without building anything."""
+    for bug in BUGS:
+        planted(bug, (SOURCES / bug.file).read_text())
+
+
+@needs_emulation
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_found_where_no_bug_is_planted(case: str, runner: CaseRunner) -> None:
     assert runner.find(case, EMULATION) == ""
 
 
+@needs_emulation
 def test_nothing_is_found_after_building_alone(runner: CaseRunner, folder: Path) -> None:
     """An edit that changes nothing, of the files whose kernels are built for the smallest head dimension alone."""
     bug = next(bug for bug in BUGS if "//" not in bug.text and bug.replacement)
@@ -51,6 +59,7 @@ def test_nothing_is_found_after_building_alone(runner: CaseRunner, folder: Path)
         assert runner.find(case, folder) == ""
 
 
+@needs_emulation
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_planted_bug_is_caught(bug: PlantedBug, runner: CaseRunner, folder: Path) -> None:
     build(bug, EMULATION, folder)

@@ -117,7 +117,7 @@ DECODE_BUGS = [
     PlantedBug("decode append: pages that do not exist", APPEND,
                "if (place.page == kNoSuchPage) return;", "", "decode places", OUT_OF_BOUNDS),
     PlantedBug("decode append: values not stored", APPEND,
-               "args.value_pages.row_stride, num_new,", "args.value_pages.row_stride, 0,", "decode", WRONG),
+               "args.value_pages.strides[2], num_new,", "args.value_pages.strides[2], 0,", "decode", WRONG),
     PlantedBug("decode route: the own block among the others", ROUTE,
                "mine.end = min(mine.first + per_warp, row.own_block);",
                "mine.end = min(mine.first + per_warp, row.own_block + 1);",

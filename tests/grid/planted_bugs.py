@@ -92,7 +92,7 @@ GRID_BUGS = [
     PlantedBug("grid: places not published", GEOMETRY,
                "return __syncthreads_or(is_there ? 1 : 0) != 0;", "return true;", "grid", UNPUBLISHED),
     PlantedBug("grid: groups of up to 32 tokens in slots of 16", GEOMETRY,
-               "(most_tokens <= 32 ? 32 : tile_tokens)", "(most_tokens <= 32 ? 16 : tile_tokens)",
+               "(max_tokens <= 32 ? 32 : tile_tokens)", "(max_tokens <= 32 ? 16 : tile_tokens)",
                "grid", f"{WRONG_OUT}|{UNINITIALIZED}"),
     PlantedBug("grid: rows of tokens that are not there copied", GEOMETRY,
                "row_chunks, is_there);", "row_chunks, true);", "grid nonfinite", WRONG_OUT),
