@@ -161,6 +161,13 @@ TOPGATHER_PRIMITIVE float exp2_approximate(float x) {
   return result;
 }
 
+// 1 / x to 1 ulp; subnormal arguments and results count as zero.
+TOPGATHER_PRIMITIVE float reciprocal_approximate(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The larger one, NaN if either is NaN (fmaxf would drop the NaN).
 TOPGATHER_PRIMITIVE float max_or_nan(float a, float b) {
   float result;

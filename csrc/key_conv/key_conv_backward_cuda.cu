@@ -5,10 +5,13 @@
 //   grad_state_t    = the same for the W - 1 tokens before the first, which have no grad_out
 //   grad_weight[W - 1 - l] = sum over t of d_s_t * key_{t-l}, over batch entries and sequences
 //
-// Who owns what: a thread owns four of a head's channels (one, where rows allow no vectors) and a run of tokens; a
-// thread block owns neighbouring runs of the same channels. Steps:
-//   1. key_conv_backward: a thread walks its run from the last token to the first, beginning W - 1 tokens after it,
-//      with the rows that the current token sees and the d_s of the W - 1 tokens after it in registers;
+// Who owns what: a thread owns 16 bytes of a head's channels (8 where W > kMaxWideWidth and elements have 2 bytes; one
+// channel, where rows allow no vectors) and a run of tokens; a thread block owns neighbouring runs of the same channels.
+// Steps:
+//   1. a thread walks its run from the last token to the first, beginning W - 1 tokens after it, with the rows that the
+//      current token sees and the d_s of the W - 1 tokens after it in registers. key_conv_backward takes dense problems
+//      whose rows are vectors, one instance for each W up to kMaxDenseWidth: it takes kStep tokens at once, whose rows
+//      were requested one step before. key_conv_backward_any takes the others, token by token;
 //   2. the runs' sums for the weight meet in shared memory, one tap at a time, and the first run's threads add them up:
 //      a piece for each thread block;
 //   3. key_conv_sum_weight: a thread adds the pieces of one weight in order.
@@ -27,7 +30,16 @@ namespace topgather {
 namespace {
 constexpr int kThreads = KeyConvCudaConfig::kThreads;
 constexpr int kSumThreads = KeyConvCudaConfig::kSumThreads;
-constexpr int kBackwardVector = 4;
+constexpr int kSmallVector = 4;  // channels of a thread, where rows allow vectors
+// Up to so many taps a thread has registers for 16 bytes of any dtype.
+constexpr int kMaxWideWidth = 4;
+// The widest with an instance of its own: each takes seconds to compile, and models use 3 to 5.
+constexpr int kMaxDenseWidth = 5;
+// The most channels of a thread: what the workspace must have room for depends on no alignment.
+constexpr int kMaxVector = 8;
+
+template <typename Element, int kWidth>
+constexpr int kVectorOf = kWidth <= kMaxWideWidth ? 16 / static_cast<int>(sizeof(Element)) : kSmallVector;
 }  // namespace
 
 struct KeyConvBackwardArguments {
@@ -53,15 +65,168 @@ struct SharedMemory {
   float sums[kThreads][kVector];  // of every thread, for one tap
 };
 
-// Step 1. Adds d_s_t * key_{t-l} of its tokens to sums[l].
+// Registers of a thread that walks a run of a dense problem, kStep tokens at once: with t the last of them,
+// keys[kStep - 1 + j] is the row of token t - (W - 1) + j, and slopes[kStep - 1 + l] is d_s_{t+l}.
+template <int kVector, int kWidth>
+struct WalkState {
+  static constexpr int kHistory = kWidth - 1;
+  static constexpr int kStep = KeyConvCudaConfig::kBackwardStep;
+
+  float taps[kWidth][kVector];
+  float keys[kHistory + kStep][kVector];
+  float slopes[kStep + kHistory][kVector];
+
+  // d_s of the token i before the last.
+  __device__ __forceinline__ void find_slope(int i, const float (&grad)[kVector]) {
+    const auto& own_keys = keys[kStep - 1 - i + kHistory];
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      float s = taps[0][c] * own_keys[c];
+#pragma unroll
+      for (int l = 1; l < kWidth; ++l) s = fmaf(taps[l][c], keys[kStep - 1 - i + kHistory - l][c], s);
+      const float gate = sigmoid(s);
+      slopes[kStep - 1 - i][c] = grad[c] * gate * fmaf(s, 1.0f - gate, 1.0f);
+    }
+  }
+
+  // grad += weight * d_s over the tokens that see the key of the token i before the last.
+  __device__ __forceinline__ void add_slopes(int i, float (&grad)[kVector]) const {
+#pragma unroll
+    for (int l = 0; l < kWidth; ++l) {
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) grad[c] = fmaf(taps[l][c], slopes[kStep - 1 - i + l][c], grad[c]);
+    }
+  }
+
+  __device__ __forceinline__ void add_to_weight(int i, float (&sums)[kWidth][kVector]) const {
+#pragma unroll
+    for (int l = 0; l < kWidth; ++l) {
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) {
+        sums[l][c] = fmaf(slopes[kStep - 1 - i][c], keys[kStep - 1 - i + kHistory - l][c], sums[l][c]);
+      }
+    }
+  }
+
+  // The last token is now the one `count` before.
+  template <int kCount>
+  __device__ __forceinline__ void move_on() {
+#pragma unroll
+    for (int j = kHistory - 1; j >= 0; --j) {
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) {
+        keys[kStep + j][c] = keys[kStep + j - kCount][c];
+        slopes[kStep + j][c] = slopes[kStep + j - kCount][c];
+      }
+    }
+  }
+};
+
+// Step 1 of a dense problem. Adds d_s_t * key_{t-l} of its tokens to sums[l].
+template <typename Element, int kVector, int kWidth>
+__device__ __forceinline__ void walk_dense_run(const KeyConvBackwardArguments& args, const KeyPlace& place,
+                                               int64_t first, int64_t last, float (&sums)[kWidth][kVector]) {
+  using Row = Channels<Element, kVector>;
+  using State = WalkState<kVector, kWidth>;
+  constexpr int kHistory = State::kHistory, kStep = State::kStep;
+  const KeyConvShape& shape = args.shape;
+  State state;
+  load_taps<kWidth>(shape, args.weight, place, state.taps);
+#pragma unroll
+  for (int j = 0; j < kHistory; ++j) {
+    Row row;
+    load_key(shape, args.key, args.state, place, last + j, row);
+    row.unpack(state.keys[kStep + j]);
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) state.slopes[kStep + j][c] = 0.0f;
+  }
+  // One token with whatever can be: after the run, after the last token, or before the first, where the state's are.
+  const auto take_one = [&](int64_t t) {
+    Row row, grad_row;
+    load_key(shape, args.key, args.state, place, t - kHistory, row);
+    row.unpack(state.keys[kStep - 1]);
+    const bool is_there = t >= 0 && t < shape.num_tokens;
+    if (is_there) grad_row.load(args.grad_out.at<Element>(place.batch, place.head, t) + place.column);
+    float grad[kVector];
+    grad_row.unpack(grad);
+    state.find_slope(0, grad);
+    if (!is_there) {  // whatever the keys are
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) state.slopes[kStep - 1][c] = 0.0f;
+    }
+    if (t < last) {
+      state.add_slopes(0, grad);
+      if (is_there) {
+        Row::store(grad, args.grad_key.at<Element>(place.batch, place.head, t) + place.column);
+        state.add_to_weight(0, sums);
+      } else {
+        Row::store(grad, args.grad_state.at<Element>(place.batch, place.head, t + kHistory) + place.column);
+      }
+    }
+    state.template move_on<1>();
+  };
+  // Tokens from t down to t - kStep + 1, and so on while they are all of the run and see no row before the first.
+  const int64_t lowest = (first > kHistory ? first : kHistory) + kStep - 1;
+  const auto take_steps = [&](int64_t t) {
+    const int64_t grad_stride = args.grad_out.strides[2], key_stride = args.key.strides[2];
+    const int64_t grad_key_stride = args.grad_key.strides[2];
+    const Element* grad_out = args.grad_out.at<Element>(place.batch, place.head, t) + place.column;
+    const Element* key = args.key.at<Element>(place.batch, place.head, t - kHistory) + place.column;
+    Element* grad_key = args.grad_key.at<Element>(place.batch, place.head, t) + place.column;
+    Row next_grads[kStep], next_keys[kStep];
+    const auto load_next = [&] {
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        next_grads[i].load(grad_out - i * grad_stride);
+        next_keys[i].load(key - i * key_stride);
+      }
+      grad_out -= kStep * grad_stride;
+      key -= kStep * key_stride;
+    };
+    load_next();
+#pragma unroll 1
+    for (; t >= lowest; t -= kStep) {
+      float grads[kStep][kVector];
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        next_grads[i].unpack(grads[i]);
+        next_keys[i].unpack(state.keys[kStep - 1 - i]);
+      }
+      if (t - kStep >= lowest) load_next();
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        state.find_slope(i, grads[i]);
+        state.add_slopes(i, grads[i]);
+        Row::store(grads[i], grad_key - i * grad_key_stride);
+        state.add_to_weight(i, sums);
+      }
+      grad_key -= kStep * grad_key_stride;
+      state.template move_on<kStep>();
+    }
+    return t;
+  };
+  const int64_t stop = first == 0 && args.grad_state.data != nullptr ? -kHistory : first;
+  int64_t t = last - 1 + kHistory;
+#pragma unroll 1
+  while (t >= stop) {
+    if (t < last && t >= lowest) {
+      t = take_steps(t);
+    } else {
+      take_one(t--);
+    }
+  }
+}
+
+// Step 1 of any problem, with the state in the same registers. A width below kTaps is a test, the same for all threads,
+// and not a weight of zero, which would turn keys that are not finite into NaN.
 template <typename Element, int kVector, int kTaps>
-__device__ __forceinline__ void walk_run(const KeyConvBackwardArguments& args, const KeyPlace& place, int64_t first,
-                                         int64_t last, float (&sums)[kTaps][kVector]) {
+__device__ __forceinline__ void walk_any_run(const KeyConvBackwardArguments& args, const KeyPlace& place, int64_t first,
+                                             int64_t last, float (&sums)[kTaps][kVector]) {
   using Row = Channels<Element, kVector>;
   const KeyConvShape& shape = args.shape;
   const bool is_packed = shape.cu_seqlens != nullptr;
   float taps[kTaps][kVector];
-  load_taps(shape, args.weight, place, taps);
+  load_taps<0>(shape, args.weight, place, taps);
   const auto load_grad = [&](int64_t row, Row& channels) {
     channels.clear();
     if (row >= 0 && row < shape.num_tokens) {
@@ -155,9 +320,11 @@ __device__ __forceinline__ void walk_run(const KeyConvBackwardArguments& args, c
 
 }  // namespace
 
-template <typename Element, int kVector, int kTaps>
-__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
-    key_conv_backward(const KeyConvBackwardArguments args) {
+namespace {
+
+// A thread block's part of the problem. kIsDense: kTaps is the width.
+template <typename Element, int kVector, int kTaps, bool kIsDense>
+__device__ __forceinline__ void walk_and_sum(const KeyConvBackwardArguments& args) {
   SharedMemory<kVector>& shared = *reinterpret_cast<SharedMemory<kVector>*>(cuda::dynamic_shared_memory());
   const KeyConvShape& shape = args.shape;
   const uint32_t column_block = blockIdx.x % args.num_column_blocks, rest = blockIdx.x / args.num_column_blocks;
@@ -171,7 +338,12 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPe
   const bool is_there = run < args.runs_per_block && vector < shape.num_vectors;
   float sums[kTaps][kVector] = {};
   if (is_there && first < shape.num_tokens) {
-    walk_run<Element, kVector, kTaps>(args, place, first, end < shape.num_tokens ? end : shape.num_tokens, sums);
+    const int64_t last = end < shape.num_tokens ? end : shape.num_tokens;
+    if constexpr (kIsDense) {
+      walk_dense_run<Element>(args, place, first, last, sums);
+    } else {
+      walk_any_run<Element>(args, place, first, last, sums);
+    }
   }
   if (args.pieces == nullptr) return;  // the whole thread block
   // Step 2.
@@ -199,6 +371,20 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPe
       }
     }
   }
+}
+
+}  // namespace
+
+template <typename Element, int kVector, int kWidth>
+__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
+    key_conv_backward(const KeyConvBackwardArguments args) {
+  walk_and_sum<Element, kVector, kWidth, true>(args);
+}
+
+template <typename Element, int kVector, int kTaps>
+__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
+    key_conv_backward_any(const KeyConvBackwardArguments args) {
+  walk_and_sum<Element, kVector, kTaps, false>(args);
 }
 
 struct KeyConvSumArguments {
@@ -254,8 +440,8 @@ int64_t weights_of(const KeyConvProblem& problem) {
   return problem.num_heads * problem.kernel_width * problem.head_dim;
 }
 
-template <typename Element, int kVector>
-void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream) {
+template <int kVector, typename Kernel>
+void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream, Kernel kernel) {
   const KeyConvProblem& problem = params.problem;
   const BackwardCut cut(problem, kVector);
   const int64_t blocks = cut.num_pieces(problem) * problem.num_heads * cut.num_column_blocks;
@@ -274,13 +460,8 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   args.grad_key = params.grad_key;
   args.grad_state = params.grad_state;
   args.pieces = pieces;
-  const cuda::LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(SharedMemory<kVector>),
-                                stream};
-  if (problem.kernel_width <= kFewTaps<kVector>) {
-    cuda::launch(key_conv_backward<Element, kVector, kFewTaps<kVector>>, shape, args);
-  } else {
-    cuda::launch(key_conv_backward<Element, kVector, kKeyConvMaxTaps>, shape, args);
-  }
+  cuda::launch(kernel, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(SharedMemory<kVector>), stream},
+               args);
   if (pieces == nullptr) return;
   KeyConvSumArguments sums{};
   require(weights_of(problem) <= INT32_MAX, "key_conv: the weight is too large for CUDA");
@@ -294,14 +475,34 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
                {dim3((sums.count + kSumThreads - 1) / kSumThreads), dim3(kSumThreads), 0, stream}, sums);
 }
 
+template <typename Element, int kVector>
+bool has_vectors(const KeyConvBackwardParams& params) {
+  constexpr int64_t kBytes = kVector * static_cast<int64_t>(sizeof(Element));
+  const auto is_aligned = [](const auto& keys) { return keys.has_aligned_rows(kBytes); };
+  return params.problem.head_dim % kVector == 0 && is_aligned(params.grad_out) && is_aligned(params.key) &&
+         is_aligned(params.state) && is_aligned(params.grad_key) && is_aligned(params.grad_state);
+}
+
 template <typename Element>
 void backward_for(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream) {
-  const auto has_vectors = [](const auto& keys) { return keys.has_aligned_rows(kBackwardVector * sizeof(Element)); };
-  if (params.problem.head_dim % kBackwardVector == 0 && has_vectors(params.grad_out) && has_vectors(params.key) &&
-      has_vectors(params.state) && has_vectors(params.grad_key) && has_vectors(params.grad_state)) {
-    launch_backward<Element, kBackwardVector>(params, pieces, stream);
+  const KeyConvProblem& problem = params.problem;
+  if (problem.cu_seqlens.data == nullptr && problem.kernel_width <= kMaxDenseWidth) {
+    const bool is_done = with_width<kMaxDenseWidth>(problem.kernel_width, [&](auto width) {
+      constexpr int kVector = kVectorOf<Element, width>;
+      if (!has_vectors<Element, kVector>(params)) return false;
+      launch_backward<kVector>(params, pieces, stream, key_conv_backward<Element, kVector, width>);
+      return true;
+    });
+    if (is_done) return;
+  }
+  if (!has_vectors<Element, kSmallVector>(params)) {
+    launch_backward<1>(params, pieces, stream, key_conv_backward_any<Element, 1, kFewTaps<1>>);
+  } else if (problem.kernel_width <= kFewTaps<kSmallVector>) {
+    launch_backward<kSmallVector>(params, pieces, stream,
+                                  key_conv_backward_any<Element, kSmallVector, kFewTaps<kSmallVector>>);
   } else {
-    launch_backward<Element, 1>(params, pieces, stream);
+    launch_backward<kSmallVector>(params, pieces, stream,
+                                  key_conv_backward_any<Element, kSmallVector, kKeyConvMaxTaps>);
   }
 }
 
@@ -311,8 +512,10 @@ int64_t key_conv_backward_workspace_bytes(const KeyConvBackwardParams& params, c
   const KeyConvProblem& problem = params.problem;
   if (params.grad_weight.data == nullptr || key_conv_is_empty(problem)) return 0;
   // Alignment, which decides which of the two it is, is not known here.
-  const int64_t pieces =
-      std::max(BackwardCut(problem, 1).num_pieces(problem), BackwardCut(problem, kBackwardVector).num_pieces(problem));
+  int64_t pieces = 0;
+  for (const int vector : {1, kSmallVector, kMaxVector}) {
+    pieces = std::max(pieces, BackwardCut(problem, vector).num_pieces(problem));
+  }
   return pieces * weights_of(problem) * static_cast<int64_t>(sizeof(float));
 }
 

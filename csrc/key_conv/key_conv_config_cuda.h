@@ -8,12 +8,15 @@ namespace topgather {
 
 struct KeyConvCudaConfig {
   static constexpr int kThreads = 128;
-  // Bounds registers: enough thread blocks to keep many rows in flight.
-  static constexpr int kForwardBlocksPerProcessor = 3;
+  // Bounds registers: enough thread blocks to keep many rows in flight. kNumTaps: of all a thread's channels, in
+  // registers.
+  template <int kNumTaps>
+  static constexpr int kForwardBlocksPerProcessor = kNumTaps > 48 ? 2 : 3;
   static constexpr int kBackwardBlocksPerProcessor = 2;
   static constexpr int kSumThreads = 128;
-  // Tokens whose rows a thread of the forward loads at once.
+  // Tokens whose rows a thread loads at once.
   static constexpr int kStep = 4;
+  static constexpr int kBackwardStep = 4;
   // Tokens that a thread walks. Forward: as many as leave kForwardThreads threads, the W - 1 rows before them are read
   // again. Backward: more where there would be more than kBackwardThreads, which bounds the sums for the weight.
   static constexpr int64_t kMaxForwardTokens = 64;

@@ -6,9 +6,10 @@
 // Who owns what: a thread owns 16 bytes of a head's channels (one, where rows allow no vectors) and a run of tokens.
 // Threads of one row stand side by side, then heads or runs, whichever lie closer, so that accesses coalesce. Steps:
 //   1. weights and the W - 1 rows before the run go to registers;
-//   2. the next kStep rows are loaded together;
-//   3. each token's result is made and written; the rows move on. Where a sequence of a pack begins, the rows before it
-//      become zeros.
+//   2. the next kStep rows are loaded together; where W is a compile-time constant, one step before they are needed;
+//   3. each token's result is made and written; the rows move on.
+// Kernels: key_conv_forward takes dense problems whose rows are vectors, one instance for each W. key_conv_forward_any
+// takes the others: packs, whose rows become zeros where a sequence begins, and rows that allow no vectors.
 // Memory: a key is read once, but for W - 1 rows a run, and a result written once.
 // Numerics: float32 sums, terms in ascending l, rounded once; bfloat16 and float16 are storage types. Without tokens
 // nothing is launched. A token of no sequence is NaN.
@@ -35,28 +36,130 @@ struct KeyConvForwardArguments {
   Array<void, 4> out;          // [batch, head, token, D] dtype
 };
 
-template <typename Element, int kVector, int kTaps>
-__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor)
-    key_conv_forward(const KeyConvForwardArguments args) {
-  constexpr int kHistory = kTaps - 1;
+namespace {
+
+// The part of a problem that a thread walks: tokens [first, last) of some of a head's channels.
+struct KeyRun {
+  KeyPlace place;
+  int64_t first;
+  int64_t last;
+};
+
+__device__ __forceinline__ KeyRun run_of(const KeyConvForwardArguments& args, uint32_t thread, int vector) {
   const KeyConvShape& shape = args.shape;
-  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  if (thread >= args.num_threads) return;
   const uint32_t outside = thread / shape.num_vectors;
   const uint32_t inner_count = args.are_heads_closer ? shape.num_heads : args.num_runs;
   const uint32_t outer_count = args.are_heads_closer ? args.num_runs : shape.num_heads;
   const uint32_t rest = outside / inner_count, inner = outside - rest * inner_count;
   const uint32_t batch = rest / outer_count, outer = rest - batch * outer_count;
   const int64_t run = args.are_heads_closer ? outer : inner;
-  const KeyPlace place{batch, args.are_heads_closer ? inner : outer,
-                       static_cast<int32_t>(thread - outside * shape.num_vectors) * kVector};
   const int64_t first = run * args.tokens_per_run;
   const int64_t end = first + args.tokens_per_run;
-  const int64_t last = end < shape.num_tokens ? end : shape.num_tokens;
+  return {{batch, args.are_heads_closer ? inner : outer,
+           static_cast<int32_t>(thread - outside * shape.num_vectors) * vector},
+          first,
+          end < shape.num_tokens ? end : shape.num_tokens};
+}
+
+// Step 3. rows[kWidth - 1] is the token's own row, the rows before it stand before it.
+template <typename Element, int kVector, int kWidth>
+__device__ __forceinline__ void write_token(const float (&taps)[kWidth][kVector], const float (*rows)[kVector],
+                                            Element* target) {
+  float sums[kVector];
+#pragma unroll
+  for (int c = 0; c < kVector; ++c) sums[c] = taps[0][c] * rows[kWidth - 1][c];
+#pragma unroll
+  for (int l = 1; l < kWidth; ++l) {
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) sums[c] = fmaf(taps[l][c], rows[kWidth - 1 - l][c], sums[c]);
+  }
+#pragma unroll
+  for (int c = 0; c < kVector; ++c) sums[c] = fmaf(sums[c], sigmoid(sums[c]), rows[kWidth - 1][c]);
+  Channels<Element, kVector>::store(sums, target);
+}
+
+}  // namespace
+
+template <typename Element, int kVector, int kWidth>
+__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor<kVector * kWidth>)
+    key_conv_forward(const KeyConvForwardArguments args) {
+  using Row = Channels<Element, kVector>;
+  constexpr int kHistory = kWidth - 1;
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  if (thread >= args.num_threads) return;
+  const KeyRun run = run_of(args, thread, kVector);
+  const KeyPlace& place = run.place;
+  const Element* key = args.key.at<Element>(place.batch, place.head, run.first) + place.column;
+  Element* out = args.out.at<Element>(place.batch, place.head, run.first) + place.column;
+  const int64_t key_stride = args.key.strides[2], out_stride = args.out.strides[2];
+  int num_left = static_cast<int>(run.last - run.first);
+
+  Row next[kStep];
+  const auto load_next = [&] {
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) next[i].load(key + i * key_stride);
+    key += kStep * key_stride;
+  };
+  if (num_left >= kStep) load_next();
+
+  // Step 1. rows[kHistory + i] is the row of token t + i.
+  float taps[kWidth][kVector], rows[kHistory + kStep][kVector];
+  load_taps<kWidth>(args.shape, args.weight, place, taps);
+#pragma unroll
+  for (int j = 0; j < kHistory; ++j) {
+    Row row;
+    load_key(args.shape, args.key, args.state, place, run.first - kHistory + j, row);
+    row.unpack(rows[j]);
+  }
+#pragma unroll 1
+  while (num_left >= kStep) {
+    // Step 2.
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) next[i].unpack(rows[kHistory + i]);
+    num_left -= kStep;
+    if (num_left >= kStep) load_next();
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) write_token<Element>(taps, rows + i, out + i * out_stride);
+    out += kStep * out_stride;
+#pragma unroll
+    for (int j = 0; j < kHistory; ++j) {
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) rows[j][c] = rows[j + kStep][c];
+    }
+  }
+  // The fewer than kStep tokens at the end of a sequence.
+#pragma unroll 1
+  for (; num_left > 0; --num_left) {
+    Row row;
+    row.load(key);
+    row.unpack(rows[kHistory]);
+    write_token<Element>(taps, rows, out);
+    key += key_stride;
+    out += out_stride;
+#pragma unroll
+    for (int j = 0; j < kHistory; ++j) {
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) rows[j][c] = rows[j + 1][c];
+    }
+  }
+}
+
+// A width below kTaps is a test, the same for all threads, and not a weight of zero, which would turn keys that are not
+// finite into NaN.
+template <typename Element, int kVector, int kTaps>
+__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor<0>)
+    key_conv_forward_any(const KeyConvForwardArguments args) {
+  constexpr int kHistory = kTaps - 1;
+  const KeyConvShape& shape = args.shape;
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  if (thread >= args.num_threads) return;
+  const KeyRun run = run_of(args, thread, kVector);
+  const KeyPlace& place = run.place;
+  const int64_t first = run.first, last = run.last;
 
   // Step 1. window[kHistory + i] is the row of token t + i.
   float taps[kTaps][kVector];
-  load_taps(shape, args.weight, place, taps);
+  load_taps<0>(shape, args.weight, place, taps);
   Channels<Element, kVector> window[kHistory + kStep];
   KeySequence sequence = sequence_of(shape, first);
 #pragma unroll
@@ -129,10 +232,18 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   args.weight = params.weight.at<float>();
   args.out = params.out;
   const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
+  if constexpr (kVector > 1) {
+    if (problem.cu_seqlens.data == nullptr) {
+      with_width<kKeyConvMaxTaps>(problem.kernel_width, [&](auto width) {
+        cuda::launch(key_conv_forward<Element, kVector, width>, shape, args);
+      });
+      return;
+    }
+  }
   if (problem.kernel_width <= kFewTaps<kVector>) {
-    cuda::launch(key_conv_forward<Element, kVector, kFewTaps<kVector>>, shape, args);
+    cuda::launch(key_conv_forward_any<Element, kVector, kFewTaps<kVector>>, shape, args);
   } else {
-    cuda::launch(key_conv_forward<Element, kVector, kKeyConvMaxTaps>, shape, args);
+    cuda::launch(key_conv_forward_any<Element, kVector, kKeyConvMaxTaps>, shape, args);
   }
 }
 

@@ -1,7 +1,6 @@
 // Rows of keys as threads of the key convolution hold them, and the sequences they belong to.
 //
-// A thread owns kVector neighbouring channels of a head. Kernels exist for kTaps of 4 and 8: a width below is a test,
-// the same for all threads, and not a weight of zero, which would turn keys that are not finite into NaN.
+// A thread owns kVector neighbouring channels of a head.
 #pragma once
 
 #include "../common/checks.h"
@@ -134,21 +133,25 @@ __device__ __forceinline__ void load_key(const KeyConvShape& shape, const Array<
   }
 }
 
-// taps[l] belongs to the key l tokens back.
-template <int kTaps, int kVector>
+// taps[l] belongs to the key l tokens back. kWidth: the kernel's width, 0 where it is known at run time alone.
+template <int kWidth, int kTaps, int kVector>
 __device__ __forceinline__ void load_taps(const KeyConvShape& shape, const float* weight, const KeyPlace& place,
                                           float (&taps)[kTaps][kVector]) {
-  const float* source = weight + (place.head * shape.head_dim + place.column) * shape.width;
+  static_assert(kWidth == 0 || kWidth == kTaps);
+  const int width = kWidth > 0 ? kWidth : shape.width;
+  const float* source = weight + (place.head * shape.head_dim + place.column) * width;
 #pragma unroll
   for (int l = 0; l < kTaps; ++l) {
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
-      taps[l][c] = l < shape.width ? source[c * shape.width + shape.width - 1 - l] : 0.0f;
+      taps[l][c] = l < width ? source[c * width + width - 1 - l] : 0.0f;
     }
   }
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + cuda::exp2_approximate(x * -kKeyConvLog2E)); }
+__device__ __forceinline__ float sigmoid(float x) {
+  return cuda::reciprocal_approximate(1.0f + cuda::exp2_approximate(x * -kKeyConvLog2E));
+}
 
 // --- host -----------------------------------------------------------------------------------------------------------
 
@@ -156,6 +159,16 @@ constexpr int kKeyConvMaxTaps = 8;
 // Up to so many, a kernel of their own. Rows without vectors are slow either way: they have one for all.
 template <int kVector>
 constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMaxTaps;
+
+// Calls `function` with the width, 2 to kMaxWidth, as a compile-time constant.
+template <int kMaxWidth, int kWidth = 2, typename Function>
+auto with_width(int64_t width, Function function) {
+  if constexpr (kWidth < kMaxWidth) {
+    if (width != kWidth) return with_width<kMaxWidth, kWidth + 1>(width, function);
+  }
+  require(width == kWidth, "key_conv: a kernel width that no kernel is there for");
+  return function(std::integral_constant<int, kWidth>{});
+}
 
 inline bool key_conv_is_empty(const KeyConvProblem& problem) {
   return problem.batch_size == 0 || problem.num_heads == 0 || problem.num_tokens == 0;

@@ -181,16 +181,18 @@ def test_conversions_keep_nan(module: ModuleType, dtype: str) -> None:
     assert torch.isnan(output[1:]).all()
 
 
-def test_exp2_and_max_or_nan(module: ModuleType) -> None:
+def test_exp2_max_or_nan_and_reciprocal(module: ModuleType) -> None:
     nan, inf = torch.nan, torch.inf
     a = torch.tensor([0.0, 1.0, -1.0, 10.0, -126.0, -126.5, -150.0, 1e-40, 200.0, inf, -inf, nan, 0.37, -5.9])
     b = torch.tensor([1.0, nan, -2.0, 9.0, inf, -inf, nan, 0.0, 1.0, nan, -inf, 0.0, 0.38, -6.0])
-    output = run(module, "arithmetic", torch.empty(2, a.numel()), a, b, option=a.numel())
+    output = run(module, "arithmetic", torch.empty(3, a.numel()), a, b, option=a.numel())
     exact = torch.exp2(a.double())
     exact[exact < torch.finfo(torch.float32).smallest_normal] = 0  # results and arguments below it are flushed
     # ex2.approx is good to 2^-22 in the PTX manual.
     torch.testing.assert_close(output[0].double(), exact.float().double(), rtol=2.0**-22, atol=0, equal_nan=True)
     torch.testing.assert_close(output[1], torch.maximum(a, b), rtol=0, atol=0, equal_nan=True)
+    inverse = 1 / torch.where(a.abs() < torch.finfo(torch.float32).smallest_normal, torch.zeros(()), a)
+    torch.testing.assert_close(output[2], inverse, rtol=2.0**-23, atol=0, equal_nan=True)
 
 
 def test_warp_intrinsics(module: ModuleType, schedule: dict[str, Any]) -> None:

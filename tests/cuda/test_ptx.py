@@ -345,6 +345,8 @@ PLANTED = {
     "commit dropped": ("copy_async", "compute_80", "cp.async.commit_group;", ""),
     "NaN dropped": ("max_or_nan", "compute_80", "max.NaN.f32", "max.f32"),
     "subnormals kept": ("exp2_approximate", "compute_80", "ex2.approx.ftz.f32", "ex2.approx.f32"),
+    "subnormal reciprocals kept": ("reciprocal_approximate", "compute_80", "rcp.approx.ftz.f32", "rcp.approx.f32"),
+    "root for reciprocal": ("reciprocal_approximate", "compute_80", "rcp.approx.ftz.f32", "rsqrt.approx.ftz.f32"),
     "maximum of signed": ("max_atomic", "compute_80", "global.max.u32", "global.max.s32"),
     "minimum for sum": ("add_atomic_int", "compute_80", "global.add.s32", "global.min.s32"),
     "pair of sums swapped": ("add_atomic_pair", "compute_90", "v2.f32 [%0], {%1,%2}", "v2.f32 [%0], {%2,%1}"),

@@ -62,10 +62,11 @@ inline float2 unpack2(uint32_t packed) {
           to_float(Element{static_cast<uint16_t>(packed >> 16)})};
 }
 
-inline float exp2_approximate(float x) {
-  const auto flushed = [](float value) { return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value; };
-  return flushed(std::exp2(flushed(x)));
+inline float without_subnormal(float value) {
+  return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value;
 }
+inline float exp2_approximate(float x) { return without_subnormal(std::exp2(without_subnormal(x))); }
+inline float reciprocal_approximate(float x) { return without_subnormal(1.0f / without_subnormal(x)); }
 inline float max_or_nan(float a, float b) {
   if (std::isnan(a) || std::isnan(b)) return __uint_as_float(0x7fffffffu);
   return std::fmax(a, b);

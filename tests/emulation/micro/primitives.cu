@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32) convert(const MicroArguments args) {
   }
 }
 
-// --- arithmetic: output [2, n]: exp2 of a, larger one of a and b ----------------------------------------------------
+// --- arithmetic: output [3, n]: exp2 of a, larger one of a and b, reciprocal of a ------------------------------------
 
 __global__ void __launch_bounds__(32) arithmetic(const MicroArguments args) {
   const auto* a = static_cast<const float*>(args.a);
@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(32) arithmetic(const MicroArguments args) {
   for (unsigned i = threadIdx.x; i < args.option; i += blockDim.x) {
     output[i] = cuda::exp2_approximate(a[i]);
     output[args.option + i] = cuda::max_or_nan(a[i], b[i]);
+    output[2 * args.option + i] = cuda::reciprocal_approximate(a[i]);
   }
 }
 

@@ -193,6 +193,18 @@ def check_exp2_approximate(kernels: Kernels, _: str) -> None:
     np.testing.assert_allclose(actual, expected, rtol=2**-22, atol=0)  # the approximation is good to 2 ulp
 
 
+def check_reciprocal_approximate(kernels: Kernels, _: str) -> None:
+    special = [0, -0.0, 1, -1, 3, 2**126, 2**127, -(2**127), np.inf, -np.inf, np.nan, 1e-40, np.finfo(np.float32).max]
+    x = np.concatenate([special, np.random.default_rng(6).uniform(1, 1000, 100)]).astype(np.float32)
+    actual = kernels.run("reciprocal_approximate", "", x, NOTHING, np.zeros(len(x), np.float32), len(x))
+    tiny = np.finfo(np.float32).tiny
+    with np.errstate(divide="ignore"):
+        expected = (1 / np.where(np.abs(x) < tiny, np.copysign(0, x), x).astype(np.float64)).astype(np.float32)
+    expected[np.abs(expected) < tiny] = 0
+    assert_array_equal(np.isnan(actual), np.isnan(expected))
+    np.testing.assert_allclose(actual, expected, rtol=2**-23, atol=0)  # good to 1 ulp
+
+
 def check_max_or_nan(kernels: Kernels, _: str) -> None:
     a = np.array([1, 2, np.nan, 0, np.nan, -np.inf, np.inf, -0.0, 0.0, -3], np.float32)
     b = np.array([2, 1, 0, np.nan, np.nan, -5, np.nan, 0.0, -0.0, -4], np.float32)
@@ -291,6 +303,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
         (check_from_float, ("float", "BFloat16", "Float16")),
         (check_to_float, ("float", "BFloat16", "Float16")),
         (check_exp2_approximate, ("",)),
+        (check_reciprocal_approximate, ("",)),
         (check_max_or_nan, ("",)),
         (check_add_atomic_float, ("",)),
         (check_add_atomic_pair, ("",)),

@@ -116,6 +116,12 @@ __global__ void __launch_bounds__(32) exp2_approximate(const Arguments args) {
   }
 }
 
+__global__ void __launch_bounds__(32) reciprocal_approximate(const Arguments args) {
+  for (int64_t i = threadIdx.x; i < args.count; i += 32) {
+    output<float>(args)[i] = cuda::reciprocal_approximate(input_a<float>(args)[i]);
+  }
+}
+
 __global__ void __launch_bounds__(32) max_or_nan(const Arguments args) {
   for (int64_t i = threadIdx.x; i < args.count; i += 32) {
     output<float>(args)[i] = cuda::max_or_nan(input_a<float>(args)[i], input_b<float>(args)[i]);
