@@ -81,6 +81,20 @@ struct LaneColumns {
     }
   }
 
+  // The same of a row that is there, with no branch around the load of a vector: a lane past the row's end gets some of
+  // its elements. stride: between rows of the table.
+  __device__ __forceinline__ void load_any(const Element* table, uint32_t row, int64_t stride, Part& part) const {
+    if constexpr (kVector > 1) {
+      const int column = first < row_dim ? first : 0;
+      const auto* vectors = reinterpret_cast<const uint4*>(table + column);
+      part.words = vectors[static_cast<uint64_t>(row) * static_cast<uint32_t>(stride / kVector)];
+    } else {
+      load(table + row * stride, true, part);
+    }
+  }
+
+  __device__ __forceinline__ bool is_past_end() const { return kVector > 1 && first >= row_dim; }
+
   __device__ __forceinline__ void store(Element* row, const float (&sums)[kCount]) const {
     if constexpr (kVector == 1) {
 #pragma unroll

@@ -6,22 +6,25 @@
 // Sorted entries are cut into pieces of kEntriesPerPiece. The entries of one row form a run; most runs lie within a
 // piece; the run of a row that very many tokens chose goes through thousands. Who owns what: a group of 8, 16 or 32
 // lanes, as wide as a row needs, walks one piece for one slab of columns at a time; the slabs of a piece go round the
-// warps of a thread block. Steps, a kernel each after rows have been set to zero:
-//   1. memory_backward_pieces: walks a piece in order. A run that lies within the piece is written to grad_rows; what
+// warps of a thread block. Steps, a kernel each:
+//   1. memory_backward_gather: a thread brings one sorted entry's token, weight and rows together, memory_backward_clear:
+//      a warp looks for 32 rows of grad_rows among the sorted ones and sets those of no entry to zero;
+//   2. memory_backward_pieces: walks a piece in order. A run that lies within the piece is written to grad_rows; what
 //      began in an earlier piece goes to the piece's head sum, what goes on in the next to its tail sum. Products with
 //      values are added over columns, the slabs meet in shared memory;
-//   2. memory_backward_stretches: where a run fills an aligned stretch of kPiecesPerStretch pieces, adds their heads up
+//   3. memory_backward_stretches: where a run fills an aligned stretch of kPiecesPerStretch pieces, adds their heads up
 //      into the tail sum of the stretch's first piece, which no run needs: a run that fills a piece has no tail there;
-//   3. memory_backward_runs: the piece in which a long run begins adds its tail, heads up to the next stretch, sums of
+//   4. memory_backward_runs: the piece in which a long run begins adds its tail, heads up to the next stretch, sums of
 //      stretches, and the heads left over, and writes the row.
-// Memory of 16-bit types: 2 W bytes for each row of grad_rows to be set to zero; for each run 2 W bytes written and,
-// with grad_weights, 2 W read; for each entry 2 W bytes of grad_out, which stays in the second-level cache while T W
-// does, and 20 bytes of its own. Head and tail sums add 16 W bytes at most for 128 entries.
+// Memory of 16-bit types: 2 W bytes written for each row of grad_rows, and, with grad_weights, 2 W read for each run;
+// for each entry 2 W bytes of grad_out, which stays in the second-level cache while T W does, 36 bytes of its own, and 16
+// more for each slab. Head and tail sums add 16 W bytes at most for 128 entries.
 // Numerics: float32 products and sums, rounded once. No ties. Rows of no entry are zero. An entry whose row is num_rows
 // had an index outside the table: no row gets it, and its grad_weights is NaN.
 // Determinism: every sum has an order fixed by sorted positions, shapes and alignment.
 #include "../cuda/dispatch.h"
 #include "../cuda/lane_rows.cuh"
+#include "../cuda/rounding.h"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
 
@@ -45,6 +48,14 @@ static_assert(kEntriesPerPiece % kLanes == 0, "pieces are read in whole rounds o
 static_assert(kEntriesInFlight == 4, "lanes' sums are added four at a time");
 }  // namespace
 
+// What a walk needs of an entry, in sorted order: one load of 16 bytes.
+struct alignas(16) SortedEntry {
+  int32_t row;  // kNoRow: of no row
+  int32_t target;
+  int32_t token;
+  float weight;
+};
+
 struct MemoryBackwardArguments {
   RowShape shape;
   uint32_t bag_size;
@@ -62,7 +73,10 @@ struct MemoryBackwardArguments {
   int64_t grad_out_stride;
   void* grad_rows;      // [num_targets, W] dtype
   float* grad_weights;  // [T, K] float32, or null
-  float* sums;          // [num_pieces, 2, W] float32: head and tail of each piece
+  int64_t num_targets;
+  int64_t num_padded_entries;
+  SortedEntry* entries;  // [num_padded_entries], those past T * K of no row
+  float* sums;           // [num_pieces, 2, W] float32: head and tail of each piece
 };
 
 namespace {
@@ -88,22 +102,23 @@ __device__ __forceinline__ float* tail_sum(const MemoryBackwardArguments& args, 
   return args.sums + (2 * piece + 1) * args.shape.row_dim;
 }
 
-struct Entry {
-  int32_t row = kNoRow;
-  int32_t target = 0;
-  int32_t token = 0;
-  float weight = 0.0f;
-};
+__device__ __forceinline__ SortedEntry load_entry(const SortedEntry* entry) {
+  const int4 words = *reinterpret_cast<const int4*>(entry);
+  return {words.x, words.y, words.z, __int_as_float(words.w)};
+}
 
-__device__ __forceinline__ Entry read_entry(const MemoryBackwardArguments& args, int64_t position) {
-  Entry entry;
-  entry.row = row_at(args, position);
-  if (entry.row == kNoRow) return entry;
-  const int64_t place = args.order[position];
-  entry.target = args.targets[position];
-  entry.token = static_cast<int32_t>(static_cast<uint32_t>(place) / args.bag_size);
-  entry.weight = args.weights[place];
-  return entry;
+// Whether an entry's gradient goes to row `target` of grad_rows.
+__device__ __forceinline__ bool is_target(const MemoryBackwardArguments& args, int32_t target) {
+  int32_t low = 0, high = args.num_entries;  // targets[low - 1] < target <= targets[high]
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
+    if (args.targets[middle] < target) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < args.num_entries && args.targets[low] == target && row_at(args, low) != kNoRow;
 }
 
 // A piece as the group that walks it sees it.
@@ -120,10 +135,11 @@ __device__ __forceinline__ void write_run(const MemoryBackwardArguments& args, c
                                           const LaneColumns<Element, kVector>& columns, int32_t row, int32_t target,
                                           const float (&sums)[LaneColumns<Element, kVector>::kCount]) {
   if (row == kNoRow) return;
-  if (row == piece.row_before) {
-    columns.store_float32(head_sum(args, piece.idx), sums);
-  } else if (row == piece.row_after) {
-    columns.store_float32(tail_sum(args, piece.idx), sums);
+  float* sum = nullptr;
+  if (row == piece.row_after) sum = tail_sum(args, piece.idx);
+  if (row == piece.row_before) sum = head_sum(args, piece.idx);  // though it may go on in the next piece
+  if (sum != nullptr) {
+    columns.store_float32(sum, sums);
   } else {
     Element* grad_rows = static_cast<Element*>(args.grad_rows);
     columns.store(grad_rows + target * static_cast<int64_t>(args.shape.row_dim), sums);
@@ -131,7 +147,7 @@ __device__ __forceinline__ void write_run(const MemoryBackwardArguments& args, c
 }
 
 // One slab of a piece. `dots` are the group's own.
-template <typename Element, int kVector>
+template <typename Element, int kVector, bool kHasValues>
 __device__ __forceinline__ void walk_piece(const MemoryBackwardArguments& args, const Piece& piece, int slab,
                                            bool is_first_slab, float* dots) {
   using Columns = LaneColumns<Element, kVector>;
@@ -140,58 +156,56 @@ __device__ __forceinline__ void walk_piece(const MemoryBackwardArguments& args, 
   const Columns columns(args.shape, slab, lane_in_row);
   const Element* values = static_cast<const Element*>(args.values);
   const Element* grad_out = static_cast<const Element*>(args.grad_out);
-  const bool has_values = args.grad_weights != nullptr;
   float sums[Columns::kCount] = {};
-  typename Columns::Part value_part;  // of the run's row
   int32_t run_row = kNoRow, run_target = 0;
-  Entry next = read_entry(args, piece.first + lane_in_row);
-  for (int first = 0; first < kEntriesPerPiece; first += lanes_per_row) {
-    const Entry mine = next;
-    if (first + lanes_per_row < kEntriesPerPiece) {
-      next = read_entry(args, piece.first + first + lanes_per_row + lane_in_row);
-    }
+  // Every lane of the group loads the same entries, a step ahead.
+  const SortedEntry* entries = args.entries + piece.first;
+  SortedEntry next[kEntriesInFlight];
+#pragma unroll
+  for (int i = 0; i < kEntriesInFlight; ++i) next[i] = load_entry(entries + i);
 #pragma unroll 1
-    for (int e = 0; e < lanes_per_row; e += kEntriesInFlight) {
-      int32_t rows[kEntriesInFlight];
-      typename Columns::Part grad_parts[kEntriesInFlight], value_parts[kEntriesInFlight];
+  for (int e = 0; e < kEntriesPerPiece; e += kEntriesInFlight) {
+    SortedEntry mine[kEntriesInFlight];
+    typename Columns::Part grad_parts[kEntriesInFlight], value_parts[kEntriesInFlight];
 #pragma unroll
-      for (int i = 0; i < kEntriesInFlight; ++i) {
-        rows[i] = __shfl_sync(kAllLanes, mine.row, e + i, lanes_per_row);
-        const int32_t token = __shfl_sync(kAllLanes, mine.token, e + i, lanes_per_row);
-        const bool is_new_row = rows[i] != (i == 0 ? run_row : rows[i - 1]);
-        columns.load(grad_out + token * args.grad_out_stride, rows[i] != kNoRow, grad_parts[i]);
-        columns.load(values + rows[i] * args.values_stride, has_values && is_new_row && rows[i] != kNoRow,
-                     value_parts[i]);
+    for (int i = 0; i < kEntriesInFlight; ++i) {
+      mine[i] = next[i];
+      columns.load_any(grad_out, static_cast<uint32_t>(mine[i].token), args.grad_out_stride, grad_parts[i]);
+      // Those of a run's later entries are in the first-level cache. Nobody uses what an entry of no row loads.
+      if constexpr (kHasValues) {
+        const uint32_t row = mine[i].row == kNoRow ? 0u : static_cast<uint32_t>(mine[i].row);
+        columns.load_any(values, row, args.values_stride, value_parts[i]);
       }
-      float products[kEntriesInFlight];
+    }
 #pragma unroll
-      for (int i = 0; i < kEntriesInFlight; ++i) {
-        const int32_t target = __shfl_sync(kAllLanes, mine.target, e + i, lanes_per_row);
-        const float weight = __shfl_sync(kAllLanes, mine.weight, e + i, lanes_per_row);
-        if (rows[i] != run_row) {
-          write_run(args, piece, columns, run_row, run_target, sums);
-          run_row = rows[i];
-          run_target = target;
-          value_part = value_parts[i];
+    for (int i = 0; i < kEntriesInFlight; ++i) next[i] = load_entry(entries + e + kEntriesInFlight + i);
+    float products[kEntriesInFlight];
 #pragma unroll
-          for (int c = 0; c < Columns::kCount; ++c) sums[c] = 0.0f;
-        }
-        float grad[Columns::kCount], value[Columns::kCount];
-        unpack(grad_parts[i], grad);
-        unpack(value_part, value);
+    for (int i = 0; i < kEntriesInFlight; ++i) {
+      const bool is_new_row = mine[i].row != run_row;
+      if (is_new_row) write_run(args, piece, columns, run_row, run_target, sums);
+      run_row = mine[i].row;
+      run_target = mine[i].target;
+      float grad[Columns::kCount];
+      unpack(grad_parts[i], grad);
+#pragma unroll
+      for (int c = 0; c < Columns::kCount; ++c) {
+        sums[c] = fmaf(mine[i].weight, grad[c], is_new_row ? 0.0f : sums[c]);
+      }
+      if constexpr (kHasValues) {
+        float value[Columns::kCount];
+        unpack(value_parts[i], value);
         products[i] = 0.0f;
 #pragma unroll
-        for (int c = 0; c < Columns::kCount; ++c) {
-          sums[c] = fmaf(weight, grad[c], sums[c]);
-          products[i] = fmaf(value[c], grad[c], products[i]);
-        }
+        for (int c = 0; c < Columns::kCount; ++c) products[i] = fmaf(value[c], grad[c], products[i]);
+        if (columns.is_past_end()) products[i] = 0.0f;
       }
-      if (has_values) {
-        const float dot = sum_over_lanes(products, lanes_per_row);
-        if (lane_in_row < kEntriesInFlight) {
-          float& total = dots[first + e + lane_in_row];
-          total = is_first_slab ? dot : total + dot;
-        }
+    }
+    if constexpr (kHasValues) {
+      const float dot = sum_over_lanes(products, lanes_per_row);
+      if (lane_in_row < kEntriesInFlight) {
+        float& total = dots[e + lane_in_row];
+        total = is_first_slab ? dot : total + dot;
       }
     }
   }
@@ -201,7 +215,45 @@ __device__ __forceinline__ void walk_piece(const MemoryBackwardArguments& args, 
 }  // namespace
 
 // Step 1.
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    memory_backward_gather(const MemoryBackwardArguments args) {
+  const int64_t position = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (position >= args.num_padded_entries) return;
+  const int32_t row = row_at(args, position);
+  int4 words = {kNoRow, 0, 0, 0};
+  if (row != kNoRow) {
+    const int64_t place = args.order[position];
+    words = {row, args.targets[position], static_cast<int32_t>(static_cast<uint32_t>(place) / args.bag_size),
+             __float_as_int(args.weights[place])};
+  }
+  reinterpret_cast<int4*>(args.entries)[position] = words;
+}
+
 template <typename Element, int kVector>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    memory_backward_clear(const MemoryBackwardArguments args) {
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kMaxWarps + warp_id()) * kLanes;
+  const int64_t mine = first + lane_id();
+  const bool is_empty = mine < args.num_targets && !is_target(args, static_cast<int32_t>(mine));
+  unsigned empty_rows = __ballot_sync(kAllLanes, is_empty);
+  Element* grad_rows = static_cast<Element*>(args.grad_rows);
+  const int row_dim = args.shape.row_dim;
+  while (empty_rows != 0) {  // whole warps
+    const int row = __ffs(static_cast<int>(empty_rows)) - 1;
+    empty_rows &= empty_rows - 1;
+    Element* grad_row = grad_rows + (first + row) * row_dim;
+    for (int column = lane_id() * kVector; column < row_dim; column += kLanes * kVector) {
+      if constexpr (kVector > 1) {
+        *reinterpret_cast<uint4*>(grad_row + column) = {0u, 0u, 0u, 0u};
+      } else {
+        grad_row[column] = cuda::from_float<Element>(0.0f);
+      }
+    }
+  }
+}
+
+// Step 2.
+template <typename Element, int kVector, bool kHasValues>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_pieces(const MemoryBackwardArguments args) {
   SharedMemory& shared = *reinterpret_cast<SharedMemory*>(cuda::dynamic_shared_memory());
@@ -218,9 +270,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   piece.row_before = row_at(args, piece.first - 1);
   piece.row_after = row_at(args, piece.first + kEntriesPerPiece);
   for (int slab = warp_of_piece; slab < args.shape.num_slabs; slab += warps_per_piece) {
-    walk_piece<Element, kVector>(args, piece, slab, slab == warp_of_piece, shared.dots[warp_id()][group]);
+    walk_piece<Element, kVector, kHasValues>(args, piece, slab, slab == warp_of_piece, shared.dots[warp_id()][group]);
   }
-  if (args.grad_weights == nullptr) return;  // the whole thread block
+  if constexpr (!kHasValues) return;
   // Publishes every warp's products to the thread block.
   __syncthreads();
   const int num_entries = pieces_abreast * groups * kEntriesPerPiece;
@@ -292,7 +344,7 @@ __device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args,
 
 }  // namespace
 
-// Step 2. Stretches are counted from the second: no run reaches into the first from before.
+// Step 3. Stretches are counted from the second: no run reaches into the first from before.
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_stretches(const MemoryBackwardArguments args) {
   const SumTask task = sum_task(args, blockIdx.x * kMaxWarps + static_cast<uint32_t>(warp_id()));
@@ -312,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   }
 }
 
-// Step 3.
+// Step 4.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_runs(const MemoryBackwardArguments args) {
@@ -366,25 +418,43 @@ int64_t num_pieces_of(const MemoryProblem& problem) {
   return (problem.num_entries() + kEntriesPerPiece - 1) / kEntriesPerPiece;
 }
 
+// Pieces of a whole thread block, and the entries that are loaded a step ahead.
+int64_t num_padded_entries_of(const MemoryProblem& problem) {
+  constexpr int64_t kEntriesPerBlock = int64_t{kMaxWarps} * kMaxGroups * kEntriesPerPiece;
+  return divide_up(problem.num_entries(), kEntriesPerBlock) * kEntriesPerBlock + kEntriesInFlight;
+}
+
 int64_t dot_bytes(int64_t warps) { return warps * static_cast<int64_t>(sizeof(float)) * kMaxGroups * kEntriesPerPiece; }
 
 template <typename Element, int kVector>
 void launch_pieces(MemoryBackwardArguments args, int64_t row_dim, cudaStream_t stream) {
   args.shape = row_shape<kVector>(row_dim);
+  constexpr int64_t kRowsPerBlock = int64_t{kMaxWarps} * kLanes;
+  if (args.num_targets > 0 && row_dim > 0) {
+    cuda::launch(memory_backward_clear<Element, kVector>,
+                 {dim3(static_cast<unsigned>(divide_up(args.num_targets, kRowsPerBlock))), dim3(kThreads), 0, stream},
+                 args);
+  }
   args.warps_per_piece = args.shape.num_slabs < kMaxWarps ? args.shape.num_slabs : kMaxWarps;
   const int pieces_abreast = kMaxWarps / args.warps_per_piece;
   const int warps = pieces_abreast * args.warps_per_piece;
   const int pieces = pieces_abreast * (kLanes / args.shape.lanes_per_row);
-  cuda::launch(memory_backward_pieces<Element, kVector>,
-               {dim3(static_cast<unsigned>((args.num_pieces + pieces - 1) / pieces)), dim3(warps * kLanes),
-                static_cast<size_t>(dot_bytes(warps)), stream},
-               args);
+  const cuda::LaunchShape shape{dim3(static_cast<unsigned>((args.num_pieces + pieces - 1) / pieces)),
+                                dim3(warps * kLanes), static_cast<size_t>(dot_bytes(warps)), stream};
+  if (args.grad_weights != nullptr) {
+    cuda::launch(memory_backward_pieces<Element, kVector, true>, shape, args);
+  } else {
+    cuda::launch(memory_backward_pieces<Element, kVector, false>, shape, args);
+  }
 }
 
 template <typename Element>
 void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments args, cudaStream_t stream) {
   const int64_t row_dim = params.problem.row_dim;
-  if ((args.values == nullptr || has_vector_rows<Element>(params.values)) &&
+  cuda::launch(memory_backward_gather,
+               {dim3(static_cast<unsigned>(divide_up(args.num_padded_entries, kThreads))), dim3(kThreads), 0, stream},
+               args);
+  if (row_dim > 0 && (args.values == nullptr || has_vector_rows<Element>(params.values)) &&
       has_vector_rows<Element>(params.grad_out) && has_vector_rows<Element>(params.grad_rows)) {
     launch_pieces<Element, kElementsPerVector<Element>>(args, row_dim, stream);
   } else {
@@ -408,7 +478,9 @@ void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments ar
 int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, const CudaPlace&) {
   const MemoryProblem& problem = params.problem;
   const int64_t num_pieces = num_pieces_of(problem);
-  return num_pieces < 2 ? 0 : num_pieces * 2 * problem.row_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t num_sums = num_pieces < 2 ? 0 : num_pieces * 2 * problem.row_dim;
+  return num_padded_entries_of(problem) * static_cast<int64_t>(sizeof(SortedEntry)) +
+         num_sums * static_cast<int64_t>(sizeof(float));
 }
 
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
@@ -419,19 +491,23 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   const DeviceGuard guard(place.device);
   const StageRange range("memory: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes(problem.dtype);
-  if (grad_bytes > 0) {
+  if (problem.num_entries() == 0) {
+    const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes(problem.dtype);
+    if (grad_bytes == 0) return;
     cuda_require(cudaMemsetAsync(params.grad_rows.data, 0, static_cast<size_t>(grad_bytes), stream),
                  "clearing gradients of rows");
+    return;
   }
-  if (problem.num_entries() == 0 || (problem.row_dim == 0 && params.grad_weights.data == nullptr)) return;
+  if (problem.row_dim == 0 && params.grad_weights.data == nullptr) return;
   MemoryBackwardArguments args{};
   args.bag_size = static_cast<uint32_t>(problem.bag_size);
   args.num_rows = static_cast<int32_t>(problem.num_rows);
   args.num_entries = static_cast<int32_t>(problem.num_entries());
   args.num_pieces = static_cast<int32_t>(num_pieces_of(problem));
-  args.values = params.grad_weights.data == nullptr ? nullptr : params.values.data;
-  args.values_stride = params.values.strides[0];
+  // Without rows there is nothing to load; what is loaded for entries of no row may then come from anywhere.
+  const bool has_rows = problem.num_rows > 0;
+  args.values = params.grad_weights.data == nullptr ? nullptr : has_rows ? params.values.data : params.grad_out.data;
+  args.values_stride = has_rows ? params.values.strides[0] : 0;
   args.order = params.order.data;
   args.sorted_rows = params.sorted_rows.data;
   args.targets = params.targets.data;
@@ -440,7 +516,10 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   args.grad_out_stride = params.grad_out.strides[0];
   args.grad_rows = params.grad_rows.data;
   args.grad_weights = params.grad_weights.at<float>();
-  args.sums = static_cast<float*>(workspace.data);
+  args.num_targets = params.num_targets;
+  args.num_padded_entries = num_padded_entries_of(problem);
+  args.entries = static_cast<SortedEntry*>(workspace.data);
+  args.sums = reinterpret_cast<float*>(args.entries + args.num_padded_entries);
   with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, args, stream); });
 }
 

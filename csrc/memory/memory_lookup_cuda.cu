@@ -75,20 +75,16 @@ __device__ __forceinline__ Task task_of(const MemoryLookupArguments& args, uint3
 constexpr int32_t kNoRow = -1;
 
 struct Entry {
-  int32_t row = kNoRow;
-  float weight = 0.0f;  // NaN where the index is outside the table: it makes the sum NaN
+  int64_t index;
+  float weight;
 };
 
-// Step 1 of lookup. What lies past the last entry adds nothing.
-__device__ __forceinline__ Entry read_entry(const MemoryLookupArguments& args, const Task& task, int k) {
-  Entry entry;
-  if (!task.is_there || k >= args.bag_size) return entry;
+// Step 1 of lookup: both loads at once; what they bring is looked at when it is the entry's turn. What lies past the last
+// entry adds nothing.
+__device__ __forceinline__ Entry load_entry(const MemoryLookupArguments& args, const Task& task, int k) {
+  if (!task.is_there || k >= args.bag_size) return {kNoRow, 0.0f};
   const int64_t place = task.token * args.bag_size + k;
-  const int64_t index = args.indices[place];
-  const bool is_row = index >= 0 && index < args.num_rows;
-  entry.row = is_row ? static_cast<int32_t>(index) : kNoRow;
-  entry.weight = is_row ? args.weights[place] : not_a_number();
-  return entry;
+  return {args.indices[place], args.weights[place]};
 }
 
 }  // namespace
@@ -103,10 +99,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_lookup(c
   const int lanes_per_row = args.shape.lanes_per_row;
   const Element* values = static_cast<const Element*>(args.values);
   float sums[Columns::kCount] = {};
-  Entry next = read_entry(args, task, task.lane_in_row);
+  Entry next = load_entry(args, task, task.lane_in_row);
   for (int first = 0; first < args.bag_size; first += lanes_per_row) {
-    const Entry mine = next;
-    next = read_entry(args, task, first + lanes_per_row + task.lane_in_row);
+    const bool is_row = next.index >= 0 && next.index < args.num_rows;
+    const int32_t my_row = is_row ? static_cast<int32_t>(next.index) : kNoRow;
+    const bool is_entry = task.is_there && first + task.lane_in_row < args.bag_size;
+    // An index outside the table makes the sum NaN.
+    const float my_weight = is_row || !is_entry ? next.weight : not_a_number();
+    next = load_entry(args, task, first + lanes_per_row + task.lane_in_row);
     const int left = args.bag_size - first;
     const int count = left < lanes_per_row ? left : lanes_per_row;
 #pragma unroll 1
@@ -115,13 +115,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_lookup(c
       // Step 2.
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        const int32_t row = __shfl_sync(kAllLanes, mine.row, e + i, lanes_per_row);
+        const int32_t row = __shfl_sync(kAllLanes, my_row, e + i, lanes_per_row);
         columns.load(values + row * args.values_stride, row != kNoRow, parts[i]);
       }
       // Step 3.
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
-        const float weight = __shfl_sync(kAllLanes, mine.weight, e + i, lanes_per_row);
+        const float weight = __shfl_sync(kAllLanes, my_weight, e + i, lanes_per_row);
         float row_values[Columns::kCount];
         unpack(parts[i], row_values);
 #pragma unroll
