@@ -1,6 +1,9 @@
 #include <atomic>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "host.h"
 #include "workspace.h"
@@ -14,6 +17,20 @@ namespace topgather {
 
 namespace {
 std::atomic<int64_t> budget_override{0};
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// What the runtime's own words leave out: the runtime is part of this build, the driver of the machine.
+std::string advice_on(cudaError_t status) {
+  if (status != cudaErrorInsufficientDriver && status != cudaErrorUnsupportedPtxVersion) return "";
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "; no CUDA driver was found";
+  return "; this build of topgather has the CUDA runtime " + version_text(CUDART_VERSION) +
+         ", the driver supports CUDA up to " + version_text(driver) +
+         ": update the driver, or build topgather with an older toolkit (docs/building.md)";
+}
 }  // namespace
 
 int64_t set_workspace_budget(int64_t bytes) { return budget_override.exchange(bytes); }
@@ -24,7 +41,28 @@ int64_t workspace_budget(int64_t configured) {
 }
 
 void throw_cuda_error(cudaError_t status, const char* doing) {
-  throw std::runtime_error(std::string("CUDA error while ") + doing + ": " + cudaGetErrorString(status));
+  throw std::runtime_error(std::string("CUDA error while ") + doing + ": " + cudaGetErrorString(status) +
+                           advice_on(status));
+}
+
+void allow_shared_memory(const void* kernel, size_t bytes) {
+  constexpr const char* kDoing = "opting in to more than 48 KB of shared memory";
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cuda_require(cudaGetDevice(&device), kDoing);
+  cuda_require(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kDoing);
+  if (bytes > static_cast<size_t>(most)) {
+    throw std::runtime_error(std::string(kDoing) + ": a thread block needs " + std::to_string(bytes) +
+                             " bytes, the device has " + std::to_string(most));
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return;
+  cuda_require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), kDoing);
+  cuda_require(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      kDoing);
+  allowed.insert({kernel, device});
 }
 
 #if defined(TOPGATHER_HAVE_NVTX)

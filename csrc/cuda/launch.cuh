@@ -31,10 +31,7 @@ template <typename Arguments>
 void launch(void (*kernel)(Arguments), const LaunchShape& shape, const std::type_identity_t<Arguments>& arguments) {
   static_assert(std::is_trivially_copyable_v<Arguments>, "kernel arguments are copied byte by byte");
   if (shape.shared_bytes > kSharedBytesWithoutOptIn) {
-    cuda_require(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shape.shared_bytes)),
-        "opting in to more than 48 KB of shared memory");
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   }
 #if defined(__CUDACC__)
   kernel<<<shape.grid, shape.block, shape.shared_bytes, shape.stream>>>(arguments);

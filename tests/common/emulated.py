@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def emulated_cuda(checked: bool = True, **options: Any) -> Iterator[Any]:
     before = module.set_options(**options)
     replaced = {"native_module": _cuda.native_module, "place": _cuda.place}
     _cuda.native_module = lambda: module
-    _cuda.place = lambda device: (0, 0)
+    _cuda.place = lambda device: (0, 0, nullcontext())
     overrides = torch.library.Library("topgather", "IMPL")
     try:
         with warnings.catch_warnings():

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.common.emulated import emulated_cuda
+
 FOLDER = os.environ.get("TOPGATHER_EMULATION", "")
 pytestmark = pytest.mark.skipif(
     not FOLDER,
@@ -437,6 +439,22 @@ def test_shared_memory_limit(module: ModuleType) -> None:
         run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=99 * 1024 + 16)
     module.set_options(shared_limit=227 * 1024)
     run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=227 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("driver_version", "words"),
+    [
+        (12040, r"insufficient.*CUDA runtime 13\.0, the driver supports CUDA up to 12\.4"),
+        (0, "no CUDA driver was found"),
+    ],
+)
+def test_driver_that_is_too_old(driver_version: int, words: str) -> None:
+    """The message names both versions and says what to do."""
+    key = torch.ones(1, 1, 8, 4)
+    with emulated_cuda(driver_version=driver_version), pytest.raises(RuntimeError, match=words):
+        torch.ops.topgather.block_centroids(key, 4)
+    with emulated_cuda():
+        assert torch.equal(torch.ops.topgather.block_centroids(key, 4), torch.ones(1, 1, 2, 4))
 
 
 def test_device_attributes(module: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,9 +25,18 @@ def native_module() -> Any:
     return _native
 
 
-def place(device: torch.device) -> tuple[int, int]:
-    """Device number and the caller's stream, as kernels take them."""
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+_ALREADY_CURRENT = nullcontext()
+
+
+def place(device: torch.device) -> tuple[int, int, AbstractContextManager[Any]]:
+    """Device number and the caller's stream, as kernels take them, and what makes the device current meanwhile.
+
+    That is torch's own guard, which does not go back to a device that the program has not used yet: that would create a
+    context there.
+    """
+    is_current = device.index == torch.cuda.current_device()
+    guard = _ALREADY_CURRENT if is_current else torch.cuda.device(device)
+    return device.index, torch.cuda.current_stream(device).cuda_stream, guard
 
 
 def runner(native: str) -> Callable[..., None]:
@@ -38,11 +48,12 @@ def runner(native: str) -> Callable[..., None]:
 
     def run(like: Tensor, *fields: Any) -> None:
         module = native_module()
-        device, stream = place(like.device)
+        device, stream, guard = place(like.device)
         count = getattr(module, f"{native}_workspace_bytes", None)
-        num_bytes = 0 if count is None else count(*fields, device)
-        workspace = like.new_empty(num_bytes, dtype=torch.uint8)
-        getattr(module, f"{native}_cuda")(*fields, workspace.data_ptr(), num_bytes, device, stream)
+        with guard:
+            num_bytes = 0 if count is None else count(*fields, device)
+            workspace = like.new_empty(num_bytes, dtype=torch.uint8)
+            getattr(module, f"{native}_cuda")(*fields, workspace.data_ptr(), num_bytes, device, stream)
 
     return run
 

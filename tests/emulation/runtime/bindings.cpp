@@ -31,6 +31,7 @@ py::dict options_as_dict() {
   result["shared_limit"] = options.shared_limit;
   result["num_multiprocessors"] = options.num_multiprocessors;
   result["compute_capability"] = options.compute_capability;
+  result["driver_version"] = options.driver_version;
   result["check_races"] = options.check_races;
   result["check_uninitialized"] = options.check_uninitialized;
   result["poison"] = options.poison;
@@ -55,6 +56,8 @@ py::dict set_options(const py::kwargs& changes) {
       options.num_multiprocessors = py::cast<int>(value);
     } else if (name == "compute_capability") {
       options.compute_capability = py::cast<int>(value);
+    } else if (name == "driver_version") {
+      options.driver_version = py::cast<int>(value);
     } else if (name == "check_races") {
       options.check_races = py::cast<bool>(value);
     } else if (name == "check_uninitialized") {

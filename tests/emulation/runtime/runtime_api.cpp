@@ -8,7 +8,13 @@ thread_local int current_device = 0;
 }
 
 cudaError_t cudaGetDevice(int* device) {
+  if (topgather::emulation::options.driver_version < CUDART_VERSION) return cudaErrorInsufficientDriver;
   *device = current_device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = topgather::emulation::options.driver_version;
   return cudaSuccess;
 }
 
@@ -24,12 +30,15 @@ const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
     default: return "invalid device ordinal";
   }
 }
 
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-  return static_cast<size_t>(value) <= topgather::emulation::options.shared_limit ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  const auto most = static_cast<int>(topgather::emulation::options.shared_limit);
+  const int limit = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize ? most : cudaSharedmemCarveoutMaxShared;
+  return value <= limit ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

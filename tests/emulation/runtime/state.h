@@ -37,6 +37,7 @@ struct Options {
   size_t shared_limit = 227 * 1024;
   int num_multiprocessors = 4;
   int compute_capability = 80;  // major * 10 + minor
+  int driver_version = 13000;   // the newest CUDA it supports, major * 1000 + minor * 10; 0: no driver
   bool check_races = true;      // the three checks act in the checked build only
   bool check_uninitialized = true;
   bool poison = true;  // fill outputs, workspace and shared memory with 0xFF
