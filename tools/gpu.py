@@ -1,15 +1,17 @@
-"""Everything to be learnt from a machine with a GPU, in one call of under nine minutes: `make gpu`.
+"""Everything to be learnt from a machine with a GPU, in one call of under six minutes: `make gpu`.
 
     make gpu PYTHON=python3 OUT=build/gpu/results        # COMMIT=<hash> where there is no checkout to ask
+    make gpu GPU="--only headline --only ncu"            # some steps again; what is built already is used
+    make gpu GPU="--seconds 900"                         # time for the long benchmarks too
 
-Builds for the GPU at hand, runs the suite on it, lets compute-sanitizer watch the small cases, benchmarks, profiles
-every kernel with ncu, and runs the emulated tests in the time that is left. Nothing is installed or fetched: the
-interpreter that runs this script must have torch, pybind11, cmake, ninja, numpy, pytest, pytest-xdist, hypothesis and
-matplotlib. Every step has a time limit and goes on whatever became of the others; without a GPU those that need one say
-so.
+Builds for the GPU at hand; then what is worth most comes first: the suite on it, one line of speed an op against torch,
+ncu of the three kernels that take longest, compute-sanitizer over the small cases, the benchmarks, and in the time that
+is left the emulated tests. Nothing is installed or fetched: the interpreter that runs this script must have torch,
+pybind11, cmake, ninja, numpy, pytest, pytest-xdist, hypothesis and matplotlib. Every step has a time limit and goes on
+whatever became of the others; without a GPU those that need one say so.
 
-Leaves in the output folder: summary.md and summary.json, log.txt (everything the steps printed), a .json and a .png of
-each benchmark, kernels.json (ncu).
+Leaves in the output folder: summary.md and summary.json, log.txt (everything the steps printed), headline.json, a .json
+and a .png of each benchmark, kernels.json (ncu), and all of it as one results.tar.gz.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,16 +38,19 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 PACKAGE = BUILD / "package"
 EMULATION = BUILD / "emulation"
-TOTAL_SECONDS = 525.0
+TOTAL_SECONDS = 330.0
 EMULATION_SECONDS = 150.0
 """With less left, a machine with a GPU does not begin with the emulation."""
 SHORT_BENCHMARKS = {"memory": 50.0, "grid": 40.0, "decode": 40.0, "key_conv": 30.0}
 """Scripts of bench/ beside moba.py, and what each may take."""
 BENCHMARKS = ("moba", *SHORT_BENCHMARKS)
+ARCHIVE = "results.tar.gz"
 RESULTS = (
-    *("summary.md", "summary.json", "log.txt", "kernels.json"),
+    *("summary.md", "summary.json", "log.txt", "headline.json", "kernels.json"),
     *(f"{name}.{suffix}" for name in BENCHMARKS for suffix in ("json", "png")),
 )
+NUM_PROFILED = 3
+"""Kernels that ncu looks at: it runs each some twenty times over."""
 PROFILED = ("forward", "backward", "memory", "grid", "decode", "key_conv")
 """What bench/gpu/profile_cases.py can be asked for."""
 MODULES = ("torch", "pybind11", "numpy", "pytest", "xdist", "hypothesis", "matplotlib")
@@ -172,7 +178,7 @@ class Session:
         self.began = time.monotonic()
         self.steps: list[Step] = []
         output.mkdir(parents=True, exist_ok=True)
-        for name in RESULTS:
+        for name in (*RESULTS, ARCHIVE):
             (output / name).unlink(missing_ok=True)
 
     @property
@@ -236,6 +242,10 @@ class Session:
         if kernels.exists():
             lines += ["", ncu_summary.format_table(json.loads(kernels.read_text()))]
         (self.output / "summary.md").write_text("\n".join(lines) + "\n")
+        with tarfile.open(self.output / ARCHIVE, "w:gz") as archive:
+            for name in RESULTS:
+                if (self.output / name).exists():
+                    archive.add(self.output / name, arcname=name)
 
 
 # --- The steps ----------------------------------------------------------------------------------------------
@@ -311,6 +321,18 @@ def test_on_gpu(session: Session) -> None:
     session.run("tests on the GPU", pytest_command(session, "-m", "gpu"), 120, judge_by(r"\d+ (passed|failed|error)"))
 
 
+def measure_headlines(session: Session) -> None:
+    """One line an op, and which kernels take longest: headline.json."""
+    limit = max(20.0, min(90.0, session.seconds_left - 60.0))
+    command = [session.machine.python, "bench/gpu/headline.py", "--output", str(session.output)]
+    session.run(
+        "headline speeds",
+        [*command, "--seconds", f"{limit - 15.0:.0f}"],
+        limit,
+        judge_by(r"\d+ lines, \d+ failed|Error"),
+    )
+
+
 def sanitize(session: Session) -> None:
     """The sanitizers' three tools over the small cases, side by side: none of them is about time."""
     names = ("memcheck", "racecheck", "synccheck")
@@ -342,8 +364,8 @@ def sanitize(session: Session) -> None:
 
 
 def benchmark(session: Session) -> None:
-    """bench/moba.py and the others, each with its JSON and its picture. What it may take leaves them and ncu time."""
-    seconds = max(20.0, min(110.0, session.seconds_left - 70.0 - sum(SHORT_BENCHMARKS.values())))
+    """bench/moba.py and the others, each with its JSON and its picture. What it may take leaves them time."""
+    seconds = max(20.0, min(110.0, session.seconds_left - sum(SHORT_BENCHMARKS.values())))
     options = ["--device", "cuda", "--output", str(session.output)]
     command = [session.machine.python, "bench/moba.py", *options, "--seconds", f"{seconds:.0f}"]
     session.run("benchmark", command, seconds + 30.0, judge_by(r"N=65536 .*topgather 128|FAILED|Error"))
@@ -360,18 +382,32 @@ def judge_profile(outcome: Outcome) -> tuple[str, str]:
     return outcome.status if outcome.status != PASSED else FAILED, last_line(outcome.output, "==ERROR==|==WARNING==")
 
 
+def longest_kernels(session: Session) -> dict[str, list[str]]:
+    """What to profile, by the call that launches it: the longest kernels, or all where nothing was measured."""
+    path = session.output / "headline.json"
+    kernels = json.loads(path.read_text())["kernels"] if path.exists() else []
+    chosen: dict[str, list[str]] = {}
+    names: set[str] = set()
+    for kernel in kernels:
+        name = kernel["kernel"].split("<")[0]
+        if name not in names and len(names) < NUM_PROFILED:
+            names.add(name)
+            chosen.setdefault(kernel["case"], []).append(name)
+    return chosen or {case: [] for case in PROFILED}
+
+
 def profile(session: Session) -> None:
-    """Ncu over one call of each kind: kernels.json."""
+    """Ncu over the calls that launch the longest kernels: kernels.json."""
     ncu = session.machine.tool("ncu")
     kernels: list[dict[str, object]] = []
-    for direction in PROFILED:
-        name = f"ncu {direction}"
+    for case, names in longest_kernels(session).items():
+        name = f"ncu {case}"
         if ncu is None:
             session.report(Step(name, NOT_RUN, detail="ncu not found"))
             continue
-        script = [session.machine.python, str(ROOT / "bench" / "gpu" / "profile_cases.py"), direction]
-        outcome = session.run(name, [ncu, *ncu_summary.OPTIONS, *script], 60, judge_profile)
-        kernels += [{"direction": direction, **kernel} for kernel in ncu_summary.summarize(outcome.output)]
+        script = [session.machine.python, str(ROOT / "bench" / "gpu" / "profile_cases.py"), case]
+        outcome = session.run(name, [ncu, *ncu_summary.options_for(names), *script], 60, judge_profile)
+        kernels += [{"direction": case, **kernel} for kernel in ncu_summary.summarize(outcome.output)]
         (session.output / "kernels.json").write_text(json.dumps(kernels, indent=1) + "\n")
         session.write_summary()
 
@@ -395,12 +431,15 @@ def test_emulated(session: Session) -> None:
     )
 
 
-GPU_STEPS: dict[str, Callable[[Session], None]] = {
-    "tests on the GPU": test_on_gpu,
-    "memcheck, racecheck, synccheck": sanitize,
-    "benchmark": benchmark,
-    "ncu": profile,
+GPU_STEPS: dict[str, tuple[str, Callable[[Session], None]]] = {
+    "tests": ("tests on the GPU", test_on_gpu),
+    "headline": ("headline speeds", measure_headlines),
+    "ncu": ("ncu", profile),
+    "sanitizer": ("memcheck, racecheck, synccheck", sanitize),
+    "benchmarks": ("benchmark", benchmark),
 }
+"""The steps that need a GPU, by what ``--only`` calls them, the most valuable first."""
+EMULATION_STEP = "emulation"
 
 
 def main() -> int:
@@ -408,7 +447,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=BUILD / "results", help="folder (default: build/gpu/results)")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help=f"in all (default: {TOTAL_SECONDS:.0f})")
+    names = (*GPU_STEPS, EMULATION_STEP)
+    parser.add_argument("--only", action="append", choices=names, help="this step, after the build; may be repeated")
     options = parser.parse_args()
+    wanted = options.only or names
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -420,14 +462,16 @@ def main() -> int:
     session = Session(machine, options.output.resolve(), options.seconds)
     print(f"GPU: {machine.gpu or 'none seen by torch'}; results in {session.output}", flush=True)
     is_built = build(session)
-    for name, step in GPU_STEPS.items():
+    for name, (title, step) in GPU_STEPS.items():
+        if name not in wanted:
+            continue
         if machine.gpu is None:
-            session.report(Step(name, NO_GPU, detail="no GPU is there: torch sees no CUDA device"))
+            session.report(Step(title, NO_GPU, detail="no GPU is there: torch sees no CUDA device"))
         elif not is_built:
-            session.report(Step(name, NOT_RUN, detail="there is no working build"))
+            session.report(Step(title, NOT_RUN, detail="there is no working build"))
         else:
             step(session)
-    if is_built:
+    if is_built and EMULATION_STEP in wanted:
         test_emulated(session)
     bad = [step.name for step in session.steps if step.status in (FAILED, TIMED_OUT)]
     print(f"\n{session.output / 'summary.md'}:\n{(session.output / 'summary.md').read_text()}")

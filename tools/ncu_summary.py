@@ -22,12 +22,20 @@ SECTIONS = (
     "LaunchStats",
     "Occupancy",
 )
+OURS = "moba|memory|product_key|grid|key_conv"
 # The clocks are left as they are, and so is the cache: kernels of a wave read what the one before left in it.
 OPTIONS = [
     *("--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"),
-    *("--kernel-name", "regex:moba|memory|product_key|grid|key_conv", "--launch-count", "40", "--csv", "--page", "raw"),
+    *("--launch-count", "40", "--csv", "--page", "raw"),
     *(option for section in SECTIONS for option in ("--section", section)),
 ]
+
+
+def options_for(kernels: Iterable[str] = ()) -> list[str]:
+    """Ncu's options for kernels of these names, or for all of this project's."""
+    pattern = "|".join(f"^{name}$" for name in kernels) or OURS
+    return [*OPTIONS, "--kernel-name", f"regex:{pattern}"]
+
 
 PATTERNS = {
     "dram_percent": r"^(gpu__)?dram__?throughput\.avg\.pct_of_peak_sustained_elapsed$",

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -145,6 +146,41 @@ def test_sanitizer_cases_agree_with_the_reference(
     assert f"{num_cases} of {num_cases} cases agree" in capsys.readouterr().out
 
 
+def test_headlines_have_a_line_for_every_op(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    headline = load("headline")
+    options = ["headline.py", "--device", "cpu", "--quick", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", options)
+    assert headline.main() == 0
+    content = json.loads((tmp_path / "headline.json").read_text())
+    ops = [row["op"] for row in content["rows"]]
+    assert list(dict.fromkeys(ops)) == [
+        *("moba_attention", "memory_lookup", "product_key_topk", "grid_attention", "moba_decode", "key_conv")
+    ]
+    assert all(row["ratio"] > 0 for row in content["rows"])
+    seconds = [kernel["seconds"] for kernel in content["kernels"]]
+    assert seconds == sorted(seconds, reverse=True) and {"case", "kernel"} < set(content["kernels"][0])
+    printed = capsys.readouterr().out
+    assert f"{len(ops)} lines, 0 failed" in printed and "product_key_topk top-k [" in printed
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(headline.memory, "measure_topk", broken)
+    monkeypatch.setattr(sys, "argv", [*options, "--seconds", "0"])
+    assert headline.main() == 0  # nothing is begun
+    assert {row.get("skipped") for row in json.loads((tmp_path / "headline.json").read_text())["rows"]} == {
+        "out of time"
+    }
+    monkeypatch.setattr(sys, "argv", options)
+    assert headline.main() == 1
+    rows = json.loads((tmp_path / "headline.json").read_text())["rows"]
+    failed = {row["op"]: row["failed"] for row in rows if "failed" in row}
+    assert failed == {"product_key_topk": "RuntimeError: an illegal memory access"}
+
+
 def test_profile_cases_run() -> None:
     cases = load("profile_cases")
     calls = cases.make_calls(CPU, num_tokens=256, num_keys=16, side=16)
@@ -211,6 +247,7 @@ def test_steps_go_on_whatever_became_of_the_others(
     assert gpu.main() == 1
     assert statuses(tmp_path) == {
         "tests on the GPU": "failed",
+        "headline speeds": "passed",
         "memcheck": "passed",
         "racecheck": "failed",
         "synccheck": "passed",
@@ -230,6 +267,31 @@ def test_steps_go_on_whatever_became_of_the_others(
     assert "3 failed, 7 passed" in log
     assert "2 hazards" in log
     assert "| tests on the GPU | failed |" in (tmp_path / "results" / "summary.md").read_text()
+
+
+def test_only_the_longest_kernels_are_profiled(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ``--only`` runs a step alone. What it leaves is one archive too."""
+    kernels = [
+        ("forward", "moba_a<float>"),
+        ("backward", "moba_a<float>"),
+        ("grid", "b"),
+        ("forward", "c"),
+        ("grid", "d"),
+    ]
+    content = json.dumps({"kernels": [{"case": case, "kernel": kernel} for case, kernel in kernels]})
+    programs = tmp_path / "programs"
+    stand_in(programs, "python", f"echo '{content}' > {tmp_path}/results/headline.json; echo '9 lines, 0 failed'")
+    stand_in(programs, "ncu", 'echo "$*"; echo "==ERROR== ERR_NVGPUCTRPERM"')
+    monkeypatch.setattr(gpu, "look_at_machine", lambda: fake_machine(gpu, programs))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "headline", "--only", "ncu"])
+    assert gpu.main() == 1
+    assert statuses(tmp_path) == {"headline speeds": "passed", "ncu forward": "failed", "ncu grid": "failed"}
+    log = (tmp_path / "results" / "log.txt").read_text()
+    assert "regex:^moba_a$|^c$" in log and "regex:^b$" in log
+    with tarfile.open(tmp_path / "results" / gpu.ARCHIVE) as archive:
+        assert {"summary.md", "summary.json", "log.txt", "headline.json"} <= set(archive.getnames())
 
 
 def test_sanitizer_filter_is_dropped_where_it_is_unknown(
