@@ -311,8 +311,11 @@ template <int kThreads, typename Tile, typename Element>
 __device__ __forceinline__ void copy_slice(Tile& tile, const Element* rows, int64_t row_stride, int64_t count,
                                            int slice, int row_chunks) {
   const int first_chunk = slice * Tile::kChunks;
+  constexpr int kNumChunks = Tile::kRows * Tile::kChunks;
 #pragma unroll
-  for (int idx = threadIdx.x; idx < Tile::kRows * Tile::kChunks; idx += kThreads) {
+  for (int first = 0; first < kNumChunks; first += kThreads) {  // as many times for every thread
+    const int idx = first + static_cast<int>(threadIdx.x);
+    if (kNumChunks % kThreads != 0 && idx >= kNumChunks) break;
     const int row = idx / Tile::kChunks, chunk = idx % Tile::kChunks;
     cuda::copy_chunk_async(tile, row, chunk, rows + row * row_stride + first_chunk * Tile::kPerChunk,
                            row_chunks - first_chunk, row < count);
