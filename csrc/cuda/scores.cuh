@@ -11,7 +11,7 @@ namespace topgather::cuda {
 __device__ __forceinline__ float tanh_of(float x) {
   const float square = x * x;
   const float series = fmaf(fmaf(fmaf(-17.0f / 315.0f, square, 2.0f / 15.0f), square, -1.0f / 3.0f) * square, x, x);
-  const float away = 1.0f - 2.0f / (exp2_approximate(fabsf(x) * 2.8853900817779268f) + 1.0f);
+  const float away = 1.0f - 2.0f * reciprocal_approximate(exp2_approximate(fabsf(x) * 2.8853900817779268f) + 1.0f);
   return square < 0.04f ? series : copysignf(away, x);
 }
 

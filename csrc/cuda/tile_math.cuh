@@ -22,6 +22,7 @@ constexpr int kBlockColumns = 8;
 // Steps of 16 in depth that are laid out in a row: enough to overlap loads with products, few enough to spare
 // registers.
 constexpr int kDepthUnroll = 4;
+constexpr int kManyBlocks = 8;  // of results: they leave registers for half as many steps
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kLanes; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kLanes; }
@@ -65,7 +66,7 @@ __device__ __forceinline__ void multiply_by_rows(float (&c)[kM][kN][4], TileA& a
       }
     }
   } else {
-#pragma unroll kDepthUnroll
+#pragma unroll(kM * kN > kManyBlocks ? 2 : kDepthUnroll)
     for (int k = 0; k < TileA::kColumns / 16; ++k) {
       if (k * 16 >= depth) break;
       uint32_t left[kM][4];

@@ -93,20 +93,20 @@ __device__ __forceinline__ int num_value_columns(const ForwardArguments& args) {
   return min(Shared::kValueColumns, args.value_dim - first_value_column<Shared>());
 }
 
-// Copies keys first_key .. first_key + num_keys of the block, zeros up to the next whole step.
+// Copies keys first_key .. first_key + num_keys of the block, zeros up to the next whole step and to the tile's width.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, const Unit& unit, const KeyBlock& block,
                                                 int first_key, int num_keys,
                                                 ForwardSharedMemory<Element, kHeadDim>& shared) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
-  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const int num_rows = (num_keys + Shared::kStepKeys - 1) / Shared::kStepKeys * Shared::kStepKeys;
   const auto copy = [&](auto& tile, const Array<const void, 4>& tensor, int first_column, int depth) {
+    using Tile = std::remove_reference_t<decltype(tile)>;
     const Element* rows = tensor.at<Element>(unit.batch_idx, unit.kv_head, block.first_key + first_key) + first_column;
-    const int row_chunks = (depth + kPerChunk - 1) / kPerChunk;
-    const int used_chunks = (depth + 15) / 16 * 16 / kPerChunk;
-    for (int i = threadIdx.x; i < num_rows * used_chunks; i += Shared::kThreads) {
-      const int row = i / used_chunks, chunk = i % used_chunks;
+    const int row_chunks = (depth + Tile::kPerChunk - 1) / Tile::kPerChunk;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < num_rows * Tile::kChunks; i += Shared::kThreads) {
+      const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
       cuda::copy_chunk_async(tile, row, chunk, rows + row * tensor.strides[2], row_chunks, row < num_keys);
     }
   };
@@ -114,18 +114,41 @@ __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, co
   copy(shared.value, args.value, first_value_column<Shared>(), num_value_columns<Shared>(args));
 }
 
-// Whether any value of the block is NaN or inf. Called by all threads; a barrier.
+// Whether an element of 16 bytes is NaN or inf.
+template <typename Element>
+__device__ __forceinline__ bool is_unusual(const uint4& words) {
+  const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+  bool result = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4) {
+      result = result || !(fabsf(__uint_as_float(all[i])) < INFINITY);
+    } else {
+      const float2 pair = cuda::unpack2<Element>(all[i]);
+      result = result || !(fabsf(pair.x) < INFINITY) || !(fabsf(pair.y) < INFINITY);
+    }
+  }
+  return result;
+}
+
+// Whether any value of the block is NaN or inf. Called by all threads; a barrier. Rows are whole chunks of 16 bytes,
+// with zeros behind their columns.
 template <typename Element>
 __device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args, const Unit& unit,
                                                    const KeyBlock& block, int num_threads) {
-  bool is_unusual = false;
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const Element* rows = args.value.at<Element>(unit.batch_idx, unit.kv_head, block.first_key);
+  const int row_chunks = (args.value_dim + kPerChunk - 1) / kPerChunk;
+  bool found = false;
+#pragma unroll 1
   for (int key = static_cast<int>(threadIdx.x) / 8; key < block.num_keys; key += num_threads / 8) {
-    for (int d = static_cast<int>(threadIdx.x) % 8; d < args.value_dim; d += 8) {
-      is_unusual = is_unusual || !(fabsf(cuda::to_float(rows[key * args.value.strides[2] + d])) < INFINITY);
+    const auto* row = reinterpret_cast<const uint4*>(rows + key * args.value.strides[2]);
+#pragma unroll 4
+    for (int chunk = static_cast<int>(threadIdx.x) % 8; chunk < row_chunks; chunk += 8) {
+      found = is_unusual<Element>(row[chunk]) || found;
     }
   }
-  return __syncthreads_or(is_unusual ? 1 : 0) != 0;
+  return __syncthreads_or(found ? 1 : 0) != 0;
 }
 
 __device__ __forceinline__ Rows place_rows(const ForwardArguments& args, const Unit& unit, const WorkItem& item,
@@ -147,23 +170,23 @@ template <typename Element, int kHeadDim>
 __device__ __forceinline__ void gather_queries_async(const ForwardArguments& args, const Rows& rows,
                                                      ForwardSharedMemory<Element, kHeadDim>& shared) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
-  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
-  const int row_chunks = (args.head_dim + kPerChunk - 1) / kPerChunk;
-  const int used_chunks = (args.head_dim + 15) / 16 * 16 / kPerChunk;
+  using Tile = decltype(shared.query);
+  constexpr int kCopies = Shared::kRowsPerWarp * Tile::kChunks;
+  static_assert(kCopies % kLanes == 0, "as many copies for every lane");
+  const int row_chunks = (args.head_dim + Tile::kPerChunk - 1) / Tile::kPerChunk;
   const auto* query = args.query.at<Element>();
-  const uint32_t low = static_cast<uint32_t>(rows.query_offset);
-  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(rows.query_offset) >> 32);
-  for (int first = 0; first < Shared::kRowsPerWarp * used_chunks; first += kLanes) {
+  // Rows that are not there have an offset below 0.
+  const int64_t offset_of_lane = rows.entry >= 0 ? rows.query_offset : -1;
+  const uint32_t low = static_cast<uint32_t>(offset_of_lane);
+  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(offset_of_lane) >> 32);
+#pragma unroll 1
+  for (int first = 0; first < kCopies; first += kLanes) {
     const int i = first + lane_id();
-    const bool is_there = i < Shared::kRowsPerWarp * used_chunks;
-    const int row = is_there ? i / used_chunks : 0;
-    const uint64_t offset =
-        static_cast<uint64_t>(__shfl_sync(kAllLanes, high, row)) << 32 | __shfl_sync(kAllLanes, low, row);
-    const int32_t entry = __shfl_sync(kAllLanes, rows.entry, row);
-    if (is_there) {
-      cuda::copy_chunk_async(shared.query, warp_id() * Shared::kRowsPerWarp + row, i % used_chunks,
-                             query + static_cast<int64_t>(offset), row_chunks, entry >= 0);
-    }
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+    const auto offset = static_cast<int64_t>(static_cast<uint64_t>(__shfl_sync(kAllLanes, high, row)) << 32 |
+                                             __shfl_sync(kAllLanes, low, row));
+    cuda::copy_chunk_async(shared.query, warp_id() * Shared::kRowsPerWarp + row, chunk,
+                           query + (offset < 0 ? 0 : offset), row_chunks, offset >= 0);
   }
 }
 
@@ -308,7 +331,9 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
   for (int step = 0; step < end; step += kStepKeys) {
     float scores[Tiles::kRowBlocks][kStepKeys / 8][4];
     cuda::fill(scores, 0.0f);
-    cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, step, end - step, args.head_dim);
+    // Whole steps of the tile's width, behind whose rows and columns there are zeros; what is no key is hidden below.
+    cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, step, kStepKeys,
+                           Tiles::kIsFloat ? args.head_dim : kHeadDim);
     if (step + kStepKeys >= end) after_scores();
 #pragma unroll
     for (int m = 0; m < Tiles::kRowBlocks; ++m) {
@@ -335,8 +360,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
       // Tells the lanes that the weights have been used and may be overwritten.
       __syncwarp();
     } else {
-      cuda::multiply_registers<Element>(running.out, scores, shared.value, step, num_value_columns<Shared>(args),
-                                        end - step);
+      cuda::multiply_registers<Element>(running.out, scores, shared.value, step, Tiles::kValueColumns, kStepKeys);
     }
   }
   if (end <= 0) after_scores();
