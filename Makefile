@@ -13,7 +13,7 @@ INSTALL_TOPGATHER := $(PIP_INSTALL) --no-build-isolation
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') \
            CMakeLists.txt tools/nvcc_architectures.cmake pyproject.toml
 
-.PHONY: install demo test emulation kernels gpu sanitize lint bench clean
+.PHONY: install demo test emulation kernels model gpu sanitize lint bench clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,11 @@ test: emulation
 # KERNELS=--check compares instead.
 kernels: install
 	$(RUN) tools/kernel_table.py $(KERNELS)
+
+# What the hot kernels' machine code costs, counted and predicted; writes a part of docs/kernels.md. MODEL=--check
+# compares the counts instead.
+model: $(VENV)/.dev
+	PYTHONPATH=tools $(RUN) -m model $(MODEL)
 
 # The one call for a machine with a GPU: builds, tests, sanitizes, benchmarks and profiles with the packages of PYTHON,
 # offline, in under 6 minutes. Results are in OUT, GPU holds further options of tools/gpu.py.

@@ -13,11 +13,11 @@ import sysconfig
 from pathlib import Path
 
 
-def find_toolkit(site_folders: list[str]) -> Path | None:
-    """The newest ``nvidia/cu<version>`` folder that holds an nvcc, in the first site folder that has one."""
+def find_toolkit(site_folders: list[str], program: str = "nvcc") -> Path | None:
+    """The newest ``nvidia/cu<version>`` folder that holds the program, in the first site folder that has one."""
     for site_folder in dict.fromkeys(site_folders):
-        nvccs = Path(site_folder).glob("nvidia/cu*/bin/nvcc")
-        folders = [nvcc.parents[1] for nvcc in nvccs if re.fullmatch(r"cu\d+", nvcc.parents[1].name)]
+        programs = Path(site_folder).glob(f"nvidia/cu*/bin/{program}")
+        folders = [path.parents[1] for path in programs if re.fullmatch(r"cu\d+", path.parents[1].name)]
         if folders:
             return max(folders, key=lambda folder: int(folder.name[2:]))
     return None

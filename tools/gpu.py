@@ -37,6 +37,7 @@ import ncu_summary
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"
 PACKAGE = BUILD / "package"
+PREDICTIONS = ROOT / "docs" / "kernels.md"
 EMULATION = BUILD / "emulation"
 TOTAL_SECONDS = 330.0
 EMULATION_SECONDS = 150.0
@@ -240,7 +241,7 @@ class Session:
             lines.append(f"| {step.name} | {step.status} | {step.seconds} | {step.detail.replace('|', '/')} |")
         kernels = self.output / "kernels.json"
         if kernels.exists():
-            lines += ["", ncu_summary.format_table(json.loads(kernels.read_text()))]
+            lines += ["", ncu_summary.format_table(json.loads(kernels.read_text()), PREDICTIONS.read_text())]
         (self.output / "summary.md").write_text("\n".join(lines) + "\n")
         with tarfile.open(self.output / ARCHIVE, "w:gz") as archive:
             for name in RESULTS:

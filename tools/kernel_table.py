@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BUILD_FACTS = "cuda_kernels.txt"
 """Written by CMake into the build folder: the toolkit's version, the architectures, then one object a line."""
+MODEL_HEADING = "# What the machine code costs"
+"""From here on the document is written by ``make model`` (tools/model)."""
 DTYPES = {0: "float32", 2: "bfloat16", 3: "float16"}
 
 
@@ -202,6 +204,12 @@ def faults_of(build: Build) -> list[str]:
     ]
 
 
+def part_of(document: str) -> str:
+    """What of the document is written here; the rest is ``make model``'s."""
+    before, heading, _ = document.partition(MODEL_HEADING)
+    return before.rstrip("\n") + "\n" if heading else document
+
+
 def check_document(build: Build, document: Path) -> str | None:
     """What is wrong with the document, or None. Another toolkit allocates otherwise, so it is not compared then."""
     written = document.read_text() if document.exists() else ""
@@ -209,7 +217,7 @@ def check_document(build: Build, document: Path) -> str | None:
     if toolkit is not None and toolkit[1] != build.toolkit:
         print(f"{document.name} was made with toolkit {toolkit[1]}, this build with {build.toolkit}: not compared")
         return None
-    return None if written == format_document(build) else f"{document.name} is out of date: run `make kernels`"
+    return None if part_of(written) == format_document(build) else f"{document.name} is out of date: run `make kernels`"
 
 
 def main() -> int:
@@ -232,7 +240,9 @@ def main() -> int:
         stale = check_document(build, options.output)
         faults += [stale] if stale else []
     else:
-        options.output.write_text(format_document(build))
+        written = options.output.read_text() if options.output.exists() else ""
+        _, heading, rest = written.partition(MODEL_HEADING)
+        options.output.write_text(format_document(build) + (f"\n{heading}{rest}" if heading else ""))
     for fault in faults:
         print(f"kernel_table: {fault}", file=sys.stderr)
     return 1 if faults else 0

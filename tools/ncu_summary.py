@@ -119,17 +119,31 @@ def _mean(values: Iterable[float | None], weights: list[float]) -> float | None:
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs) if pairs else None
 
 
-def format_table(kernels: list[dict[str, Any]]) -> str:
-    """Markdown, a row a kernel."""
+def read_predictions(document: str) -> dict[tuple[str, str], float]:
+    """Microseconds that docs/kernels.md predicts for the profiled problem, by direction and kernel."""
+    predicted: dict[tuple[str, str], float] = {}
+    for table in re.split(r"^(?=\| (?:forward|backward), ms \|)", document, flags=re.MULTILINE)[1:]:
+        header, *rows = (line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| "))
+        profiled = next((row for row in rows if row[0] == "profiled"), [])
+        for name, milliseconds in zip(header, profiled, strict=False):
+            if name.startswith("`"):
+                predicted[header[0].split(",")[0], name.strip("`")] = float(milliseconds) * 1e3
+    return predicted
+
+
+def format_table(kernels: list[dict[str, Any]], document: str = "") -> str:
+    """Markdown, a row a kernel; with what docs/kernels.md predicts beside what was measured."""
+    predicted = read_predictions(document)
     lines = [
-        "| kernel | launches | microseconds | DRAM % | tensor % | occupancy % | L2 hits % | registers | top stalls |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kernel | launches | microseconds | predicted | DRAM % | tensor % | occupancy % | L2 hits % | registers | "
+        "top stalls |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kernel in kernels:
         stalls = ", ".join(f"{reason} {cycles}" for reason, cycles in kernel["stalls"].items())
         numbers = [str(kernel.get(key, "-")) for key in PATTERNS]
         name = f"{kernel.get('direction', '')} {kernel['kernel']}".strip()
-        lines.append(
-            f"| {name} | {kernel['launches']} | {kernel['seconds'] * 1e6:.1f} | {' | '.join(numbers)} | {stalls} |"
-        )
+        expected = predicted.get((kernel.get("direction", ""), kernel["kernel"].split("<")[0]))
+        times = f"{kernel['seconds'] * 1e6:.1f} | {'-' if expected is None else f'{expected:.0f}'}"
+        lines.append(f"| {name} | {kernel['launches']} | {times} | {' | '.join(numbers)} | {stalls} |")
     return "\n".join(lines)

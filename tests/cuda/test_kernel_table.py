@@ -164,4 +164,11 @@ def test_ncu_summary_weighs_launches_by_their_time() -> None:
     assert first["stalls"] == {"long_scoreboard": 2.0}
     assert "tensor_percent" not in second
     assert "| forward moba_y |" in load("ncu_summary").format_table([{"direction": "forward", **second}])
+    document = (
+        "| forward, ms | `moba_x` | `moba_y` | sum | GB |\n|---|---|---|---|---|\n"
+        "| 8K, D 64, block 64 | 1.00 | 2.00 | 3.00 | 1.0 |\n| profiled | 0.25 | 0.50 | 0.75 | 1.0 |\n"
+        "| backward, ms | `moba_y` | sum | GB |\n|---|---|---|---|\n| profiled | 7.00 | 7.00 | 1.0 |\n"
+    )
+    table = load("ncu_summary").format_table([{"direction": "forward", **second}], document)
+    assert re.search(r"\| forward moba_y \| \d+ \| [\d.]+ \| 500 \|", table)
     assert load("ncu_summary").summarize("==ERROR== no permission\n") == []

@@ -1,0 +1,7 @@
+"""``python -m model``: :mod:`model.report`."""
+
+import sys
+
+from model.report import main
+
+sys.exit(main())

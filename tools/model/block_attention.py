@@ -1,0 +1,284 @@
+"""Descriptions of the kernels of block attention, bfloat16: hot loops, trip counts, thread blocks and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from model.paths import Passes
+from model.problems import KernelModel, Launch, Problem, insertions
+
+STEP_KEYS = {64: 64, 128: 32}
+LIST_ITEM = 512
+BACKWARD_ITEM = 4096
+FORWARD_BUDGET, BACKWARD_BUDGET = 512 << 20, 1 << 30
+DEPTH_LOOP = "for (int k = 0; k < TileA::kColumns / 16"
+
+
+Launches = Callable[[Problem, str], list[Launch]]
+
+
+def bfloat16(name: str) -> Callable[[int], str]:
+    """The mangled name of a kernel of bfloat16, by head_dim."""
+    return lambda head_dim: f"{name}INS_8BFloat16ELi{head_dim}E"
+
+
+def depth(head_dim: int) -> Passes:
+    return Passes(DEPTH_LOOP, head_dim / 16, unrolled=4)
+
+
+# --- route ------------------------------------------------------------------------------------------------------------
+
+
+def route(problem: Problem, direction: str) -> list[Launch]:
+    tiles = max(1.0, problem.num_blocks / 32)
+    list_length = problem.top_k - 1
+    rounds = insertions(min(problem.num_blocks, 4096), list_length, 8)
+    centroid_chunks = 32 * problem.head_dim / 8
+    passes = (
+        Passes("for (uint32_t work = blockIdx.x", 1),
+        Passes("for (int32_t first_block = 0", (tiles + 1) / 2),
+        Passes("for (int row = threadIdx.x; row < Shared::kQueries", 1),
+        Passes("for (int i = threadIdx.x; i < num_rows * used_chunks", 128 * problem.head_dim / 8 / 128, unrolled=4),
+        Passes("for (int64_t i = threadIdx.x; i < num_list_entries", list_length),
+        Passes("for (int i = threadIdx.x; i < Shared::kCentroids", centroid_chunks / 128, unrolled=4),
+        depth(problem.head_dim),
+        Passes("for (int first = 0; first < Shared::kRowsPerWarp; first", 8),
+        Passes("for (int column = member", 4),
+        Passes("while (passing != 0)", rounds),
+        Passes("for (int first = (lists.length - 1)", 1),
+        Passes("for (int i = 0; i < lists.length", list_length, unrolled=4),
+        Passes("for (int i = member", 1),
+        Passes("for (int other = 0", list_length, unrolled=4),
+        Passes("for (int slot = num_chosen", 0),
+    )
+    bytes_moved = problem.num_rows * (problem.row_bytes + 4 * problem.top_k)
+    return [Launch(problem.num_rows / 128, passes, bytes_moved)]
+
+
+ROUTE = KernelModel(
+    "moba_route",
+    "moba_route_bfloat16_cuda",
+    bfloat16("moba_route"),
+    "a warp's 32 queries x 32 centroids",
+    route,
+    tile="for (int32_t first_block = 0",
+    threads=128,
+    rare=("last_start_up_to", "plain_score", "write_all", "route::write_all(", "if (isnan(score) && is_candidate)"),
+)
+
+# --- attend -----------------------------------------------------------------------------------------------------------
+
+
+def attend(problem: Problem, direction: str) -> list[Launch]:
+    list_length = problem.top_k * problem.block_size
+    items = list_length / LIST_ITEM + 0.5  # the last of a list is full by half
+    num_lists = problem.num_units * problem.num_blocks
+    entries = list_length / items
+    keys_of_thread = problem.block_size * problem.head_dim / 8 / 128
+    passes = (
+        Passes("for (int round = 0", entries / 128),
+        Passes("for (int step = 0; step < end", problem.block_size / STEP_KEYS[problem.head_dim]),
+        Passes("if (step + kStepKeys >= end) after_scores", STEP_KEYS[problem.head_dim] / problem.block_size),
+        Passes("for (int first = 0; first < Shared::kRowsPerWarp * used", problem.head_dim / 8, unrolled=4),
+        depth(problem.head_dim),
+        Passes("for (int i = threadIdx.x; i < num_rows * used_chunks", keys_of_thread, unrolled=4),
+        Passes("for (int i = threadIdx.x; i < item.num_entries", round(entries / 128), unrolled=4),
+        Passes("for (int key = static_cast<int>(threadIdx.x) / 8", problem.block_size / 16),
+        Passes("for (int d = static_cast<int>(threadIdx.x) % 8", problem.head_dim / 8, unrolled=4),
+    )
+    item_bytes = 2 * problem.block_size * problem.row_bytes + entries * (2 * problem.row_bytes + 8)
+    # A list begins with the queries of its own block, so that its first item hides keys and searches for inf and NaN.
+    first = Launch(num_lists, passes, num_lists * item_bytes)
+    others = Launch(
+        num_lists * (items - 1), passes, num_lists * (items - 1) * item_bytes, 0, rare=("has_unusual_values",)
+    )
+    waves = num_waves(problem, FORWARD_BUDGET, 2 * problem.head_dim + 4, 0)
+    return [Launch(first.thread_blocks / waves, passes, first.bytes, waves),
+            Launch(others.thread_blocks / waves, passes, others.bytes, waves, others.rare)]  # fmt: skip
+
+
+ATTEND = KernelModel(
+    "moba_attend_blocks",
+    "moba_forward_bfloat16_cuda",
+    bfloat16("moba_attend_blocks"),
+    "a warp's 32 entries x 128 keys",
+    attend,
+    tile="for (int round = 0",
+    threads=128,
+    rare=("last_start_up_to", "cap_scores", "hide_keys", "for (int first_key = 0", "if (end <= 0) after_scores"),
+)
+
+# --- merge ------------------------------------------------------------------------------------------------------------
+
+
+def num_waves(problem: Problem, budget: int, entry_bytes: int, row_bytes: int, unit_bytes: int = 0) -> int:
+    """How many waves csrc/moba/moba_waves_cuda.cpp cuts a problem into."""
+    of_row = 2 * problem.top_k * 4 + 2 + -(-problem.num_blocks * 4 // 256) + problem.top_k * entry_bytes + row_bytes
+    of_unit = (4 * problem.num_blocks + 2) * 4 + unit_bytes
+    queries = (budget - of_unit) // of_row
+    if queries >= problem.num_tokens:
+        units = min(max(budget // (of_unit + problem.num_tokens * of_row), 1), problem.num_units)
+        return -(-problem.num_units // units)
+    return problem.num_units * -(-problem.num_tokens // queries)
+
+
+def forward_waves(problem: Problem) -> int:
+    return num_waves(problem, FORWARD_BUDGET, problem.row_bytes + 4, 0)
+
+
+def backward_waves(problem: Problem) -> int:
+    unit_bytes = problem.num_tokens * 2 * problem.head_dim * 4
+    budget = max(BACKWARD_BUDGET, unit_bytes + (128 << 20))
+    return num_waves(problem, budget, 0, 4 + 4 * problem.head_dim, unit_bytes)
+
+
+def merge(problem: Problem, direction: str) -> list[Launch]:
+    waves = forward_waves(problem)
+    passes = (
+        Passes("for (int slot = lane", 1),
+        Passes("for (int first = 0; first < geometry.top_k", 1),
+        Passes("for (int i = 0; i < count", problem.top_k, unrolled=4),
+    )
+    bytes_moved = problem.num_entries * (problem.row_bytes + 8) + problem.num_rows * (problem.row_bytes + 6)
+    return [Launch(problem.num_rows / 8 / waves, passes, bytes_moved, waves)]
+
+
+MERGE = KernelModel(
+    "moba_merge_slots",
+    "moba_forward_cuda",
+    lambda _: "moba_merge_slotsINS_8BFloat16",
+    "a warp's row of 8 choices",
+    merge,
+    rare=("last_start_up_to", "has_sink"),
+)
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+
+def waves_of(problem: Problem, direction: str) -> int:
+    return forward_waves(problem) if direction == "forward" else backward_waves(problem)
+
+
+def _layout(
+    problem: Problem,
+    direction: str,
+    count: Callable[[float, float], float],
+    bytes_of_row: float,
+    *passes: Passes,
+) -> list[Launch]:
+    """``count``: thread blocks of a wave that holds a number of rows and units."""
+    waves = waves_of(problem, direction)
+    rows, units = problem.num_rows / waves, max(1.0, problem.num_units / waves)
+    return [Launch(count(rows, units), passes, problem.num_rows * bytes_of_row, waves)]
+
+
+def count_choices(problem: Problem, direction: str) -> list[Launch]:
+    return _layout(
+        problem, direction, lambda rows, units: rows / 32, 4 * problem.top_k + 2,
+        Passes("for (int slot = lanes.first_slot", 1), Passes("for (int other = 0; other < slot", 4, unrolled=4),
+    )  # fmt: skip
+
+
+def scan_chunks(problem: Problem, direction: str) -> list[Launch]:
+    chunks = problem.num_tokens / 256 / max(1.0, waves_of(problem, direction) / problem.num_units)
+    return _layout(
+        problem, direction, lambda rows, units: units * -(-problem.num_blocks // 256), 8 * problem.num_blocks / 256,
+        Passes("for (int64_t first = 0; first < lists.num_chunks", max(1.0, chunks / 16)),
+    )  # fmt: skip
+
+
+def scan_blocks(problem: Problem, direction: str) -> list[Launch]:
+    items = problem.top_k * problem.block_size / LIST_ITEM + 0.5
+    return _layout(
+        problem, direction, lambda rows, units: units, 0,
+        Passes("for (int64_t first = 0; first < num_blocks", max(1.0, problem.num_blocks / 256)),
+        Passes("for (int w = 0; w < warp_id()", 4, unrolled=4), Passes("for (int32_t i = 0; i < items", round(items)),
+        Passes("for (int w = warp_id()", 4, unrolled=4),
+    )  # fmt: skip
+
+
+def fill_lists(problem: Problem, direction: str) -> list[Launch]:
+    return _layout(
+        problem, direction, lambda rows, units: rows / 1024, 8 * problem.top_k + 2,
+        Passes("for (int64_t block = lane_id()", problem.num_blocks // 32, unrolled=4),
+        Passes("for (int64_t first_row = first_of_chunk", 64), Passes("for (int round = 0; round < geometry.top_k", 1),
+        Passes("for (int turn = 0", 4, unrolled=4),
+    )  # fmt: skip
+
+
+def _layout_kernel(name: str, unit: str, launches: Launches, threads: int = 256, tile: str = "") -> KernelModel:
+    return KernelModel(
+        name, "moba_layout_cuda", lambda _: name + "E", unit, launches, tile, threads,
+        rare=("last_start_up_to",), directions=("forward", "backward"), head_dims=(128,),
+    )  # fmt: skip
+
+
+LAYOUT = (
+    _layout_kernel("moba_count_choices", "a warp's 4 rows of 8 choices", count_choices),
+    _layout_kernel(
+        "moba_scan_chunks", "a warp's 32 blocks x 16 chunks", scan_chunks, tile="for (int64_t first = 0; first < lists"
+    ),
+    _layout_kernel("moba_scan_blocks", "a warp's 32 of 256 blocks", scan_blocks, tile="for (int64_t first = 0"),
+    _layout_kernel(
+        "moba_fill_lists", "a warp's 4 rows of 8 choices", fill_lists, 128, "for (int64_t first_row = first_of_chunk"
+    ),
+)
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def row_terms(problem: Problem, direction: str) -> list[Launch]:
+    waves = backward_waves(problem)
+    passes = (Passes("for (int column = lane", problem.head_dim / 32, unrolled=4),)
+    return [Launch(problem.num_rows / 8 / waves, passes, problem.num_rows * (2 * problem.row_bytes + 4), waves)]
+
+
+def attend_backward(problem: Problem, direction: str) -> list[Launch]:
+    list_length = problem.top_k * problem.block_size
+    waves = backward_waves(problem)
+    chunks = problem.block_size / 64
+    thread_blocks = problem.num_units * problem.num_blocks * chunks
+    copies = 64 * problem.head_dim / 8 / 256
+    passes = (
+        Passes("for (int first_entry = 0", list_length / 64),
+        Passes("for (int i = threadIdx.x; i < Tile::kRows * used_chunks", copies, unrolled=4),
+        Passes("for (int key = first_key", 2),
+        depth(problem.head_dim),
+        Passes("for (int k = 0; k < kSteps", 4, unrolled=4),
+        Passes("for (int panel = 0", problem.head_dim / 64),
+    )
+    tile_bytes = 64 * (2 * problem.row_bytes + 12)
+    # grad_query is added to in L2, and leaves it once for every row in the best case.
+    added = list_length * problem.head_dim * 4
+    bytes_moved = thread_blocks * (list_length / 64 * tile_bytes + added)
+    return [Launch(thread_blocks / waves, passes, bytes_moved, waves)]
+
+
+def write_grad_query(problem: Problem, direction: str) -> list[Launch]:
+    waves = backward_waves(problem)
+    passes = (Passes("for (int column = cuda::lane_id() * 2", problem.head_dim / 64),)
+    return [Launch(problem.num_rows / 8 / waves, passes, problem.num_rows * 6 * problem.head_dim, waves)]
+
+
+BACKWARD = (
+    KernelModel(
+        "moba_row_terms", "moba_backward_cuda", lambda _: "moba_row_termsINS_8BFloat16", "a warp's row", row_terms,
+        directions=("backward",),
+    ),
+    KernelModel(
+        "moba_attend_blocks_backward", "moba_backward_bfloat16_cuda", bfloat16("moba_attend_blocks_backward"),
+        "a warp's part of 64 entries x 64 keys", attend_backward, "for (int first_entry = 0",
+        rare=(
+            "last_start_up_to", "add_seen_pairs", "backward::add_seen_pairs", "has_unusual_numbers", "cap_score",
+            "slope_of_cap",
+            "if (args.softcap > 0.0f)", "if (!is_there) {", "float4& place", "if (chunk > 0) four", "place = four",
+        ),
+        directions=("backward",),
+    ),
+    KernelModel(
+        "moba_write_grad_query", "moba_backward_cuda", lambda _: "moba_write_grad_queryINS_8BFloat16", "a warp's row",
+        write_grad_query, rare=("last_start_up_to", "for (int slot = 0"), directions=("backward",),
+    ),
+)  # fmt: skip
+
+KERNELS = (ROUTE, *LAYOUT, ATTEND, MERGE, *BACKWARD)
