@@ -55,21 +55,35 @@ TOPGATHER_PRIMITIVE void copy_async_wait() {
 
 // --- matrix unit ----------------------------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit elements: lane 8 * m + r names row r of matrix m (16 bytes, 16-byte aligned). Lane l gets
-// elements 2 * (l % 4) and the next of row l / 4 of every matrix.
-TOPGATHER_PRIMITIVE void load_matrix_x4(uint32_t (&r)[4], const void* shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row))
-               : "memory");
+// A row that a matrix load reads, as the hardware addresses it.
+struct SharedRow {
+  uint32_t address;
+};
+TOPGATHER_PRIMITIVE SharedRow shared_row(const void* shared) { return {shared_address(shared)}; }
+// The row whose address differs in the bits of `exchanged` and is `further` bytes on.
+TOPGATHER_PRIMITIVE SharedRow moved(SharedRow row, uint32_t exchanged, uint32_t further) {
+  return {(row.address ^ exchanged) + further};
 }
 
+// Four 8x8 matrices of 16-bit elements: lane 8 * m + r names row r of matrix m (16 bytes, 16-byte aligned). Lane l gets
+// elements 2 * (l % 4) and the next of row l / 4 of every matrix.
+TOPGATHER_PRIMITIVE void load_matrix_x4(uint32_t (&r)[4], SharedRow row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row.address)
+               : "memory");
+}
+TOPGATHER_PRIMITIVE void load_matrix_x4(uint32_t (&r)[4], const void* shared) { load_matrix_x4(r, shared_row(shared)); }
+
 // The same of the transposed matrices: lane l gets column l / 4 of rows 2 * (l % 4) and the next.
-TOPGATHER_PRIMITIVE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
+TOPGATHER_PRIMITIVE void load_matrix_x4_transposed(uint32_t (&r)[4], SharedRow row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared_row))
+               : "r"(row.address)
                : "memory");
+}
+TOPGATHER_PRIMITIVE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared) {
+  load_matrix_x4_transposed(r, shared_row(shared));
 }
 
 // d += a * b with a [16, 16] in rows, b [16, 8] in columns, d [16, 8] float32. With g = lane / 4 and t = lane % 4:

@@ -25,6 +25,14 @@ struct alignas(128) SharedTile {
   __device__ __forceinline__ Element* chunk(int row, int chunk_idx) {
     return elements + row * kColumns + (chunk_idx ^ ((row >> kRowShift) & (kExchanged - 1))) * kPerChunk;
   }
+  // `start` is a row's first or second chunk: the one num_chunks further, an even number, num_rows below, a multiple of
+  // 16. One exchange of bits, where chunk() takes the row's anew: eight of them would be kept in registers.
+  static __device__ __forceinline__ SharedRow further(SharedRow start, int num_chunks, int num_rows) {
+    constexpr int kRowBytes = kChunks * 16;
+    const int near = num_chunks & (kExchanged - 1);
+    return moved(start, static_cast<uint32_t>(near * 16),
+                 static_cast<uint32_t>((num_chunks - near) * 16 + num_rows * kRowBytes));
+  }
   __device__ __forceinline__ Element& at(int row, int column) {
     return chunk(row, column / kPerChunk)[column % kPerChunk];
   }

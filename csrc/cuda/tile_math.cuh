@@ -66,22 +66,23 @@ __device__ __forceinline__ void multiply_by_rows(float (&c)[kM][kN][4], TileA& a
       }
     }
   } else {
-#pragma unroll(kM * kN > kManyBlocks ? 2 : kDepthUnroll)
+    const SharedRow first_left = shared_row(a.chunk(first_a + (lane & 15), lane >> 4));
+    const auto first_right = shared_row(b.chunk(first_b + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1));
+#pragma unroll(kM* kN > kManyBlocks ? 2 : kDepthUnroll)
     for (int k = 0; k < TileA::kColumns / 16; ++k) {
       if (k * 16 >= depth) break;
       uint32_t left[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        load_matrix_x4(left[m], a.chunk(first_a + m * 16 + (lane & 15), k * 2 + (lane >> 4)));
+        load_matrix_x4(left[m], TileA::further(first_left, k * 2, m * 16));
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const int row = first_b + part * part_rows + (lane & 7) + ((lane >> 4) << 3);
 #pragma unroll
         for (int n = 0; n < kN / 2; ++n) {
           if (n * 16 >= num_b) continue;
           uint32_t right[4];
-          load_matrix_x4(right, b.chunk(row + n * 16, k * 2 + ((lane >> 3) & 1)));
+          load_matrix_x4(right, TileB::further(first_right, k * 2, part * part_rows + n * 16));
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
             multiply_accumulate<Element>(c[m][2 * n], left[m], right[0], right[1]);
@@ -166,6 +167,7 @@ __device__ __forceinline__ void multiply_registers(float (&c)[kM][kN][4], const 
                                                    TileB& b, int first_row, int num_columns, int depth) {
   static_assert(kDepthBlocks % 2 == 0 && kN % 2 == 0, "steps of 16");
   const int lane = lane_id();
+  const SharedRow first_right = shared_row(b.chunk(first_row + (lane & 15), lane >> 4));
 #pragma unroll
   for (int k = 0; k < kDepthBlocks / 2; ++k) {
     if (k * 16 >= depth) break;
@@ -181,7 +183,7 @@ __device__ __forceinline__ void multiply_registers(float (&c)[kM][kN][4], const 
     for (int n = 0; n < kN / 2; ++n) {
       if (n * 16 >= num_columns) continue;
       uint32_t right[4];
-      load_matrix_x4_transposed(right, b.chunk(first_row + k * 16 + (lane & 15), n * 2 + (lane >> 4)));
+      load_matrix_x4_transposed(right, TileB::further(first_right, n * 2, k * 16));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         multiply_accumulate<Element>(c[m][2 * n], left[m], right[0], right[1]);

@@ -67,6 +67,12 @@ struct ForwardSharedMemory {
   cuda::SharedTile<Element, Tiles::kResidentKeys, kValueColumns> value;
   // float32 multiplies weights from here; the 16-bit types multiply them from registers.
   cuda::SharedTile<float, Tiles::kIsFloat ? kWarps * kRowsPerWarp : 1, kStepKeys> weights;
+  // What all threads know of the thread block's work, and of every warp's next tile: registers are scarce while a tile is
+  // under way.
+  Unit unit;
+  WorkItem item;
+  int64_t query_offset[kWarps * kRowsPerWarp];  // of a row's query, in elements; below 0: the row is not there
+  int32_t num_visible[kWarps * kRowsPerWarp];   // keys of the block that the row sees
 };
 
 namespace forward {
@@ -76,12 +82,8 @@ using cuda::kLanes;
 using cuda::lane_id;
 using cuda::warp_id;
 
-// A tile of entries as a warp holds it: lane r has row r.
-struct Rows {
-  int32_t entry;         // -1: the row is not there
-  int32_t num_visible;   // keys of the block; rows that are not there see all, so that they hide none
-  int64_t query_offset;  // of the query's row, in elements
-};
+// Keys that a row sees that is not there: more than any block has, so that it hides none.
+constexpr int32_t kSeesAll = INT32_MAX;
 
 // The columns of values and outputs that are this thread block's.
 template <typename Shared>
@@ -151,23 +153,30 @@ __device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args,
   return __syncthreads_or(found ? 1 : 0) != 0;
 }
 
-__device__ __forceinline__ Rows place_rows(const ForwardArguments& args, const Unit& unit, const WorkItem& item,
-                                           int first_entry, int num_rows) {
-  const MobaGeometry& geometry = args.geometry;
+// The lane's entry of a tile, -1 where there is none: lane r has row r.
+__device__ __forceinline__ int32_t entry_of_lane(const WorkItem& item, int first_entry, int num_rows) {
   const int lane = lane_id();
-  Rows rows{-1, item.block.num_keys, 0};
-  if (lane < num_rows && first_entry + lane < item.num_entries) {
-    rows.entry = item.entries[first_entry + lane];
-    const WaveRow place = wave_row(geometry, args.wave, unit, rows.entry / geometry.top_k);
-    rows.num_visible = num_visible_keys(geometry, item.block, place.query);
-    rows.query_offset = args.query.offset(unit.batch_idx, place.head, place.query);
-  }
-  return rows;
+  return lane < num_rows && first_entry + lane < item.num_entries ? item.entries[first_entry + lane] : -1;
 }
 
-// Step 2: a warp's own rows, several lanes a row.
+// Finds a warp's rows, a lane each.
 template <typename Element, int kHeadDim>
-__device__ __forceinline__ void gather_queries_async(const ForwardArguments& args, const Rows& rows,
+__device__ __forceinline__ void place_rows(const ForwardArguments& args, const Unit& unit, const KeyBlock& block,
+                                           int32_t entry, ForwardSharedMemory<Element, kHeadDim>& shared) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  if (lane_id() >= Shared::kRowsPerWarp) return;  // the rest of the warp, and no barrier follows
+  const int row = warp_id() * Shared::kRowsPerWarp + lane_id();
+  shared.query_offset[row] = -1;
+  shared.num_visible[row] = kSeesAll;
+  if (entry < 0) return;
+  const WaveRow place = wave_row(args.geometry, args.wave, unit, entry / args.geometry.top_k);
+  shared.query_offset[row] = args.query.offset(unit.batch_idx, place.head, place.query);
+  shared.num_visible[row] = num_visible_keys(args.geometry, block, place.query);
+}
+
+// Step 2: the rows that were placed last, several lanes a row.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void gather_queries_async(const ForwardArguments& args,
                                                      ForwardSharedMemory<Element, kHeadDim>& shared) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   using Tile = decltype(shared.query);
@@ -175,18 +184,12 @@ __device__ __forceinline__ void gather_queries_async(const ForwardArguments& arg
   static_assert(kCopies % kLanes == 0, "as many copies for every lane");
   const int row_chunks = (args.head_dim + Tile::kPerChunk - 1) / Tile::kPerChunk;
   const auto* query = args.query.at<Element>();
-  // Rows that are not there have an offset below 0.
-  const int64_t offset_of_lane = rows.entry >= 0 ? rows.query_offset : -1;
-  const uint32_t low = static_cast<uint32_t>(offset_of_lane);
-  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(offset_of_lane) >> 32);
-#pragma unroll 1
+#pragma unroll 2
   for (int first = 0; first < kCopies; first += kLanes) {
     const int i = first + lane_id();
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-    const auto offset = static_cast<int64_t>(static_cast<uint64_t>(__shfl_sync(kAllLanes, high, row)) << 32 |
-                                             __shfl_sync(kAllLanes, low, row));
-    cuda::copy_chunk_async(shared.query, warp_id() * Shared::kRowsPerWarp + row, chunk,
-                           query + (offset < 0 ? 0 : offset), row_chunks, offset >= 0);
+    const int row = warp_id() * Shared::kRowsPerWarp + i / Tile::kChunks, chunk = i % Tile::kChunks;
+    const int64_t offset = shared.query_offset[row];
+    cuda::copy_chunk_async(shared.query, row, chunk, query + (offset < 0 ? 0 : offset), row_chunks, offset >= 0);
   }
 }
 
@@ -318,14 +321,14 @@ __device__ __forceinline__ void multiply_step_values(float (&out)[1][kN][4], Sha
 // queries are not needed any more.
 template <typename Element, int kHeadDim, typename AfterScores>
 __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardSharedMemory<Element, kHeadDim>& shared,
-                                       const Rows& rows, int first_key, int num_keys,
+                                       int32_t num_visible, int first_key, int num_keys,
                                        RunningOf<Element, kHeadDim>& running, const AfterScores& after_scores) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   using Tiles = typename Shared::Tiles;
   constexpr int kStepKeys = Tiles::kStepKeys;
   const int first_row = warp_id() * Tiles::kRowBlocks * 16;
-  const int32_t min_visible = min_of_warp(rows.num_visible);
-  const int32_t max_visible = max_of_warp(rows.entry >= 0 ? rows.num_visible : 0);
+  const int32_t min_visible = min_of_warp(num_visible);
+  const int32_t max_visible = max_of_warp(num_visible == kSeesAll ? 0 : num_visible);
   const int end = min(num_keys, max_visible - first_key);
 #pragma unroll 1
   for (int step = 0; step < end; step += kStepKeys) {
@@ -344,7 +347,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
       }
     }
     if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
-    if (first_key + step + kStepKeys > min_visible) hide_keys(scores, first_key + step, rows.num_visible);
+    if (first_key + step + kStepKeys > min_visible) hide_keys(scores, first_key + step, num_visible);
     online_softmax(scores, running);
     if constexpr (Tiles::kIsFloat) {
       const int g = lane_id() / 4, t = lane_id() % 4;
@@ -368,8 +371,8 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
 
 // Step 6.
 template <typename Element, int kHeadDim>
-__device__ __forceinline__ void write_partials(const ForwardArguments& args, int64_t unit_in_wave, const Rows& rows,
-                                               const RunningOf<Element, kHeadDim>& running) {
+__device__ __forceinline__ void write_partials(const ForwardArguments& args, int64_t unit_in_wave,
+                                               int32_t entry_of_lane, const RunningOf<Element, kHeadDim>& running) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   const int g = lane_id() / 4, t = lane_id() % 4;
   const int64_t first_entry = unit_in_wave * args.lists.num_rows * args.geometry.top_k;
@@ -377,7 +380,7 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
   for (int m = 0; m < Shared::Tiles::kRowBlocks; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int32_t entry = __shfl_sync(kAllLanes, rows.entry, m * 16 + h * 8 + g);
+      const int32_t entry = __shfl_sync(kAllLanes, entry_of_lane, m * 16 + h * 8 + g);
       const float sum = cuda::sum_of_row(running.sum[m][h]);
       const float maximum = running.maximum[m][h];
       const bool is_there = entry >= 0;
@@ -417,10 +420,18 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   using Tiles = typename Shared::Tiles;
   Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
   const int64_t unit_in_wave = blockIdx.y;
-  const Unit unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
-  WorkItem item;
+  const Unit own_unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
+  WorkItem own_item;
   // Step 1. The grid is a bound taken from shapes: whole thread blocks past the last item return.
-  if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x), item)) return;
+  if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x), own_item)) return;
+  if (threadIdx.x == 0) {
+    shared.unit = own_unit;
+    shared.item = own_item;
+  }
+  // Publishes the work to all threads.
+  __syncthreads();
+  const Unit& unit = shared.unit;
+  const WorkItem& item = shared.item;
   const bool fits = item.block.num_keys <= Tiles::kResidentKeys;
   if (fits) forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, 0, item.block.num_keys, shared);
   cuda::copy_async_commit();
@@ -440,23 +451,32 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   const int tiles_per_round = is_one_by_one ? 1 : Shared::kWarps;
   const int num_tiles = (item.num_entries + rows_per_tile - 1) / rows_per_tile;
   const int warp = cuda::warp_id();
-  const auto rows_of_tile = [&](int tile) {
+  const auto entry_of_tile = [&](int tile) {
     const bool is_there = warp < tiles_per_round && tile < num_tiles;
-    return forward::place_rows(args, unit, item, is_there ? tile * rows_per_tile : item.num_entries, rows_per_tile);
+    return forward::entry_of_lane(item, is_there ? tile * rows_per_tile : item.num_entries, rows_per_tile);
   };
 
-  forward::Rows rows = rows_of_tile(warp);
-  forward::gather_queries_async<Element, kHeadDim>(args, rows, shared);
+  forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry_of_tile(warp), shared);
+  // Publishes the warp's rows to its lanes.
+  __syncwarp();
+  forward::gather_queries_async<Element, kHeadDim>(args, shared);
   cuda::copy_async_commit();
   cuda::copy_async_wait<0>();
   // Publishes keys and values, where all of them are on chip, to all warps; they stay as they are to the end.
   __syncthreads();
   for (int round = 0; round * tiles_per_round < num_tiles; ++round) {
-    const forward::Rows next_rows = rows_of_tile((round + 1) * tiles_per_round + warp);
+    const bool is_row = cuda::lane_id() < Shared::kRowsPerWarp;
+    const int32_t num_visible =
+        is_row ? shared.num_visible[warp * Shared::kRowsPerWarp + cuda::lane_id()] : forward::kSeesAll;
+    // Tells the warp's lanes that its rows have been read and the next tile's may overwrite them.
+    __syncwarp();
+    forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry_of_tile((round + 1) * tiles_per_round + warp),
+                                           shared);
     const auto gather_next = [&] {
-      // Tells the warp's lanes that the queries have been used and the next tile's may overwrite them.
+      // Tells the warp's lanes that the queries have been used and the next tile's may overwrite them; publishes where
+      // those lie.
       __syncwarp();
-      forward::gather_queries_async<Element, kHeadDim>(args, next_rows, shared);
+      forward::gather_queries_async<Element, kHeadDim>(args, shared);
       cuda::copy_async_commit();
     };
     forward::RunningOf<Element, kHeadDim> running;
@@ -465,7 +485,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
       cuda::copy_async_wait<0>();
       // Publishes the warp's queries to its lanes.
       __syncwarp();
-      forward::attend<Element, kHeadDim>(args, shared, rows, 0, item.block.num_keys, running, gather_next);
+      forward::attend<Element, kHeadDim>(args, shared, num_visible, 0, item.block.num_keys, running, gather_next);
     } else {
       // One by one: only what the round's single row sees; the rows of keys behind are zeros.
       int num_keys = item.block.num_keys;
@@ -482,13 +502,14 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
         cuda::copy_async_wait<0>();
         // Publishes keys and values to all warps, and each warp's queries to its lanes.
         __syncthreads();
-        forward::attend<Element, kHeadDim>(args, shared, rows, first_key, count, running, [&] {
+        forward::attend<Element, kHeadDim>(args, shared, num_visible, first_key, count, running, [&] {
           if (first_key + Tiles::kResidentKeys >= num_keys) gather_next();
         });
       }
     }
-    forward::write_partials<Element, kHeadDim>(args, unit_in_wave, rows, running);
-    rows = next_rows;
+    // Entries are read again: they would take registers all the while.
+    forward::write_partials<Element, kHeadDim>(args, unit_in_wave, entry_of_tile(round * tiles_per_round + warp),
+                                               running);
   }
   // The last round's gather of a tile that is not there copied nothing but zeros; it ends before the warp does.
   cuda::copy_async_wait<0>();

@@ -343,7 +343,7 @@ ARITHMETIC = [
                "k * 2 + ((lane >> 3) & 1)));", "k * 2 + 1 - ((lane >> 3) & 1)));",
                "small", WRONG_OUT),
     PlantedBug("tiles: right operand not transposed", TILE_MATH,
-               "load_matrix_x4_transposed(right, b.chunk(first_row +", "load_matrix_x4(right, b.chunk(first_row +",
+               "load_matrix_x4_transposed(right, TileB::further(first_right,", "load_matrix_x4(right, TileB::further(first_right,",
                "small", WRONG_OUT),
     PlantedBug("tiles: four columns of a row stored at another lane's", TILE_MATH,
                "return t % 2 * 8 + t / 2 * 4;", "return t / 2 * 8 + t % 2 * 4;", "small", WRONG_OUT),

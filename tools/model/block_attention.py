@@ -22,8 +22,8 @@ def bfloat16(name: str) -> Callable[[int], str]:
     return lambda head_dim: f"{name}INS_8BFloat16ELi{head_dim}E"
 
 
-def depth(head_dim: int) -> Passes:
-    return Passes(DEPTH_LOOP, head_dim / 16, unrolled=4)
+def depth(head_dim: int, unrolled: int = 4) -> Passes:
+    return Passes(DEPTH_LOOP, head_dim / 16, unrolled)
 
 
 # --- route ------------------------------------------------------------------------------------------------------------
@@ -79,12 +79,12 @@ def attend(problem: Problem, direction: str) -> list[Launch]:
         Passes("for (int round = 0", entries / 128),
         Passes("for (int step = 0; step < end", problem.block_size / STEP_KEYS[problem.head_dim]),
         Passes("if (step + kStepKeys >= end) after_scores", STEP_KEYS[problem.head_dim] / problem.block_size),
-        Passes("for (int first = 0; first < Shared::kRowsPerWarp * used", problem.head_dim / 8, unrolled=4),
-        depth(problem.head_dim),
-        Passes("for (int i = threadIdx.x; i < num_rows * used_chunks", keys_of_thread, unrolled=4),
+        Passes("for (int first = 0; first < kCopies", problem.head_dim / 8),
+        depth(problem.head_dim, unrolled=problem.head_dim // 32),
+        Passes("for (int i = threadIdx.x; i < num_rows * Tile::kChunks", keys_of_thread, unrolled=4),
         Passes("for (int i = threadIdx.x; i < item.num_entries", round(entries / 128), unrolled=4),
         Passes("for (int key = static_cast<int>(threadIdx.x) / 8", problem.block_size / 16),
-        Passes("for (int d = static_cast<int>(threadIdx.x) % 8", problem.head_dim / 8, unrolled=4),
+        Passes("for (int chunk = static_cast<int>(threadIdx.x) % 8", problem.head_dim / 64, unrolled=4),
     )
     item_bytes = 2 * problem.block_size * problem.row_bytes + entries * (2 * problem.row_bytes + 8)
     # A list begins with the queries of its own block, so that its first item hides keys and searches for inf and NaN.

@@ -26,11 +26,22 @@ inline void copy_async_wait() {
   emulation::copy_async_wait(kPending);
 }
 
-inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row) {
-  emulation::load_matrix_x4(r, shared_row, false);
+struct SharedRow {
+  uintptr_t address;
+};
+inline SharedRow shared_row(const void* shared) { return {reinterpret_cast<uintptr_t>(shared)}; }
+inline SharedRow moved(SharedRow row, uint32_t exchanged, uint32_t further) {
+  return {(row.address ^ exchanged) + further};
 }
-inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
-  emulation::load_matrix_x4(r, shared_row, true);
+inline void load_matrix_x4(uint32_t (&r)[4], const void* shared) { emulation::load_matrix_x4(r, shared, false); }
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared) {
+  emulation::load_matrix_x4(r, shared, true);
+}
+inline void load_matrix_x4(uint32_t (&r)[4], SharedRow row) {
+  load_matrix_x4(r, reinterpret_cast<const void*>(row.address));
+}
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], SharedRow row) {
+  load_matrix_x4_transposed(r, reinterpret_cast<const void*>(row.address));
 }
 
 template <typename Element>
