@@ -1,4 +1,4 @@
-// What the CUDA attention kernels share: caps of scores, and sinks.
+// What the CUDA attention kernels share: scales and caps of scores, and sinks.
 #pragma once
 
 #include "../common/array.h"
@@ -15,9 +15,13 @@ __device__ __forceinline__ float tanh_of(float x) {
   return square < 0.04f ? series : copysignf(away, x);
 }
 
+// Forward and backward see the same scores only if each is rounded before a maximum is subtracted from it: a multiply-add
+// of both would be off by more than the difference where scores are large.
+__device__ __forceinline__ float scale_score(float product, float scale) { return __fmul_rn(product, scale); }
+
 // cap * tanh(score / cap).
 __device__ __forceinline__ float cap_score(float score, float cap, float inverse_cap) {
-  return cap * tanh_of(score * inverse_cap);
+  return __fmul_rn(cap, tanh_of(score * inverse_cap));
 }
 
 // The derivative of a capped score by the score.

@@ -1,6 +1,7 @@
 // Grid and window attention backward on the CPU: each group alone, weights recomputed.
 //
-//   weight_it      = exp(scale * dot(query_i, key_t) + bias_it - lse_i)
+//   weight_it      = exp(scale * dot(query_i, key_t) + bias_it - lse_i), from the forward's softmax terms
+//                    (softmax_terms.h)
 //   delta_i        = dot(grad_out_i, out_i)
 //   grad_value_t   = sum_i weight_it grad_out_i
 //   grad_score_it  = weight_it (dot(grad_out_i, value_t) - delta_i)
@@ -12,7 +13,7 @@
 // grad_bias. A task is a few groups of heads one after the other, or, with a grad_bias, an equal share of one head's
 // groups; each task sums grad_bias on its own, and the tasks' sums are added in order at the end. Memory is
 // prefetched as in the forward. Steps per group:
-//   1. keys, values, queries and grad_out to dense scratch; delta and lse;
+//   1. keys, values, queries and grad_out to dense scratch; delta and softmax terms;
 //   per tile of queries, per tile of keys:
 //   2. scores and products of values with grad_out, both [keys, queries]; weights and gradients of scores in their
 //      place;
@@ -48,7 +49,8 @@ struct GridBackwardTask {
   T* grad_query_rows;                  // [kTileQueries, padded D]
   T* weights;                          // [kTileKeys, kTileQueries]
   T* grad_scores;                      // [kTileKeys, kTileQueries]
-  T* lse_base2;                        // [kTileQueries]
+  T* largest;                          // [kTileQueries], of softmax terms
+  T* factor;                           // [kTileQueries], of softmax terms
   T* delta;                            // [kTileQueries]
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 5> next;  // of the group that follows
@@ -62,7 +64,7 @@ struct GridBackwardTask {
     for (T** columns : {&query_columns, &grad_out_columns}) *columns = scratch.take<T>(padded_dim * kTileQueries);
     for (T** rows : {&query_rows, &grad_out_rows, &grad_query_rows}) *rows = scratch.take<T>(padded_dim * kTileQueries);
     for (T** tile : {&weights, &grad_scores}) *tile = scratch.take<T>(kTileKeys * kTileQueries);
-    for (T** numbers : {&lse_base2, &delta}) *numbers = scratch.take<T>(kTileQueries);
+    for (T** numbers : {&largest, &factor, &delta}) *numbers = scratch.take<T>(kTileQueries);
     bias_indices = scratch.take<int32_t>(max_tokens);
   }
 
@@ -89,21 +91,23 @@ struct GridBackwardTask {
         });
     numbers_in(problem, params.lse.at<T>(), group)
         .for_each(group, first, first + count, [&](int64_t token, const T* lse) {
-          // A score of +inf makes the whole row of weights NaN, not just its own.
-          lse_base2[token - first] = *lse == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN()
-                                                                                : *lse * static_cast<T>(kLog2E);
+          const T* all = params.softmax_terms.at<T>();
+          const auto terms = read_softmax_terms(all == nullptr ? all : all + 2 * (lse - params.lse.at<T>()), *lse);
+          largest[token - first] = terms.largest;
+          factor[token - first] = terms.factor;
         });
-    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) lse_base2[i] = delta[i] = 0;
+    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) largest[i] = factor[i] = delta[i] = 0;
   }
 
   // The elementwise part of step 2.
   void weigh(int64_t num_keys, int64_t num_vectors) {
     for (int64_t key = 0; key < num_keys; ++key) {
       for (int64_t v = 0; v < num_vectors; ++v) {
-        const int64_t at = key * kTileQueries + v * kLanes<T>;
-        const Vector<T> weight = exp2_vector(load<T>(weights + at) - load<T>(lse_base2 + v * kLanes<T>));
+        const int64_t column = v * kLanes<T>, at = key * kTileQueries + column;
+        const Vector<T> weight =
+            exp2_vector(load<T>(weights + at) - load<T>(largest + column)) * load<T>(factor + column);
         store<T>(weights + at, weight);
-        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>)));
+        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + column)));
       }
     }
   }

@@ -222,6 +222,7 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   args.grad_out = params.grad_out;
   args.bias = params.bias.at<float>();
   args.lse = params.lse.at<float>();
+  args.softmax_terms = params.softmax_terms.at<float>();
   args.shift = shift;
   const cuda::LaunchShape shape{grid::blocks_for(args.geometry, kernel.tokens),
                                 dim3(static_cast<unsigned>(kernel.threads)), static_cast<size_t>(kernel.shared_bytes),

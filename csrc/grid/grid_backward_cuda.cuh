@@ -1,6 +1,6 @@
 // Grid and window attention backward on CUDA: the kernels that differentiate. grid_backward_cuda.cu launches them.
 //
-//   weight_ij    = exp(scale * dot(query_i, key_j) + bias_ij - lse_i)              recomputed
+//   weight_ij    = exp(scale * dot(query_i, key_j) + bias_ij - lse_i)    recomputed from softmax terms (softmax_terms.h)
 //   shift_i      = dot(grad_out_i, out_i)
 //   d_score_ij   = weight_ij * (dot(grad_out_i, value_j) - shift_i)
 //   grad_value_j = sum_i weight_ij grad_out_i
@@ -15,7 +15,7 @@
 // goes through the images and groups of a head that its piece has. Steps:
 //   1. place the tile's tokens, gather their two rows: key and value, or query and grad_out;
 //   per tile of the other side:
-//   2. gather its two rows; lse and shift of the queries among them;
+//   2. gather its two rows; softmax terms and shift of the queries among them;
 //   per kBackwardStep columns:
 //   3. weights and d_scores;
 //   4. gradients += weights or d_scores x columns' rows, or bias sums += d_scores;
@@ -31,6 +31,8 @@
 // Determinism: no atomics; every sum has an order fixed by shapes.
 #pragma once
 
+#include "../common/softmax_terms.h"
+#include "../cuda/scores.cuh"
 #include "grid_geometry_cuda.cuh"
 
 namespace topgather {
@@ -43,16 +45,17 @@ struct GridBackwardArguments {
   uint32_t num_pieces;   // of images and groups; a bias' gradient only
   bool is_first_aligned;
   bool is_second_aligned;
-  ConstImage query;          // [batch, head, row, column, D] dtype
-  ConstImage key;            // [batch, head, row, column, D] dtype
-  ConstImage value;          // [batch, head, row, column, D] dtype
-  ConstImage grad_out;       // [batch, head, row, column, D] dtype
-  const float* bias;         // [head, G, G] float32, or null
-  const float* lse;          // [batch, head, row, column] float32
-  const float* shift;        // [batch, head, row, column] float32
-  MutableImage grad_first;   // of query or key, dtype
-  MutableImage grad_second;  // of value, dtype; where keys are rows
-  float* bias_sums;          // [num_pieces, head, G, G] float32
+  ConstImage query;            // [batch, head, row, column, D] dtype
+  ConstImage key;              // [batch, head, row, column, D] dtype
+  ConstImage value;            // [batch, head, row, column, D] dtype
+  ConstImage grad_out;         // [batch, head, row, column, D] dtype
+  const float* bias;           // [head, G, G] float32, or null
+  const float* lse;            // [batch, head, row, column] float32
+  const float* softmax_terms;  // [batch, head, row, column, 2] float32, or null
+  const float* shift;          // [batch, head, row, column] float32
+  MutableImage grad_first;     // of query or key, dtype
+  MutableImage grad_second;    // of value, dtype; where keys are rows
+  float* bias_sums;            // [num_pieces, head, G, G] float32
 };
 
 template <typename Element, int kHeadDim>
@@ -69,8 +72,10 @@ struct GridBackwardSharedMemory {
   cuda::SharedTile<float, Tiles::kIsFloat ? kTokens : 1, Tiles::kBackwardStep> weights;
   TilePlaces<kTokens> row_places;
   TilePlaces<kTokens> column_places;
-  float lse[kTokens];    // of the side that is queries, base 2
-  float shift[kTokens];  // of the side that is queries
+  // Of the side that is queries:
+  float largest[kTokens];  // of softmax terms
+  float factor[kTokens];   // of softmax terms
+  float shift[kTokens];
 };
 
 namespace grid {
@@ -83,7 +88,11 @@ __device__ __forceinline__ void load_query_terms(const GridBackwardArguments& ar
   if (i >= Shared::kTokens) return;
   const bool is_there = is_token_there(places, i);
   const int64_t offset = is_there ? number_offset(args.geometry, places, i) : 0;
-  shared.lse[i] = is_there ? args.lse[offset] * kLog2E : 0.0f;
+  const float* given_terms = args.softmax_terms == nullptr ? nullptr : args.softmax_terms + 2 * offset;
+  const SoftmaxTerms<float> terms =
+      is_there ? read_softmax_terms(given_terms, args.lse[offset]) : SoftmaxTerms<float>{0.0f, 0.0f};
+  shared.largest[i] = terms.largest;
+  shared.factor[i] = terms.factor;
   shared.shift[i] = is_there ? args.shift[offset] : 0.0f;
 }
 
@@ -120,11 +129,11 @@ __device__ __forceinline__ void differentiate(const GridBackwardArguments& args,
           weight = d_score = 0.0f;
           continue;
         }
-        float score = weight * args.score_scale;
+        float score = cuda::scale_score(weight, args.score_scale);
         if (bias != nullptr) {
           score = fmaf(bias[shared.column_places.number[column] * (kAreRowsKeys ? group : 1)], kLog2E, score);
         }
-        weight = cuda::exp2_approximate(score - shared.lse[query]);
+        weight = cuda::exp2_approximate(score - shared.largest[query]) * shared.factor[query];
         d_score = weight * (d_score - shared.shift[query]);
       }
     }

@@ -18,7 +18,7 @@
 //   4. running maximum and sum per query (online softmax, base 2), weights in place of the scores;
 //   5. running outputs rescaled, plus weights^T x values;
 //   last:
-//   6. divide, convert, write out and lse.
+//   6. divide, convert, write out, lse and softmax terms.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row all of whose scores are -inf: NaN, as
 // plain softmax. There is no empty row: a token is in its own group.
 // Determinism: a task's arithmetic depends on shapes alone, so any number of threads gives the same bits.
@@ -173,6 +173,8 @@ struct GridForwardTask {
     numbers_in(problem, params.lse.at<T>(), group).for_each(group, first, first + count, [&](int64_t token, T* lse) {
       const int64_t i = token - first;
       *lse = (running_max[i] + std::log2(running_sum[i])) * static_cast<T>(kLn2);
+      write_softmax_terms(running_max[i], running_sum[i],
+                          params.softmax_terms.at<T>() + 2 * (lse - params.lse.at<T>()));
     });
   }
 

@@ -13,7 +13,7 @@
 //   4. running maximum and sum per query (online softmax);
 //   5. outputs += weights x values;
 //   last:
-//   6. divide, round, write out and lse.
+//   6. divide, round, write out, lse and softmax terms.
 // Bytes: query and out once, keys and values once per tile of queries, from the second-level cache but for the first; a
 // bias is read by every group, from there too. Operations: 4 G D a token, G / 2 a byte of 16-bit memory: bandwidth
 // bounds windows and grids of 49 or 64 tokens by far. Tiles of keys are not fetched ahead; the thread blocks of a
@@ -22,6 +22,8 @@
 // values. A row all of whose scores are -inf, or with one of +inf or NaN: NaN, as plain softmax. There is no empty row:
 // a token is in its own group.
 // Determinism: a row's arithmetic depends on its own group and shapes alone.
+#include "../common/softmax_terms.h"
+#include "../cuda/scores.cuh"
 #include "grid_geometry_cuda.cuh"
 
 namespace topgather {
@@ -30,12 +32,13 @@ struct GridForwardArguments {
   GridGeometry geometry;
   float score_scale;  // scale * log2(e)
   bool is_out_aligned;
-  ConstImage query;   // [batch, head, row, column, D] dtype
-  ConstImage key;     // [batch, head, row, column, D] dtype
-  ConstImage value;   // [batch, head, row, column, D] dtype
-  const float* bias;  // [head, G, G] float32, or null
-  MutableImage out;   // [batch, head, row, column, D] dtype
-  float* lse;         // [batch, head, row, column] float32
+  ConstImage query;      // [batch, head, row, column, D] dtype
+  ConstImage key;        // [batch, head, row, column, D] dtype
+  ConstImage value;      // [batch, head, row, column, D] dtype
+  const float* bias;     // [head, G, G] float32, or null
+  MutableImage out;      // [batch, head, row, column, D] dtype
+  float* lse;            // [batch, head, row, column] float32
+  float* softmax_terms;  // [batch, head, row, column, 2] float32
 };
 
 template <typename Element, int kHeadDim>
@@ -88,7 +91,7 @@ __device__ __forceinline__ void finish_scores(const GridForwardArguments& args, 
       for (int e = 0; e < 2; ++e) {
         const int key = n * 8 + 2 * t + e;
         float& score = scores[0][n][2 * h + e];
-        score *= args.score_scale;
+        score = cuda::scale_score(score, args.score_scale);
         if (bias != nullptr && (there >> key & 1u) != 0) {
           score = fmaf(bias[shared.key_places.number[first_key + key]], kLog2E, score);
         }
@@ -167,7 +170,9 @@ __device__ __forceinline__ void write_outputs(const GridForwardArguments& args,
     const float sum = cuda::sum_of_row(running.sum[h]);
     factors[h] = 1.0f / sum;
     if (t == 0 && is_token_there(shared.query_places, row)) {
-      args.lse[number_offset(args.geometry, shared.query_places, row)] = (running.maximum[h] + log2f(sum)) * kLn2;
+      const int64_t offset = number_offset(args.geometry, shared.query_places, row);
+      args.lse[offset] = (running.maximum[h] + log2f(sum)) * kLn2;
+      write_softmax_terms(running.maximum[h], sum, args.softmax_terms + 2 * offset);
     }
   }
   write_rows(running.out, factors, shared.query, first_row, args.out, args.is_out_aligned, shared.query_places,
@@ -259,6 +264,7 @@ void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace&, co
   args.bias = params.bias.at<float>();
   args.out = params.out;
   args.lse = params.lse.at<float>();
+  args.softmax_terms = params.softmax_terms.at<float>();
   kernel.launch(args, {grid::blocks_for(args.geometry, kernel.tokens), dim3(static_cast<unsigned>(kernel.threads)),
                        static_cast<size_t>(kernel.shared_bytes), static_cast<cudaStream_t>(place.stream)});
 }

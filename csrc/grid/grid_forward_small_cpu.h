@@ -6,12 +6,13 @@
 //   2. queries transposed and scaled: they stand in vector lanes, keys are broadcast. What is past the last token
 //      repeats it, and is dropped at the end;
 //   3. scores [keys, queries], plus bias;
-//   4. softmax, base 2, in registers; lse. Weights are divided by their sum before, not after,
+//   4. softmax, base 2, in registers; lse and softmax terms. Weights are divided by their sum before, not after,
 //   5. weights^T x values, straight to out.
 #pragma once
 
 #include <limits>
 
+#include "../common/softmax_terms.h"
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
 #include "grid_bias_cpu.h"
@@ -19,12 +20,12 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-// Step 3 for kCount keys: scores[i * kLanes] = factor * dot(queries, row i). Out of line, as is step 5's product: both
+// Step 3 for kCount keys: scores[i * kLanes] = dot(queries, row i). Out of line, as is step 5's product: both
 // need all registers. Between multiplications it prefetches other rows, [kLanes][depth], one cache line of each: no
 // more at once than a processor has outstanding loads.
 template <typename T, int kCount, typename Storage>
-__attribute__((noinline)) void score_rows(const T* const* key_rows, const T* query_tile, int64_t depth, T factor,
-                                          T* scores, const Storage* const* wanted, const Storage* const* wanted_too) {
+__attribute__((noinline)) void score_rows(const T* const* key_rows, const T* query_tile, int64_t depth, T* scores,
+                                          const Storage* const* wanted, const Storage* const* wanted_too) {
   const T* rows[kCount];
   Vector<T> sums[kCount] = {};
   for (int i = 0; i < kCount; ++i) rows[i] = key_rows[i];
@@ -37,7 +38,7 @@ __attribute__((noinline)) void score_rows(const T* const* key_rows, const T* que
     for (int i = 0; i < kCount; ++i) sums[i] += queries * rows[i][d];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) store<T>(scores + i * kLanes<T>, sums[i] * factor);
+  for (int i = 0; i < kCount; ++i) store<T>(scores + i * kLanes<T>, sums[i]);
 }
 
 // Step 5 for kVectors vectors of columns: out_rows[i][column..] = sum over keys of weights[key, i] * value_rows[key].
@@ -125,8 +126,8 @@ struct GridForwardSmallTask {
     for (int64_t i = 0; i < kTokens; ++i) rows[i] = converted + min64(i, group.num_tokens - 1) * padded_dim;
   }
 
-  // Step 4. Returns lse.
-  Vector<T> softmax(int64_t num_keys) {
+  // Step 4.
+  void softmax(const Group& group, int64_t num_keys) {
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
     Vector<T> top = broadcast(kLowest);
     for (int64_t key = 0; key < num_keys; ++key) top = maximum(top, load<T>(scores + key * kTokens));
@@ -142,12 +143,13 @@ struct GridForwardSmallTask {
     for (int64_t key = 0; key < num_keys; ++key) {
       store<T>(scores + key * kTokens, load<T>(scores + key * kTokens) * factor);
     }
-    return (top + log2_vector(sum)) * static_cast<T>(kLn2);
-  }
-
-  void write_lse(const Group& group, const Vector<T>& lse) const {
+    const Vector<T> lse = (top + log2_vector(sum)) * static_cast<T>(kLn2);
     numbers_in(params.problem, params.lse.at<T>(), group)
-        .for_each(group, 0, group.num_tokens, [&](int64_t token, T* target) { *target = lse[token]; });
+        .for_each(group, 0, group.num_tokens, [&](int64_t token, T* target) {
+          *target = lse[token];
+          write_softmax_terms<T>(top[token], sum[token],
+                                 params.softmax_terms.at<T>() + 2 * (target - params.lse.at<T>()));
+        });
   }
 
   // Steps 2 to 5, with rows of whole vectors of the compute type.
@@ -156,18 +158,17 @@ struct GridForwardSmallTask {
     const int64_t num_tokens = group.num_tokens;
     const SmallGroupRows<Storage, kTokens>& own = places[which];
     const SmallGroupRows<Storage, kTokens>& ahead = places[1 - which];
-    gather_rows_transposed<Storage>([&](int64_t i) { return own.query[i]; }, num_tokens, problem.head_dim, T(1),
-                                    query_tile, kTokens);
+    gather_rows_transposed<Storage>([&](int64_t i) { return own.query[i]; }, num_tokens, problem.head_dim,
+                                    static_cast<T>(problem.scale * kLog2E), query_tile, kTokens);
     for (int64_t key = 0; key < num_tokens; key += kKeysAtOnce) {
-      score_rows<T, kKeysAtOnce, Storage>(keys + key, query_tile, problem.head_dim,
-                                          static_cast<T>(problem.scale * kLog2E), scores + key * kTokens,
+      score_rows<T, kKeysAtOnce, Storage>(keys + key, query_tile, problem.head_dim, scores + key * kTokens,
                                           key == 0 ? ahead.query : ahead.key, key == 0 ? own.out : ahead.value);
     }
     if (bias.exists()) {
       write_bias_indices(problem, group, bias_indices);
       add_bias(bias, group.head_idx, bias_indices, bias_indices, num_tokens, num_tokens, scores, kTokens);
     }
-    write_lse(group, softmax(num_tokens));
+    softmax(group, num_tokens);
     int64_t column = 0;
     for (; column + 4 * kTokens <= padded_dim; column += 4 * kTokens) {
       weigh_rows<T, 4>(values, scores, num_tokens, column, out);

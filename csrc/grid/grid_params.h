@@ -55,9 +55,10 @@ struct GridForwardParams {
   ConstImage value;
   Array<const void, 3> bias;  // [head, G, G] sum type, query first, contiguous; or data null
   MutableImage out;
-  Array<void, 4> lse;  // [batch, head, row, column] sum type, contiguous
+  Array<void, 4> lse;            // [batch, head, row, column] sum type, contiguous
+  Array<void, 5> softmax_terms;  // [batch, head, row, column, 2] sum type, contiguous, see softmax_terms.h
 };
-TOPGATHER_FIELDS(GridForwardParams, problem, query, key, value, bias, out, lse)
+TOPGATHER_FIELDS(GridForwardParams, problem, query, key, value, bias, out, lse, softmax_terms)
 
 struct GridBackwardParams {
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value", "out", "grad_out"};
@@ -69,12 +70,13 @@ struct GridBackwardParams {
   ConstImage out;
   Array<const void, 4> lse;  // [batch, head, row, column] sum type, contiguous
   ConstImage grad_out;
+  Array<const void, 5> softmax_terms;  // [batch, head, row, column, 2] sum type, contiguous, or data null
   MutableImage grad_query;
   MutableImage grad_key;
   MutableImage grad_value;
   Array<void, 3> grad_bias;  // [head, G, G] sum type, contiguous; or data null
 };
-TOPGATHER_FIELDS(GridBackwardParams, problem, query, key, value, bias, out, lse, grad_out, grad_query, grad_key,
-                 grad_value, grad_bias)
+TOPGATHER_FIELDS(GridBackwardParams, problem, query, key, value, bias, out, lse, grad_out, softmax_terms, grad_query,
+                 grad_key, grad_value, grad_bias)
 
 }  // namespace topgather

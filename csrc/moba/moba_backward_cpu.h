@@ -1,7 +1,7 @@
 // Block attention backward on the CPU: scores recomputed, one pass, five products per tile.
 //
 //   delta_i      = sum_v grad_out_iv * out_iv - grad_lse_i
-//   p_it         = exp(scale * dot(query_i, key_t) - lse_i)
+//   p_it         = exp(scale * dot(query_i, key_t) - lse_i), from the forward's softmax terms (softmax_terms.h)
 //   ds_it        = p_it * (dot(grad_out_i, value_t) - delta_i), times 1 - (s_it / c)^2 where scores s are capped at c
 //   grad_value_t = sum_i p_it grad_out_i
 //   grad_key_t   = scale * sum_i ds_it query_i
@@ -56,6 +56,9 @@ struct BackwardTask {
   int64_t padded_head_dim;
   int64_t padded_value_dim;
 
+#if TOPGATHER_MATRIX_UNIT
+  AmxScores amx;
+#endif
   T* query_columns;     // [D, kTileQueries], times scale * log2(e)
   T* grad_out_columns;  // [V, kTileQueries]
   T* query_rows;        // [kTileQueries, padded D]
@@ -71,7 +74,12 @@ struct BackwardTask {
   BackwardTask(const MobaBackwardParams& p, ScratchCutter& scratch)
       : params(p),
         padded_head_dim(round_up(p.problem.head_dim, kLanes<T>)),
-        padded_value_dim(round_up(p.problem.value_dim, kLanes<T>)) {
+        padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
+#if TOPGATHER_MATRIX_UNIT
+        ,
+        amx(p.problem, p.scale, p.softcap, kTileKeys, scratch)
+#endif
+  {
     query_columns = scratch.take<T>(p.problem.head_dim * kTileQueries);
     grad_out_columns = scratch.take<T>(p.problem.value_dim * kTileQueries);
     query_rows = scratch.take<T>(padded_head_dim * kTileQueries);
@@ -90,28 +98,45 @@ struct BackwardTask {
     const Storage* query;
     const Storage* grad_out;
     const T* lse;
+    const T* softmax_terms;  // or null
     const T* delta;
     GradientSum<T> grad_query;
   };
 
-  // The elementwise part of step 3: scores become weights, products with values become gradients of scores.
-  // With kIsCapped, scores are capped at `cap` first.
+  // Scores of step 3, into `weights`: to the last bit the forward's.
+  void make_scores(const Storage* query, const int32_t* queries, int64_t count, const RowBlock<T>& keys,
+                   int64_t num_keys) {
+    const int64_t padded_count = round_up(count, kLanes<T>);
+#if TOPGATHER_MATRIX_UNIT
+    if constexpr (kHasMatrixUnit<Storage>) {
+      if (uses_matrix_unit<Storage>(params.scale)) {
+        amx.multiply(query, params.query.strides[2], queries, count, round_up(num_keys, kAmxDepth));
+        return amx.write_transposed(count, num_keys, weights, kTileQueries);
+      }
+    }
+#endif
+    gather_transposed(query, params.query.strides[2], queries, count, params.problem.head_dim,
+                      static_cast<T>(params.scale * kLog2E), query_columns, kTileQueries);
+    tile_gemm<false>(GemmOperands<T>{keys.data, keys.row_stride, 1, query_columns, kTileQueries, weights, kTileQueries,
+                                     params.problem.head_dim},
+                     num_keys, padded_count);
+    if (params.softcap > 0) {
+      cap_scores(weights, kTileQueries, padded_count / kLanes<T>, num_keys, static_cast<T>(params.softcap * kLog2E));
+    }
+  }
+
+  // The elementwise part of step 3: scores become weights, products with values become gradients of scores. With
+  // kIsCapped, scores have been capped at `cap`.
   template <bool kIsCapped>
-  void weigh(int64_t num_keys, int64_t num_vectors, const T* lse_base2, const T* delta, T cap) {
+  void weigh(int64_t num_keys, int64_t num_vectors, const T* largest, const T* factor, const T* delta, T cap) {
     for (int64_t key = 0; key < num_keys; ++key) {
       for (int64_t v = 0; v < num_vectors; ++v) {
-        const int64_t at = key * kTileQueries + v * kLanes<T>;
-        Vector<T> score = load<T>(weights + at);
-        Vector<T> slope;
-        if constexpr (kIsCapped) {
-          const Vector<T> share = tanh_vector(score / cap);
-          score = cap * share;
-          slope = T(1) - share * share;
-        }
-        const Vector<T> weight = exp2_vector(score - load<T>(lse_base2 + v * kLanes<T>));
+        const int64_t column = v * kLanes<T>, at = key * kTileQueries + column;
+        const Vector<T> score = load<T>(weights + at);
+        const Vector<T> weight = exp2_vector(score - load<T>(largest + column)) * load<T>(factor + column);
         store<T>(weights + at, weight);
-        Vector<T> gradient = weight * (load<T>(grad_scores + at) - load<T>(delta + v * kLanes<T>));
-        if constexpr (kIsCapped) gradient *= slope;
+        Vector<T> gradient = weight * (load<T>(grad_scores + at) - load<T>(delta + column));
+        if constexpr (kIsCapped) gradient *= T(1) - score / cap * (score / cap);
         store<T>(grad_scores + at, gradient);
       }
     }
@@ -142,30 +167,28 @@ struct BackwardTask {
       }
       return;
     }
-    gather_transposed(rows.query, params.query.strides[2], queries, count, problem.head_dim,
-                      static_cast<T>(params.scale * kLog2E), query_columns, kTileQueries);
     gather_transposed(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, T(1),
                       grad_out_columns, kTileQueries);
-    alignas(64) T lse_base2[kTileQueries];
+    alignas(64) T largest[kTileQueries];
+    alignas(64) T factor[kTileQueries];
     alignas(64) T delta[kTileQueries];
     for (int64_t i = 0; i < padded_count; ++i) {
-      const T lse = rows.lse[queries[min64(i, count - 1)]];
-      // A score of +inf makes the whole row of weights NaN, not just its own.
-      lse_base2[i] = lse == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN()
-                                                               : lse * static_cast<T>(kLog2E);
-      delta[i] = rows.delta[queries[min64(i, count - 1)]];
+      const int32_t row = queries[min64(i, count - 1)];
+      const T* row_terms = rows.softmax_terms == nullptr ? nullptr : rows.softmax_terms + 2 * row;
+      const SoftmaxTerms<T> terms = read_softmax_terms(row_terms, rows.lse[row]);
+      largest[i] = terms.largest;
+      factor[i] = terms.factor;
+      delta[i] = rows.delta[row];
     }
 
-    tile_gemm<false>(GemmOperands<T>{keys.data, keys.row_stride, 1, query_columns, kTileQueries, weights, kTileQueries,
-                                     problem.head_dim},
-                     seen, padded_count);
+    make_scores(rows.query, queries, count, keys, seen);
     tile_gemm<false>(GemmOperands<T>{values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores,
                                      kTileQueries, problem.value_dim},
                      seen, padded_count);
     if (params.softcap > 0) {
-      weigh<true>(seen, num_vectors, lse_base2, delta, static_cast<T>(params.softcap * kLog2E));
+      weigh<true>(seen, num_vectors, largest, factor, delta, static_cast<T>(params.softcap * kLog2E));
     } else {
-      weigh<false>(seen, num_vectors, lse_base2, delta, T(0));
+      weigh<false>(seen, num_vectors, largest, factor, delta, T(0));
     }
     if (visibility.min_keys < seen) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
@@ -201,6 +224,11 @@ struct BackwardTask {
       const RowBlock<T> values =
           dense_rows(params.value.at<Storage>(sequence.batch_idx, kv_head, key_row), params.value.strides[2], num_keys,
                      problem.value_dim, padded_value_dim, value_scratch);
+#if TOPGATHER_MATRIX_UNIT
+      if constexpr (kHasMatrixUnit<Storage>) {
+        amx.pack_keys(params.key.at<Storage>(sequence.batch_idx, kv_head, key_row), params.key.strides[2], num_keys);
+      }
+#endif
       for (int64_t i = 0; i < num_keys * padded_head_dim; ++i) grad_key_tile[i] = 0;
       for (int64_t i = 0; i < num_keys * padded_value_dim; ++i) grad_value_tile[i] = 0;
       for (int64_t i = 0; i < num_queries; i += kTileQueries) {
@@ -388,10 +416,12 @@ class Backward {
         params_.query.at<Storage>(sequence.batch_idx, head, row),
         params_.grad_out.at<Storage>(sequence.batch_idx, head, row),
         params_.lse.at<T>(sequence.batch_idx, head, row),
+        params_.softmax_terms.data == nullptr ? nullptr : params_.softmax_terms.at<T>(sequence.batch_idx, head, row),
         prepared.delta,
         {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
          sums.grad_query.row_stride}};
     ScratchCutter cutter(scratch_ + worker * worker_bytes_);
+    [[maybe_unused]] const std::conditional_t<kHasMatrixUnit<Storage>, AmxGuard, int> guard{};
     BackwardTask<Storage> backward(params_, cutter);
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = lists.offsets[block];

@@ -273,6 +273,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       args.value = params.value;
       args.grad_out = params.grad_out;
       args.lse = params.lse;
+      args.softmax_terms = params.softmax_terms;
       args.row_shift = workspace.row_shift;
       args.grad_query = workspace.grad_query;
       args.grad_key = workspace.grad_key;

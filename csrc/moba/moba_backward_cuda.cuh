@@ -1,7 +1,7 @@
 // Block attention backward on CUDA, key-stationary: gradients of a key block stay in registers while the queries that
 // chose it come.
 //
-//   weight_ij    = exp(scale * dot(query_i, key_j) - lse_i)                        recomputed
+//   weight_ij    = exp(scale * dot(query_i, key_j) - lse_i)    recomputed from softmax terms (softmax_terms.h)
 //   d_weight_ij  = dot(grad_out_i, value_j)
 //   d_score_ij   = weight_ij * (d_weight_ij - shift_i)
 //   grad_value_j = sum_i weight_ij grad_out_i
@@ -29,6 +29,7 @@
 #pragma once
 
 #include "../common/checks.h"
+#include "../common/softmax_terms.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/scores.cuh"
 #include "moba_cuda.h"
@@ -50,17 +51,18 @@ struct BackwardArguments {
   float score_scale;       // scale * log2(e)
   float softcap;           // softcap * log2(e); 0: scores stay
   float inverse_softcap;
-  float d_score_scale;            // on gradients of scores before they are rounded
-  float gradient_scale;           // on grad_query and grad_key; the two make scale
-  Array<const void, 4> query;     // [batch, query head, query, D] dtype
-  Array<const void, 4> key;       // [batch, kv head, key, D] dtype
-  Array<const void, 4> value;     // [batch, kv head, key, V] dtype
-  Array<const void, 4> grad_out;  // [batch, query head, query, V] dtype
-  Array<const void, 3> lse;       // [batch, query head, query] float32
-  const float* row_shift;         // [unit, row] float32
-  float* grad_query;              // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
-  float* grad_key;                // [unit, key, key_elements] float32
-  float* grad_value;              // [unit, key, value_elements] float32
+  float d_score_scale;                 // on gradients of scores before they are rounded
+  float gradient_scale;                // on grad_query and grad_key; the two make scale
+  Array<const void, 4> query;          // [batch, query head, query, D] dtype
+  Array<const void, 4> key;            // [batch, kv head, key, D] dtype
+  Array<const void, 4> value;          // [batch, kv head, key, V] dtype
+  Array<const void, 4> grad_out;       // [batch, query head, query, V] dtype
+  Array<const void, 3> lse;            // [batch, query head, query] float32
+  Array<const void, 4> softmax_terms;  // [batch, query head, query, 2] float32, or data null
+  const float* row_shift;              // [unit, row] float32
+  float* grad_query;                   // [unit, row, key_elements] float32; deterministic: [unit, entry, key_elements]
+  float* grad_key;                     // [unit, key, key_elements] float32
+  float* grad_value;                   // [unit, key, value_elements] float32
 };
 
 template <typename Element, int kHeadDim>
@@ -92,7 +94,8 @@ struct BackwardSharedMemory {
   cuda::SharedTile<Element, kQueries, kKeys> d_scores;
   int32_t entry[kQueries];        // -1: the row is not there
   int32_t num_visible[kQueries];  // of this thread block's keys
-  float lse[kQueries];            // base 2
+  float largest[kQueries];        // of softmax terms
+  float factor[kQueries];         // of softmax terms
   float shift[kQueries];
   int64_t query_offset[kQueries];     // of the row, in elements
   int64_t grad_out_offset[kQueries];  // of the row, in elements
@@ -129,7 +132,8 @@ __device__ __forceinline__ bool place_row(const BackwardArguments& args, const U
   shared.entry[i] = entry;
   if (!is_there) {
     shared.num_visible[i] = 0;
-    shared.lse[i] = 0.0f;
+    shared.largest[i] = 0.0f;
+    shared.factor[i] = 0.0f;
     shared.shift[i] = 0.0f;
     return false;
   }
@@ -137,10 +141,14 @@ __device__ __forceinline__ bool place_row(const BackwardArguments& args, const U
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
   const int32_t visible = num_visible_keys(args.geometry, item.block, place.query) - first_key;
   const int32_t num_visible = visible < 0 ? 0 : min(visible, num_keys);
-  const float lse = *args.lse.at<float>(unit.batch_idx, place.head, place.query);
+  const float* given_terms = args.softmax_terms.data == nullptr
+                                 ? nullptr
+                                 : args.softmax_terms.at<float>(unit.batch_idx, place.head, place.query);
+  const SoftmaxTerms<float> terms =
+      read_softmax_terms(given_terms, *args.lse.at<float>(unit.batch_idx, place.head, place.query));
   shared.num_visible[i] = num_visible;
-  // A score of +inf makes every weight of its row NaN.
-  shared.lse[i] = lse == INFINITY ? NAN : lse * kLog2E;
+  shared.largest[i] = terms.largest;
+  shared.factor[i] = terms.factor;
   shared.shift[i] = args.row_shift[unit_in_wave * args.lists.num_rows + row];
   shared.query_offset[i] = args.query.offset(unit.batch_idx, place.head, place.query);
   shared.grad_out_offset[i] = args.grad_out.offset(unit.batch_idx, place.head, place.query);
@@ -188,7 +196,7 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
     cuda::fill(d_weights, 0.0f);
     cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, key, num_keys - key, args.head_dim);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] *= args.score_scale;
+    for (int i = 0; i < 8; ++i) scores[0][i / 4][i % 4] = cuda::scale_score(scores[0][i / 4][i % 4], args.score_scale);
     if (args.softcap > 0.0f) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -200,7 +208,7 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
     for (int h = 0; h < 2; ++h) {
       const int row = first_row + h * 8 + g;
       const int num_visible = shared.num_visible[row];
-      const float lse = shared.lse[row], shift = shared.shift[row];
+      const float largest = shared.largest[row], factor = shared.factor[row], shift = shared.shift[row];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         float weights[2], d_scores[2];
@@ -208,7 +216,7 @@ __device__ __forceinline__ void make_weights(const BackwardArguments& args, int 
         for (int e = 0; e < 2; ++e) {
           const bool is_visible = key + n * 8 + 2 * t + e < num_visible;
           float& score = scores[0][n][2 * h + e];
-          const float weight = cuda::exp2_approximate(score - lse);
+          const float weight = cuda::exp2_approximate(score - largest) * factor;
           weights[e] = is_visible ? weight : 0.0f;
           d_scores[e] = is_visible ? weight * (d_weights[0][n][2 * h + e] - shift) * args.d_score_scale : 0.0f;
           if (args.softcap > 0.0f) d_scores[e] *= cuda::slope_of_cap(score, args.inverse_softcap);

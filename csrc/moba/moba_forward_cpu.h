@@ -18,7 +18,7 @@
 //   5. weights^T x values [queries, V] by the same micro-kernel;
 //   6. rescale and add to the range's running outputs;
 //   last:
-//   7. divide, convert, write out and lse.
+//   7. divide, convert, write out, lse and softmax terms.
 // Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
 // row all of whose scores are -inf: NaN, as plain softmax.
 // Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.
@@ -28,6 +28,7 @@
 #include <limits>
 
 #include "../common/parallel.h"
+#include "../common/softmax_terms.h"
 #include "../cpu/attention_tile.h"
 #include "../cpu/convert.h"
 #include "../cpu/math.h"
@@ -303,6 +304,7 @@ struct ForwardTask {
       store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor,
                 params.out.at<Storage>(sequence.batch_idx, range.head_idx, row));
       *params.lse.at<T>(sequence.batch_idx, range.head_idx, row) = lse;
+      write_softmax_terms(running_max[i], sum, params.softmax_terms.at<T>(sequence.batch_idx, range.head_idx, row));
     }
   }
 

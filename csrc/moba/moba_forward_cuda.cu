@@ -3,10 +3,11 @@
 //
 // Steps, per wave:
 //   1. block lists (moba_layout_cuda.cu);
-//   2. moba_attend_blocks: a normalised partial output and its lse per choice;
+//   2. moba_attend_blocks: a normalised partial output, its maximum and sum per choice;
 //   3. moba_merge_slots: a warp takes a query's row and combines its choices.
 #include <algorithm>
 
+#include "../common/softmax_terms.h"
 #include "moba_forward_cuda.cuh"
 
 namespace topgather {
@@ -29,9 +30,11 @@ struct MergeArguments {
   Array<const void, 1> sinks;             // [query head] float32, or data null
   const uint16_t* is_row_valid;           // [unit, row] uint16
   const void* partial_out;                // [unit, entry, partial_elements] dtype
-  const float* partial_lse;               // [unit, entry] float32, base 2
+  const float* partial_max;               // [unit, entry] float32, base 2
+  const float* partial_sum;               // [unit, entry] float32
   Array<void, 4> out;                     // [batch, query head, query, V] dtype
   Array<void, 3> lse;                     // [batch, query head, query] float32
+  Array<void, 4> softmax_terms;           // [batch, query head, query, 2] float32
 };
 
 // A lane takes a slot while weights are made, 32 slots at a time, and neighbouring columns while they are applied, slot
@@ -59,19 +62,22 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   for (int slot = lane; slot < geometry.top_k; slot += cuda::kLanes) {
     if (!sees_keys(slot)) continue;
     sees_any = true;
-    maximum = cuda::max_or_nan(maximum, args.partial_lse[first_entry + slot]);
+    maximum = cuda::max_or_nan(maximum, args.partial_max[first_entry + slot]);
   }
   for (int distance = 16; distance > 0; distance /= 2) {
     maximum = cuda::max_or_nan(maximum, __shfl_xor_sync(cuda::kAllLanes, maximum, distance));
   }
   sees_any = __any_sync(cuda::kAllLanes, sees_any);
+  // Only scores of -inf: any finite base keeps -inf - base from being NaN.
+  const float base = maximum == -INFINITY ? 0.0f : maximum;
 
   const auto* partials = static_cast<const Element*>(args.partial_out) + first_entry * args.partial_elements;
   float result[kPairs][2] = {};
   float sum = 0.0f;
   for (int first = 0; first < geometry.top_k; first += cuda::kLanes) {
     const bool sees = sees_keys(first + lane);
-    const float weight_of_lane = sees ? exp2f(args.partial_lse[first_entry + first + lane] - maximum) : 0.0f;
+    const int64_t entry = first_entry + first + lane;
+    const float weight_of_lane = sees ? args.partial_sum[entry] * exp2f(args.partial_max[entry] - base) : 0.0f;
     const unsigned seen = __ballot_sync(cuda::kAllLanes, sees);
     const int count = min(cuda::kLanes, geometry.top_k - first);
     for (int i = 0; i < count; ++i) {
@@ -104,6 +110,8 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   }
   if (lane == 0) {
     *args.lse.at<float>(unit.batch_idx, place.head, place.query) = lse;
+    write_softmax_terms(maximum, is_valid ? sum : NAN,
+                        args.softmax_terms.at<float>(unit.batch_idx, place.head, place.query));
   }
 }
 
@@ -118,13 +126,14 @@ const ForwardKernel& kernel_for(const MobaProblem& problem) {
 struct ForwardWorkspace {
   BlockListsOnDevice lists;
   void* partial_out;   // [unit, entry, partial_elements] dtype
-  float* partial_lse;  // [unit, entry] float32
+  float* partial_max;  // [unit, entry] float32
+  float* partial_sum;  // [unit, entry] float32
 };
 
 int64_t partial_elements_of(const MobaProblem& problem) { return multiple_of(problem.value_dim, 16); }
 
 WavePlan plan_forward(const MobaProblem& problem) {
-  const int64_t entry_bytes = partial_elements_of(problem) * element_bytes(problem.dtype) + 4;
+  const int64_t entry_bytes = partial_elements_of(problem) * element_bytes(problem.dtype) + 8;
   return plan_waves(problem, {list_row_bytes(problem) + problem.top_k * entry_bytes, list_unit_bytes(problem),
                               workspace_budget(MobaWaveConfig::kForwardBudget)});
 }
@@ -136,7 +145,8 @@ ForwardWorkspace take_workspace(const MobaProblem& problem, int64_t num_units, i
   const int64_t num_entries = num_units * workspace.lists.num_rows * problem.top_k;
   workspace.partial_out =
       cutter.take<unsigned char>(num_entries * partial_elements_of(problem) * element_bytes(problem.dtype));
-  workspace.partial_lse = cutter.take<float>(num_entries);
+  workspace.partial_max = cutter.take<float>(num_entries);
+  workspace.partial_sum = cutter.take<float>(num_entries);
   return workspace;
 }
 
@@ -194,13 +204,15 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
       args.key = params.key;
       args.value = params.value;
       args.partial_out = workspace.partial_out;
-      args.partial_lse = workspace.partial_lse;
+      args.partial_max = workspace.partial_max;
+      args.partial_sum = workspace.partial_sum;
       kernel.launch(args, stream);
     }
     merge(problem.dtype,
           {geometry, wave, workspace.lists.num_rows, static_cast<int32_t>(problem.value_dim),
            static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, params.sinks,
-           workspace.lists.is_row_valid, workspace.partial_out, workspace.partial_lse, params.out, params.lse},
+           workspace.lists.is_row_valid, workspace.partial_out, workspace.partial_max, workspace.partial_sum,
+           params.out, params.lse, params.softmax_terms},
           stream);
   }
 }

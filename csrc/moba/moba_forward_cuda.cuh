@@ -2,9 +2,9 @@
 // come.
 //
 //   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
-//   lse_e     = log2 sum of exp2(log2(e) * scale * dot(query, key)), capped where there is a softcap      [entry]
-//   lse       = log2 sum_e 2^lse_e                                                        (moba_merge_slots)
-//   out_row   = sum_e 2^(lse_e - lse) partial_e                                            (moba_merge_slots)
+//   max_e     = max of log2(e) * scale * dot(query, key), capped where there is a softcap                 [entry]
+//   sum_e     = sum of 2^(score - max_e)                                                                  [entry]
+//   out_row   = sum_e 2^(max_e - max) sum_e partial_e / sum_e 2^(max_e - max) sum_e        (moba_merge_slots)
 //
 // Who owns what: a thread block owns a work item, up to kEntriesPerItem entries of one block's list. Its warps take
 // tiles of kRowsPerWarp entries in turn, each on its own: a tile's queries lie in the warp's part of shared memory, its
@@ -16,14 +16,14 @@
 //   3. scores, scaled to base 2; hidden keys to -inf;
 //   4. running maximum and sum per row (online softmax);
 //   5. outputs += weights x values;
-//   6. divide, round to the element type, write partial and lse.
+//   6. divide, round to the element type, write partial, maximum and sum.
 // Where outputs would not fit the registers (float32, V > 128), the grid's third dimension takes kValueColumns columns
 // of values each, and scores are computed for each of them. Blocks of more than kResidentKeys keys pass through shared
 // memory once per round of tiles, all warps together.
 // Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
 // values. A hidden key weighs 0, and 0 x inf is NaN: an item that hides keys and whose values are not all finite takes
 // its entries one at a time, with the hidden keys' rows zeroed. A choice whose scores are all -inf leaves its outputs
-// undivided, with lse -inf; the maximum passes NaN on, so that inf and NaN scores can be told apart. Ties do not arise.
+// undivided, with a sum of 0; the maximum passes NaN on, so that inf and NaN scores can be told apart. Ties do not arise.
 // Determinism: an entry's arithmetic depends on its own row and block alone.
 #pragma once
 
@@ -48,7 +48,8 @@ struct ForwardArguments {
   Array<const void, 4> key;    // [batch, kv head, key, D] dtype
   Array<const void, 4> value;  // [batch, kv head, key, V] dtype
   void* partial_out;           // [unit, entry, partial_elements] dtype
-  float* partial_lse;          // [unit, entry] float32, base 2
+  float* partial_max;          // [unit, entry] float32, base 2
+  float* partial_sum;          // [unit, entry] float32
 };
 
 template <typename Element, int kHeadDim>
@@ -343,7 +344,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
 #pragma unroll
       for (int n = 0; n < kStepKeys / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) scores[m][n][e] *= args.score_scale;
+        for (int e = 0; e < 4; ++e) scores[m][n][e] = cuda::scale_score(scores[m][n][e], args.score_scale);
       }
     }
     if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
@@ -385,7 +386,6 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
       const float maximum = running.maximum[m][h];
       const bool is_there = entry >= 0;
       const float factor = maximum == -INFINITY ? 1.0f : 1.0f / sum;
-      const float lse = fabsf(maximum) < INFINITY ? maximum + log2f(sum) : maximum;
       Element* out = static_cast<Element*>(args.partial_out) +
                      (first_entry + (is_there ? entry : 0)) * args.partial_elements + first_value_column<Shared>();
 #pragma unroll
@@ -406,7 +406,10 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
           if (is_there) *reinterpret_cast<uint2*>(four) = make_uint2(pairs.low, pairs.high);
         }
       }
-      if (is_there && t == 0 && blockIdx.z == 0) args.partial_lse[first_entry + entry] = lse;
+      if (is_there && t == 0 && blockIdx.z == 0) {
+        args.partial_max[first_entry + entry] = maximum;
+        args.partial_sum[first_entry + entry] = sum;
+      }
     }
   }
 }

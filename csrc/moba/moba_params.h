@@ -60,9 +60,11 @@ struct MobaForwardParams {
   Array<const void, 1> sinks;             // [query head] sum type, logits that join a row's sum; or data null
   Array<void, 4> out;                     // [batch, query head, query, V] dtype
   Array<void, 3> lse;                     // [batch, query head, query] sum type
+  Array<void, 4> softmax_terms;           // [batch, query head, query, 2] sum type, see softmax_terms.h
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value"};
 };
-TOPGATHER_FIELDS(MobaForwardParams, problem, scale, softcap, query, key, value, block_indices, sinks, out, lse)
+TOPGATHER_FIELDS(MobaForwardParams, problem, scale, softcap, query, key, value, block_indices, sinks, out, lse,
+                 softmax_terms)
 
 struct MobaBackwardParams {
   MobaProblem problem;
@@ -77,6 +79,7 @@ struct MobaBackwardParams {
   Array<const void, 3> lse;               // [batch, query head, query] sum type
   Array<const void, 4> grad_out;          // [batch, query head, query, V] dtype
   Array<const void, 3> grad_lse;          // [batch, query head, query] sum type; data null where there is none
+  Array<const void, 4> softmax_terms;     // [batch, query head, query, 2] sum type, of the forward; or data null
   // Zeros where the CPU's kernel starts, which adds to them.
   Array<void, 4> grad_query;  // [batch, query head, query, D] dtype
   Array<void, 4> grad_key;    // [batch, kv head, key, D] dtype
@@ -84,6 +87,6 @@ struct MobaBackwardParams {
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value", "grad_out"};
 };
 TOPGATHER_FIELDS(MobaBackwardParams, problem, scale, softcap, deterministic, query, key, value, block_indices, out, lse,
-                 grad_out, grad_lse, grad_query, grad_key, grad_value)
+                 grad_out, grad_lse, softmax_terms, grad_query, grad_key, grad_value)
 
 }  // namespace topgather

@@ -376,8 +376,8 @@ def test_registered_backward_checks_too(device: torch.device) -> None:
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
     ops = torch.ops.topgather
     good = ops.moba_route(query, key, 8, 2, True)
-    out, lse = ops.moba_attention(query, key, value, good, 8, True, 0.5)
-    right: list[Any] = [out, lse, query, key, value, out, lse, good, 8, True, 0.5]
+    out, lse, terms = ops.moba_attention(query, key, value, good, 8, True, 0.5)
+    right: list[Any] = [out, lse, query, key, value, out, lse, good, 8, True, 0.5, None, None, 0, 0, False, None, terms]
     ops.moba_attention_backward(*right)
     for argument_idx, wrong in (
         (0, out[:, :, 1:]),
@@ -388,6 +388,9 @@ def test_registered_backward_checks_too(device: torch.device) -> None:
         (6, lse[..., 1:]),
         (7, good[..., 1:, :]),
         (8, 0),
+        (17, terms[..., 0]),
+        (17, terms[:, :, 1:]),
+        (17, terms.double()),
     ):
         changed = list(right)
         changed[argument_idx] = wrong
@@ -399,7 +402,7 @@ def test_registered_ops_check_the_routing_too() -> None:
     query, key, value = (dense_arguments()[name] for name in ("query", "key", "value"))
     ops = torch.ops.topgather
     good = ops.moba_route(query, key, 8, 2, True)
-    out, lse = ops.moba_attention(query, key, value, good, 8, True, 0.5)
+    out, lse, _ = ops.moba_attention(query, key, value, good, 8, True, 0.5)
     with pytest.raises((ValueError, IndexError)):
         ops.moba_attention(query, key, value, good + 7, 8, True, 0.5)
     with pytest.raises((ValueError, IndexError)):

@@ -650,6 +650,7 @@ def workspace_bytes(
         **dict.fromkeys(("query", "out", "grad_out", "grad_query"), tensor(num_heads, 128)),
         **dict.fromkeys(("key", "value", "grad_key", "grad_value"), tensor(num_kv_heads, 128)),
         **dict.fromkeys(("lse", "grad_lse"), tensor(num_heads, dtype=torch.float32)),
+        "softmax_terms": tensor(num_heads, 2, dtype=torch.float32),
     }
     count = f"{entry}_workspace_bytes"
     size = getattr(native, count)(*(fields[name] for name in native.argument_names[count][:-1]), device.index or 0)

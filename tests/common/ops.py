@@ -199,10 +199,11 @@ def _attention_op(case: AttentionCase, is_packed: bool, is_backward: bool) -> Ca
         forward = {**heads, "block_indices": choice, **tail, **scores}
         if not is_backward:
             return forward
-        out, lse = ops.moba_attention(**forward)
+        out, lse, softmax_terms = ops.moba_attention(**forward)
         grad_out, grad_lse = (random_tensor(tuple(t.shape), t.dtype, device, seed + 5) for t in (out, lse))
         saved = {"out": out, "lse": lse, "block_indices": choice}
-        tail |= {"softcap": scores["softcap"]} if is_packed else {}
+        # A graph compiled by an earlier release gives no softmax_terms.
+        tail |= {"softcap": scores["softcap"], "softmax_terms": softmax_terms} if is_packed else {}
         return {"grad_out": grad_out, "grad_lse": grad_lse, **heads, **saved, **tail}
 
     return draw
@@ -211,6 +212,7 @@ def _attention_op(case: AttentionCase, is_packed: bool, is_backward: bool) -> Ca
 HEADS = ("query", "key", "value")
 HEADS_AND_SINKS = (*HEADS, "sinks")
 OUT_LSE = ("out", "lse")
+SAVED = (*OUT_LSE, "softmax_terms")
 GRADIENTS = ("grad_query", "grad_key", "grad_value")
 
 
@@ -251,7 +253,7 @@ BLOCK_ATTENTION = [
                 f"ops.moba_attention{suffix}",
                 ops.moba_attention.default,
                 _attention_op(SMALL, is_packed, False),
-                **_gives(HEADS_AND_SINKS if is_packed else HEADS, OUT_LSE),
+                **_gives(HEADS_AND_SINKS if is_packed else HEADS, SAVED) | {"differentiable_results": OUT_LSE},
             ),
             OpCase(
                 f"ops.moba_attention_backward{suffix}",
@@ -437,8 +439,9 @@ def _grid_op(case: GridCase, is_backward: bool) -> Callable[..., Inputs]:
         forward = _images(case, sides)(dtype, device, seed)
         if not is_backward:
             return forward
-        out, lse = ops.grid_attention(**forward)
+        out, lse, softmax_terms = ops.grid_attention(**forward)
         saved = {"out": out, "lse": lse, "needs_grad_bias": True}
+        saved |= {"softmax_terms": softmax_terms} if case is GRID else {}
         return {"grad_out": random_tensor(tuple(out.shape), dtype, device, seed + 7), **forward, **saved}
 
     return draw
@@ -464,7 +467,7 @@ GRIDS = [
                 f"ops.grid_attention{suffix}",
                 ops.grid_attention.default,
                 _grid_op(partition, False),
-                **_gives(IMAGES, OUT_LSE) | {"differentiable_results": ("out",)},
+                **_gives(IMAGES, SAVED) | {"differentiable_results": ("out",)},
             ),
             OpCase(
                 f"ops.grid_attention_backward{suffix}",

@@ -173,8 +173,8 @@ def test_registered_ops_check_too(function: str, device: torch.device) -> None:
     steps = (4, 3) if partition == "window" else (2, 2)
     images = (query, key, value)
     options = (partition, *steps, 0.25)
-    out, lse = ops.grid_attention(*images, bias, *options)
-    backward = (out, *images, bias, out, lse, *options, True)
+    out, lse, terms = ops.grid_attention(*images, bias, *options)
+    backward = (out, *images, bias, out, lse, *options, True, terms)
     ops.grid_attention_backward(*backward)
     nan = float("nan")
     wrong_forward: list[tuple[Any, ...]] = [
@@ -210,6 +210,9 @@ def test_registered_ops_check_too(function: str, device: torch.device) -> None:
         (7, "block"),
         (8, 0),
         (10, nan),
+        (12, terms[..., 0]),
+        (12, terms.double()),
+        (12, terms.to("meta")),
     ):
         with pytest.raises((ValueError, TypeError)):
             ops.grid_attention_backward(*backward[:position], changed, *backward[position + 1 :])

@@ -27,7 +27,7 @@ def arguments_of(
     if name == "grid_attention":
         return (*forward, *options)
     forward = tuple(tensor.detach() for tensor in forward if tensor is not None)
-    out, lse = torch.ops.topgather.grid_attention(*forward, *options)
+    out, lse, _ = torch.ops.topgather.grid_attention(*forward, *options)
     return (inputs.grad_out, *forward, out, lse, *options, True)
 
 

@@ -132,7 +132,7 @@ def moba_decode(
     if query_len >= _PREFILL_TOKENS and _is_dense_problem(cache, lengths, counts, query_len):
         # Not to be cast: the cache has the dtype that was asked for.
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = torch.ops.topgather.moba_attention.default(
+            out, lse, _ = torch.ops.topgather.moba_attention.default(
                 query, cache.key_pages[:, :, :longest], cache.value_pages[:, :, :longest], block_indices,
                 cache.block_size, True, factor, softcap=softcap, sinks=sinks,
             )  # fmt: skip

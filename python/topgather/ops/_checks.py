@@ -83,6 +83,15 @@ def check_sinks(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
         raise ValueError(f"sinks must have shape [{num_query_heads}] (query heads), got {tuple(sinks.shape)}")
 
 
+def check_per_query(name: str, tensor: Tensor, shape: Sequence[int], query: Tensor) -> None:
+    """Raise unless ``tensor``, numbers of a softmax's rows, has this shape, the dtype of sums and query's device."""
+    if tensor.dtype != sum_dtype(query.dtype):
+        raise TypeError(f"{name} must have dtype {sum_dtype(query.dtype)}, got {tensor.dtype}")
+    check_same_device(name, tensor, "query", query)
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(tensor.shape)}")
+
+
 def check_ndim(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
     """Raise ``ValueError`` unless ``tensor`` has ``ndim`` dimensions."""
     if tensor.ndim != ndim:

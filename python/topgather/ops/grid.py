@@ -117,7 +117,7 @@ def _attention(
     if scale is None:
         # A head_dim of 0 is refused by the op, in its own words.
         scale = max(query.size(-1), 1) ** -0.5 if query.ndim > 0 else 1.0
-    out, _ = call(_ops.grid_attention.default, query, key, value, bias, partition, *steps, float(scale))
+    out, *_ = call(_ops.grid_attention.default, query, key, value, bias, partition, *steps, float(scale))
     result: Tensor = out
     return result
 
@@ -201,14 +201,14 @@ def _check_backward(
     rows_step: int,
     columns_step: int,
     scale: float,
+    softmax_terms: Tensor | None,
 ) -> None:
     _check(query, key, value, bias, partition, rows_step, columns_step, scale)
     _check_like_query("grad_out", grad_out, query)
     _check_like_query("out", out, query)
-    if lse.dtype != sum_dtype(query.dtype):
-        raise TypeError(f"lse must have dtype {sum_dtype(query.dtype)}, got {lse.dtype}")
-    if lse.shape != query.shape[:-1] or lse.device != query.device:
-        raise ValueError(f"lse must have one entry per token and head on query's device, got {tuple(lse.shape)}")
+    checks.check_per_query("lse", lse, query.shape[:-1], query)
+    if softmax_terms is not None:
+        checks.check_per_query("softmax_terms", softmax_terms, (*query.shape[:-1], 2), query)
 
 
 def _cuda_check(query: Tensor) -> None:
@@ -228,8 +228,13 @@ def _empty_like_image(like: Tensor) -> Tensor:
     return like.new_empty(like.shape)
 
 
-def _results(query: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like_image(query), query.new_empty(query.shape[:-1], dtype=sum_dtype(query.dtype))
+def _results(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    per_token, dtype = query.shape[:-1], sum_dtype(query.dtype)
+    return (
+        _empty_like_image(query),
+        query.new_empty(per_token, dtype=dtype),
+        query.new_empty((*per_token, 2), dtype=dtype),
+    )
 
 
 def _gradients(
@@ -253,14 +258,14 @@ def _is_window(partition: str) -> bool:
     return partition == WINDOW
 
 
-_IMAGES = ("query", "key", "value", "out", "lse", "grad_out", "grad_query", "grad_key", "grad_value")
+_IMAGES = ("query", "key", "value", "out", "lse", "softmax_terms", "grad_out", "grad_query", "grad_key", "grad_value")
 _BATCH = dict.fromkeys(_IMAGES, 0)
 _OPTIONS = "str partition, SymInt rows_step, SymInt columns_step, float scale"
 
 register(
     Op(
         schema="grid_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? bias, "
-        f"Tensor out, Tensor lse, {_OPTIONS}, bool needs_grad_bias) "
+        f"Tensor out, Tensor lse, {_OPTIONS}, bool needs_grad_bias, Tensor? softmax_terms=None) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
         check=_check_backward,
         cuda_check=_cuda_check,
@@ -269,6 +274,7 @@ register(
             "bias": tensors.sums_like_query,
             "out": tensors.contiguous_rows,
             "lse": tensors.contiguous,
+            "softmax_terms": tensors.contiguous,
             "grad_out": tensors.contiguous_rows,
             "grad_bias": _grad_bias,
         },
@@ -280,7 +286,7 @@ register(
 register(
     Op(
         schema="grid_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, "
-        f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
+        f"{_OPTIONS}) -> (Tensor out, Tensor lse, Tensor softmax_terms)",
         check=_check,
         cuda_check=_cuda_check,
         locals={"is_window": _is_window},

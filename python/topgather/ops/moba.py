@@ -245,7 +245,7 @@ def moba_attention(
         block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal)
     else:
         block_indices = routing.block_indices
-    out, lse = call(
+    out, lse, _ = call(
         _ops.moba_attention.default, query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query),
         deterministic=is_deterministic, softcap=softcap, sinks=sinks,
     )  # fmt: skip
@@ -330,7 +330,7 @@ def moba_attention_varlen(
         block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal, *sequences)
     else:
         block_indices = routing.block_indices
-    out, lse = call(
+    out, lse, _ = call(
         _ops.moba_attention.default, query, key, value, block_indices, block_size, is_causal, _scale_of(scale, query),
         *sequences, is_deterministic, softcap, sinks,
     )  # fmt: skip
@@ -465,6 +465,7 @@ def _check_backward(
     softcap: float | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    softmax_terms: Tensor | None,
 ) -> None:
     _check(query, key, block_size, cu_seqlens_q, cu_seqlens_k, value, block_indices, scale=scale, softcap=softcap)
     for name, tensor in (("grad_out", grad_out), ("out", out)):
@@ -475,12 +476,9 @@ def _check_backward(
             raise ValueError(
                 f"{name} must have query's shape but for value_dim, {list(expected)}, got {tuple(tensor.shape)}"
             )
-    for name, tensor in (("lse", lse), ("grad_lse", lse if grad_lse is None else grad_lse)):
-        if tensor.dtype != sum_dtype(query.dtype):
-            raise TypeError(f"{name} must have dtype {sum_dtype(query.dtype)}, got {tensor.dtype}")
-        checks.check_same_device(name, tensor, "query", query)
-        if tuple(tensor.shape) != _per_query(query):
-            raise ValueError(f"{name} must have one entry per query and head, got shape {tuple(tensor.shape)}")
+    for name, tensor, last in (("lse", lse, ()), ("grad_lse", grad_lse, ()), ("softmax_terms", softmax_terms, (2,))):
+        if tensor is not None:
+            checks.check_per_query(name, tensor, _per_query(query, *last), query)
 
 
 def _check_centroids(key: Tensor, block_size: int) -> None:
@@ -535,9 +533,10 @@ def _centroids_forward_mode(tangent_key: Tensor, block_size: int) -> Tensor:
     return tangent
 
 
-def _attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty(_per_query(query), dtype=sum_dtype(query.dtype))
-    return tensors.empty_like_rows(query, value.size(-1)), lse
+def _attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = sum_dtype(query.dtype)
+    lse, softmax_terms = (query.new_empty(_per_query(query, *last), dtype=dtype) for last in ((), (2,)))
+    return tensors.empty_like_rows(query, value.size(-1)), lse, softmax_terms
 
 
 def _attention_backward(
@@ -548,6 +547,7 @@ def _attention_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    softmax_terms: Tensor,
     block_indices: Tensor,
     block_size: int,
     is_causal: bool,
@@ -561,29 +561,32 @@ def _attention_backward(
     sinks: Tensor | None,
     needs_grad_sinks: bool,
 ) -> tuple[Tensor | None, ...]:
-    """A sink is one more term of a row's sum: with the sum's logarithm in place of lse, weights are what they were."""
+    """A sink is one more term of a row's sum: weights are multiplied with the share that it leaves the keys."""
 
-    def backward(grad_out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> tuple[Tensor, ...]:
+    def backward(grad_out: Tensor, grad_lse: Tensor | None, softmax_terms: Tensor) -> tuple[Tensor, ...]:
         gradients: tuple[Tensor, ...] = _ops.moba_attention_backward.default(
             grad_out, grad_lse, query, key, value, out, lse, block_indices, block_size, is_causal, scale,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic, softcap,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic, softcap, softmax_terms,
         )  # fmt: skip
         return gradients
 
     if sinks is None:
-        return (*backward(grad_out, grad_lse, lse), None)
+        return (*backward(grad_out, grad_lse, softmax_terms), None)
     logits = sinks.to(lse.dtype)[:, None]
-    total = torch.logaddexp(lse, logits)
-    gradients = backward(grad_out, None, total)
+    largest, factor = softmax_terms.unbind(-1)
+    # Scores of -inf beside a sink weigh 0, though their own sum is 0.
+    has_no_share = (lse == -torch.inf) & (logits > -torch.inf)
+    factor = torch.where(has_no_share, 0.0, factor * torch.sigmoid(lse - logits))
+    gradients = backward(grad_out, None, torch.stack((largest, factor), -1))
     if grad_lse is not None:
         # lse has no sink in it. By itself: the ratio of both sums may be any number.
-        of_lse = backward(torch.zeros_like(grad_out), grad_lse, lse)
+        of_lse = backward(torch.zeros_like(grad_out), grad_lse, softmax_terms)
         gradients = tuple(left + right for left, right in zip(gradients, of_lse, strict=True))
     if not needs_grad_sinks:
         return (*gradients, None)
     delta = (out.to(lse.dtype) * grad_out.to(lse.dtype)).sum(-1)
     delta = delta.transpose(0, 1) if cu_seqlens_q is not None else delta
-    grad_sinks = -(torch.exp(logits - total) * delta).sum(-1)
+    grad_sinks = -(torch.sigmoid(logits - lse) * delta).sum(-1)
     return (*gradients, grad_sinks if cu_seqlens_q is not None else grad_sinks.sum(0))
 
 
@@ -601,7 +604,7 @@ def _folds(cu_seqlens_q: Tensor | None) -> bool:
 
 _SEQUENCES = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
 _BOUNDARIES = {"cu_seqlens_q": tensors.boundaries, "cu_seqlens_k": tensors.boundaries}
-_BATCH = dict.fromkeys(("query", "key", "value", "block_indices", "out", "lse"), 0)
+_BATCH = dict.fromkeys(("query", "key", "value", "block_indices", "out", "lse", "softmax_terms"), 0)
 
 register(
     Op(
@@ -634,7 +637,7 @@ register(
     Op(
         schema="moba_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
         "Tensor out, Tensor lse, Tensor block_indices, SymInt block_size, bool is_causal, float scale, "
-        f"{_SEQUENCES}, bool deterministic=False, float? softcap=None) "
+        f"{_SEQUENCES}, bool deterministic=False, float? softcap=None, Tensor? softmax_terms=None) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
         check=_check_backward,
         check_content=_check_content,
@@ -644,6 +647,7 @@ register(
             "grad_lse": tensors.contiguous,
             "out": tensors.contiguous_rows,
             "lse": tensors.contiguous,
+            "softmax_terms": tensors.contiguous,
             "block_indices": tensors.contiguous_rows,
             **_BOUNDARIES,
         },
@@ -658,7 +662,7 @@ register(
     Op(
         schema="moba_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, SymInt block_size, "
         f"bool is_causal, float scale, {_SEQUENCES}, bool deterministic=False, float? softcap=None, "
-        "Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+        "Tensor? sinks=None) -> (Tensor out, Tensor lse, Tensor softmax_terms)",
         check=_check,
         check_content=_check_content,
         cuda_check=_cuda_check,

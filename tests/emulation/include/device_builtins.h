@@ -67,6 +67,15 @@ inline int __popc(unsigned int bits) { return std::popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned int>(bits)); }
 
+// --- arithmetic -----------------------------------------------------------------------------------------------------
+
+// A product that is never part of a fused multiply-add.
+inline float __fmul_rn(float a, float b) {
+  float product = a * b;
+  asm("" : "+m"(product));
+  return product;
+}
+
 // --- minimum and maximum --------------------------------------------------------------------------------------------
 
 #define TOPGATHER_MIN_MAX(Type)                                \

@@ -106,6 +106,7 @@ class MobaCase:
         attended = {**problem, "scale": self.head_dim**-0.5, "query": query, "key": key, "value": value}
         attended |= {"block_indices": block_indices, "out": rows(recorder.zeros, heads, self.value_dim)}
         attended["lse"] = recorder.zeros(*leading, dtype=torch.float32)
+        attended["softmax_terms"] = recorder.zeros(*leading, 2, dtype=torch.float32)
         attended["softcap"] = 2.0 if self.lengths else None
         sinks = recorder.random(heads, dtype=torch.float32) if self.lengths else None
         recorder.call("moba_attention", **attended, sinks=sinks)
@@ -234,6 +235,7 @@ class GridCase:
         attended |= {"is_window": False, "rows_step": self.stride[0], "columns_step": self.stride[1]}
         attended |= {"scale": self.head_dim**-0.5, "bias": bias(recorder.random), "out": image(recorder.zeros)}
         attended["lse"] = recorder.zeros(*shape[:4], dtype=torch.float32)
+        attended["softmax_terms"] = recorder.zeros(*shape[:4], 2, dtype=torch.float32)
         recorder.call("grid_attention", **attended)
         recorder.call(
             "grid_attention_backward",
