@@ -102,15 +102,7 @@ struct LaneColumns {
         if (first + i * step < row_dim) row[first + i * step] = cuda::from_float<Element>(sums[i]);
       }
     } else if (first < row_dim) {
-      uint4 words;
-      if constexpr (sizeof(Element) == 4) {
-        words = {__float_as_uint(sums[0]), __float_as_uint(sums[1]), __float_as_uint(sums[2]),
-                 __float_as_uint(sums[3])};
-      } else {
-        words = {cuda::pack2<Element>(sums[0], sums[1]), cuda::pack2<Element>(sums[2], sums[3]),
-                 cuda::pack2<Element>(sums[4], sums[5]), cuda::pack2<Element>(sums[6], sums[7])};
-      }
-      *reinterpret_cast<uint4*>(row + first) = words;
+      *reinterpret_cast<uint4*>(row + first) = cuda::pack_chunk<Element>(sums);
     }
   }
 
@@ -136,19 +128,8 @@ __device__ __forceinline__ void unpack(const LanePart<Element, kVector>& part,
   if constexpr (kVector == 1) {
 #pragma unroll
     for (int i = 0; i < kPiecesWithoutVectors; ++i) values[i] = cuda::to_float(part.elements[i]);
-  } else if constexpr (sizeof(Element) == 4) {
-    values[0] = __uint_as_float(part.words.x);
-    values[1] = __uint_as_float(part.words.y);
-    values[2] = __uint_as_float(part.words.z);
-    values[3] = __uint_as_float(part.words.w);
   } else {
-    const uint32_t pairs[4] = {part.words.x, part.words.y, part.words.z, part.words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = cuda::unpack2<Element>(pairs[i]);
-      values[2 * i] = pair.x;
-      values[2 * i + 1] = pair.y;
-    }
+    cuda::unpack_chunk<Element>(part.words, values);
   }
 }
 

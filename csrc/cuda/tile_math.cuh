@@ -193,6 +193,35 @@ __device__ __forceinline__ void multiply_registers(float (&c)[kM][kN][4], const 
   }
 }
 
+// The elements of 16 bytes, and back, rounded.
+template <typename Element>
+__device__ __forceinline__ void unpack_chunk(const uint4& words, float (&values)[16 / sizeof(Element)]) {
+  const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4) {
+      values[i] = __uint_as_float(all[i]);
+    } else {
+      const float2 pair = unpack2<Element>(all[i]);
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
+    }
+  }
+}
+template <typename Element>
+__device__ __forceinline__ uint4 pack_chunk(const float (&values)[16 / sizeof(Element)]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(Element) == 4) {
+      words[i] = __float_as_uint(values[i]);
+    } else {
+      words[i] = pack2<Element>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
 // Stores two neighbours of a row of a tile, rounded to its element type.
 template <typename Tile>
 __device__ __forceinline__ void store_pair(Tile& tile, int row, int column, float first, float second) {

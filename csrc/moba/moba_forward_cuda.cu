@@ -4,7 +4,7 @@
 // Steps, per wave:
 //   1. block lists (moba_layout_cuda.cu);
 //   2. moba_attend_blocks: a normalised partial output, its maximum and sum per choice;
-//   3. moba_merge_slots: a warp takes a query's row and combines its choices.
+//   3. moba_merge_slots: 8, 16 or 32 lanes take a query's row and combine its choices.
 #include <algorithm>
 
 #include "../common/softmax_terms.h"
@@ -15,6 +15,7 @@ namespace topgather {
 namespace {
 
 constexpr int kMergeWarps = 8;
+constexpr int kMergeSlotsInFlight = 4;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -35,66 +36,99 @@ struct MergeArguments {
   Array<void, 4> out;                     // [batch, query head, query, V] dtype
   Array<void, 3> lse;                     // [batch, query head, query] float32
   Array<void, 4> softmax_terms;           // [batch, query head, query, 2] float32
+  bool has_vector_rows;                   // whether rows of out are whole chunks of 16 bytes, on their boundaries
 };
 
-// A lane takes a slot while weights are made, 32 slots at a time, and neighbouring columns while they are applied, slot
-// by slot in order, so that the sum is the same every time. A row without a visible key: out 0, lse -inf. One all of
-// whose scores are -inf: NaN, as plain softmax. One whose choices are not valid: NaN.
-template <typename Element>
+// What a choice adds to its row.
+struct MergeSlot {
+  bool is_seen;   // whether any key of it is visible; nothing was written for it otherwise
+  float maximum;  // base 2
+  float sum;
+};
+
+// kGroup lanes own a row. A lane takes a slot while weights are made, kGroup slots at a time, and kChunks chunks of 16
+// bytes, a group's width apart, while they are applied, slot by slot in order, so that the sum is the same every time.
+// A row without a visible key: out 0, lse -inf. One all of whose scores are -inf: NaN, as plain softmax. One whose
+// choices are not valid: NaN.
+template <typename Element, int kGroup, int kChunks>
 __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots(const MergeArguments args) {
-  constexpr int kPairs = 4;  // of columns a lane holds: 256 columns a warp
+  constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
+  constexpr int kRowsPerWarp = cuda::kLanes / kGroup;
   const MobaGeometry& geometry = args.geometry;
-  const int lane = cuda::lane_id();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kMergeWarps + cuda::warp_id();
-  if (row >= args.num_rows) return;  // whole warps, and no barrier follows
+  const int lane = cuda::lane_id() % kGroup, group = cuda::lane_id() / kGroup;
+  const int64_t wanted_row = (static_cast<int64_t>(blockIdx.x) * kMergeWarps + cuda::warp_id()) * kRowsPerWarp + group;
+  const bool is_there = wanted_row < args.num_rows;
+  const int64_t row = is_there ? wanted_row : args.num_rows - 1;  // lanes of other rows still need these lanes
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(geometry, args.wave, unit, row);
   const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
   const int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query);
-  const int64_t first_entry = (blockIdx.y * args.num_rows + row) * geometry.top_k;
-  const bool is_valid = args.is_row_valid[blockIdx.y * args.num_rows + row] != 0;
-  const auto sees_keys = [&](int slot) {
-    return is_valid && slot < geometry.top_k && num_visible_keys(geometry, sequence, place.query, choices[slot]) > 0;
+  const int64_t row_of_wave = blockIdx.y * args.num_rows + row;
+  const int64_t first_entry = row_of_wave * geometry.top_k;
+  const bool is_valid = args.is_row_valid[row_of_wave] != 0;
+  const auto slot_at = [&](int slot) -> MergeSlot {
+    if (!is_valid || slot >= geometry.top_k) return {false, -INFINITY, 0.0f};
+    if (num_visible_keys(geometry, sequence, place.query, choices[slot]) <= 0) return {false, -INFINITY, 0.0f};
+    return {true, args.partial_max[first_entry + slot], args.partial_sum[first_entry + slot]};
   };
 
-  float maximum = -INFINITY;
-  bool sees_any = false;
-  for (int slot = lane; slot < geometry.top_k; slot += cuda::kLanes) {
-    if (!sees_keys(slot)) continue;
-    sees_any = true;
-    maximum = cuda::max_or_nan(maximum, args.partial_max[first_entry + slot]);
+  MergeSlot mine = slot_at(lane);
+  float maximum = mine.maximum;
+  bool sees_any = mine.is_seen;
+  for (int slot = lane + kGroup; slot < geometry.top_k; slot += kGroup) {
+    const MergeSlot other = slot_at(slot);
+    maximum = cuda::max_or_nan(maximum, other.maximum);
+    sees_any = sees_any || other.is_seen;
   }
-  for (int distance = 16; distance > 0; distance /= 2) {
+#pragma unroll
+  for (int distance = kGroup / 2; distance > 0; distance /= 2) {
     maximum = cuda::max_or_nan(maximum, __shfl_xor_sync(cuda::kAllLanes, maximum, distance));
   }
-  sees_any = __any_sync(cuda::kAllLanes, sees_any);
+  const auto of_group = [&](unsigned lanes) {
+    return kGroup == cuda::kLanes ? lanes : lanes >> (group * kGroup) & ((1u << (kGroup % cuda::kLanes)) - 1);
+  };
+  sees_any = of_group(__ballot_sync(cuda::kAllLanes, sees_any)) != 0;
   // Only scores of -inf: any finite base keeps -inf - base from being NaN.
   const float base = maximum == -INFINITY ? 0.0f : maximum;
 
   const auto* partials = static_cast<const Element*>(args.partial_out) + first_entry * args.partial_elements;
-  float result[kPairs][2] = {};
+  float result[kChunks][kPerChunk] = {};
   float sum = 0.0f;
-  for (int first = 0; first < geometry.top_k; first += cuda::kLanes) {
-    const bool sees = sees_keys(first + lane);
-    const int64_t entry = first_entry + first + lane;
-    const float weight_of_lane = sees ? args.partial_sum[entry] * exp2f(args.partial_max[entry] - base) : 0.0f;
-    const unsigned seen = __ballot_sync(cuda::kAllLanes, sees);
-    const int count = min(cuda::kLanes, geometry.top_k - first);
-    for (int i = 0; i < count; ++i) {
-      if ((seen >> i & 1) == 0) continue;
-      const float weight = __shfl_sync(cuda::kAllLanes, weight_of_lane, i);
-      sum += weight;
-      const Element* partial = partials + static_cast<int64_t>(first + i) * args.partial_elements;
+#pragma unroll 1
+  for (int first = 0; first < geometry.top_k; first += kGroup) {
+    if (first > 0) mine = slot_at(first + lane);
+    const float weight_of_lane = mine.is_seen ? mine.sum * exp2f(mine.maximum - base) : 0.0f;
+    const unsigned seen = of_group(__ballot_sync(cuda::kAllLanes, mine.is_seen));
+    const int count = min(kGroup, geometry.top_k - first);
+#pragma unroll 1
+    for (int i = 0; i < count; i += kMergeSlotsInFlight) {
+      uint4 words[kMergeSlotsInFlight][kChunks] = {};
 #pragma unroll
-      for (int p = 0; p < kPairs; ++p) {
-        const int column = (p * cuda::kLanes + lane) * 2;
-        if (column >= args.value_dim) continue;
-        const float2 pair = cuda::load_pair(partial + column);
-        result[p][0] = fmaf(weight, pair.x, result[p][0]);
-        result[p][1] = fmaf(weight, pair.y, result[p][1]);
+      for (int j = 0; j < kMergeSlotsInFlight; ++j) {
+        const Element* partial = partials + static_cast<int64_t>(first + i + j) * args.partial_elements;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          const int column = (c * kGroup + lane) * kPerChunk;
+          if ((seen >> (i + j) & 1) != 0 && column < args.value_dim) {
+            words[j][c] = *reinterpret_cast<const uint4*>(partial + column);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kMergeSlotsInFlight; ++j) {
+        const float weight = __shfl_sync(cuda::kAllLanes, weight_of_lane, i + j, kGroup);
+        sum += weight;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          float values[kPerChunk];
+          cuda::unpack_chunk<Element>(words[j][c], values);
+#pragma unroll
+          for (int e = 0; e < kPerChunk; ++e) result[c][e] = fmaf(weight, values[e], result[c][e]);
+        }
       }
     }
   }
+  if (!is_there) return;  // no barrier follows
   float lse = fabsf(maximum) < INFINITY ? (maximum + log2f(sum)) * kLn2 : maximum;
   if (!sees_any) lse = is_valid ? -INFINITY : NAN;
   // Seen, but all at -inf: 0 / 0, unless a sink gives the sum something. Not seen: 0.
@@ -103,10 +137,19 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   const float factor = is_valid ? share / sum : NAN;
   Element* out = args.out.at<Element>(unit.batch_idx, place.head, place.query);
 #pragma unroll
-  for (int p = 0; p < kPairs; ++p) {
-    const int column = (p * cuda::kLanes + lane) * 2;
-    cuda::store_row_pair(out, column, args.value_dim, is_zero ? 0.0f : result[p][0] * factor,
-                         is_zero ? 0.0f : result[p][1] * factor);
+  for (int c = 0; c < kChunks; ++c) {
+    const int column = (c * kGroup + lane) * kPerChunk;
+    if (column >= args.value_dim) continue;
+#pragma unroll
+    for (int e = 0; e < kPerChunk; ++e) result[c][e] = is_zero ? 0.0f : result[c][e] * factor;
+    if (args.has_vector_rows) {
+      *reinterpret_cast<uint4*>(out + column) = cuda::pack_chunk<Element>(result[c]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPerChunk; ++e) {
+        if (column + e < args.value_dim) out[column + e] = cuda::from_float<Element>(result[c][e]);
+      }
+    }
   }
   if (lane == 0) {
     *args.lse.at<float>(unit.batch_idx, place.head, place.query) = lse;
@@ -150,12 +193,31 @@ ForwardWorkspace take_workspace(const MobaProblem& problem, int64_t num_units, i
   return workspace;
 }
 
+template <typename Element, int kGroup, int kChunks>
+void launch_merge(const MergeArguments& args, cudaStream_t stream) {
+  constexpr int64_t kRowsPerBlock = int64_t{kMergeWarps} * cuda::kLanes / kGroup;
+  cuda::launch(
+      moba_merge_slots<Element, kGroup, kChunks>,
+      {dim3(static_cast<unsigned>(divide_up(args.num_rows, kRowsPerBlock)), static_cast<unsigned>(args.wave.num_units)),
+       dim3(kMergeWarps * cuda::kLanes), 0, stream},
+      args);
+}
+
 void merge(Dtype dtype, const MergeArguments& args, cudaStream_t stream) {
   const StageRange range("moba: merge");
-  const cuda::LaunchShape shape{
-      dim3(static_cast<unsigned>(divide_up(args.num_rows, kMergeWarps)), static_cast<unsigned>(args.wave.num_units)),
-      dim3(kMergeWarps * cuda::kLanes), 0, stream};
-  with_element(dtype, [&](auto element) { cuda::launch(moba_merge_slots<decltype(element)>, shape, args); });
+  with_element(dtype, [&](auto element) {
+    using Element = decltype(element);
+    const int64_t num_chunks = divide_up(args.value_dim, 16 / static_cast<int64_t>(sizeof(Element)));
+    if (num_chunks <= 8) {
+      launch_merge<Element, 8, 1>(args, stream);
+    } else if (num_chunks <= 16) {
+      launch_merge<Element, 16, 1>(args, stream);
+    } else if (num_chunks <= 32) {
+      launch_merge<Element, 32, 1>(args, stream);
+    } else {
+      launch_merge<Element, 32, 2>(args, stream);
+    }
+  });
 }
 
 }  // namespace
@@ -212,7 +274,8 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
           {geometry, wave, workspace.lists.num_rows, static_cast<int32_t>(problem.value_dim),
            static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, params.sinks,
            workspace.lists.is_row_valid, workspace.partial_out, workspace.partial_max, workspace.partial_sum,
-           params.out, params.lse, params.softmax_terms},
+           params.out, params.lse, params.softmax_terms,
+           params.out.has_aligned_rows(16) && problem.value_dim * element_bytes(problem.dtype) % 16 == 0},
           stream);
   }
 }

@@ -120,17 +120,11 @@ __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, co
 // Whether an element of 16 bytes is NaN or inf.
 template <typename Element>
 __device__ __forceinline__ bool is_unusual(const uint4& words) {
-  const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+  float values[16 / sizeof(Element)];
+  cuda::unpack_chunk<Element>(words, values);
   bool result = false;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(Element) == 4) {
-      result = result || !(fabsf(__uint_as_float(all[i])) < INFINITY);
-    } else {
-      const float2 pair = cuda::unpack2<Element>(all[i]);
-      result = result || !(fabsf(pair.x) < INFINITY) || !(fabsf(pair.y) < INFINITY);
-    }
-  }
+  for (const float value : values) result = result || !(fabsf(value) < INFINITY);
   return result;
 }
 

@@ -135,19 +135,20 @@ def backward_waves(problem: Problem) -> int:
 def merge(problem: Problem, direction: str) -> list[Launch]:
     waves = forward_waves(problem)
     passes = (
-        Passes("for (int slot = lane", 1),
+        Passes("for (int slot = lane + kGroup", 0),
         Passes("for (int first = 0; first < geometry.top_k", 1),
-        Passes("for (int i = 0; i < count", problem.top_k, unrolled=4),
+        Passes("for (int i = 0; i < count", problem.top_k / 4),
     )
     bytes_moved = problem.num_entries * (problem.row_bytes + 8) + problem.num_rows * (problem.row_bytes + 6)
-    return [Launch(problem.num_rows / 8 / waves, passes, bytes_moved, waves)]
+    rows_per_block = 8 * 32 / (problem.head_dim / 8)
+    return [Launch(problem.num_rows / rows_per_block / waves, passes, bytes_moved, waves)]
 
 
 MERGE = KernelModel(
     "moba_merge_slots",
     "moba_forward_cuda",
-    lambda _: "moba_merge_slotsINS_8BFloat16",
-    "a warp's row of 8 choices",
+    lambda head_dim: f"moba_merge_slotsINS_8BFloat16ELi{head_dim // 8}ELi1E",
+    "a warp's 4 or 2 rows of 8 choices",
     merge,
     rare=("last_start_up_to", "has_sink"),
 )
