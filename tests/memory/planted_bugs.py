@@ -91,6 +91,9 @@ def infinite_case() -> None:
     is_special = torch.rand(halves.shape, generator=generator) < torch.tensor([0.01, 0.1, 0.9]).repeat(4)[:, None, None]
     query, keys = torch.ones(1, 12, 2, dtype=BFLOAT16), torch.where(is_special, special, halves).unsqueeze(-1)
     keys[0, 0, 60], keys[1, :, 5:], keys[2, 0] = torch.inf, -torch.inf, -torch.inf
+    # Numbers, the first key's the worst of them, then masked keys.
+    keys[3] = -torch.inf
+    keys[3, :, :5, 0] = torch.arange(5)
     for top_k in (3, 60, 128):
         indices = tg.product_key_topk(query, keys, top_k)[1]
         assert torch.equal(indices, reference.product_key_topk(query, keys, top_k)[1]), "indices: not the reference's"
@@ -214,8 +217,8 @@ MEMORY_BUGS = [
                "search long lists", WRONG_SEARCH),
     PlantedBug("search: ties of 27 bits in any order", TOPK,
                "if (__any_sync(kAllLanes, is_tie) == 0) return", "if (true) return", "search ties", WRONG_SEARCH),
-    PlantedBug("search: infinite rows left as they are", TOPK,
-               "kInfinityOrdinal = 0xff800000u;", "kInfinityOrdinal = 0xff800001u;",
+    PlantedBug("search: infinite rows left as they are", "memory/memory_topk_cuda.cu",
+               "rewrite_infinite_rows(args, params.dtype, static_cast<cudaStream_t>(place.stream));", "",
                "search infinite", WRONG_SEARCH),
     PlantedBug("infinite: a NaN becomes infinite", INFINITE,
                "return ordinal == kNanOrdinal ? NAN : score_of(ordinal);",
@@ -236,9 +239,9 @@ MEMORY_BUGS = [
     PlantedBug("infinite: numbers with +inf alone", INFINITE,
                "(is_plus(first) ? kNotMinus : kPlus)", "kPlus", "search infinite", WRONG_SEARCH),
     PlantedBug("infinite: keys that follow 32 others forgotten", INFINITE,
-               "const int position = count + __popc(", "const int position = __popc(", "search infinite", WRONG_SEARCH),
-    PlantedBug("infinite: one sum too few", INFINITE,
-               "sums.last_rank = num_wanted - 1;", "sums.last_rank = max(num_wanted - 2, 0);",
+               "const int position = count + __popc(", "const int position = __popc(", "search infinite", RACE),
+    PlantedBug("infinite: pairs of ranks left out", INFINITE,
+               "min(num_second, num_wanted / (a + 1));", "min(num_second, num_wanted / (a + 2));",
                "search infinite", WRONG_SEARCH),
 ]
 # fmt: on
