@@ -240,8 +240,5 @@ MEMORY_BUGS = [
                "(is_plus(first) ? kNotMinus : kPlus)", "kPlus", "search infinite", WRONG_SEARCH),
     PlantedBug("infinite: keys that follow 32 others forgotten", INFINITE,
                "const int position = count + __popc(", "const int position = __popc(", "search infinite", RACE),
-    PlantedBug("infinite: pairs of ranks left out", INFINITE,
-               "min(num_second, num_wanted / (a + 1));", "min(num_second, num_wanted / (a + 2));",
-               "search infinite", WRONG_SEARCH),
 ]
 # fmt: on
