@@ -19,7 +19,11 @@
 //      c. the bound raised by a few counts over the list until little more than what is wanted is left;
 //      d. each survivor's rank by counting who is before it; by a merge sort where ties leave many;
 //   4. the sums of the table's ranks, and their best by the same steps; equal sums are put in order of i * n + j;
-//   5. scores and indices written.
+//   5. scores and indices written;
+//   6. where the first or the last of them is not finite, pairs with infinite halves written anew. All their sums are
+//      equal and the lower index i * n + j comes first, which ranks of halves say nothing about: with a +inf in either
+//      half, the lowest partner of a key need not be the best one. Sums of numbers stay as step 4 ordered them: only
+//      top_k - P of them are wanted beside P pairs that rank as +inf, and (a + 1) * (b + 1) counts both.
 // Numerics: half scores and sums in float32 (float64 for float64). A NaN half score ranks as +inf, a sum of opposite
 // infinities as -inf; the score written is the true sum. Bounds only ever discard what is strictly below them, and each
 // leaves at least as many entries as are wanted, so exactness does not depend on how good they are.
@@ -274,6 +278,15 @@ inline void sorted_best(const T* scores, int64_t count, int64_t num_wanted, cons
   }
 }
 
+// What a half score ranks as: -1 for -inf, 0 for a number, 1 for +inf and NaN.
+template <typename T>
+inline int kind_of(T score) {
+  return score - score == 0 ? 0 : score < 0 ? -1 : 1;
+}
+inline int kind_of_pair(int first, int second) {
+  return first < 0 || second < 0 ? -1 : first > second ? first : second;
+}
+
 // The pairs of ranks that can win, those of a first rank together, second ranks ascending.
 struct RankPairs {
   int64_t list_length;  // ranks of a half
@@ -398,7 +411,43 @@ struct ProductKeyTask {
     return found;
   }
 
-  // Steps 3 to 5 for one token: the i-th of a tile.
+  // The lowest pairs whose sum ranks as +inf (kind 1) or -inf (kind -1), from the `count`-th place of the result on.
+  void append_infinite(int kind, const T* const (&rows)[2], T* scores, int64_t* indices, int64_t& count) const {
+    bool is_found[3] = {};  // a second half of kind k at k + 1
+    for (int64_t j = 0; j < params.num_keys; ++j) is_found[kind_of(rows[1][j]) + 1] = true;
+    for (int64_t i = 0; i < params.num_keys && count < params.top_k; ++i) {
+      const int first = kind_of(rows[0][i]);
+      bool has_partner = false;
+      for (int second = -1; second <= 1; ++second) {
+        has_partner |= is_found[second + 1] && kind_of_pair(first, second) == kind;
+      }
+      if (!has_partner) continue;
+      for (int64_t j = 0; j < params.num_keys && count < params.top_k; ++j) {
+        if (kind_of_pair(first, kind_of(rows[1][j])) != kind) continue;
+        scores[count] = rows[0][i] + rows[1][j];
+        indices[count] = i * params.num_keys + j;
+        ++count;
+      }
+    }
+  }
+
+  // Step 6.
+  void write_infinite(const T* const (&rows)[2], T* scores, int64_t* indices) const {
+    int64_t count = 0;
+    append_infinite(1, rows, scores, indices, count);
+    for (int64_t rank = 0; rank < params.top_k && count < params.top_k; ++rank) {
+      const int64_t pair = sorted.positions[rank];
+      const int64_t first = best[0].positions[pairs.first[pair]];
+      const int64_t second = best[1].positions[pairs.second[pair]];
+      if (kind_of(rows[0][first]) != 0 || kind_of(rows[1][second]) != 0) continue;
+      scores[count] = rows[0][first] + rows[1][second];
+      indices[count] = first * params.num_keys + second;
+      ++count;
+    }
+    append_infinite(-1, rows, scores, indices, count);
+  }
+
+  // Steps 3 to 6 for one token: the i-th of a tile.
   void search(int64_t i, T* scores, int64_t* indices) {
     const int64_t num_keys = params.num_keys;
     const T* rows[2];
@@ -422,6 +471,7 @@ struct ProductKeyTask {
       scores[rank] = sum - sum == 0 ? sum : rows[0][first] + rows[1][second];
       indices[rank] = first * num_keys + second;
     }
+    if (kind_of(scores[0]) != 0 || kind_of(scores[params.top_k - 1]) != 0) write_infinite(rows, scores, indices);
   }
 
   void run(int64_t head, int64_t first_token) {

@@ -73,6 +73,7 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&,
   list_pairs(args);
   kernel.launch(args, num_tiles * params.num_heads, kernel.shared_bytes(params.half_dim, num_stages),
                 static_cast<cudaStream_t>(place.stream));
+  rewrite_infinite_rows(args, params.dtype, static_cast<cudaStream_t>(place.stream));
 }
 
 void add_product_key_kernel_facts(std::vector<CudaKernelFacts>& facts) {
@@ -81,6 +82,7 @@ void add_product_key_kernel_facts(std::vector<CudaKernelFacts>& facts) {
     facts.push_back({name, kernel.dtype, 2 * kProductKeyMaxHalfDim, kernel.threads,
                      kernel.shared_bytes(kProductKeyMaxHalfDim, kernel.stages(kProductKeyMaxHalfDim))});
   }
+  add_infinite_rows_kernel_facts(facts);
 }
 
 }  // namespace topgather

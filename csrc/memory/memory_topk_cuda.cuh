@@ -21,6 +21,7 @@
 // No two are equal, so results depend neither on the order in which entries come nor on the sort. A NaN half score
 // ranks as +inf, a sum of opposite infinities as -inf; the score written is the true sum, -0 as 0. Every entry beats
 // the zeros of an empty place.
+// Rows with infinite or NaN half scores are found in what was written, and done again (memory_topk_infinite_cuda.cu).
 // Determinism: a row's results depend on its own query and the keys alone.
 //
 // What bounds it, counted for T = 16384, H = 4, n = 1024, D = 512, top_k = 32, bfloat16, on an H100: 69 GFLOP are 0.12
@@ -555,6 +556,10 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
     product_key::select_pairs<kPerLane>(args, shared, first_row + r, args.scores + first, args.indices + first);
   }
 }
+
+// Does rows again whose best or worst score, already written, is not finite.
+void rewrite_infinite_rows(const ProductKeyArguments& args, Dtype dtype, cudaStream_t stream);
+void add_infinite_rows_kernel_facts(std::vector<CudaKernelFacts>& facts);
 
 // What a launch of the kernel for one element type and length of lists needs to know of it.
 struct ProductKeyKernel {

@@ -152,9 +152,7 @@ def test_huge_block_size_is_one_block(function: str, block_size: int, device: to
 
 
 @pytest.mark.parametrize("function", ["moba_attention", "moba_attention_varlen"])
-def test_neither_or_contradicting_top_k_and_routing(function: str, device: torch.device) -> None:
-    refuse(function, put("top_k", None), "top_k|routing", EITHER, device)
-
+def test_contradicting_top_k_and_routing(function: str, device: torch.device) -> None:
     def contradict(arguments: dict[str, Any]) -> None:
         arguments["routing"] = good_routing(function, device)
         arguments["top_k"] = 3

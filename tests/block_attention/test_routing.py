@@ -1,5 +1,7 @@
 """Routing: membership, tie rule and order are three promises, each tested on its own."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -158,6 +160,23 @@ def test_nan_and_inf_scores(top_k: int, dtype: torch.dtype, is_causal: bool, dev
     query[0, 2, 70] = float("inf")
     chosen = route(query, key, 8, top_k, is_causal)
     assert torch.equal(chosen, reference.moba_route(query, key, 8, top_k, is_causal).to(device))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_every_choice_of_kinds_of_scores(top_k: int, device: torch.device) -> None:
+    """Four blocks, each scoring -inf, 0, 1, +inf or NaN: the 625 problems, a head each, and the same from a cache."""
+    kinds = torch.tensor(list(product((-torch.inf, 0.0, 1.0, torch.inf, torch.nan), repeat=4)))
+    key = kinds.view(1, 625, 4, 1).to(device)
+    query = torch.ones_like(key)
+    for is_causal in (True, False):
+        expected = reference.moba_route(query.cpu(), key.cpu(), 1, top_k, is_causal)
+        assert torch.equal(route(query, key, 1, top_k, is_causal).cpu(), expected)
+    expected = reference.moba_route(query.cpu(), key.cpu(), 1, top_k)
+    for kind in (tg.MobaCache, tg.PagedMobaCache):
+        cache = kind(1, 625, 1, block_size=1, max_seq_len=4, device=device)
+        cache.append(key, key)
+        places = (cache.seq_lens, cache.page_table, None, 1, cache.page_size, top_k)
+        assert torch.equal(torch.ops.topgather.moba_decode_route(query, cache.centroids, *places).cpu(), expected)
 
 
 def test_nan_everywhere_stays_in_bounds(device: torch.device) -> None:

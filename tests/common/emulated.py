@@ -43,9 +43,10 @@ def emulated_cuda(checked: bool = True, **options: Any) -> Iterator[Any]:
     """
     module = native(checked)
     before = module.set_options(**options)
-    replaced = {"native_module": _cuda.native_module, "place": _cuda.place}
+    replaced = {"native_module": _cuda.native_module, "place": _cuda.place, "gets": _cuda.gets}
     _cuda.native_module = lambda: module
     _cuda.place = lambda device: (0, 0, nullcontext())
+    _cuda.gets = lambda tensor: True
     overrides = torch.library.Library("topgather", "IMPL")
     try:
         with warnings.catch_warnings():

@@ -389,6 +389,10 @@ KERNEL_CASES: list[Case] = [
     *(MobaCase(dtype, head_dim=256, value_dim=200, num_tokens=40, is_causal=False) for dtype in FLOAT_TYPES),
     *(ProductKeyCase(dtype) for dtype in FLOAT_TYPES),
     *(ProductKeyCase(dtype, num_tokens=5, num_heads=1, num_keys=70, half_dim=16, top_k=50) for dtype in FLOAT_TYPES),
+    *(
+        ProductKeyCase(dtype, num_tokens=2, num_heads=1, num_keys=40, half_dim=16, top_k=top_k, share_of_infinite=share)
+        for dtype, top_k, share in zip(FLOAT_TYPES, (3, 50, 60), (0.1, 0.05, 0.8), strict=True)
+    ),
     *(MemoryCase(dtype) for dtype in FLOAT_TYPES),
     *(MemoryCase(dtype, row_dim=33, num_rows=9, num_tokens=5) for dtype in FLOAT_TYPES),
     *(MemoryCase(dtype, row_dim=264 * 4 // dtype.itemsize, num_tokens=3, bag_size=9) for dtype in FLOAT_TYPES),

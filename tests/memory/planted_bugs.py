@@ -82,6 +82,23 @@ def nonfinite_case() -> None:
     assert_topk_contract(*tg.product_key_topk(query, keys, 60), query, keys, 60)
 
 
+def infinite_case() -> None:
+    """Few and many infinite half scores: of equal sums the lower index, the numbers between them in order."""
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.randint(-3, 4, (12, 2, 70), generator=generator).bfloat16()
+    kinds = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=BFLOAT16)
+    special = kinds[torch.randint(0, 3, halves.shape, generator=generator)]
+    is_special = torch.rand(halves.shape, generator=generator) < torch.tensor([0.01, 0.1, 0.9]).repeat(4)[:, None, None]
+    query, keys = torch.ones(1, 12, 2, dtype=BFLOAT16), torch.where(is_special, special, halves).unsqueeze(-1)
+    keys[0, 0, 60], keys[1, :, 5:], keys[2, 0] = torch.inf, -torch.inf, -torch.inf
+    # Numbers, the first key's the worst of them, then masked keys.
+    keys[3] = -torch.inf
+    keys[3, :, :5, 0] = torch.arange(5)
+    for top_k in (3, 60, 128):
+        indices = tg.product_key_topk(query, keys, top_k)[1]
+        assert torch.equal(indices, reference.product_key_topk(query, keys, top_k)[1]), "indices: not the reference's"
+
+
 MEMORY_CASES: dict[str, Callable[[], Any]] = {
     "lookup": lambda: check_lookup(LOOKUP, BFLOAT16, CPU),
     "lookup odd": lambda: check_lookup(ODD_LOOKUP, BFLOAT16, CPU),
@@ -95,6 +112,7 @@ MEMORY_CASES: dict[str, Callable[[], Any]] = {
     "search one half": one_half_case,
     "search ties": ties_case,
     "search nonfinite": nonfinite_case,
+    "search infinite": infinite_case,
 }
 
 # --- bugs -------------------------------------------------------------------------------------------------------------
@@ -109,6 +127,7 @@ ROWS = "cuda/lane_rows.cuh"
 BACKWARD = "memory/memory_backward_cuda.cu"
 TOPK = "memory/memory_topk_cuda.cuh"
 MEMORY_UNITS = {ROWS: ["memory_lookup_cuda.cu"], TOPK: ["memory_topk_cuda.cu"]}
+INFINITE = "memory/memory_topk_infinite_cuda.cu"
 
 # fmt: off
 MEMORY_BUGS = [
@@ -212,11 +231,28 @@ MEMORY_BUGS = [
                "search long lists", WRONG_SEARCH),
     PlantedBug("search: ties of 27 bits in any order", TOPK,
                "if (__any_sync(kAllLanes, is_tie) == 0) return", "if (true) return", "search ties", WRONG_SEARCH),
-    PlantedBug("search: a NaN becomes infinite", TOPK,
-               "is_nan = max(ordinal1, ordinal2) > kInfinityOrdinal || isnan(sum);", "is_nan = isnan(sum);",
+    PlantedBug("search: infinite rows left as they are", "memory/memory_topk_cuda.cu",
+               "rewrite_infinite_rows(args, params.dtype, static_cast<cudaStream_t>(place.stream));", "",
+               "search infinite", WRONG_SEARCH),
+    PlantedBug("infinite: a NaN becomes infinite", INFINITE,
+               "return ordinal == kNanOrdinal ? NAN : score_of(ordinal);",
+               "return score_of(min(ordinal, kInfinityOrdinal));",
                "search nonfinite", WRONG_SEARCH),
-    PlantedBug("search: opposite infinities come first", TOPK,
-               "ordinal_of(isnan(sum) ? -INFINITY : sum)", "ordinal_of(isnan(sum) ? INFINITY : sum)",
+    PlantedBug("infinite: opposite infinities come first", INFINITE,
+               "const bool plus = exists && is_plus(entry), minus = exists && is_minus(entry);",
+               "const bool plus = exists && is_plus(entry), minus = false;",
                "search nonfinite", WRONG_SEARCH),
+    PlantedBug("infinite: only the best score looked at", INFINITE,
+               "!isfinite(scores[0]) || !isfinite(scores[args.top_k - 1]);", "!isfinite(scores[0]);",
+               "search infinite", WRONG_SEARCH),
+    PlantedBug("infinite: lists not published", INFINITE,
+               "Publishes the lists to the warp. __syncwarp();", "", "search infinite", f"{UNPUBLISHED}|{OVERWRITTEN}"),
+    PlantedBug("infinite: lists overwritten while read", INFINITE,
+               "Tells the warp that the lists have been read and may be overwritten. __syncwarp();", "",
+               "search infinite", OVERWRITTEN),
+    PlantedBug("infinite: numbers with +inf alone", INFINITE,
+               "(is_plus(first) ? kNotMinus : kPlus)", "kPlus", "search infinite", WRONG_SEARCH),
+    PlantedBug("infinite: keys that follow 32 others forgotten", INFINITE,
+               "const int position = count + __popc(", "const int position = __popc(", "search infinite", RACE),
 ]
 # fmt: on

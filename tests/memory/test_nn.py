@@ -43,26 +43,33 @@ def linear_by_hand(linear: nn.Linear, x: Tensor) -> Tensor:
     return out if linear.bias is None else out + linear.bias.double()
 
 
-def chosen_by_hand(layer: Layer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_by_hand(layer: Layer, tokens: Tensor, query_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows and weights of the heads, side by side."""
     query = linear_by_hand(layer.query_proj, tokens)
     norm = layer.query_norm
     if isinstance(norm, nn.BatchNorm1d):
         centred = query - query.mean(dim=0)
         query = centred / (centred.square().mean(dim=0) + norm.eps).sqrt() * norm.weight + norm.bias
-    query = query.view(-1, layer.num_heads, 2, layer.key_dim // 2)
-    if isinstance(norm, nn.RMSNorm):
-        query = query / query.square().mean(dim=-1, keepdim=True).sqrt() * norm.weight
-    keys = layer.keys.double()
-    if layer.key_norm:
-        keys = keys / keys.square().sum(dim=-1, keepdim=True).sqrt()
-    scores, indices = tg.reference.product_key_topk(query.flatten(2), keys, layer.top_k)
-    return indices.flatten(1), scores.softmax(dim=-1).flatten(1)
+    of_halves = norm if isinstance(norm, (nn.RMSNorm, nn.LayerNorm)) else None
+    indices, weights = tg.reference.product_key_weights(
+        query.view(-1, layer.num_heads, layer.key_dim),
+        layer.keys,
+        layer.top_k,
+        {nn.RMSNorm: "rms", nn.LayerNorm: "layer"}.get(type(norm)),
+        None if of_halves is None else of_halves.weight,
+        getattr(of_halves, "bias", None),
+        query_mask,
+        layer.key_norm,
+        layer.score_activation,
+        layer.temperature,
+        getattr(of_halves, "eps", 0.0) or 0.0,
+    )
+    return indices.flatten(1), weights.flatten(1)
 
 
-def by_hand(layer: Layer, x: Tensor) -> Tensor:
+def by_hand(layer: Layer, x: Tensor, query_mask: Tensor | None = None) -> Tensor:
     tokens = x.reshape(-1, DIM)
-    indices, weights = chosen_by_hand(layer, tokens)
+    indices, weights = chosen_by_hand(layer, tokens, query_mask)
     if isinstance(layer, tg.nn.PeerMemory):
         out = tg.reference.expert_lookup(
             tokens, layer.values_in, layer.values_out, indices, weights, activation=layer.activation
@@ -79,7 +86,12 @@ def by_hand(layer: Layer, x: Tensor) -> Tensor:
 def assert_equals_definition(layer: Layer, device_kind: str, device: torch.device) -> None:
     dtype = widest_dtype(device_kind)
     x = torch.randn(2, 4, DIM, dtype=dtype, device=device, requires_grad=True)
-    out, expected = layer(x), by_hand(layer, x)
+    torch.manual_seed(5)
+    out = layer(x)
+    # The layer's own dropout once more.
+    torch.manual_seed(5)
+    ones = torch.ones(8, layer.num_heads, layer.key_dim, dtype=dtype, device=device)
+    expected = by_hand(layer, x, F.dropout(ones, layer.query_dropout, layer.training))
     torch.testing.assert_close(out, expected.to(dtype))
     wanted = [x, *layer.parameters()]
     direction = torch.randn_like(out)
@@ -89,6 +101,39 @@ def assert_equals_definition(layer: Layer, device_kind: str, device: torch.devic
         strict=True,
     ):
         torch.testing.assert_close(left, right)
+
+
+# Each option of how a query chooses and weighs, and those that meet in one line of the layer.
+OF_CHOICE: list[dict[str, Any]] = [
+    {"query_norm": "layer"},
+    {"query_norm": "layer", "key_norm": True, "score_activation": "relu", "temperature": 0.25},
+    {"score_activation": "relu"},
+    {"temperature": 3.0},
+    {"temperature": 0.1, "query_norm": "rms"},
+    {"query_dropout": 0.4},
+    {"query_dropout": 0.3, "query_norm": "layer", "temperature": 2.0},
+    {"query_dropout": 0.5, "query_norm": "batch", "score_activation": "relu"},
+]
+
+
+@pytest.mark.parametrize("options", OF_CHOICE, ids=str)
+@BOTH
+def test_choice_equals_its_definition(
+    make: Make, options: dict[str, Any], device: torch.device, device_kind: str
+) -> None:
+    layer = make(**options, device=device, dtype=widest_dtype(device_kind))
+    if isinstance(layer.query_norm, (nn.RMSNorm, nn.LayerNorm)):
+        for parameter in layer.query_norm.parameters():
+            nn.init.normal_(parameter)
+    assert_equals_definition(layer, device_kind, device)
+
+
+def test_queries_are_dropped_in_training_alone() -> None:
+    layer = product_key_memory(query_dropout=0.5).eval()
+    x = torch.randn(8, DIM)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """product_key_topk against all n * n pairs: the choice, its order, its scores and its gradients."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -153,6 +154,60 @@ def test_rank_of_each_kind_of_score(device: torch.device) -> None:
     nan, inf = torch.nan, torch.inf
     expected = [nan, inf, nan, nan, nan, inf, nan, inf, 0.0, -inf, nan, nan, -inf, nan, nan, -inf]
     torch.testing.assert_close(scores.flatten().tolist(), expected, equal_nan=True)
+
+
+KINDS_OF_SCORES = (-torch.inf, 0.0, 1.0, torch.inf, torch.nan)
+
+
+def assert_reference(halves: Tensor, top_k: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Half scores ``[H, 2, n]``, one token: choice, order and scores are the reference's, to the last one."""
+    query = torch.ones(1, halves.shape[0], 2, dtype=dtype, device=device)
+    keys = halves.unsqueeze(-1).to(device, dtype)
+    scores, indices = tg.product_key_topk(query, keys, top_k)
+    expected_scores, expected = reference.product_key_topk(query.cpu(), keys.cpu(), top_k)
+    assert torch.equal(indices.cpu(), expected)
+    assert torch.equal(scores.double().cpu().nan_to_num(7.5), expected_scores.nan_to_num(7.5))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_every_choice_of_kinds_of_half_scores(top_k: int, device: torch.device) -> None:
+    """Two keys a half, each of -inf, 0, 1, +inf and NaN: the 625 problems, a head each."""
+    assert_reference(torch.tensor(list(product(KINDS_OF_SCORES, repeat=4))).view(-1, 2, 2), top_k, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_keys", [3, 9, 40, 70])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_infinite_sums_tie(share: float, num_keys: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Among equal infinite sums the lower index, however many there are, and the numbers between them in order."""
+    generator = torch.Generator().manual_seed(num_keys)
+    halves = torch.randint(-2, 3, (8, 2, num_keys), generator=generator).float()
+    kinds = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    special = kinds[torch.randint(0, 3, halves.shape, generator=generator)]
+    halves = torch.where(torch.rand(halves.shape, generator=generator) < share, special, halves)
+    for top_k in (1, 2, 7, 33, 81, 128, 300):
+        if top_k <= num_keys**2:
+            assert_reference(halves, top_k, device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_left", [0, 1, 2, 5])
+def test_masked_keys(num_left: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Keys masked by -inf come last, by index, where fewer than top_k pairs are left."""
+    halves = integer_tensor((4, 2, 24), torch.float32, torch.device("cpu"), 0)
+    halves[:, 0, : 24 - num_left] = -torch.inf
+    halves[:2, 1, num_left + 1 :] = -torch.inf
+    for top_k in (1, 3, 16, 60, 128, 200):
+        assert_reference(halves, top_k, device, dtype)
+
+
+def test_sums_that_overflow_stay_between_the_infinite_ones(device: torch.device) -> None:
+    """Two numbers whose sum is beyond float32 rank below +inf and above -inf."""
+    huge = torch.finfo(torch.float32).max
+    halves = torch.tensor([[[huge, -huge, torch.inf], [huge, -huge, 0.0]]])
+    scores, indices = tg.product_key_topk(torch.ones(1, 1, 2, device=device), halves.unsqueeze(-1).to(device), 9)
+    assert indices.flatten().tolist() == [6, 7, 8, 0, 2, 1, 3, 5, 4]
+    assert scores.flatten().tolist() == [torch.inf] * 4 + [huge, 0.0, 0.0, -huge, -torch.inf]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

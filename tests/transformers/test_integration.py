@@ -317,6 +317,18 @@ def test_generate_equals_recomputing(family: Family, kind: str) -> None:
         assert holds_moba_layers(out.past_key_values) == (kind not in ("stock", "static"))
 
 
+@pytest.mark.parametrize("block_size", [5000, 2**31 - 1])
+@pytest.mark.parametrize("paged", [False, True])
+def test_blocks_longer_than_any_sequence(paged: bool, block_size: int) -> None:
+    """All tokens are one block: dense attention, of a cache that is no larger for it."""
+    model = llama(moba_block_size=block_size, moba_top_k=1)
+    ids = tokens(2, 37)
+    cache = moba.make_cache(model, max_seq_len=70, paged=True) if paged else moba.make_cache(model)
+    out = greedy(model, ids, past_key_values=cache, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, greedy(llama("sdpa"), ids))
+    assert cache.layers[0].moba_cache.max_seq_len <= 4096
+
+
 @pytest.mark.parametrize("kind", ["its own", "paged", "stock"])
 @FAMILIES
 def test_batches_generate_as_each_alone(family: Family, kind: str) -> None:

@@ -31,6 +31,10 @@ from ._forward import remembered
 _Fields = dict[str, Any]
 
 
+# Room that a cache is given at most for the end of a block, where blocks are longer than what there is to hold.
+MAX_SPARE_TOKENS = 4096
+
+
 class MobaLayer(DynamicLayer):
     """One attention layer's keys and values, in a cache that is searched block by block.
 
@@ -262,7 +266,7 @@ class MobaLayer(DynamicLayer):
             capacity = num_new if self.max_seq_len is None else self.max_seq_len
             self.moba_cache = self._make(key, value, max(capacity, 1), block_size)
             return
-        if held.block_size != block_size:
+        if held.block_size != min(block_size, held.max_seq_len):
             raise ValueError(f"block_size must stay what the cache was made with, {held.block_size}, got {block_size}")
         needed = max(held.lengths, default=0) + num_new
         if needed > held.max_seq_len and isinstance(held, MobaCache):
@@ -272,9 +276,11 @@ class MobaLayer(DynamicLayer):
             self.moba_cache = larger
 
     def _make(self, key: Tensor, value: Tensor, capacity: int, block_size: int) -> MobaCache | PagedMobaCache:
+        # Whole blocks, but for those that are far longer than what there is to hold.
+        room = min(block_size, max(capacity, MAX_SPARE_TOKENS))
         options: dict[str, Any] = {
             "block_size": block_size,
-            "max_seq_len": -(-capacity // block_size) * block_size,
+            "max_seq_len": min(-(-capacity // room) * room, 2**31 - 1),
             "value_dim": value.shape[3],
             "dtype": key.dtype,
             "device": key.device,

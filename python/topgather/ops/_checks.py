@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ._library import sum_dtype
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# From here on a choice's padding is looked at.
+MAX_PADDED_SLOTS = 2**12
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
@@ -38,6 +41,15 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be between {least} and 2**31 - 1, got {value}")
 
 
+def check_slots(top_k: int, leading: Sequence[int], num_blocks: int) -> None:
+    """Raise where padding, for a ``top_k`` above the number of blocks, makes a choice of more than 31 bits' numbers."""
+    if top_k > MAX_PADDED_SLOTS and top_k > num_blocks and top_k * math.prod(leading) > 2**31 - 1:
+        raise ValueError(
+            f"top_k must be at most {num_blocks}, the number of blocks, for so many queries: block_indices "
+            f"{[*leading, top_k]} would be padding for the most part, got {top_k}"
+        )
+
+
 def check_pair(name: str, value: Any) -> tuple[int, int]:
     """Raise unless ``value`` is an int or a pair of ints, each at least 1; returns the pair."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
@@ -55,20 +67,29 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
 
 
+def _is_traced(value: Any) -> bool:
+    """Whether ``value`` is a float of a graph being traced.
+
+    To compare it would trace the graph twice, and other functions would break it. The op compares it whenever the graph
+    runs.
+    """
+    return isinstance(value, torch.SymFloat) or (is_compiling() and isinstance(value, float))
+
+
 def check_scale(value: Any) -> None:
     """Raise unless ``value`` is None or a finite number."""
-    if value is None or isinstance(value, torch.SymFloat):
+    if value is None or _is_traced(value):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"scale must be a float or None, got {value!r} of type {type(value).__name__}")
-    # A comparison would make torch.compile trace a graph twice; an int may be beyond what floats hold.
-    if not (math.isfinite(value) if isinstance(value, float) else abs(value) <= sys.float_info.max):
+    # An int may be beyond what floats hold.
+    if not abs(value) <= sys.float_info.max:
         raise ValueError(f"scale must be finite, got {value}")
 
 
 def check_softcap(value: Any) -> None:
     """Raise unless ``value`` is None or a finite number above 0."""
-    if value is None or isinstance(value, torch.SymFloat):
+    if value is None or _is_traced(value):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"softcap must be a float or None, got {value!r} of type {type(value).__name__}")
@@ -185,7 +206,7 @@ def check_boundaries(
 
 def check_size(name: str, tensor: Tensor, dim: int, expected: Any, meaning: str) -> None:
     """Raise ``ValueError`` unless dimension ``dim`` of ``tensor`` is ``expected``."""
-    if tensor.size(dim) != expected:
+    if not -tensor.ndim <= dim < tensor.ndim or tensor.size(dim) != expected:
         raise ValueError(
             f"{name} must have size {expected} in dimension {dim} ({meaning}), got shape {tuple(tensor.shape)}"
         )

@@ -39,6 +39,11 @@ def place(device: torch.device) -> tuple[int, int, AbstractContextManager[Any]]:
     return device.index, torch.cuda.current_stream(device).cuda_stream, guard
 
 
+def gets(tensor: Tensor) -> bool:
+    """Whether a CUDA kernel will get the tensor; so say the tests' emulated kernels of any."""
+    return tensor.is_cuda
+
+
 def runner(native: str) -> Callable[..., None]:
     """A function that calls ``<native>_cuda`` on the device of a tensor, with the fields of its parameter struct.
 

@@ -119,9 +119,9 @@ def _check_append(
     _check_tokens("key", key)
     _check_keys_and_values(key_pages, value_pages, "key", key)
     num_pages, num_kv_heads, page_size, _ = key_pages.shape
+    _check_centroids(centroids, page_size, block_size, "key", key)
     checks.check_size("centroids", centroids, 0, num_pages, "number of pages")
     checks.check_size("centroids", centroids, 1, num_kv_heads, "key heads of the cache")
-    _check_centroids(centroids, page_size, block_size, "key", key)
     checks.check_size("key", key, 1, num_kv_heads, "key heads of the cache")
     checks.check_ndim("value", value, 4, "[batch, heads, tokens, dim]")
     checks.check_same_dtype("value", value, "key", key)
@@ -155,6 +155,8 @@ def _check_route(
     _check_centroids(centroids, page_size, block_size, "query", query)
     _check_heads("query", query.size(1), centroids.size(1))
     _check_sequences(query, centroids.size(0), seq_lens, page_table, num_tokens, block_size, page_size)
+    num_pages = 1 if page_table is None else page_table.size(1)
+    checks.check_slots(top_k, query.shape[:3], max(num_pages * centroids.size(2), 1))
 
 
 def _check_decode(

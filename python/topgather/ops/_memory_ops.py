@@ -391,7 +391,7 @@ def composed_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
     ranks = torch.arange(length, device=query.device)
     # Only pairs of ranks that fewer than top_k other pairs dominate can be among the best.
     first, second = _pairs_of_ranks(length, top_k, query.device)
-    bytes_a_token = num_heads * (2 * num_keys * 12 + len(first) * 32)
+    bytes_a_token = num_heads * (2 * num_keys * 60 + len(first) * 32 + top_k * 120)
     chunk = max(COMPOSED_BYTES // max(bytes_a_token, 1), 1)
     wide_keys = keys.to(dtype)
     for start in range(0, num_tokens, chunk):
@@ -399,17 +399,62 @@ def composed_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
         halves = torch.einsum("thsd,hsnd->thsn", query[part].to(dtype), wide_keys)
         kept = _ranked(halves).sort(dim=-1, descending=True, stable=True).indices[..., ranks]
         best = halves.gather(-1, kept)
-        sums = best[:, :, 0, first] + best[:, :, 1, second]
         pairs = kept[:, :, 0, first] * num_keys + kept[:, :, 1, second]
-        ranking = _ranked(best[:, :, 0, first]) + _ranked(best[:, :, 1, second])
-        ranking = torch.where(ranking.isnan(), -torch.inf, ranking)
+        sums = best[:, :, 0, first] + best[:, :, 1, second]
+        is_number = best.isfinite()
+        is_number = is_number[:, :, 0, first] & is_number[:, :, 1, second]
         # By index first: a stable sort by score then leaves ties to the lower one.
         by_index = pairs.argsort(dim=-1)
-        by_score = ranking.gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        ranking = torch.where(is_number, sums, -torch.inf)
+        by_score = ranking.gather(-1, by_index).sort(dim=-1, descending=True, stable=True).indices
         order = by_index.gather(-1, by_score)
-        scores[part] = sums.gather(-1, order)
-        indices[part] = pairs.gather(-1, order)
+        # Sums of numbers that overflowed are numbers still.
+        by_kind = is_number.gather(-1, order).to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+        numbers = pairs.gather(-1, order.gather(-1, by_kind[..., :top_k]))
+        indices[part] = _among_infinite(halves, numbers, is_number.sum(-1, keepdim=True), top_k)
+        keys_of_pairs = torch.stack((indices[part] // num_keys, indices[part] % num_keys), dim=2)
+        scores[part] = halves.gather(-1, keys_of_pairs).sum(2)
     return scores, indices
+
+
+def _among_infinite(halves: Tensor, numbers: Tensor, num_numbers: Tensor, top_k: int) -> Tensor:
+    """The best pairs ``[T, H, top_k]``: those that rank as +inf, the best of two ``numbers``, those that rank as -inf.
+
+    Of infinite sums the lower index comes first, of which ranks of halves say nothing.
+    """
+    is_minus = halves == -torch.inf
+    is_plus = ~(halves.isfinite() | is_minus)
+    every = torch.ones_like(is_minus[:, :, 1])
+    plus, num_plus = _lowest_pairs(is_plus[:, :, 0], ~is_minus[:, :, 1], is_plus[:, :, 1], ~is_minus[:, :, 0], top_k)
+    minus, _ = _lowest_pairs(is_minus[:, :, 0], every, is_minus[:, :, 1], every, top_k)
+    place = torch.arange(top_k, device=halves.device)
+    after_plus, after_numbers = place - num_plus, place - num_plus - num_numbers
+    place = torch.where(
+        after_plus < 0, place, torch.where(after_numbers < 0, top_k + after_plus, 2 * top_k + after_numbers)
+    )
+    return torch.cat((plus, numbers, minus), dim=-1).gather(-1, place)
+
+
+def _lowest_pairs(
+    is_special: Tensor, of_special: Tensor, of_others: Tensor, has_pairs: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` lowest pairs of a first key, special or not, with second keys that go with it, and how many are.
+
+    All masks are ``[T, H, n]``. Where there are fewer, what stands in the last places means nothing.
+    """
+    num_keys = is_special.size(-1)
+    ends_special, ends_others = of_special.cumsum(-1), of_others.cumsum(-1)
+    counts = torch.where(is_special, ends_special[..., -1:], ends_others[..., -1:]) * has_pairs
+    ends = counts.cumsum(-1)
+    wanted = torch.arange(top_k, device=ends.device).expand(*ends.shape[:-1], top_k).contiguous()
+    first = torch.searchsorted(ends, wanted, right=True).clamp_(max=num_keys - 1)
+    number = wanted - (ends - counts).gather(-1, first) + 1
+    second = torch.where(
+        is_special.gather(-1, first),
+        torch.searchsorted(ends_special, number),
+        torch.searchsorted(ends_others, number),
+    )
+    return first * num_keys + second.clamp_(max=num_keys - 1), ends[..., -1:]
 
 
 def _ranked(scores: Tensor) -> Tensor:

@@ -99,6 +99,13 @@ def meta_of(tensor: Tensor | None) -> Meta | None:
     return None if tensor is None else Meta(tensor.shape, tensor.dtype, tensor.device)
 
 
+def refuse_none(**tensors: Tensor | None) -> None:
+    """Raise ``TypeError`` for the first that is None."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
+
+
 # Every op that was registered, by name: tests go through them.
 OPS: dict[str, Op] = {}
 # Every kernel of the dispatcher's CPU key, by op: the benchmark of call overhead registers them in other ways.
@@ -202,6 +209,13 @@ class _Generator:
     def _returned(self) -> str:
         return self.results[0] if len(self.results) == 1 else _tuple_of(self.results) if self.results else "None"
 
+    def _refuse_none(self, source: _Source) -> None:
+        """Torch hands on None for any tensor. Whatever it calls first says that a tensor is needed."""
+        needed = [name for name in self.tensors if not self._is_optional(name)]
+        source.globals["refuse_none"] = refuse_none
+        is_none = " or ".join(f"{name} is None" for name in needed)
+        source.line(f"if {is_none}: refuse_none({', '.join(f'{name}={name}' for name in needed)})")
+
     # --- kernels ----------------------------------------------------------------------------------------------------
 
     def kernel(self, device: str) -> Function:
@@ -209,6 +223,7 @@ class _Generator:
         op, source = self.op, self._source()
         source.line(f"def {device}_kernel({self._signature(source)}):", 0)
         names = dict(self.here)
+        self._refuse_none(source)
         self._check_once(source)
         extra_check = op.check_content if device == "cpu" else op.cuda_check
         if extra_check is not None:
@@ -284,6 +299,7 @@ class _Generator:
         """What shapes, dtypes and strides the op returns, for tracing and the meta device."""
         source = self._source()
         source.line(f"def fake_kernel({self._signature(source)}):", 0)
+        self._refuse_none(source)
         source.line(source.call(self.op.check, self.here))
         if self.results:
             source.line(f"return {source.call(self.op.fake_results or self.op.results, self.here)}")
@@ -303,6 +319,7 @@ class _Generator:
             "one_level": enable_single_level_autograd_function,
         }
         source.line(f"def autograd_kernel({self._signature(source)}):", 0)
+        self._refuse_none(source)
         arguments = ", ".join(self.arguments)
         needs = [
             f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
@@ -519,6 +536,7 @@ class _Generator:
             "device_type": device_type,
         }
         source.line(f"def autocast_kernel({self._signature(source)}):", 0)
+        self._refuse_none(source)
         for name, rule in self.op.autocast.items():
             made = source.call(rule, {**self.here, "tensor": name, "device_type": "device_type"})
             source.line(f"if {name} is not None: {name} = {made}")

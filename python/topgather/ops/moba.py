@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _checks as checks
 from . import _cuda
@@ -106,7 +107,8 @@ def moba_route(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride, device, ``block_size`` or ``top_k``.
+        ValueError: a wrong shape, stride, device, ``block_size`` or ``top_k``; more than 2**31 - 1 numbers of
+            ``block_indices`` for a ``top_k`` above the number of blocks.
     """
     _check_options(query, key, block_size, is_causal)
     checks.check_count("top_k", top_k)
@@ -205,7 +207,8 @@ def moba_attention(
         key: ``[B, Hkv, Nk, D]`` of the same dtype. ``Hq`` is a multiple of ``Hkv``; keys are not expanded.
         value: ``[B, Hkv, Nk, Dv]`` of the same dtype.
         block_size: keys per block, at least 1; the last block may be short.
-        top_k: blocks per query, the own one included. Needed unless ``routing`` is given.
+        top_k: blocks per query, the own one included. None: every block, which is dense attention, unless ``routing``
+            is given. More than there are is the same as all.
         is_causal: whether query ``i``, at position ``i + Nk - Nq``, sees only keys up to its own position.
         scale: factor on the scores; ``D ** -0.5`` if None.
         return_lse: also return the log-sum-exp of each query's scaled scores.
@@ -227,8 +230,8 @@ def moba_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride, device or option; neither ``top_k`` nor ``routing`` given, or both and not
-            agreeing; ``routing`` naming a block twice for a query.
+        ValueError: a wrong shape, stride, device or option; ``top_k`` and ``routing`` given and not agreeing;
+            ``routing`` naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
 
     On CUDA what a tensor holds is not waited for: a query whose ``routing`` names a block that does not exist, or one
@@ -242,7 +245,9 @@ def moba_attention(
     is_deterministic = _is_deterministic(deterministic)
     _check_scores(softcap, sinks)
     if routing is None:
-        block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal)
+        checks.check_ndim("key", key, 4, "[batch, heads, tokens, dim]")
+        slots = _slots(top_k, key.size(2), block_size)
+        block_indices = call(_ops.moba_route.default, query, key, block_size, slots, is_causal)
     else:
         block_indices = routing.block_indices
     out, lse, _ = call(
@@ -327,7 +332,10 @@ def moba_attention_varlen(
     _check_scores(softcap, sinks)
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if routing is None:
-        block_indices = call(_ops.moba_route.default, query, key, block_size, top_k, is_causal, *sequences)
+        checks.check_ndim("key", key, 3, "[total_tokens, heads, dim]")
+        longest = torch.sym_min(max_seqlen_k, key.size(0))
+        slots = _slots(top_k, longest, block_size)
+        block_indices = call(_ops.moba_route.default, query, key, block_size, slots, is_causal, *sequences)
     else:
         block_indices = routing.block_indices
     out, lse, _ = call(
@@ -335,6 +343,13 @@ def moba_attention_varlen(
         *sequences, is_deterministic, softcap, sinks,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _slots(top_k: int | None, num_keys: int, block_size: int) -> int:
+    """Blocks that ``top_k``, or all of them, can be of a sequence of so many keys: slots of a choice, at least one."""
+    num_blocks = -(-num_keys // block_size)
+    least, most = (torch.sym_min, torch.sym_max) if is_compiling() else (min, max)
+    return most(num_blocks if top_k is None else least(top_k, num_blocks), 1)
 
 
 def _scale_of(scale: float | None, query: Tensor) -> float:
@@ -373,9 +388,8 @@ def _check_packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
 
 def _check_routing(routing: BlockRouting | None, block_size: int, top_k: int | None) -> None:
     if routing is None:
-        if top_k is None:
-            raise ValueError("top_k must be given unless routing is")
-        checks.check_count("top_k", top_k)
+        if top_k is not None:
+            checks.check_count("top_k", top_k)
         return
     if not isinstance(routing, BlockRouting):
         raise TypeError(f"routing must be a topgather.BlockRouting or None, got {type(routing).__name__}")
@@ -400,10 +414,14 @@ def _check(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> None:
     """What types, shapes, dtypes, strides and devices can say about a call of an op that has these arguments."""
     checks.check_count("block_size", block_size)
     checks.check_count("top_k", top_k)
+    checks.check_count("max_seqlen_q", max_seqlen_q, least=0)
+    checks.check_count("max_seqlen_k", max_seqlen_k, least=0)
     checks.check_scale(scale)
     checks.check_softcap(softcap)
     packed = cu_seqlens_q is not None
@@ -451,6 +469,22 @@ def _check(
         raise ValueError("block_indices must have at least one slot per query, got a last dimension of 0")
 
 
+def _check_route(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    top_k: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    _check(query, key, block_size, cu_seqlens_q, cu_seqlens_k, top_k=top_k, **longest)
+    num_keys = key.size(2) if cu_seqlens_k is None else key.size(0)
+    checks.check_slots(top_k, _per_query(query), _slots(None, num_keys, block_size))
+
+
 def _check_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -465,9 +499,12 @@ def _check_backward(
     softcap: float | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     softmax_terms: Tensor | None,
 ) -> None:
-    _check(query, key, block_size, cu_seqlens_q, cu_seqlens_k, value, block_indices, scale=scale, softcap=softcap)
+    bounds = (cu_seqlens_q, cu_seqlens_k)
+    _check(query, key, block_size, *bounds, value, block_indices, 1, scale, softcap, None, max_seqlen_q, max_seqlen_k)
     for name, tensor in (("grad_out", grad_out), ("out", out)):
         checks.check_same_dtype(name, tensor, "query", query)
         checks.check_same_device(name, tensor, "query", query)
@@ -623,7 +660,7 @@ register(
         # No backward: the choice of blocks has no gradient.
         schema="moba_route(Tensor query, Tensor key, SymInt block_size, SymInt top_k, bool is_causal, "
         f"{_SEQUENCES}) -> Tensor block_indices",
-        check=_check,
+        check=_check_route,
         check_content=_check_content,
         cuda_check=_cuda_check,
         inputs=_BOUNDARIES,

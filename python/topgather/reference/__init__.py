@@ -7,7 +7,7 @@ the compiled module, and run on any device torch runs on.
 from .decode import moba_decode, moba_decode_route
 from .grid import grid_attention, grid_groups, window_attention, window_groups
 from .key_conv import key_conv
-from .memory import expert_lookup, memory_lookup, product_key_scores, product_key_topk
+from .memory import expert_lookup, memory_lookup, product_key_scores, product_key_topk, product_key_weights
 from .moba import block_centroids, block_scores, moba_attention, moba_route
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "moba_route",
     "product_key_scores",
     "product_key_topk",
+    "product_key_weights",
     "window_attention",
     "window_groups",
 ]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["expert_lookup", "memory_lookup", "product_key_scores", "product_key_topk"]
+__all__ = ["expert_lookup", "memory_lookup", "product_key_scores", "product_key_topk", "product_key_weights"]
 
 
 def product_key_scores(query: Tensor, keys: Tensor) -> Tensor:
@@ -58,6 +58,66 @@ def product_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, T
     ranking = torch.where(ranking.isnan(), -torch.inf, ranking)
     indices = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return product_key_scores(query, keys).gather(-1, indices), indices
+
+
+def product_key_weights(
+    query: Tensor,
+    keys: Tensor,
+    top_k: int,
+    query_norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_norm: bool = False,
+    score_activation: str = "softmax",
+    temperature: float = 1.0,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """What a memory layer makes of its queries: rows of the table and their weights, in this order of steps.
+
+    1. Each half of a query is normalised: ``"rms"`` divides it by the root of its mean square, ``"layer"`` subtracts
+       its mean and divides by its standard deviation (the biased one); then ``* norm_weight + norm_bias``.
+    2. Channels are multiplied by ``query_mask``: 0 where dropped, ``1 / (1 - p)`` elsewhere.
+    3. With ``key_norm`` each half key is scaled to length 1.
+    4. :func:`product_key_topk`, of scores as they are.
+    5. Scores are divided by ``temperature``. ``"softmax"``: the rows of a head share a weight of 1. ``"relu"``: each
+       weighs its score where that is positive, else 0 (Memory Layers at Scale, arXiv 2412.09764, section 3, without
+       the competition of its softmax).
+
+    Args:
+        query: ``[T, H, D]``, any floating dtype.
+        keys: ``[H, 2, n, D / 2]``.
+        top_k: rows per token and head.
+        query_norm: ``"rms"``, ``"layer"`` or None.
+        norm_weight: ``[D / 2]``; ones if None.
+        norm_bias: ``[D / 2]``; zeros if None.
+        query_mask: ``[T, H, D]``; ones if None.
+        key_norm: whether half keys are scaled to length 1.
+        score_activation: ``"softmax"`` or ``"relu"``.
+        temperature: positive.
+        norm_eps: added to mean squares and variances.
+
+    Returns:
+        int64 ``indices`` and float64 ``weights``, both ``[T, H, top_k]``.
+    """
+    halves = query.double().unflatten(-1, (2, keys.shape[-1]))
+    if query_norm == "layer":
+        halves = halves - halves.mean(dim=-1, keepdim=True)
+    if query_norm is not None:
+        halves = halves / (halves.square().mean(dim=-1, keepdim=True) + norm_eps).sqrt()
+    if norm_weight is not None:
+        halves = halves * norm_weight.double()
+    if norm_bias is not None:
+        halves = halves + norm_bias.double()
+    query = halves.flatten(-2)
+    if query_mask is not None:
+        query = query * query_mask.double()
+    keys = keys.double()
+    if key_norm:
+        keys = keys / keys.square().sum(dim=-1, keepdim=True).sqrt()
+    scores, indices = product_key_topk(query, keys, top_k)
+    scores = scores / temperature
+    return indices, scores.softmax(dim=-1) if score_activation == "softmax" else scores.clamp(min=0)
 
 
 def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

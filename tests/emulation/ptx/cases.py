@@ -132,20 +132,27 @@ class ProductKeyCase:
     num_keys: int = 40
     half_dim: int = 48
     top_k: int = 8
+    share_of_infinite: float = 0.0
 
-    least_launches = 1
+    least_launches = 2
 
     def __str__(self) -> str:
-        return f"product_keys-{FLOAT_TYPES[self.dtype]}-{self.num_keys}x{self.half_dim}-top{self.top_k}"
+        return f"product_keys-{FLOAT_TYPES[self.dtype]}-{self.num_keys}x{self.half_dim}-top{self.top_k}" + (
+            f"-infinite{self.share_of_infinite}" if self.share_of_infinite else ""
+        )
 
     def run(self, recorder: Recorder) -> None:
         """Scores and indices."""
         heads, keys, dim = self.num_heads, self.num_keys, self.half_dim
+        rows = recorder.random(heads, 2, keys, dim, dtype=self.dtype)
+        if self.share_of_infinite:
+            is_infinite = torch.arange(heads * 2 * keys) * 7 % 64 < 64 * self.share_of_infinite
+            rows[is_infinite.view(heads, 2, keys)] *= torch.inf
         recorder.call(
             "product_key_topk",
             top_k=self.top_k,
             query=recorder.random(self.num_tokens, heads, 2, dim, dtype=self.dtype),
-            keys=recorder.random(heads, 2, keys, dim, dtype=self.dtype),
+            keys=rows,
             scores=recorder.zeros(self.num_tokens, heads, self.top_k, dtype=torch.float32),
             indices=recorder.zeros(self.num_tokens, heads, self.top_k, dtype=torch.int64),
         )
