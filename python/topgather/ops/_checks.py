@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._library import sum_dtype
 
@@ -81,6 +82,22 @@ def check_sinks(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
     check_sum_operand("sinks", sinks, "query", query)
     if tuple(sinks.shape) != (num_query_heads,):
         raise ValueError(f"sinks must have shape [{num_query_heads}] (query heads), got {tuple(sinks.shape)}")
+
+
+def is_other_shape(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether two shapes differ, as far as it is known: in a graph of any size an op's own call tells the rest.
+
+    Asking would pin the sizes of an exported graph to those that it was traced with.
+    """
+    if len(shape) != len(expected):
+        return True
+    for size, wanted in zip(shape, expected, strict=True):
+        if isinstance(size, torch.SymInt) or isinstance(wanted, torch.SymInt):
+            if statically_known_true(size != wanted):
+                return True
+        elif size != wanted:
+            return True
+    return False
 
 
 def check_ndim(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
