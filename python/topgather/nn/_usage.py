@@ -88,7 +88,7 @@ class UsageCounters(nn.Module):
         self.usage_lookups.bitwise_and_(2**LOOKUP_BITS - 1)
 
     def _make_ordinary(self) -> None:
-        """Copy counters that inference mode made, as ``module.to`` does there: outside, they could not be written to."""
+        """Copy counters that inference mode made, as ``module.to`` does there: outside, they cannot be written to."""
         for name in COUNTERS:
             counts = getattr(self, name)
             if counts is not None and counts.is_inference():
