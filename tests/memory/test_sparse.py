@@ -24,7 +24,7 @@ from tests.memory.helpers import (
     run_experts,
     run_lookup,
 )
-from topgather.ops import _memory_ops
+from topgather.ops import _sparse
 
 pytestmark = pytest.mark.sanitize
 
@@ -83,13 +83,13 @@ def test_a_backward_leaves_nothing_behind(device: torch.device, monkeypatch: pyt
     lookup = make_lookup(CASE, torch.float32, device)
     table, weights = lookup.values, lookup.weights
     touched: list[weakref.ref[Tensor]] = []
-    keep_coalesced = _memory_ops._keep_coalesced
+    keep_coalesced = _sparse.keep_coalesced
 
     def noted(rows: Tensor) -> None:
         touched.append(weakref.ref(rows))
         keep_coalesced(rows)
 
-    monkeypatch.setattr(_memory_ops, "_keep_coalesced", noted)
+    monkeypatch.setattr(_sparse, "keep_coalesced", noted)
 
     def backward(**options: Any) -> None:
         tg.memory_lookup(table, lookup.indices, weights, True).backward(lookup.grad_out, **options)

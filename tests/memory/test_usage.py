@@ -143,3 +143,26 @@ def test_counts_are_no_state() -> None:
     assert not counts_of(layer)
     layer.track_usage = True
     assert layer.usage().num_lookups == 0
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["turned on", "made", "moved"])
+def test_counting_begun_in_inference_mode_goes_on_outside(kind: str, how: str) -> None:
+    """Counters that inference mode made can be written to outside, and those of a layer made before, in training."""
+    x = torch.randn(6, DIM)
+    layer = make(kind, track_usage=how == "moved")
+    with torch.inference_mode():
+        if how == "turned on":
+            layer.track_usage = True
+        elif how == "made":
+            layer = make(kind)
+        else:
+            layer.to_empty(device="cpu").reset_parameters()
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    if how == "turned on":
+        layer(x).sum().backward()
+    assert layer.usage().num_lookups == (3 if how == "turned on" else 2) * 6 * 8
+    layer.reset_usage()
+    assert layer.usage().num_lookups == 0

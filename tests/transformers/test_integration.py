@@ -577,6 +577,20 @@ def test_bad_arguments_are_refused(options: dict[str, Any], exception: type[Exce
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("layer", [17, 2, -3])
+def test_dense_layers_that_a_model_has_not_are_refused_when_it_is_made(layer: int) -> None:
+    """And when it is switched; nothing of it changes then."""
+    moba.register(block_size=4, top_k=2, dense_layers=[layer])
+    with pytest.raises(ValueError, match=f"dense_layers must be from -2 to 1, got {layer}"):
+        llama()
+    model = llama("sdpa")
+    with pytest.raises(ValueError, match=f"dense_layers must be from -2 to 1, got {layer}"):
+        moba.set_moba(model, block_size=8)
+    assert model.config._attn_implementation == "sdpa" and not hasattr(model.config, "moba_block_size")
+    moba.set_moba(model, dense_layers=[1])
+    model(tokens(1, 20))
+
+
 def test_more_bad_arguments_are_refused() -> None:
     model = llama()
     for layer in (2, -3):

@@ -67,6 +67,7 @@ def watch_models() -> None:
             current = self.config._attn_implementation
             return original(self, None if current == IMPLEMENTATION else current, is_init_check)
         _check_model(self)
+        _check_settings(self)
         for model in self.modules():  # when it is made, it has no parts yet, and they are asked themselves
             if isinstance(model, PreTrainedModel) and model.config is self.config:
                 _hook_model(model)
@@ -103,6 +104,13 @@ def _check_model(model: PreTrainedModel) -> None:
     unknown = sorted(set(getattr(model.config, "layer_types", None) or ()) - known)
     if unknown:
         _refuse(model, f"config.layer_types has {', '.join(unknown)}, layers that choose their keys in their own way")
+
+
+def _check_settings(model: PreTrainedModel) -> None:
+    """Raise for settings that the model's forward would refuse, such as dense layers that it has not."""
+    from .transformers import settings_of_config
+
+    settings_of_config(model.config.get_text_config(decoder=True))
 
 
 @functools.cache

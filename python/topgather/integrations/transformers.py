@@ -74,6 +74,7 @@ def register(
         block_size: keys per block, at least 1.
         top_k: blocks per query, the own one included, at least 1.
         dense_layers: numbers of the layers that attend to everything, from 0; negative ones count from the last layer.
+            A model that has not so many is refused when it is made or switched.
         replace_cache: whether a plain ``DynamicCache``, which ``generate`` makes for itself, gets layers that hold
             :class:`topgather.MobaCache` in a forward without gradients. Otherwise it stays as it is, and every new
             token costs time that grows with all tokens before it.
@@ -141,7 +142,25 @@ def set_moba(
 
     if IMPLEMENTATION not in AttentionInterface().valid_keys():
         register()
-    implementation = IMPLEMENTATION if enabled else dense_implementation
+    # Written first, for they are looked at when a model is switched.
+    given = {
+        "block_size": block_size,
+        "top_k": top_k,
+        "dense_layers": None if dense_layers is None else [*dense_layers],
+    }
+    before = dict(vars(config))
+    vars(config).update({f"moba_{name}": value for name, value in given.items() if value is not None})
+    try:
+        _switch(model, config, IMPLEMENTATION if enabled else dense_implementation)
+    except BaseException:
+        for name in given:
+            vars(config).pop(f"moba_{name}", None)
+        vars(config).update({name: value for name, value in before.items() if name.startswith("moba_")})
+        raise
+
+
+def _switch(model: PreTrainedModel, config: Any, implementation: str) -> None:
+    """Give ``model`` another implementation; ``config`` is that of its text decoder."""
     if config is model.config:
         model.set_attn_implementation(implementation)
     else:  # only the text decoder of a model with several parts
@@ -152,12 +171,6 @@ def set_moba(
             f"model must go through transformers' attention interface, which {type(model).__name__} does not: "
             f"its attn_implementation stays {config._attn_implementation!r}"
         )
-    if block_size is not None:
-        config.moba_block_size = block_size
-    if top_k is not None:
-        config.moba_top_k = top_k
-    if dense_layers is not None:
-        config.moba_dense_layers = list(dense_layers)
 
 
 def make_cache(
@@ -219,8 +232,22 @@ def _check_layers_exist(name: str, layers: Sequence[int], num_layers: int) -> No
 
 
 def _settings_of(module: nn.Module) -> Settings:
-    """What ``module``, one layer's attention, goes by: its config, else what was registered."""
+    """What ``module``, one layer's attention, goes by."""
     config = getattr(module, "config", None)
+    block_size, top_k, dense_layers = settings_of_config(config)
+    layer_idx, num_layers = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
+    if dense_layers and layer_idx in [idx + (num_layers or 0) if idx < 0 else idx for idx in dense_layers]:
+        return Settings(block_size, None)
+    return Settings(block_size, top_k)
+
+
+def settings_of_config(config: Any) -> tuple[int, int, tuple[int, ...]]:
+    """What a model of ``config`` goes by, its config, else what was registered: ``block_size, top_k, dense_layers``.
+
+    Raises:
+        TypeError: a setting of the wrong type.
+        ValueError: a size below 1, or a layer that the model has not.
+    """
 
     def setting(name: str) -> Any:
         found = getattr(config, f"moba_{name}", None)
@@ -230,13 +257,10 @@ def _settings_of(module: nn.Module) -> Settings:
     checks.check_count("config.moba_block_size", block_size)
     checks.check_count("config.moba_top_k", top_k)
     dense_layers = _check_layers("config.moba_dense_layers", setting("dense_layers"))
-    if dense_layers:
-        layer_idx, num_layers = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
-        if num_layers is not None:
-            _check_layers_exist("dense_layers", dense_layers, num_layers)
-        if layer_idx in [idx + (num_layers or 0) if idx < 0 else idx for idx in dense_layers]:
-            return Settings(block_size, None)
-    return Settings(block_size, top_k)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if dense_layers and num_layers is not None:
+        _check_layers_exist("dense_layers", dense_layers, num_layers)
+    return block_size, top_k, dense_layers
 
 
 # ------------------------------------------------------------------------------------------------------------- masks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..nn._init import TruncatedNormalLinear, reset_modules
 from ..nn._tables import check_number, copy_reference, parameter_to_load
-from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts
+from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts, is_exporting, resize
 from ..ops import _checks as checks
 from ..ops.grid import GRID, Pair, axis_of
 
@@ -193,10 +193,7 @@ class SparseViT(nn.Module):
         mask: Tensor = self.fusion(self.features(x))
         # Whole tokens first, some of which reach over the image's edge: so a token stays where its pixels are.
         patch = math.prod(self.patch_sizes[:3])
-        mask = F.interpolate(
-            mask, size=(patch * mask.size(2), patch * mask.size(3)), mode="bilinear", align_corners=False
-        )
-        return mask[:, :, : x.size(2), : x.size(3)]
+        return resize(mask, (patch * mask.size(2), patch * mask.size(3)), x.size(2), x.size(3))
 
     def attention_macs(self, image_size: Pair, is_global: bool = False) -> int:
         """Multiplications of one image's attention matrix products, those of queries with keys and of weights with
@@ -305,7 +302,10 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         missing = [-(-side // self.patch_size) * self.patch_size - side for side in x.shape[2:]]
-        # A compiled graph pads by nothing too, so that it serves images of any size.
+        # A compiled graph pads by nothing too, so that it serves images of any size. An exported one pads by the most
+        # that could be missing: the convolution leaves out what is no whole patch, and sizes stay simple.
+        if is_exporting():
+            missing = [self.patch_size - 1] * 2
         if torch.compiler.is_compiling() or any(missing):
             x = F.pad(x, (0, missing[1], 0, missing[0]))
         normed: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1))

@@ -62,7 +62,8 @@ class UsageCounters(nn.Module):
             return
         for name in COUNTERS:
             shape = () if name.startswith("usage_lookups") else (self.num_keys**2,)
-            counts = torch.zeros(shape, dtype=torch.int64, device=self.keys.device) if is_tracked else None
+            with torch.inference_mode(False):  # to be written to in any mode
+                counts = torch.zeros(shape, dtype=torch.int64, device=self.keys.device) if is_tracked else None
             setattr(self, name, counts)
 
     @torch.no_grad()
@@ -70,6 +71,8 @@ class UsageCounters(nn.Module):
         """Count a call's lookups, ``indices`` and ``weights [T, K]``, where usage is tracked."""
         if self.usage_units is None or _is_recomputing():
             return
+        if not torch.compiler.is_compiling():
+            self._make_ordinary()
         assert self.usage_weights is not None
         assert self.usage_lookups is not None and self.usage_lookups_carried is not None
         rows = indices.flatten()
@@ -83,6 +86,14 @@ class UsageCounters(nn.Module):
         self.usage_lookups.add_(rows.numel())
         self.usage_lookups_carried.add_(self.usage_lookups >> LOOKUP_BITS)
         self.usage_lookups.bitwise_and_(2**LOOKUP_BITS - 1)
+
+    def _make_ordinary(self) -> None:
+        """Copy counters that inference mode made, as ``module.to`` does there: outside, they cannot be written to."""
+        for name in COUNTERS:
+            counts = getattr(self, name)
+            if counts is not None and counts.is_inference():
+                with torch.inference_mode(False):
+                    setattr(self, name, counts.clone())
 
     def usage(self) -> MemoryUsage:
         """How evenly rows were used since the layer was made or reset, ``track_usage`` was set or ``reset_usage`` was
@@ -113,6 +124,7 @@ class UsageCounters(nn.Module):
 
     def reset_usage(self) -> None:
         """Forget what ``usage`` counted so far."""
+        self._make_ordinary()
         for name in COUNTERS:
             counts = getattr(self, name)
             if counts is not None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ops import _checks as checks
 from ..ops import grid_attention, window_attention
-from ..ops.grid import GRID, WINDOW, Pair, axis_of
+from ..ops.grid import GRID, WINDOW, Pair, axis_of, grid_step
 from ._init import reset_modules
 from ._tables import check_number
+
+# Not in torch 2.6.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 CHANNELS_FIRST, CHANNELS_LAST = LAYOUTS = ("channels_first", "channels_last")
 
@@ -151,12 +156,13 @@ class SparseSelfAttention2d(nn.Module):
         else:
             assert self.grid_size is not None
             partition, most = GRID, self.grid_size
-            steps = max(-(-num_rows // most[0]), 1), max(-(-num_columns // most[1]), 1)
+            steps = grid_step(num_rows, most[0]), grid_step(num_columns, most[1])
         rows = axis_of(partition, num_rows, steps[0]).max_tokens
         columns = axis_of(partition, num_columns, steps[1]).max_tokens
+        if torch.compiler.is_compiling():
+            return _relative_bias_of_any_size(table, most, rows, columns)
         # Entry k of window s is table[s + k]: the window of query q begins at most - 1 - q, so that key k is at its
-        # distance k - q. No gather, so the gradient is a sum in a fixed order. Windows are as wide as the largest group
-        # and cut afterwards, so that a compiled graph serves images of any size.
+        # distance k - q. No gather, so the gradient is a sum in a fixed order.
         bias = table.unfold(1, most[0], 1).narrow(1, most[0] - rows, rows).narrow(3, 0, rows).flip(1)
         bias = bias.unfold(2, most[1], 1).narrow(2, most[1] - columns, columns).narrow(4, 0, columns).flip(2)
         return bias.flatten(3).flatten(1, 2)
@@ -166,6 +172,18 @@ class SparseSelfAttention2d(nn.Module):
         sizes = {"grid_size": self.grid_size, "stride": self.stride, "window_size": self.window_size}
         given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
         return f"dim={self.dim}, num_heads={self.num_heads}, {given}, layout={self.layout}"
+
+
+def _relative_bias_of_any_size(table: Tensor, most: tuple[int, int], rows: int, columns: int) -> Tensor:
+    """What ``SparseSelfAttention2d._relative_position_bias`` makes, in a form that one graph can have for all sizes.
+
+    The bias of the largest group, of which the tokens that there are are chosen: each once, so that the gradient is
+    still a sum in a fixed order.
+    """
+    bias = table.unfold(1, most[0], 1).flip(1).unfold(2, most[1], 1).flip(2).flatten(3).flatten(1, 2)
+    tokens = torch.arange(rows * columns, device=table.device)
+    tokens = tokens // columns * most[1] + tokens % columns
+    return bias.index_select(1, tokens).index_select(2, tokens)
 
 
 class LearnableFeatureFusion(nn.Module):
@@ -251,8 +269,7 @@ class LearnableFeatureFusion(nn.Module):
             checks.check_floating(name, one)
             if one.size(2) < 1 or one.size(3) < 1:
                 raise ValueError(f"{name} must have at least one row and column, got shape {tuple(one.shape)}")
-        num_rows = max(one.size(2) for one in maps)
-        num_columns = max(one.size(3) for one in maps)
+        num_rows, num_columns = _largest([one.size(2) for one in maps]), _largest([one.size(3) for one in maps])
         total = None
         for one, projection, gamma in zip(maps, self.projections, self.gammas, strict=True):
             enlarged = _enlarge(projection(one), num_rows, num_columns)
@@ -268,15 +285,54 @@ class LearnableFeatureFusion(nn.Module):
         return f"in_channels={self.in_channels}, dim={self.dim}, out_channels={self.out_channels}"
 
 
+# An exported graph serves all sizes, and every comparison of two sizes would halve them. What a comparison would decide
+# is computed there instead, and only in tensors, for torch compares sizes of its own accord.
+
+
+def _largest(sides: list[int]) -> int:
+    if not is_exporting():
+        return max(sides)
+    # In this form torch sees that it is at least 1.
+    largest: int = 1 + functools.reduce(torch.sym_max, [side - 1 for side in sides])
+    return largest
+
+
+def _is_same(side: int, other: int) -> bool:
+    return statically_known_true(side == other) if is_exporting() else side == other
+
+
+def _enlarged_side(side: int, target: int) -> int:
+    """``side`` times a whole number where ``side`` is ``target`` divided by it and rounded up; else ``target``."""
+    factor = -(-target // side)
+    missing = side - -(-target // factor)  # never below 0
+    if not is_exporting():
+        return factor * side if missing == 0 else target
+    return target + (1 - torch.sym_min(missing, 1)) * (factor * side - target)
+
+
 def _enlarge(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
     """``x [B, channels, rows, columns]`` at the size of a larger map; see ``LearnableFeatureFusion.forward``."""
-    if x.size(2) == num_rows and x.size(3) == num_columns:
+    if _is_same(x.size(2), num_rows) and _is_same(x.size(3), num_columns):
         return x
-    sides = []
-    for side, target in ((x.size(2), num_rows), (x.size(3), num_columns)):
-        factor = -(-target // side)
-        sides.append(factor * side if -(-target // factor) == side else target)
-    return F.interpolate(x, size=sides, mode="bilinear", align_corners=False)[:, :, :num_rows, :num_columns]
+    sides = _enlarged_side(x.size(2), num_rows), _enlarged_side(x.size(3), num_columns)
+    return resize(x, sides, num_rows, num_columns)
+
+
+def resize(x: Tensor, sides: tuple[int, int], num_rows: int, num_columns: int) -> Tensor:
+    """The first rows and columns of ``x [B, channels, rows, columns]`` resized to ``sides``, bilinearly."""
+    if not is_exporting():
+        return F.interpolate(x, size=sides, mode="bilinear", align_corners=False)[:, :, :num_rows, :num_columns]
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    for dim, side, count in ((2, sides[0], num_rows), (3, sides[1], num_columns)):
+        centers = torch.arange(count, dtype=x.dtype, device=x.device) + 0.5
+        places = (centers * x.size(dim) / side - 0.5).clamp(min=0)
+        last = torch.full((), x.size(dim) - 1, device=x.device)
+        before = torch.minimum(places.long(), last)
+        after = torch.minimum(before + 1, last)
+        weight = (places - before).view(-1, *[1] * (3 - dim))
+        x = x.index_select(dim, before) * (1 - weight) + x.index_select(dim, after) * weight
+    return x.to(dtype)
 
 
 def check_counts(name: str, values: Sequence[int], length: int | None = None, least: int = 1) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._library import sum_dtype
 
@@ -111,6 +112,22 @@ def check_per_query(name: str, tensor: Tensor, shape: Sequence[int], query: Tens
     check_same_device(name, tensor, "query", query)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(tensor.shape)}")
+
+
+def is_other_shape(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether two shapes differ, as far as it is known: in a graph of any size an op's own call tells the rest.
+
+    Asking would pin the sizes of an exported graph to those that it was traced with.
+    """
+    if len(shape) != len(expected):
+        return True
+    for size, wanted in zip(shape, expected, strict=True):
+        if isinstance(size, torch.SymInt) or isinstance(wanted, torch.SymInt):
+            if statically_known_true(size != wanted):
+                return True
+        elif size != wanted:
+            return True
+    return False
 
 
 def check_ndim(name: str, tensor: Tensor, ndim: int, layout: str) -> None:

@@ -79,6 +79,15 @@ def needs_grad(args: Iterable[Any]) -> bool:
     return False
 
 
+def refuse_onnx(name: str) -> None:
+    """Raise ``NotImplementedError`` where an op is traced for ``torch.onnx.export``."""
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            f"topgather: {name} cannot be exported to ONNX, which has no such operator; torch.export.export takes it, "
+            f"for a process that imports topgather"
+        )
+
+
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Call an op from Python: ``op(*args)``, past its autograd registration where that would only pass it on.
 

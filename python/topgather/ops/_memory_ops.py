@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as checks
-from . import _cuda
+from . import _cuda, _sparse
 from . import _tensors as tensors
 from ._library import sum_dtype
 from ._spec import Op, register
@@ -163,7 +163,7 @@ def _touched_rows(values: Tensor, sorted_rows: Tensor, is_first: Tensor) -> Tens
 def _sparse_gradients(
     values: Tensor, indices: Tensor, needs_grad_weights: bool, rows: Tensor, grad_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _keep_coalesced(rows)
+    _sparse.keep_coalesced(rows)
     grad_values = torch.sparse_coo_tensor(
         rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
     )
@@ -172,36 +172,13 @@ def _sparse_gradients(
 
 def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
     """With as many rows as there are entries: how many are touched only data can tell, and nobody who traces asks."""
+    _sparse.let_compiler_compare()
     num_entries = indices.size(0) * indices.size(1)
     rows = indices.new_empty((1, num_entries), dtype=torch.int64)
     grad_values = torch.sparse_coo_tensor(
         rows, values.new_empty((num_entries, values.size(1))), values.shape, is_coalesced=True, check_invariants=False
     )
     return grad_values, _empty_weights(values, indices, needs_grad_weights)
-
-
-def _keep_coalesced(rows: Tensor) -> None:
-    """Inside a backward: where the gradient of just these rows becomes a leaf's, mark it as coalesced there.
-
-    torch stores a sparse gradient without its mark, and an optimizer would sort and copy all of it again. The mark is
-    set at the end of this backward, and nothing of it is left afterwards. Holding on to ``rows`` until then makes sure
-    that no other gradient's indices can lie at their address.
-    """
-    node = torch._C._current_autograd_node()
-    if node is None:
-        return
-    accumulators = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
-    leaves = [following.variable for following, _ in node.next_functions if isinstance(following, accumulators)]
-
-    def mark() -> None:
-        for leaf in leaves:
-            grad = leaf.grad
-            if grad is None or not grad.is_sparse or grad._nnz() != rows.numel():
-                continue
-            if grad._indices().data_ptr() == rows.data_ptr():
-                grad._coalesced_(True)
-
-    torch.autograd.Variable._execution_engine.queue_callback(mark)
 
 
 def _in_sum_dtype(tensor: Tensor, values: Tensor) -> Tensor:
@@ -341,6 +318,7 @@ register(
         forward_mode=_lookup_forward,
         autocast={"weights": lambda tensor, values, device_type: tensors.autocast_to_sums(tensor, values, device_type)},
         batch={"indices": 0, "weights": 0, "out": 0},
+        shared="values",
     )
 )
 register(
@@ -356,6 +334,7 @@ register(
         forward_mode=_dot_forward,
         autocast={"x": follow_table},
         batch={"indices": 0, "x": 0, "out": 0},
+        shared="values",
     )
 )
 

@@ -21,8 +21,8 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from .. import _native
-from . import _cuda, _transforms
-from ._library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors
+from . import _cuda, _sparse, _transforms
+from ._library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
 
 Function = Callable[..., Any]
 
@@ -60,6 +60,7 @@ class Op:
         batch: dimension, by argument and result, along which problems do not depend on each other: vmap folds its own
             dimension into it.
         folds: whether ``batch`` holds for a call, from its arguments.
+        shared: the argument whose gradient is sparse where ``sparse_grad`` is set: several calls may have it in common.
     """
 
     schema: str
@@ -81,6 +82,7 @@ class Op:
     autocast: Mapping[str, Function] = field(default_factory=dict)
     batch: Mapping[str, int] = field(default_factory=dict)
     folds: Function | None = None
+    shared: str | None = None
 
 
 # Signatures of calls that an op's kernel remembers as checked.
@@ -124,7 +126,10 @@ def register(op: Op) -> None:
     library.impl(name, cuda_kernel, "CUDA")
     _cuda.KERNELS[name] = cuda_kernel
     torch.library.register_fake(f"topgather::{name}", generator.fake(), lib=library)
-    library.impl(name, generator.autograd(), "Autograd")
+    autograd = generator.autograd()
+    library.impl(
+        name, autograd if op.shared is None else _sparse.sharing(autograd, op.shared, generator.arguments), "Autograd"
+    )
     torch.library.register_vmap(f"topgather::{name}", generator.vmap(), lib=library)
     if generator.written:
         library.impl(name, generator.count_versions(), "ADInplaceOrView")
@@ -300,6 +305,7 @@ class _Generator:
         source = self._source()
         source.line(f"def fake_kernel({self._signature(source)}):", 0)
         self._refuse_none(source)
+        source.line(f"{source.bound(refuse_onnx, 'refuse_onnx')}({self.name!r})")
         source.line(source.call(self.op.check, self.here))
         if self.results:
             source.line(f"return {source.call(self.op.fake_results or self.op.results, self.here)}")

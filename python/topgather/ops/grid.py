@@ -66,7 +66,7 @@ def grid_attention(
         rows, columns = checks.check_pair("grid_size", grid_size)
         checks.check_tensor("query", query)
         checks.check_ndim("query", query, 5, "[batch, heads, rows, columns, head_dim]")
-        steps = max(-(-query.size(2) // rows), 1), max(-(-query.size(3) // columns), 1)
+        steps = grid_step(query.size(2), rows), grid_step(query.size(3), columns)
     return _attention(query, key, value, bias, GRID, steps, scale)
 
 
@@ -135,11 +135,17 @@ class Axis(NamedTuple):
     max_tokens: int
 
 
+def grid_step(size: int, most: int) -> int:
+    """The stride of a grid whose groups have at most ``most`` tokens along an axis of ``size``."""
+    step: int = torch.sym_max(-(-size // most), 1)  # the builtin would make an exported size one of two kinds
+    return step
+
+
 def axis_of(partition: str, size: int, step: int) -> Axis:
     """``step`` is the stride of a grid's tokens, or the side of a window."""
     if partition == GRID:
-        return Axis(size, min(step, size), 1, step, -(-size // step))
-    return Axis(size, -(-size // step), step, 1, min(step, size))
+        return Axis(size, torch.sym_min(step, size), 1, step, -(-size // step))
+    return Axis(size, -(-size // step), step, 1, torch.sym_min(step, size))
 
 
 def tokens_per_group(query: Tensor, partition: str, rows_step: int, columns_step: int) -> int:
@@ -175,7 +181,7 @@ def _check(
     checks.check_sum_operand("bias", bias, "query", query)
     num_tokens = tokens_per_group(query, partition, rows_step, columns_step)
     expected = (query.size(1), num_tokens, num_tokens)
-    if tuple(bias.shape) != expected:
+    if checks.is_other_shape(bias.shape, expected):
         raise ValueError(
             f"bias must have shape {list(expected)} [heads, tokens of a group, tokens of a group], "
             f"got {tuple(bias.shape)}"

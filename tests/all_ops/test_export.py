@@ -1,0 +1,96 @@
+"""``torch.export`` with dynamic sizes of every layer over images, and one compiled graph for all sizes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+
+import topgather as tg
+
+
+def small_vit(base_size: int | None = 64) -> nn.Module:
+    return tg.models.SparseViT(
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 8, 8),
+        head_dim=8,
+        rates=((1,), (1,)),
+        base_size=base_size,
+        fusion_dim=8,
+        init_value=1.0,
+    ).eval()
+
+
+class TwoMaps(nn.Module):
+    """A fusion of a map and of what a stride leaves of it."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.fusion = tg.nn.LearnableFeatureFusion([8, 8], 8, init_value=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fusion([x[:, :, :: self.stride, :: self.stride], x])
+
+
+def attention(**options: Any) -> nn.Module:
+    return tg.nn.SparseSelfAttention2d(8, 2, **options)
+
+
+TOKENS = [(8, 8), (13, 7), (40, 20), (5, 9)]
+# A size that may be 1 somewhere inside is another graph to torch, with a plain convolution too: 32 pixels are a token.
+PIXELS = [(64, 64), (70, 90), (33, 47)]
+# The module, channels, the least size, one to export with, and others.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], int, int, tuple[int, int], list[tuple[int, int]]]] = {
+    "grid": (lambda: attention(grid_size=4), 8, 4, (16, 24), TOKENS),
+    "grid, relative": (lambda: attention(grid_size=4, relative_position_bias=True), 8, 4, (16, 24), TOKENS),
+    "grid of two sides": (lambda: attention(grid_size=(3, 5), relative_position_bias=True), 8, 4, (16, 24), TOKENS),
+    "stride": (lambda: attention(stride=2), 8, 4, (16, 24), TOKENS),
+    "window": (lambda: attention(window_size=4), 8, 2, (16, 24), [*TOKENS, (2, 3)]),
+    "window, relative": (
+        lambda: attention(window_size=4, relative_position_bias=True),
+        8,
+        2,
+        (16, 24),
+        [*TOKENS, (2, 3)],
+    ),
+    "fusion": (lambda: TwoMaps(2), 8, 4, (16, 24), TOKENS),
+    "fusion, a third": (lambda: TwoMaps(3), 8, 4, (16, 24), TOKENS),
+    "SparseViT": (small_vit, 3, 33, (64, 96), PIXELS),
+    "SparseViT of strides": (lambda: small_vit(None), 3, 33, (64, 96), PIXELS),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_exported_layer_serves_other_sizes(name: str) -> None:
+    make, channels, least, first, others = LAYERS[name]
+    layer = make()
+    sizes = {2: Dim("H", min=least, max=4096), 3: Dim("W", min=least, max=4096)}
+    program = export(layer, (torch.randn(1, channels, *first),), dynamic_shapes=(sizes,)).module()
+    for size in [first, *others]:
+        image = torch.randn(1, channels, *size)
+        torch.testing.assert_close(program(image), layer(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_compiled_graph_for_all_sizes(name: str) -> None:
+    """A second one at most: torch takes a size that changes for dynamic when it has seen it change."""
+    make, channels, _, first, others = LAYERS[name]
+    layer = make()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    is_vit = name.startswith("SparseViT")
+    for size in [first, *others, (64, 48), (96, 160)] if is_vit else [first, *others, (9, 10), (7, 30), (18, 14)]:
+        image = torch.randn(1, channels, *size, requires_grad=True)
+        actual, expected = compiled(image), layer(image)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        if not is_vit:
+            leaves = [image, *layer.parameters()]
+            gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (actual, expected)]
+            for left, right in zip(*gradients, strict=True):
+                torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
