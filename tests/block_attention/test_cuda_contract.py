@@ -25,12 +25,12 @@ from tests.block_attention.helpers import (
     make_inputs,
     run_attention,
 )
+from tests.common.native import described, workspace_bytes
 from tests.common.runs import assert_all_equal
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from topgather import reference
 from topgather.ops import _cuda
-from topgather.ops._library import DTYPE_CODES
 
 WAYS = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
 CASE = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=90, head_dim=24, block_size=8, top_k=4)
@@ -619,9 +619,8 @@ WITH_WORKSPACE = pytest.mark.parametrize(
 )
 
 
-def workspace_bytes(
+def asked_for(
     native: Any,
-    device: torch.device,
     entry: str,
     is_deterministic: bool,
     dtype: torch.dtype,
@@ -629,33 +628,22 @@ def workspace_bytes(
     length: int,
     top_k: int,
 ) -> int:
-    """What an entry point asks for. Its tensors are described alone: no memory is behind them."""
+    """Workspace of an entry point. Its tensors are described alone: no memory is behind them."""
     batch, num_heads, num_kv_heads = heads
-
-    def tensor(num_heads: int, *last: int, dtype: torch.dtype = dtype) -> Any:
-        meta = torch.empty((batch, num_heads, length, *last), dtype=dtype, device="meta")
-        return 16, DTYPE_CODES[dtype], tuple(meta.shape), meta.stride()
-
-    fields = {
-        "block_size": 128,
-        "is_causal": True,
-        "cu_seqlens_q": None,
-        "cu_seqlens_k": None,
-        "num_threads": 1,
-        "scale": 0.1,
-        "deterministic": is_deterministic,
-        "softcap": None,
-        "sinks": None,
-        "block_indices": tensor(num_heads, top_k, dtype=torch.int32),
-        **dict.fromkeys(("query", "out", "grad_out", "grad_query"), tensor(num_heads, 128)),
-        **dict.fromkeys(("key", "value", "grad_key", "grad_value"), tensor(num_kv_heads, 128)),
-        **dict.fromkeys(("lse", "grad_lse"), tensor(num_heads, dtype=torch.float32)),
-        "softmax_terms": tensor(num_heads, 2, dtype=torch.float32),
-    }
-    count = f"{entry}_workspace_bytes"
-    size = getattr(native, count)(*(fields[name] for name in native.argument_names[count][:-1]), device.index or 0)
-    assert isinstance(size, int)
-    return size
+    queries, keys = (described(batch, count, length, 128, dtype=dtype) for count in (num_heads, num_kv_heads))
+    sums = described(batch, num_heads, length, dtype=torch.float32)
+    options = {"block_size": 128, "is_causal": True, "scale": 0.1, "deterministic": is_deterministic}
+    return workspace_bytes(
+        native,
+        entry,
+        **options,
+        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "softcap", "sinks")),
+        block_indices=described(batch, num_heads, length, top_k, dtype=torch.int32),
+        **dict.fromkeys(("query", "out", "grad_out", "grad_query"), queries),
+        **dict.fromkeys(("key", "value", "grad_key", "grad_value"), keys),
+        **dict.fromkeys(("lse", "grad_lse"), sums),
+        softmax_terms=described(batch, num_heads, length, 2, dtype=torch.float32),
+    )
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
@@ -667,7 +655,7 @@ def test_workspace_is_bounded(
     lengths = (2**14, 2**17, 2**20)
 
     def size_of(length: int) -> int:
-        return workspace_bytes(native, cuda_device, entry, is_deterministic, dtype, (4, 32, 8), length, 16)
+        return asked_for(native, entry, is_deterministic, dtype, (4, 32, 8), length, 16)
 
     sizes = [size_of(length) for length in lengths]
     for length, size in zip(lengths, sizes, strict=True):
@@ -686,10 +674,7 @@ def test_workspace_is_the_same_each_time_it_is_asked_for(
     entry: str, is_deterministic: bool, budget: int, native: Any, cuda_device: torch.device
 ) -> None:
     native.moba_cuda_set_budget(budget)
-    first, second = (
-        workspace_bytes(native, cuda_device, entry, is_deterministic, torch.bfloat16, (2, 4, 2), 300, 3)
-        for _ in range(2)
-    )
+    first, second = (asked_for(native, entry, is_deterministic, torch.bfloat16, (2, 4, 2), 300, 3) for _ in range(2))
     assert first == second > 0
 
 

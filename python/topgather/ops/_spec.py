@@ -101,6 +101,14 @@ def meta_of(tensor: Tensor | None) -> Meta | None:
     return None if tensor is None else Meta(tensor.shape, tensor.dtype, tensor.device)
 
 
+NO_SECOND_DERIVATIVE = " has no double backward; its gradients cannot be differentiated"
+NOR_FORWARD = " in forward mode either (jvp, linearize, jacfwd, hessian)"
+NO_FORWARD_MODE = (
+    " has no derivative in forward mode (jvp, linearize, jacfwd, dual numbers); reverse mode has one (backward, grad, "
+    "vjp, jacrev)"
+)
+
+
 def refuse_none(**tensors: Tensor | None) -> None:
     """Raise ``TypeError`` for the first that is None."""
     for name, tensor in tensors.items():
@@ -196,6 +204,21 @@ class _Generator:
         positional = self.arguments[: len(self.arguments) - self.num_keyword_only]
         # How one calls the op with names of these arguments.
         self.passed = ", ".join([*positional, *(f"{name}={name}" for name in self.arguments[len(positional) :])])
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """What a description says of an argument or a result is said of one that there is."""
+        op, tensors, results = self.op, set(self.tensors), set(self.results)
+        for part, names, known in (
+            ("inputs", op.inputs, {*tensors, *results, *op.locals}),
+            ("zeroed", op.zeroed, results),
+            ("gradients", op.gradients, tensors),
+            ("autocast", op.autocast, tensors),
+            ("folds", () if op.folds is None else inspect.signature(op.folds).parameters, set(self.arguments)),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ImportError(f"topgather: {self.name}: {part} names {name!r}, which the op does not have")
 
     def _source(self) -> _Source:
         return _Source(self.name)
@@ -255,11 +278,6 @@ class _Generator:
             aligned = _native.aligned_arguments[native]
         except KeyError:
             raise ImportError(f"topgather: {self.name}: the native module has no entry point {native}") from None
-        if device == "cuda":
-            align = source.bound(_cuda.aligned, "aligned")
-            for name in aligned:
-                source.line(f"native_{name} = {align}({given[name]})")
-                given[name] = f"native_{name}"
         given["num_threads"] = f"{source.bound(torch.get_num_threads, 'num_threads')}()" if device == "cpu" else "1"
         for name in fields:
             if name not in given:
@@ -267,6 +285,11 @@ class _Generator:
                     f"topgather: {self.name}: the native entry point {native} has a field {name!r}, which is no "
                     f"argument, result or local of the op"
                 )
+        if device == "cuda":
+            align = source.bound(_cuda.aligned, "aligned")
+            for name in aligned:
+                source.line(f"native_{name} = {align}({given[name]})")
+                given[name] = f"native_{name}"
         passed = [given[name] for name in fields]
         if not reads_tensors:
             view = source.bound(describe, "describe")
@@ -411,7 +434,7 @@ class _Generator:
             owner = self.op.derivative_of
 
             def refuse(name: str | None = owner) -> None:
-                raise RuntimeError(f"topgather: {name} has no double backward; its gradients cannot be differentiated")
+                raise RuntimeError(f"topgather: {name}{NO_SECOND_DERIVATIVE}")
 
             parameters = [owner] if owner in self.arguments else []
             return parameters, dict.fromkeys(parameters, False), refuse
@@ -509,10 +532,7 @@ class _Generator:
         tangents = [f"tangent_{name}" if name in self.tensors else "_" + name for name in self.arguments]
         if op.forward_mode is None:
             owner = op.derivative_of or self.name
-            message = (
-                " has no derivative in forward mode (jvp, linearize, jacfwd, dual numbers); reverse mode has one "
-                "(backward, grad, vjp, jacrev)"
-            )
+            message = NO_FORWARD_MODE if op.derivative_of is None else NO_SECOND_DERIVATIVE + NOR_FORWARD
             source.line(f"def forward_mode(ctx, {', '.join(tangents)}):", 0)
             if owner in options:
                 source.line(f"{_tuple_of(options)} = ctx.options")

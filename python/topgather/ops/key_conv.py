@@ -145,6 +145,41 @@ def _gradients(key: Tensor, weight: Tensor, state: Tensor | None, needs_grad_wei
     return torch.empty_like(key), grad_weight, grad_state
 
 
+def _sums_of_taps(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``sum_l weight[..., W - 1 - l] * key_{t - l}`` in the dtype of sums, by torch's own ops."""
+    key, weight = (tensor.to(sum_dtype(key.dtype)) for tensor in (key, weight))
+    width = weight.size(2)
+    if cu_seqlens is None:
+        before = key.new_zeros((*key.shape[:2], width - 1, key.size(3))) if state is None else state.to(key.dtype)
+        padded, taps = torch.cat([before, key], dim=2), weight[:, None]
+        shifted = [padded.narrow(2, width - 1 - back, key.size(2)) for back in range(width)]
+    else:
+        tokens, starts = torch.arange(key.size(0), device=key.device), cu_seqlens.to(torch.int64)
+        sequences = torch.searchsorted(starts, tokens, right=True) - 1
+        place, taps = (tokens - starts[sequences])[:, None, None], weight
+        shifted = [torch.where(place >= back, key.roll(back, 0), 0) for back in range(width)]
+    return sum((keys * taps[..., width - 1 - back] for back, keys in enumerate(shifted)), key.new_zeros(()))
+
+
+def _forward_mode(
+    key: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_weight: Tensor | None,
+    tangent_state: Tensor | None,
+) -> Tensor:
+    """``d_key + silu'(s) d_s``; the sum over taps ``s`` is linear in keys, those before them included, and in taps."""
+    sums = _sums_of_taps(key, weight, state, cu_seqlens)
+    d_key = torch.zeros_like(key) if tangent_key is None else tangent_key
+    d_sums = _sums_of_taps(d_key, weight, tangent_state, cu_seqlens)
+    if tangent_weight is not None:
+        d_sums = d_sums + _sums_of_taps(key, tangent_weight, state, cu_seqlens)
+    sigmoid = sums.sigmoid()
+    return (d_key + sigmoid * (1 + sums * (1 - sigmoid)) * d_sums).to(key.dtype)
+
+
 def _folds(cu_seqlens: Tensor | None) -> bool:
     return cu_seqlens is None
 
@@ -178,6 +213,7 @@ register(
         inputs={"weight": _weight, "cu_seqlens": tensors.boundaries},
         results=lambda key: torch.empty_like(key),
         backward="key_conv_backward",
+        forward_mode=_forward_mode,
         autocast={"key": tensors.autocast, "state": tensors.autocast, "weight": _weight_follows},
         batch={"key": 0, "state": 0, "out": 0},
         folds=_folds,

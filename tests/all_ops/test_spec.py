@@ -1,0 +1,165 @@
+"""What follows from an op's description: names checked at import, tensors described in Python."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.common.ops import CASES
+from tests.common.runs import assert_all_equal
+from topgather.ops import _cuda, _library, _spec
+from topgather.ops._spec import OPS, Op
+
+ops = torch.ops.topgather
+
+# --- tensors described in Python --------------------------------------------------------------------------------------
+
+
+def bits_of_all() -> dict[str, Tensor]:
+    """Results and gradients of every case, in rows as they lie and in rows of swapped dimensions."""
+    bits = {}
+    for case in CASES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for is_swapped in (False, True):
+                inputs = case.inputs(dtype, torch.device("cpu"))
+                for name, value in inputs.items() if is_swapped else ():
+                    if isinstance(value, Tensor) and value.dim() > 2 and name not in case.written:
+                        inputs[name] = value.transpose(0, 1).contiguous().transpose(0, 1)
+                for name in case.differentiable:
+                    inputs[name].requires_grad_()
+                for part, tensor in case.everything(inputs).items():
+                    bits[f"{case} {dtype} {is_swapped} {part}"] = tensor
+    return bits
+
+
+def test_tensors_described_in_python_give_the_same_bits(tmp_path: Path) -> None:
+    """As on a torch without DLPack's C interface."""
+    path = tmp_path / "bits.pt"
+    imports = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), *sys.path)))
+    environment = os.environ | {"TOPGATHER_DESCRIBE_TENSORS": "1", "PYTHONPATH": imports}
+    subprocess.run([sys.executable, __file__, path], env=environment, check=True)
+    assert_all_equal(torch.load(path), bits_of_all())
+    assert _library.reads_tensors == hasattr(Tensor, "__dlpack_c_exchange_api__")
+
+
+# --- descriptions that ask for what nobody gives ----------------------------------------------------------------------
+
+
+def _check(x: Tensor) -> None:
+    pass
+
+
+def _results(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _backward(grad_out: Tensor, x: Tensor) -> tuple[Tensor]:
+    return (grad_out * x,)
+
+
+def _asks_for_more(nothing: Any) -> Any:
+    return nothing
+
+
+DOUBLED = Op(
+    schema="doubled(Tensor x, int factor) -> Tensor out",
+    check=_check,
+    results=_results,
+    backward=_backward,
+    gradients=("x",),
+)
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A native module with the entry point of ``DOUBLED``; what is registered is forgotten afterwards."""
+
+    def doubled_cpu(x: Any, factor: int, out: Any) -> None:
+        out.copy_(x * factor)
+
+    module = SimpleNamespace(
+        argument_names={"doubled_cpu": ["x", "factor", "out"]},
+        aligned_arguments={"doubled": []},
+        doubled_cpu=doubled_cpu,
+    )
+    monkeypatch.setattr(_spec, "_native", module)
+    monkeypatch.setattr(_spec, "reads_tensors", True)
+    for registry in (_spec.OPS, _spec.CPU_KERNELS, _cuda.KERNELS):
+        monkeypatch.setitem(registry, "doubled", None)  # taken out again afterwards
+    with torch.library._scoped_library("topgather", "FRAGMENT") as library:
+        monkeypatch.setattr(_spec, "library", library)
+        yield module
+
+
+def test_a_whole_description_works(native: Any) -> None:
+    _spec.register(DOUBLED)
+    x = torch.arange(3.0, requires_grad=True)
+    out = ops.doubled(x, 2)
+    assert torch.equal(out, 2 * x)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], x)
+    assert OPS["doubled"] is DOUBLED
+
+
+def test_nothing_is_left_of_it() -> None:
+    assert not hasattr(ops, "doubled") and "doubled" not in OPS
+
+
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_a_field_that_nobody_gives(native: Any, is_aligned: bool) -> None:
+    native.argument_names["doubled_cpu"].append("stride")
+    if is_aligned:
+        native.aligned_arguments["doubled"].append("stride")
+    with pytest.raises(ImportError, match=r"topgather: doubled: .* has a field 'stride'"):
+        _spec.register(DOUBLED)
+
+
+def test_no_entry_point(native: Any) -> None:
+    with pytest.raises(ImportError, match="topgather: doubled: the native module has no entry point halved"):
+        _spec.register(replace(DOUBLED, native="halved"))
+
+
+ASKS: dict[str, Any] = {
+    "check": _asks_for_more,
+    "results": _asks_for_more,
+    "fake_results": _asks_for_more,
+    "check_content": _asks_for_more,
+    "cuda_check": _asks_for_more,
+    "composed_on_cuda": _asks_for_more,
+    "locals": {"factor_squared": _asks_for_more},
+    "inputs": {"x": _asks_for_more},
+    "backward": _asks_for_more,
+    "forward_mode": _asks_for_more,
+    "autocast": {"x": _asks_for_more},
+    "folds": _asks_for_more,
+}
+NAMES: dict[str, Any] = {
+    "inputs": {"nothing": _results},
+    "zeroed": ("nothing",),
+    "gradients": ("nothing",),
+    "autocast": {"nothing": _results},
+}
+
+
+@pytest.mark.parametrize("part", ASKS)
+def test_a_function_that_asks_for_an_unknown_name(native: Any, part: str) -> None:
+    with pytest.raises(ImportError, match=r"topgather: doubled: .*'nothing'"):
+        _spec.register(replace(DOUBLED, **{part: ASKS[part]}))
+
+
+@pytest.mark.parametrize("part", NAMES)
+def test_an_unknown_name(native: Any, part: str) -> None:
+    with pytest.raises(ImportError, match=f"topgather: doubled: {part} names 'nothing'"):
+        _spec.register(replace(DOUBLED, **{part: NAMES[part]}))
+
+
+if __name__ == "__main__":
+    assert not _library.reads_tensors
+    torch.save(bits_of_all(), sys.argv[1])
