@@ -513,9 +513,9 @@ def _check_backward(
             raise ValueError(
                 f"{name} must have query's shape but for value_dim, {list(expected)}, got {tuple(tensor.shape)}"
             )
-    for name, tensor, last in (("lse", lse, ()), ("grad_lse", grad_lse, ()), ("softmax_terms", softmax_terms, (2,))):
-        if tensor is not None:
-            checks.check_per_query(name, tensor, _per_query(query, *last), query)
+    for name, numbers, last in (("lse", lse, ()), ("grad_lse", grad_lse, ()), ("softmax_terms", softmax_terms, (2,))):
+        if numbers is not None:
+            checks.check_per_query(name, numbers, _per_query(query, *last), query)
 
 
 def _check_centroids(key: Tensor, block_size: int) -> None:
