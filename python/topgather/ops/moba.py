@@ -479,8 +479,10 @@ def _check_route(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> None:
-    longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    _check(query, key, block_size, cu_seqlens_q, cu_seqlens_k, top_k=top_k, **longest)
+    _check(
+        query, key, block_size, cu_seqlens_q, cu_seqlens_k, top_k=top_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
     num_keys = key.size(2) if cu_seqlens_k is None else key.size(0)
     checks.check_slots(top_k, _per_query(query), _slots(None, num_keys, block_size))
 
