@@ -257,7 +257,7 @@ BARRIERS = [
     PlantedBug("route: centroids overwritten while read", ROUTE,
                "publishes each warp's scores to its lanes. __syncthreads();", "__syncwarp();", "routing", OVERWRITTEN),
     PlantedBug("route: scores not published", ROUTE,
-               "publishes each warp's scores to its lanes. __syncthreads();", "", "routing", UNPUBLISHED),
+               "publishes each warp's scores to its lanes. __syncthreads();", "", "routing", f"{UNPUBLISHED}|{OVERWRITTEN}"),
     PlantedBug("route: list entries overwritten while read", ROUTE,
                "All lanes have read before any of them writes. __syncwarp();", "", "routing by warps", OVERWRITTEN),
     PlantedBug("route: moved list entries not published", ROUTE,
