@@ -222,7 +222,7 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
     args.num_tiles = static_cast<uint32_t>(plan.num_tiles);
     args.num_work = static_cast<uint32_t>(plan.num_tiles * count * geometry.group);
     args.list_length = static_cast<int32_t>(plan.list_length);
-    args.group_width = plan.list_length <= 8 ? 8 : (plan.list_length <= 16 ? 16 : 32);
+    args.has_lane_lists = plan.are_lists_shared && plan.list_length <= route::kMaxLaneList;
     args.head_dim = static_cast<int32_t>(problem.head_dim);
     args.row_elements = static_cast<int32_t>(plan.row_elements);
     args.are_lists_shared = plan.are_lists_shared;

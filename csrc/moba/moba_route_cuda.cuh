@@ -6,19 +6,20 @@
 //
 // Who owns what: a thread block owns kQueries neighbouring queries of one head and walks the centroids in tiles of
 // kCentroids; each of its warps owns kRowsPerWarp rows, their scores and their lists. Steps per tile of centroids:
-//   1. the tile arrives in shared memory;
+//   1. the tile arrives in shared memory, the first one before the loop, others while step 3 selects;
 //   2. each warp multiplies its rows with it and leaves the scores in shared memory, in the rows' order;
-//   3. members of a group, 8, 16 or 32 lanes by top_k, take a row, a score each: one comparison with the worst score
-//      kept; where any member's beats it, the group enters the scores that do, one at a time, into the row's sorted
-//      list;
+//   3. a lane takes a row and marks the scores that beat the worst one kept, then enters what it marked, from the lowest
+//      block on, into the row's sorted list, which it holds in registers meanwhile. Lists longer than kMaxLaneList: a
+//      group of 32 lanes takes a row, a score each, and enters the scores that beat the worst, one at a time;
 //   last:
 //   4. own block, ascending order, -1 for the rest, written out.
 // Numerics: scores must rank as float32 does. A 16-bit query times a centroid cut into kParts 16-bit numbers (three of
 // bfloat16, two of float16) sums products that are exact in float32; float32 takes plain multiply-adds. A score that
 // comes out NaN is computed once more in float32 from the uncut centroid, since inf times a part may be NaN where inf
-// times the whole is inf; what is NaN then ranks as +inf. Ties: scores rank by value, then by lower block number, a
-// total order, so that the order of insertion does not matter. Empty lists hold (-inf, no block), which every block
-// beats.
+// times the whole is inf; what is NaN then ranks as +inf. Ties: scores rank by value, then by lower block number. Lanes
+// with rows of their own see blocks in ascending order, so that only a greater score beats one that is kept; there an
+// empty entry's score is NaN, which is no score's better. Groups compare both, a total order, so that the order of
+// insertion does not matter; there empty entries are (-inf, no block), which every block beats.
 // Determinism: a row's choice depends on its own row and the centroids alone.
 #pragma once
 
@@ -44,7 +45,7 @@ struct RouteArguments {
   uint32_t num_tiles;  // of a head; packed: a bound
   uint32_t num_work;   // num_tiles x query heads of the units
   int32_t list_length;
-  int32_t group_width;  // lanes that share a row while selecting
+  bool has_lane_lists;  // step 3 by a lane a row
   int32_t head_dim;
   int32_t row_elements;             // of a centroid row in memory, zeros past head_dim
   bool are_lists_shared;            // lists in shared memory, else in list_scores and list_blocks
@@ -83,6 +84,9 @@ using cuda::lane_id;
 using cuda::warp_id;
 
 constexpr int32_t kNoBlock = INT32_MAX;
+constexpr int32_t kMaxLaneList = 16;
+// Lanes that share a row while they write its choices.
+constexpr int kWriters = 8;
 
 __device__ __forceinline__ bool beats(float score, int32_t block, float other_score, int32_t other_block) {
   return score > other_score || (score == other_score && block < other_block);
@@ -91,6 +95,13 @@ __device__ __forceinline__ bool beats(float score, int32_t block, float other_sc
 struct Lists {
   float* scores;    // [row, length] float32, descending
   int32_t* blocks;  // [row, length] int32
+  int32_t length;
+};
+
+// Of lanes with rows of their own: in shared memory, neighbouring rows side by side.
+struct LaneLists {
+  float* scores;    // [length, row] float32, descending
+  int32_t* blocks;  // [length, row] int32
   int32_t length;
 };
 
@@ -122,26 +133,38 @@ __device__ __forceinline__ int32_t place_rows(const MobaGeometry& geometry, cons
   return position < 0 ? 0 : block_of_position(geometry, position);
 }
 
-// Copies `count` rows to consecutive rows of the tile, zeros after them.
-template <typename Tile, typename Element>
-__device__ __forceinline__ void copy_rows(Tile& tile, const Element* rows, int64_t row_stride, int64_t count,
-                                          int num_rows, int used_chunks, int row_chunks, int num_threads) {
-  for (int i = threadIdx.x; i < num_rows * used_chunks; i += num_threads) {
-    const int row = i / used_chunks, chunk = i % used_chunks;
-    cuda::copy_chunk_async(tile, row, chunk, rows + row * row_stride, row_chunks, row < count);
+// Copies `count` rows of `rows` to kRows consecutive rows of the tile from first_row on, zeros after them. A thread keeps
+// to one column of chunks, so that no division is left.
+template <int kRows, int kThreads, typename Tile, typename Element>
+__device__ __forceinline__ void copy_rows(Tile& tile, int first_row, const Element* rows, int64_t row_stride,
+                                          int64_t count, int used_chunks, int row_chunks) {
+  constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
+  static_assert(kThreads % Tile::kChunks == 0 && kRows % kRowsAtOnce == 0, "whole rows at a time");
+  const int chunk = static_cast<int>(threadIdx.x) % Tile::kChunks;
+  if (chunk >= used_chunks) return;
+#pragma unroll 8
+  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+    const int row = i * kRowsAtOnce + static_cast<int>(threadIdx.x) / Tile::kChunks;
+    cuda::copy_chunk_async(tile, first_row + row, chunk, rows + row * row_stride, row_chunks, row < count);
   }
 }
 
 // Step 2.
 template <typename Element, int kHeadDim>
-__device__ __forceinline__ void score_tile(RouteSharedMemory<Element, kHeadDim>& shared, int head_dim, int count) {
+__device__ __forceinline__ void score_tile(RouteSharedMemory<Element, kHeadDim>& shared, int head_dim) {
   using Shared = RouteSharedMemory<Element, kHeadDim>;
   using Tiles = typename Shared::Tiles;
   const int first_row = warp_id() * Shared::kRowsPerWarp;
   float scores[Tiles::kRowBlocks][Shared::kCentroids / 8][4];
   cuda::fill(scores, 0.0f);
-  cuda::multiply_by_rows<kCentroidParts<Element>>(scores, shared.query, first_row, shared.centroids, 0, count, head_dim,
-                                                  Shared::kCentroids);
+  // Centroids that are not there are zeros. Where the depth is the tile's, the product has no branches.
+  if (head_dim == kHeadDim) {
+    cuda::multiply_by_rows<kCentroidParts<Element>>(scores, shared.query, first_row, shared.centroids, 0,
+                                                    Shared::kCentroids, kHeadDim, Shared::kCentroids);
+  } else {
+    cuda::multiply_by_rows<kCentroidParts<Element>>(scores, shared.query, first_row, shared.centroids, 0,
+                                                    Shared::kCentroids, head_dim, Shared::kCentroids);
+  }
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int m = 0; m < Tiles::kRowBlocks; ++m) {
@@ -155,32 +178,30 @@ __device__ __forceinline__ void score_tile(RouteSharedMemory<Element, kHeadDim>&
   }
 }
 
-// Step 3's insertion: every member of a group holds its row's candidate; groups without one stand by. From the list's
-// end to its start: an entry the candidate beats makes room by moving down one.
-__device__ __forceinline__ void insert(const Lists& lists, int row, int member, int width, bool has_candidate,
-                                       float score, int32_t block) {
+// Step 3's insertion by the warp's lanes together. From the list's end to its start: an entry the candidate beats makes
+// room by moving down one.
+__device__ __forceinline__ void insert(const Lists& lists, int row, float score, int32_t block) {
   float* row_scores = lists.scores + static_cast<int64_t>(row) * lists.length;
   int32_t* row_blocks = lists.blocks + static_cast<int64_t>(row) * lists.length;
-  for (int first = (lists.length - 1) / width * width; first >= 0; first -= width) {
-    const int rank = first + member;
-    const bool is_there = has_candidate && rank < lists.length;
+  for (int first = (lists.length - 1) / kLanes * kLanes; first >= 0; first -= kLanes) {
+    const int rank = first + lane_id();
     float new_score = score;
     int32_t new_block = block;
     bool moves = false;
-    if (is_there) {
+    if (rank < lists.length) {
       moves = beats(score, block, row_scores[rank], row_blocks[rank]);
       if (moves && rank > 0 && beats(score, block, row_scores[rank - 1], row_blocks[rank - 1])) {
         new_score = row_scores[rank - 1];
         new_block = row_blocks[rank - 1];
       }
     }
-    // All members have read before any of them writes.
+    // All lanes have read before any of them writes.
     __syncwarp();
     if (moves) {
       row_scores[rank] = new_score;
       row_blocks[rank] = new_block;
     }
-    // Publishes the moved entries to the group.
+    // Publishes the moved entries to the warp.
     __syncwarp();
   }
 }
@@ -194,58 +215,103 @@ __device__ __forceinline__ float plain_score(const Element* query, const float* 
   return sum;
 }
 
-// Step 3. first_row: of the warp, in the tile; query_rows: the tile's rows in global memory.
+// What a score is that came out NaN; the score otherwise.
+template <typename Element>
+__device__ __forceinline__ float repaired_score(const RouteArguments& args, float score, const Element* query_rows,
+                                                const float* centroids, int row, int column) {
+  if (!isnan(score)) return score;
+  score = plain_score(query_rows + row * args.query.strides[2], centroids + column * args.row_elements, args.head_dim);
+  return isnan(score) ? INFINITY : score;
+}
+
+// Step 3 by a lane a row, for lists of up to kKept entries. They stand at the end of the registers; those before them
+// hold +inf, which nothing beats. query_rows: the tile's rows in global memory.
+template <int kKept, typename Element, typename Shared>
+__device__ __forceinline__ void select_by_lane(const RouteArguments& args, Shared& shared, const LaneLists& lists,
+                                               const Element* query_rows, const float* centroids, int32_t first_block,
+                                               int count) {
+  static_assert(Shared::kCentroids == 32, "a bit a centroid");
+  if (lane_id() >= Shared::kRowsPerWarp) return;  // no barrier follows for the warp
+  const int row = warp_id() * Shared::kRowsPerWarp + lane_id();
+  const int num_visible = min(count, shared.num_visible[row] - first_block);
+  if (num_visible <= 0) return;
+  const int padding = kKept - lists.length;
+  float* kept_scores = lists.scores + row - padding * Shared::kQueries;
+  int32_t* kept_blocks = lists.blocks + row - padding * Shared::kQueries;
+  float scores[kKept];
+  int32_t blocks[kKept];
+#pragma unroll
+  for (int r = 0; r < kKept; ++r) {
+    scores[r] = r < padding ? INFINITY : kept_scores[r * Shared::kQueries];
+    blocks[r] = r < padding ? kNoBlock : kept_blocks[r * Shared::kQueries];
+  }
+  // NaN, of a score or of an empty entry, is not less or equal.
+  uint32_t marked = 0;
+#pragma unroll
+  for (int column = 0; column < Shared::kCentroids; ++column) {
+    marked |= shared.scores[row][column] <= scores[kKept - 1] ? 0u : 1u << column;
+  }
+  marked &= ~0u >> (Shared::kCentroids - num_visible);
+  if (marked == 0) return;
+#pragma unroll 1
+  while (marked != 0) {
+    const int column = __ffs(static_cast<int>(marked)) - 1;
+    marked &= marked - 1;
+    const float score = repaired_score(args, shared.scores[row][column], query_rows, centroids, row, column);
+    const int32_t block = first_block + column;
+#pragma unroll
+    for (int r = kKept - 1; r > 0; --r) {
+      const bool beats_this = !(score <= scores[r]), beats_one_before = !(score <= scores[r - 1]);
+      scores[r] = beats_one_before ? scores[r - 1] : (beats_this ? score : scores[r]);
+      blocks[r] = beats_one_before ? blocks[r - 1] : (beats_this ? block : blocks[r]);
+    }
+    const bool beats_all = !(score <= scores[0]);
+    scores[0] = beats_all ? score : scores[0];
+    blocks[0] = beats_all ? block : blocks[0];
+  }
+#pragma unroll
+  for (int r = 0; r < kKept; ++r) {
+    if (r < padding) continue;
+    kept_scores[r * Shared::kQueries] = scores[r];
+    kept_blocks[r * Shared::kQueries] = blocks[r];
+  }
+}
+
+// Step 3 by the warp's lanes together, row by row.
 template <typename Element, typename Shared>
-__device__ __forceinline__ void select(const RouteArguments& args, Shared& shared, const Lists& lists,
-                                       const Element* query_rows, const float* centroids, int64_t first_block,
-                                       int count) {
-  const int width = args.group_width;
-  const int member = lane_id() % width;
-  const int first_lane = lane_id() - member;
-  const unsigned members = width == kLanes ? kAllLanes : (1u << width) - 1;
-  const int last_rank = lists.length - 1;
+__device__ __forceinline__ void select_by_warp(const RouteArguments& args, Shared& shared, const Lists& lists,
+                                               const Element* query_rows, const float* centroids, int32_t first_block,
+                                               int count) {
+  static_assert(Shared::kCentroids == kLanes, "a lane a centroid");
+  const int column = lane_id();
+  const int32_t block = first_block + column;
 #pragma unroll 1
-  for (int first = 0; first < Shared::kRowsPerWarp; first += kLanes / width) {
-    const int row = warp_id() * Shared::kRowsPerWarp + first + lane_id() / width;
-    const int32_t visible = shared.num_visible[row];
-    const float* last_score = lists.scores + static_cast<int64_t>(row) * lists.length + last_rank;
-    const int32_t* last_block = lists.blocks + static_cast<int64_t>(row) * lists.length + last_rank;
-    float worst_score = *last_score;
-    int32_t worst_block = *last_block;
-#pragma unroll 1
-    for (int column = member; column < Shared::kCentroids; column += width) {
-      const int32_t block = static_cast<int32_t>(first_block) + column;
-      float score = shared.scores[row][column];
-      const bool is_candidate = column < count && block < visible;
-      if (isnan(score) && is_candidate) {
-        score = plain_score(query_rows + row * args.query.strides[2], centroids + column * args.row_elements,
-                            args.head_dim);
-        score = isnan(score) ? INFINITY : score;
-      }
-      bool passes = is_candidate && beats(score, block, worst_score, worst_block);
-      unsigned passing = __ballot_sync(kAllLanes, passes);
-      while (passing != 0) {
-        const unsigned of_group = passing >> first_lane & members;
-        const int source = of_group != 0 ? first_lane + __ffs(static_cast<int>(of_group)) - 1 : lane_id();
-        const float candidate_score = __shfl_sync(kAllLanes, score, source);
-        const int32_t candidate_block = __shfl_sync(kAllLanes, block, source);
-        insert(lists, row, member, width, of_group != 0, candidate_score, candidate_block);
-        worst_score = *last_score;
-        worst_block = *last_block;
-        passes = passes && source != lane_id() && beats(score, block, worst_score, worst_block);
-        passing = __ballot_sync(kAllLanes, passes);
-      }
+  for (int i = 0; i < Shared::kRowsPerWarp; ++i) {
+    const int row = warp_id() * Shared::kRowsPerWarp + i;
+    const bool is_candidate = column < count && block < shared.num_visible[row];
+    const float* last_score = lists.scores + static_cast<int64_t>(row + 1) * lists.length - 1;
+    const int32_t* last_block = lists.blocks + static_cast<int64_t>(row + 1) * lists.length - 1;
+    float score = shared.scores[row][column];
+    if (is_candidate) score = repaired_score(args, score, query_rows, centroids, row, column);
+    bool passes = is_candidate && beats(score, block, *last_score, *last_block);
+    unsigned passing = __ballot_sync(kAllLanes, passes);
+    while (passing != 0) {
+      const int source = __ffs(static_cast<int>(passing)) - 1;
+      const float candidate_score = __shfl_sync(kAllLanes, score, source);
+      insert(lists, row, candidate_score, first_block + source);
+      passes = passes && source != column && beats(score, block, *last_score, *last_block);
+      passing = __ballot_sync(kAllLanes, passes);
     }
   }
 }
 
 // Step 4 for one row: members place entries by how many stand before them.
-__device__ __forceinline__ void write_choices(const Lists& lists, int row, int member, int width, int32_t own_block,
-                                              int32_t top_k, int32_t* choices) {
+__device__ __forceinline__ void write_choices(const Lists& lists, int row, int member, int32_t own_block, int32_t top_k,
+                                              int32_t* choices) {
   const int32_t* blocks = lists.blocks + static_cast<int64_t>(row) * lists.length;
   int32_t num_kept = 0;
   for (int i = 0; i < lists.length; ++i) num_kept += blocks[i] != kNoBlock ? 1 : 0;
-  for (int i = member; i < lists.length; i += width) {
+  for (int i = member; i < lists.length; i += kWriters) {
     const int32_t block = blocks[i];
     if (block == kNoBlock) continue;
     int32_t position = 0;
@@ -254,13 +320,36 @@ __device__ __forceinline__ void write_choices(const Lists& lists, int row, int m
   }
   const int32_t num_chosen = num_kept + (own_block >= 0 ? 1 : 0);
   if (member == 0 && own_block >= 0) choices[num_kept] = own_block;
-  for (int slot = num_chosen + member; slot < top_k; slot += width) choices[slot] = -1;
+  for (int slot = num_chosen + member; slot < top_k; slot += kWriters) choices[slot] = -1;
+}
+
+// Step 4 for the lane's row.
+template <int kKept, typename Shared>
+__device__ __forceinline__ void write_choices_by_lane(const Shared& shared, const LaneLists& lists, int row,
+                                                      int32_t top_k, int32_t* choices) {
+  int32_t blocks[kKept];
+  int32_t num_kept = 0;
+#pragma unroll
+  for (int r = 0; r < kKept; ++r) {
+    blocks[r] = r < lists.length ? lists.blocks[r * Shared::kQueries + row] : kNoBlock;
+    num_kept += blocks[r] != kNoBlock ? 1 : 0;
+  }
+#pragma unroll
+  for (int r = 0; r < kKept; ++r) {
+    int32_t position = 0;
+#pragma unroll
+    for (int other = 0; other < kKept; ++other) position += blocks[other] < blocks[r] ? 1 : 0;
+    if (blocks[r] != kNoBlock) choices[position] = blocks[r];
+  }
+  const int32_t own_block = shared.own_block[row];
+  if (own_block >= 0) choices[num_kept++] = own_block;
+  for (int slot = num_kept; slot < top_k; ++slot) choices[slot] = -1;
 }
 
 // Step 4 where a row may choose all it sees: there is nothing to score.
-__device__ __forceinline__ void write_all(int32_t num_visible, int member, int width, int32_t own_block, int32_t top_k,
+__device__ __forceinline__ void write_all(int32_t num_visible, int member, int32_t own_block, int32_t top_k,
                                           int32_t* choices) {
-  for (int slot = member; slot < top_k; slot += width) {
+  for (int slot = member; slot < top_k; slot += kWriters) {
     choices[slot] = slot < num_visible ? slot : (slot == num_visible && own_block >= 0 ? own_block : -1);
   }
 }
@@ -276,9 +365,10 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
   constexpr int kParts = kCentroidParts<Element>;
   const int64_t num_list_entries = static_cast<int64_t>(Shared::kQueries) * args.list_length;
   float* shared_lists = reinterpret_cast<float*>(&shared + 1);
+  int32_t* shared_blocks = reinterpret_cast<int32_t*>(shared_lists + num_list_entries);
+  const route::LaneLists lane_lists{shared_lists, shared_blocks, args.list_length};
   const route::Lists lists{args.are_lists_shared ? shared_lists : args.list_scores + blockIdx.x * num_list_entries,
-                           args.are_lists_shared ? reinterpret_cast<int32_t*>(shared_lists + num_list_entries)
-                                                 : args.list_blocks + blockIdx.x * num_list_entries,
+                           args.are_lists_shared ? shared_blocks : args.list_blocks + blockIdx.x * num_list_entries,
                            args.list_length};
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   const int row_chunks = static_cast<int>(divide_up(args.head_dim, kPerChunk));
@@ -303,57 +393,76 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
     const int32_t max_visible = route::place_rows(geometry, sequence, first_query, shared);
     const bool needs_scores = args.list_length > 0 && max_visible > args.list_length;
     if (needs_scores) {
-      route::copy_rows(shared.query, query_rows, args.query.strides[2], sequence.num_queries - first_query,
-                       Shared::kQueries, used_chunks, row_chunks, Shared::kThreads);
-      cuda::copy_async_commit();
+      const int64_t unit_block = unit_in_step * geometry.num_blocks + sequence.first_block;
+      // Step 1: part by part, each part's rows together.
+      const auto copy_centroids = [&](int32_t first_block) {
+        const Element* parts =
+            static_cast<const Element*>(args.parts) + (unit_block + first_block) * kParts * args.row_elements;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          route::copy_rows<Shared::kCentroids, Shared::kThreads>(
+              shared.centroids, part * Shared::kCentroids, parts + static_cast<int64_t>(part) * args.row_elements,
+              static_cast<int64_t>(kParts) * args.row_elements, max_visible - first_block, used_chunks, used_chunks);
+        }
+        cuda::copy_async_commit();
+      };
+      route::copy_rows<Shared::kQueries, Shared::kThreads>(shared.query, 0, query_rows, args.query.strides[2],
+                                                           sequence.num_queries - first_query, used_chunks, row_chunks);
+      copy_centroids(0);
       for (int64_t i = threadIdx.x; i < num_list_entries; i += Shared::kThreads) {
-        lists.scores[i] = -INFINITY;
+        lists.scores[i] = args.has_lane_lists ? NAN : -INFINITY;
         lists.blocks[i] = route::kNoBlock;
       }
-      const int64_t unit_block = unit_in_step * geometry.num_blocks + sequence.first_block;
       for (int32_t first_block = 0; first_block < max_visible; first_block += Shared::kCentroids) {
         const int count =
             max_visible - first_block < Shared::kCentroids ? max_visible - first_block : Shared::kCentroids;
-        const Element* parts =
-            static_cast<const Element*>(args.parts) + (unit_block + first_block) * kParts * args.row_elements;
-        // Step 1: part by part, each part's rows together.
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          for (int i = threadIdx.x; i < Shared::kCentroids * used_chunks; i += Shared::kThreads) {
-            const int row = i / used_chunks, chunk = i % used_chunks;
-            cuda::copy_chunk_async(shared.centroids, part * Shared::kCentroids + row, chunk,
-                                   parts + (static_cast<int64_t>(row) * kParts + part) * args.row_elements, used_chunks,
-                                   row < count);
-          }
-        }
-        cuda::copy_async_commit();
         cuda::copy_async_wait<0>();
         // Publishes centroids, and the first time queries, lists and what rows see, to all warps.
         __syncthreads();
-        route::score_tile<Element, kHeadDim>(shared, args.head_dim, count);
-        // Publishes the warp's scores to its lanes.
-        __syncwarp();
-        route::select(args, shared, lists, query_rows, args.centroids + (unit_block + first_block) * args.row_elements,
-                      first_block, count);
-        // Tells all warps that the centroids have been used and may be overwritten.
+        route::score_tile<Element, kHeadDim>(shared, args.head_dim);
+        // Tells all warps that the centroids have been used and may be overwritten, and publishes each warp's scores to
+        // its lanes.
         __syncthreads();
+        if (first_block + Shared::kCentroids < max_visible) copy_centroids(first_block + Shared::kCentroids);
+        const float* centroids = args.centroids + (unit_block + first_block) * args.row_elements;
+        if (!args.has_lane_lists) {
+          route::select_by_warp(args, shared, lists, query_rows, centroids, first_block, count);
+        } else if (args.list_length <= 8) {
+          route::select_by_lane<8>(args, shared, lane_lists, query_rows, centroids, first_block, count);
+        } else {
+          route::select_by_lane<route::kMaxLaneList>(args, shared, lane_lists, query_rows, centroids, first_block,
+                                                     count);
+        }
       }
     } else {
       // Publishes what the rows see to all warps.
       __syncthreads();
     }
-    const int width = args.group_width;
-    const int member = cuda::lane_id() % width;
-    for (int first = 0; first < Shared::kRowsPerWarp; first += cuda::kLanes / width) {
-      const int row = cuda::warp_id() * Shared::kRowsPerWarp + first + cuda::lane_id() / width;
+    const bool are_written_by_lanes = needs_scores && args.has_lane_lists;
+    const int member = cuda::lane_id() % route::kWriters;
+    for (int first = 0; !are_written_by_lanes && first < Shared::kRowsPerWarp;
+         first += cuda::kLanes / route::kWriters) {
+      const int row = cuda::warp_id() * Shared::kRowsPerWarp + first + cuda::lane_id() / route::kWriters;
       const int32_t visible = shared.num_visible[row];
       if (visible < 0) continue;
       int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, head, sequence.first_query + first_query + row);
       if (needs_scores) {
-        route::write_choices(lists, row, member, width, shared.own_block[row], geometry.top_k, choices);
+        route::write_choices(lists, row, member, shared.own_block[row], geometry.top_k, choices);
       } else {
-        route::write_all(visible < args.list_length ? visible : args.list_length, member, width, shared.own_block[row],
+        route::write_all(visible < args.list_length ? visible : args.list_length, member, shared.own_block[row],
                          geometry.top_k, choices);
+      }
+    }
+    if (are_written_by_lanes && cuda::lane_id() < Shared::kRowsPerWarp) {
+      const int row = cuda::warp_id() * Shared::kRowsPerWarp + cuda::lane_id();
+      if (shared.num_visible[row] >= 0) {
+        int32_t* choices =
+            args.block_indices.at<int32_t>(unit.batch_idx, head, sequence.first_query + first_query + row);
+        if (args.list_length <= 8) {
+          route::write_choices_by_lane<8>(shared, lane_lists, row, geometry.top_k, choices);
+        } else {
+          route::write_choices_by_lane<route::kMaxLaneList>(shared, lane_lists, row, geometry.top_k, choices);
+        }
       }
     }
     // Tells all warps that lists and rows have been used and may be overwritten by the next tile's.

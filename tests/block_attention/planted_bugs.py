@@ -121,12 +121,21 @@ def routing_long_lists_case() -> None:
     check_routing(AttentionCase(num_heads=1, query_len=300, block_size=2, top_k=100))
 
 
-def routing_ties_case() -> None:
+def check_ties(block_size: int, top_k: int) -> None:
     """Small integers: scores are exact, many tie, and the choice equals the reference's."""
     query, key = (integer_tensor((1, 2, 90, 5), BFLOAT16, CPU, seed) for seed in (0, 1))
     key[:, :, 88:] = 1
-    chosen = tg.moba_route(query, key, 8, 3).block_indices
-    assert torch.equal(chosen, reference.moba_route(query, key, 8, 3)), "block_indices: not the reference's"
+    chosen = tg.moba_route(query, key, block_size, top_k).block_indices
+    expected = reference.moba_route(query, key, block_size, top_k)
+    assert torch.equal(chosen, expected), "block_indices: not the reference's"
+
+
+def routing_minus_infinity_case() -> None:
+    """Scores of -inf are chosen where there are no better ones."""
+    query, key = torch.ones((1, 1, 80, 4), dtype=BFLOAT16), torch.ones((1, 1, 80, 4), dtype=BFLOAT16)
+    key[:, :, 8:48] = -torch.inf
+    chosen = tg.moba_route(query, key, 8, 6).block_indices
+    assert torch.equal(chosen, reference.moba_route(query, key, 8, 6)), "block_indices: not the reference's"
 
 
 def centroids_case() -> None:
@@ -153,7 +162,10 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "routing": lambda: check_routing(AttentionCase(num_kv_heads=1, query_len=299, block_size=4, top_k=4)),
     "routing full": lambda: check_routing(AttentionCase(query_len=150, block_size=4, top_k=4, is_causal=False)),
     "routing long lists": routing_long_lists_case,
-    "routing ties": routing_ties_case,
+    "routing by warps": lambda: check_routing(AttentionCase(num_heads=1, query_len=160, block_size=2, top_k=20)),
+    "routing ties": lambda: check_ties(8, 3),
+    "routing ties by warps": lambda: check_ties(2, 20),
+    "routing minus infinity": routing_minus_infinity_case,
     "centroids": centroids_case,
     "softcap and sinks": lambda: test_against_reference(BFLOAT16, {"softcap": 1.5, "has_sinks": True}, True, CPU),
     "decoding with softcap and sinks": lambda: test_decoding_gives_the_rows_of_attention(
@@ -243,14 +255,14 @@ BARRIERS = [
                "the first time queries, lists and what rows see, to all warps. __syncthreads();", "",
                "routing", UNPUBLISHED),
     PlantedBug("route: centroids overwritten while read", ROUTE,
-               "Tells all warps that the centroids have been used and may be overwritten. __syncthreads();", "",
-               "routing", OVERWRITTEN),
+               "publishes each warp's scores to its lanes. __syncthreads();", "__syncwarp();", "routing", OVERWRITTEN),
     PlantedBug("route: scores not published", ROUTE,
-               "Publishes the warp's scores to its lanes. __syncwarp();", "", "routing", UNPUBLISHED),
+               "publishes each warp's scores to its lanes. __syncthreads();", "",
+               "routing", f"{UNPUBLISHED}|{OVERWRITTEN}"),
     PlantedBug("route: list entries overwritten while read", ROUTE,
-               "All members have read before any of them writes. __syncwarp();", "", "routing", OVERWRITTEN),
+               "All lanes have read before any of them writes. __syncwarp();", "", "routing by warps", OVERWRITTEN),
     PlantedBug("route: moved list entries not published", ROUTE,
-               "Publishes the moved entries to the group. __syncwarp();", "", "routing", RACE),
+               "Publishes the moved entries to the warp. __syncwarp();", "", "routing by warps", RACE),
     PlantedBug("route: what rows see not published", ROUTE,
                "Publishes what the rows see to all warps. __syncthreads();", "", "many queries", UNPUBLISHED),
     PlantedBug("route: lists overwritten by the next tile of queries", ROUTE,
@@ -394,15 +406,30 @@ ARITHMETIC = [
 
 CHOICES = [
     PlantedBug("route: own block dropped", ROUTE,
-               "choices[num_kept] = own_block;", "choices[num_kept] = -1;", "routing", WRONG_CHOICE),
+               "choices[num_kept++] = own_block;", "choices[num_kept++] = -1;", "routing", WRONG_CHOICE),
+    PlantedBug("route: own block dropped, long lists", ROUTE,
+               "choices[num_kept] = own_block;", "choices[num_kept] = -1;", "routing by warps", WRONG_CHOICE),
     PlantedBug("route: own block ranked with those before it", ROUTE,
                "geometry.is_causal ? (own > 0 ? own : 0)", "geometry.is_causal ? own + 1", "routing", WRONG_CHOICE),
     PlantedBug("route: ties go to the later block", ROUTE,
-               "block < other_block)", "block > other_block)", "routing ties", WRONG_CHOICE),
+               "beats_this = !(score <= scores[r]), beats_one_before = !(score <= scores[r - 1]);",
+               "beats_this = !(score < scores[r]), beats_one_before = !(score < scores[r - 1]);",
+               "routing ties", WRONG_CHOICE),
+    PlantedBug("route: ties go to the later block, long lists", ROUTE,
+               "block < other_block)", "block > other_block)", "routing ties by warps", WRONG_CHOICE),
+    PlantedBug("route: a moved entry leaves its block behind", ROUTE,
+               "blocks[r] = beats_one_before ? blocks[r - 1] :", "blocks[r] = beats_one_before ? blocks[r] :",
+               "routing", WRONG_CHOICE),
+    PlantedBug("route: an empty entry beats a score of -inf", ROUTE,
+               "args.has_lane_lists ? NAN : -INFINITY", "-INFINITY", "routing minus infinity", WRONG_CHOICE),
     PlantedBug("route: centroids rounded to bfloat16", ROUTE_STEPS,
                "? rest - cuda::to_float(head) : 0.0f", "? 0.0f : 0.0f", "routing", WRONG_CHOICE),
     PlantedBug("route: a tile of centroids ends one early", ROUTE,
-               "column < count && block < visible", "column + 1 < count && block < visible", "routing", WRONG_CHOICE),
+               "min(count, shared.num_visible[row] - first_block)",
+               "min(count - 1, shared.num_visible[row] - first_block)", "routing", WRONG_CHOICE),
+    PlantedBug("route: a tile of centroids ends one early, long lists", ROUTE,
+               "column < count && block < shared", "column + 1 < count && block < shared",
+               "routing by warps", WRONG_CHOICE),
     PlantedBug("route: query heads interleaved over key heads", ROUTE,
                "unit.kv_head * geometry.group + head_of_units % static_cast<uint32_t>(geometry.group)",
                "unit.kv_head + head_of_units % static_cast<uint32_t>(geometry.group) * geometry.num_kv_heads",

@@ -231,6 +231,10 @@ def test_every_trip_count_names_a_line_of_the_sources(model: ModuleType) -> None
             assert any(line.startswith(name) or f" {name}(" in line for line in lines), name
 
 
-def test_insertions_grow_with_the_logarithm_of_the_blocks(model: ModuleType) -> None:
-    few, many = (model.problems.insertions(blocks, 7, 8, trials=50) * blocks / 32 for blocks in (256, 2048))
-    assert few < many < 4 * few
+def test_insertions_of_random_scores(model: ModuleType) -> None:
+    # One row: the first tile enters all of its scores, the second those above the 7th best of 32: 32 * 7 / 33.
+    assert model.problems.insertions(32, 7) == 32
+    assert model.problems._most_marked(32, 7, 1, 32) == pytest.approx(32 * 7 / 33)
+    # The more rows, the later is the last of them done.
+    assert 7 < model.problems._most_marked(32, 7, 32, 32) < 20
+    assert model.problems.insertions(4096, 7) < model.problems.insertions(512, 7)

@@ -32,24 +32,17 @@ def depth(head_dim: int, unrolled: int = 4) -> Passes:
 def route(problem: Problem, direction: str) -> list[Launch]:
     tiles = max(1.0, problem.num_blocks / 32)
     list_length = problem.top_k - 1
-    rounds = insertions(min(problem.num_blocks, 4096), list_length, 8)
-    centroid_chunks = 32 * problem.head_dim / 8
     passes = (
         Passes("for (uint32_t work = blockIdx.x", 1),
         Passes("for (int32_t first_block = 0", (tiles + 1) / 2),
         Passes("for (int row = threadIdx.x; row < Shared::kQueries", 1),
-        Passes("for (int i = threadIdx.x; i < num_rows * used_chunks", 128 * problem.head_dim / 8 / 128, unrolled=4),
-        Passes("for (int64_t i = threadIdx.x; i < num_list_entries", list_length),
-        Passes("for (int i = threadIdx.x; i < Shared::kCentroids", centroid_chunks / 128, unrolled=4),
-        depth(problem.head_dim),
-        Passes("for (int first = 0; first < Shared::kRowsPerWarp; first", 8),
-        Passes("for (int column = member", 4),
-        Passes("while (passing != 0)", rounds),
-        Passes("for (int first = (lists.length - 1)", 1),
-        Passes("for (int i = 0; i < lists.length", list_length, unrolled=4),
-        Passes("for (int i = member", 1),
-        Passes("for (int other = 0", list_length, unrolled=4),
-        Passes("for (int slot = num_chosen", 0),
+        Passes("for (int i = 0; i < kRows / kRowsAtOnce", problem.head_dim / 8, unrolled=8),
+        Passes("for (int64_t i = threadIdx.x; i < num_list_entries", list_length, unrolled=4),
+        Passes(DEPTH_LOOP, problem.head_dim / 64),
+        Passes("if (head_dim == kHeadDim)", 0),  # the compiler lays the product without branches last
+        Passes("} else if (args.list_length <= 8)", 0),
+        Passes("while (marked != 0)", insertions(problem.num_blocks, list_length)),
+        Passes("for (int slot = num_kept", 0),
     )
     bytes_moved = problem.num_rows * (problem.row_bytes + 4 * problem.top_k)
     return [Launch(problem.num_rows / 128, passes, bytes_moved)]
@@ -63,7 +56,12 @@ ROUTE = KernelModel(
     route,
     tile="for (int32_t first_block = 0",
     threads=128,
-    rare=("last_start_up_to", "plain_score", "write_all", "route::write_all(", "if (isnan(score) && is_candidate)"),
+    rare=(
+        *("last_start_up_to", "plain_score", "score = plain_score", "write_all", "write_choices", "select_by_warp"),
+        *("route::write_all(", "route::select_by_warp", "route::select_by_lane<route::kMaxLaneList>"),
+        "route::write_choices_by_lane<route::kMaxLaneList>",
+        "for (int first = 0; !are_written_by_lanes",
+    ),
 )
 
 # --- attend -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Every branch is decided by the first of these that applies:
 3. the body of an `if` that a number is given for is entered so often;
 4. a guard of a loop (a branch of the loop's own source line outside it) leads to the loop if it is to run, and past
    what the compiler laid beside it for a remainder;
-5. a body is entered rather than passed by; of two bodies, the one that stands first.
+5. a body is entered rather than passed by; of two bodies, the one that stands first, or last where the `if` is given 0.
 A loop that the way comes to and no trip count is given for is an error: no default could be right.
 """
 
@@ -83,7 +83,9 @@ class Sources:
             for number, line in enumerate(lines):
                 if f" {name}(" not in line or line.startswith((" ", "//", "}")) or line.rstrip().endswith(";"):
                     continue
-                end = next(i for i in range(number, len(lines)) if lines[i].startswith("}") or lines[i].endswith("}"))
+                end = next(
+                    i for i in range(number, len(lines)) if lines[i].startswith("}") or lines[number].endswith("}")
+                )
                 places |= {Place(file, i + 1) for i in range(number, end + 1)}
         return places
 
@@ -285,7 +287,7 @@ class Walker:
         if len(idle) == 1:
             return next(way for way in ways if way not in idle)
         if meet not in ways:
-            return ways[0]
+            return max(ways) if entry is not None and entry.passes == 0 else min(ways)
         body = next(way for way in ways if way != meet)
         if not warm:
             return meet  # rare code that there was no way around

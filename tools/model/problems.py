@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,30 +100,32 @@ COUNTED = {head_dim: Problem(64 * 1024, head_dim, 128) for head_dim in (64, 128)
 
 
 @lru_cache
-def insertions(num_blocks: int, list_length: int, group_width: int, columns: int = 32, trials: int = 200) -> float:
-    """Rounds of insertions that a warp's pass over some columns makes in a tile of scores, on average over a sequence.
+def insertions(num_blocks: int, list_length: int, rows: int = 32, columns: int = 32) -> float:
+    """Insertions that a warp waits for in a tile of scores, on average over a causal sequence.
 
-    Scores are taken to be random. A warp's ``32 / group_width`` rows look at ``group_width`` columns at once; a round
-    enters one candidate of every row that has one.
+    Each of its ``rows`` enters those of ``columns`` new scores that beat the worst it kept before the tile; the warp
+    goes on when the row with the most of them is done. Scores are taken to be exchangeable: of n seen, a new one is as
+    likely to fall between any two.
     """
-    generator = random.Random(0)
-    groups = 32 // group_width
-    steps = -(-num_blocks // group_width)
-    rounds = [0.0] * steps
-    for _ in range(trials):
-        lists: list[list[float]] = [[] for _ in range(groups)]
-        for step in range(steps):
-            most = 0
-            for kept in lists:
-                entered = 0
-                for score in [generator.random() for _ in range(group_width)]:
-                    if len(kept) < list_length or score > kept[-1]:
-                        kept.append(score)
-                        kept.sort(reverse=True)
-                        del kept[list_length:]
-                        entered += 1
-                most = max(most, entered)
-            rounds[step] += most / trials
-    # Query i of n sees i / n of the steps.
-    total = sum(sum(rounds[: step + 1]) for step in range(steps)) / steps
-    return total / ((steps + 1) / 2)
+    tiles = -(-num_blocks // columns)
+    most = [_most_marked(tile * columns, list_length, rows, columns) for tile in range(tiles)]
+    # Query i of n sees i / n of the tiles.
+    total = sum(sum(most[: tile + 1]) for tile in range(tiles)) / tiles
+    return total / ((tiles + 1) / 2)
+
+
+def _most_marked(num_seen: int, list_length: int, rows: int, columns: int) -> float:
+    """The expected largest number, over the rows, of new scores above the list_length-th best of those seen."""
+    if num_seen < list_length:
+        return float(columns)
+    chance = [1.0]  # of so many marked
+    for i in range(columns):
+        above = [(list_length + marked) / (num_seen + 1 + i) for marked in range(len(chance))]
+        stays = [p * (1 - a) for p, a in zip(chance, above, strict=True)]
+        grows = [p * a for p, a in zip(chance, above, strict=True)]
+        chance = [s + g for s, g in zip([*stays, 0.0], [0.0, *grows], strict=True)]
+    expected, below = 0.0, 0.0
+    for p in chance[:-1]:
+        below += p
+        expected += 1 - below**rows
+    return expected
