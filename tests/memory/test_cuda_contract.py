@@ -190,6 +190,37 @@ def test_the_composition_equals_the_kernel(kind: str, cuda_device: torch.device)
             assert_bitwise_equal("scores", scores, composed)
 
 
+@pytest.mark.parametrize("kind", ["random", "nonfinite"])
+def test_the_composition_keeps_float32_where_products_are_rounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 keeps 10 bits behind the first: choices and scores are exact to float32 all the same."""
+    case = TopkCase(num_tokens=9, num_heads=2, num_keys=40, head_dim=64)
+    query, keys = (t.detach() for t in make_topk_inputs(case, torch.float32, torch.device("cpu")))
+    if kind == "nonfinite":
+        keys[0, 0, 3], keys[0, 1, 5], keys[1, 1, 2:9] = torch.nan, -torch.inf, torch.inf
+    exact_einsum = torch.einsum
+
+    def rounded_einsum(equation: str, *operands: Tensor) -> Tensor:
+        bits = (operand.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF for operand in operands)
+        rounded = (torch.where(t.isfinite(), b.view(torch.float32), t) for t, b in zip(operands, bits, strict=True))
+        return exact_einsum(equation, *rounded)
+
+    monkeypatch.setattr(torch, "einsum", rounded_einsum)
+    monkeypatch.setattr(_memory_ops, "_is_tf32_allowed", lambda: True)
+    scores, indices = _memory_ops.composed_topk(query.unflatten(2, (2, 32)), keys, 50)
+    monkeypatch.undo()
+    assert_topk_contract(scores, indices, query, keys, 50)
+
+
+def test_the_composition_asks_whether_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            assert _memory_ops._is_tf32_allowed() == (precision == "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_composition_takes_tokens_by_chunks(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     case = TopkCase(num_tokens=23, num_keys=20, top_k=150)
     query, keys = (t.detach() for t in make_topk_inputs(case, torch.float32, cuda_device))

@@ -372,10 +372,9 @@ def composed_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
     first, second = _pairs_of_ranks(length, top_k, query.device)
     bytes_a_token = num_heads * (2 * num_keys * 60 + len(first) * 32 + top_k * 120)
     chunk = max(COMPOSED_BYTES // max(bytes_a_token, 1), 1)
-    wide_keys = keys.to(dtype)
     for start in range(0, num_tokens, chunk):
         part = slice(start, start + chunk)
-        halves = torch.einsum("thsd,hsnd->thsn", query[part].to(dtype), wide_keys)
+        halves = _scores_of_halves(query[part], keys)
         kept = _ranked(halves).sort(dim=-1, descending=True, stable=True).indices[..., ranks]
         best = halves.gather(-1, kept)
         pairs = kept[:, :, 0, first] * num_keys + kept[:, :, 1, second]
@@ -441,10 +440,52 @@ def _ranked(scores: Tensor) -> Tensor:
 
 
 def _pairs_of_ranks(length: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    counts = [min(top_k // (rank + 1), length) for rank in range(length)]
-    first = torch.repeat_interleave(torch.arange(length), torch.tensor(counts, dtype=torch.int64))
-    second = torch.cat([torch.arange(count) for count in counts])
-    return first.to(device), second.to(device)
+    """Made on the device, of whose numbers the host knows how many there are: nothing is copied or waited for."""
+    num_pairs = sum(min(top_k // (rank + 1), length) for rank in range(length))
+    ranks = torch.arange(length, device=device)
+    counts = (top_k // (ranks + 1)).clamp_(max=length)
+    first = torch.repeat_interleave(ranks, counts, output_size=num_pairs)
+    return first, torch.arange(num_pairs, device=device) - (counts.cumsum(0) - counts)[first]
+
+
+def _scores_of_halves(query: Tensor, keys: Tensor) -> Tensor:
+    """``dot(query, keys)`` of every half, in the dtype of sums and its full precision.
+
+    ``query [T, H, 2, D / 2]``, ``keys [H, 2, n, D / 2]``; ``[T, H, 2, n]``. Where torch may round float32 to TF32 (10
+    bits behind the first), float32 is cut into three parts that this leaves as they are. 16-bit numbers are none the
+    worse.
+    """
+    dtype = sum_dtype(query.dtype)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return torch.einsum("thsd,hsnd->thsn", left, right)
+
+    if query.dtype != torch.float32 or not _is_tf32_allowed():
+        return product(query.to(dtype), keys.to(dtype))
+    (q0, q1, q2), (k0, k1, k2) = _tf32_parts(query), _tf32_parts(keys)
+    large = product(q0, k0)
+    small = product(q2, k0) + product(q1, k1) + product(q0, k2)
+    # Of an infinite number the other parts are 0, and 0 times infinity is none.
+    return torch.where(large.isfinite(), small + product(q1, k0) + product(q0, k1) + large, large)
+
+
+def _is_tf32_allowed() -> bool:
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set by torch's newer switches alone
+        return True
+
+
+def _tf32_parts(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three numbers of at most 11 bits each that add up to one of 24; what is not finite is in the first alone."""
+
+    def cut(rest: Tensor) -> Tensor:
+        return (rest.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    first = torch.where(tensor.isfinite(), cut(tensor), tensor)
+    rest = torch.where(tensor.isfinite(), tensor - first, 0.0)
+    second = cut(rest)
+    return first, second, rest - second
 
 
 def _bags_of_half_keys(keys: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
