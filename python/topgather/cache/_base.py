@@ -249,6 +249,10 @@ class BaseCache:
                         f"num_tokens must be on the CPU or the cache's device, {self.device}, got {num_tokens.device}"
                     )
                 return None, num_tokens.to(torch.int32)
+            if torch._C._functorch.is_batchedtensor(num_tokens):
+                raise NotImplementedError(
+                    "topgather: num_tokens cannot be mapped by vmap: the host reads how many tokens sequences have"
+                )
             num_tokens = num_tokens.tolist()
         counts = check_counts("num_tokens", num_tokens, self.batch_size, "ints, a tensor or None")
         for count in counts:
