@@ -320,7 +320,8 @@ def moba_attention_varlen(
             delimit the tokens.
 
     On CUDA boundaries are read on the device alone: what does not delimit the tokens is clamped to what is there, and
-    a query of no sequence gets NaN.
+    a query of no sequence gets NaN. With ``top_k=None`` only as
+    many blocks as ``max_seqlen_k`` tells of are attended to.
     """
     _check_options(query, key, block_size, is_causal)
     checks.check_tensor("value", value)
@@ -333,7 +334,9 @@ def moba_attention_varlen(
     sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if routing is None:
         checks.check_ndim("key", key, 3, "[total_tokens, heads, dim]")
-        longest = torch.sym_min(max_seqlen_k, key.size(0))
+        # On CUDA nobody sees whether a sequence is longer than max_seqlen_k; a top_k counts on no such bound.
+        is_bound_known = top_k is None or not _cuda.gets(key)
+        longest = torch.sym_min(max_seqlen_k, key.size(0)) if is_bound_known else key.size(0)
         slots = _slots(top_k, longest, block_size)
         block_indices = call(_ops.moba_route.default, query, key, block_size, slots, is_causal, *sequences)
     else:
