@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
     const bool is_row = cuda::lane_id() < Shared::kRowsPerWarp;
     const int32_t num_visible =
         is_row ? shared.num_visible[warp * Shared::kRowsPerWarp + cuda::lane_id()] : forward::kSeesAll;
-    // Tells the warp's lanes that its rows have been read and the next tile's may overwrite them.
+    // Tells the warp's lanes that its rows have been read, by the gather too, and the next tile's may overwrite them.
     __syncwarp();
     forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry_of_tile((round + 1) * tiles_per_round + warp),
                                            shared);

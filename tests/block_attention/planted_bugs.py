@@ -230,7 +230,7 @@ BARRIERS = [
     PlantedBug("forward: queries not published", FORWARD,
                "Publishes the warp's queries to its lanes. __syncwarp();", "", "many queries", UNPUBLISHED),
     PlantedBug("forward: queries overwritten while read", FORWARD,
-               "and the next tile's may overwrite them. __syncwarp();", "", "small", OVERWRITTEN),
+               "publishes where those lie. __syncwarp();", "", "small", f"{OVERWRITTEN}|{UNPUBLISHED}"),
     PlantedBug("forward: queries overwritten a step of keys too early", FORWARD,
                "if (step + kStepKeys >= end) after_scores();", "if (step == 0) after_scores();",
                "many queries", OVERWRITTEN),

@@ -116,6 +116,7 @@ def test_memory_does_not_grow_with_copies(has_bias: bool, cuda_device: torch.dev
         columns_step=8,
         scale=0.125,
         lse=described(case.batch, case.num_heads, 64, 64, dtype=torch.float32),
+        softmax_terms=described(case.batch, case.num_heads, 64, 64, 2, dtype=torch.float32),
         bias=bias,
         grad_bias=bias,
     )
