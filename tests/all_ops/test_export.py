@@ -76,7 +76,7 @@ def test_an_exported_layer_serves_other_sizes(name: str) -> None:
 
 
 # Maps of several scales are enlarged by sizes that torch takes for constants at first: 4 graphs, and 6 of SparseViT.
-MORE_GRAPHS = pytest.mark.xfail(reason="more than two graphs for many sizes: a known gap")
+MORE_GRAPHS = pytest.mark.xfail(run=False, reason="more than two graphs for many sizes: a known gap")
 
 
 @pytest.mark.parametrize(
