@@ -372,9 +372,10 @@ def composed_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tens
     first, second = _pairs_of_ranks(length, top_k, query.device)
     bytes_a_token = num_heads * (2 * num_keys * 60 + len(first) * 32 + top_k * 120)
     chunk = max(COMPOSED_BYTES // max(bytes_a_token, 1), 1)
+    score = _scorer_of_halves(keys)
     for start in range(0, num_tokens, chunk):
         part = slice(start, start + chunk)
-        halves = _scores_of_halves(query[part], keys)
+        halves = score(query[part])
         kept = _ranked(halves).sort(dim=-1, descending=True, stable=True).indices[..., ranks]
         best = halves.gather(-1, kept)
         pairs = kept[:, :, 0, first] * num_keys + kept[:, :, 1, second]
@@ -448,25 +449,31 @@ def _pairs_of_ranks(length: int, top_k: int, device: torch.device) -> tuple[Tens
     return first, torch.arange(num_pairs, device=device) - (counts.cumsum(0) - counts)[first]
 
 
-def _scores_of_halves(query: Tensor, keys: Tensor) -> Tensor:
-    """``dot(query, keys)`` of every half, in the dtype of sums and its full precision.
+def _scorer_of_halves(keys: Tensor) -> Callable[[Tensor], Tensor]:
+    """``dot(query, keys)`` of every half by query, in the dtype of sums and its full precision.
 
     ``query [T, H, 2, D / 2]``, ``keys [H, 2, n, D / 2]``; ``[T, H, 2, n]``. Where torch may round float32 to TF32 (10
     bits behind the first), float32 is cut into three parts that this leaves as they are. 16-bit numbers are none the
     worse.
     """
-    dtype = sum_dtype(query.dtype)
+    dtype = sum_dtype(keys.dtype)
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         return torch.einsum("thsd,hsnd->thsn", left, right)
 
-    if query.dtype != torch.float32 or not _is_tf32_allowed():
-        return product(query.to(dtype), keys.to(dtype))
-    (q0, q1, q2), (k0, k1, k2) = _tf32_parts(query), _tf32_parts(keys)
-    large = product(q0, k0)
-    small = product(q2, k0) + product(q1, k1) + product(q0, k2)
-    # Of an infinite number the other parts are 0, and 0 times infinity is none.
-    return torch.where(large.isfinite(), small + product(q1, k0) + product(q0, k1) + large, large)
+    if keys.dtype != torch.float32 or not _is_tf32_allowed():
+        wide_keys = keys.to(dtype)
+        return lambda query: product(query.to(dtype), wide_keys)
+    k0, k1, k2 = _tf32_parts(keys)
+
+    def score(query: Tensor) -> Tensor:
+        q0, q1, q2 = _tf32_parts(query)
+        large = product(q0, k0)
+        small = product(q2, k0) + product(q1, k1) + product(q0, k2)
+        # Of an infinite number the other parts are 0, and 0 times infinity is none.
+        return torch.where(large.isfinite(), small + product(q1, k0) + product(q0, k1) + large, large)
+
+    return score
 
 
 def _is_tf32_allowed() -> bool:
