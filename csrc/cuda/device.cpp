@@ -6,9 +6,7 @@ namespace topgather {
 
 std::string cuda_architectures() { return TOPGATHER_CUDA_ARCHITECTURES; }
 
-std::string cuda_toolkit() {
-  return std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-}
+std::string cuda_toolkit() { return cuda_version_text(CUDART_VERSION); }
 
 std::vector<std::string> cuda_devices() {
   int count = 0;

@@ -6,6 +6,10 @@
 
 namespace topgather {
 
+// A version as CUDA counts it, 1000 * major + 10 * minor, such as "13.0".
+inline std::string cuda_version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
 // Architectures this build holds code for, as nvcc names them; empty without CUDA.
 std::string cuda_architectures();
 // Version of the toolkit it was built with, such as "13.0"; empty without CUDA.

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "device.h"
 #include "host.h"
 #include "workspace.h"
 
@@ -18,17 +19,13 @@ namespace topgather {
 namespace {
 std::atomic<int64_t> budget_override{0};
 
-std::string version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 // What the runtime's own words leave out: the runtime is part of this build, the driver of the machine.
 std::string advice_on(cudaError_t status) {
   if (status != cudaErrorInsufficientDriver && status != cudaErrorUnsupportedPtxVersion) return "";
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "; no CUDA driver was found";
-  return "; this build of topgather has the CUDA runtime " + version_text(CUDART_VERSION) +
-         ", the driver supports CUDA up to " + version_text(driver) +
+  return "; this build of topgather has the CUDA runtime " + cuda_version_text(CUDART_VERSION) +
+         ", the driver supports CUDA up to " + cuda_version_text(driver) +
          ": update the driver, or build topgather with an older toolkit (docs/building.md)";
 }
 }  // namespace
