@@ -7,12 +7,16 @@ foreach(Stage Forward Backward Route)
     string(TOLOWER "${Stage}" stage)
     string(TOLOWER "${Element}" dtype)
     string(REGEX REPLACE "^float$" "float32" dtype "${dtype}")
+    set(Kernels "const ${Stage}Kernels&")
+    if(Stage STREQUAL "Backward")
+      set(Kernels "BackwardKernels")
+    endif()
     set(INSTANCE "${CMAKE_CURRENT_BINARY_DIR}/instances/moba_${stage}_${dtype}_cuda.cu")
     file(CONFIGURE OUTPUT "${INSTANCE}" @ONLY CONTENT
 "#include \"moba/moba_@stage@_cuda.cuh\"
 
 namespace topgather {
-const @Stage@Kernels& @stage@_kernels(@Element@) { return k@Stage@Kernels<@Element@>; }
+@Kernels@ @stage@_kernels(@Element@) { return k@Stage@Kernels<@Element@>; }
 }  // namespace topgather
 ")
     list(APPEND CUDA_INSTANCES "${INSTANCE}")

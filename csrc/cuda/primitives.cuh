@@ -44,6 +44,14 @@ TOPGATHER_PRIMITIVE void copy_async_16(void* shared, const void* global, bool is
                : "memory");
 }
 
+// The same of 4 bytes, both addresses 4-byte aligned.
+TOPGATHER_PRIMITIVE void copy_async_4(void* shared, const void* global, bool is_copied) {
+  const int source_bytes = is_copied ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(source_bytes)
+               : "memory");
+}
+
 // Closes the group of this thread's copies since the last commit.
 TOPGATHER_PRIMITIVE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -51,6 +59,15 @@ TOPGATHER_PRIMITIVE void copy_async_commit() { asm volatile("cp.async.commit_gro
 template <int kPending>
 TOPGATHER_PRIMITIVE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// --- threads --------------------------------------------------------------------------------------------------------
+
+// threadIdx.x, read where it stands: what is made of it does not take registers all through a loop around it.
+TOPGATHER_PRIMITIVE int thread_index_here() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 // --- matrix unit ----------------------------------------------------------------------------------------------------
@@ -63,6 +80,13 @@ TOPGATHER_PRIMITIVE SharedRow shared_row(const void* shared) { return {shared_ad
 // The row whose address differs in the bits of `exchanged` and is `further` bytes on.
 TOPGATHER_PRIMITIVE SharedRow moved(SharedRow row, uint32_t exchanged, uint32_t further) {
   return {(row.address ^ exchanged) + further};
+}
+
+// The same, as an instruction that the compiler leaves where it is.
+TOPGATHER_PRIMITIVE SharedRow moved_here(SharedRow row, uint32_t exchanged, uint32_t further) {
+  uint32_t address = row.address;
+  if (exchanged != 0) asm volatile("xor.b32 %0, %1, %2;" : "=r"(address) : "r"(row.address), "r"(exchanged));
+  return {address + further};
 }
 
 // Four 8x8 matrices of 16-bit elements: lane 8 * m + r names row r of matrix m (16 bytes, 16-byte aligned). Lane l gets

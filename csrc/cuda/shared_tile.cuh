@@ -33,6 +33,14 @@ struct alignas(128) SharedTile {
     return moved(start, static_cast<uint32_t>(near * 16),
                  static_cast<uint32_t>((num_chunks - near) * 16 + num_rows * kRowBytes));
   }
+  // The same, made anew wherever it stands instead of kept from one pass of a loop to the next, and bytes_on.
+  static __device__ __forceinline__ SharedRow further_here(SharedRow start, int num_chunks, int num_rows,
+                                                           uint32_t bytes_on) {
+    constexpr int kRowBytes = kChunks * 16;
+    const int near = num_chunks & (kExchanged - 1);
+    return moved_here(start, static_cast<uint32_t>(near * 16),
+                      static_cast<uint32_t>((num_chunks - near) * 16 + num_rows * kRowBytes) + bytes_on);
+  }
   __device__ __forceinline__ Element& at(int row, int column) {
     return chunk(row, column / kPerChunk)[column % kPerChunk];
   }

@@ -222,6 +222,28 @@ __device__ __forceinline__ uint4 pack_chunk(const float (&values)[16 / sizeof(El
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Whether an element of 16 bytes is NaN or inf: one whose exponent has all bits set.
+template <typename Element>
+__device__ __forceinline__ bool is_unusual_chunk(const uint4& words) {
+  constexpr uint32_t kLowest = std::is_same_v<Element, float>      ? 0x00800000u  // the exponent's lowest bits
+                               : std::is_same_v<Element, BFloat16> ? 0x00800080u
+                                                                   : 0x04000400u;
+  constexpr uint32_t kSigns = sizeof(Element) == 4 ? 0x80000000u : 0x80008000u;
+  constexpr uint32_t kExponents = kSigns - kLowest;
+  const auto carries = [](uint32_t word) { return (word & kExponents) + kLowest; };  // into the sign
+  return ((carries(words.x) | carries(words.y) | carries(words.z) | carries(words.w)) & kSigns) != 0;
+}
+
+// Stores four neighbours of a row of global memory, rounded, on the boundary of four elements.
+template <typename Element>
+__device__ __forceinline__ void store_four(Element* address, const float4& four) {
+  if constexpr (std::is_same_v<Element, float>) {
+    *reinterpret_cast<float4*>(address) = four;
+  } else {
+    *reinterpret_cast<uint2*>(address) = make_uint2(pack2<Element>(four.x, four.y), pack2<Element>(four.z, four.w));
+  }
+}
+
 // Stores two neighbours of a row of a tile, rounded to its element type.
 template <typename Tile>
 __device__ __forceinline__ void store_pair(Tile& tile, int row, int column, float first, float second) {
@@ -242,8 +264,8 @@ struct FourColumns {
   Pair high;
 };
 template <typename Pair>
-__device__ __forceinline__ FourColumns<Pair> trade_pairs(const Pair& first, const Pair& second) {
-  const bool is_odd = lane_id() % 2 != 0;
+__device__ __forceinline__ FourColumns<Pair> trade_pairs(const Pair& first, const Pair& second, int lane = lane_id()) {
+  const bool is_odd = lane % 2 != 0;
   if constexpr (sizeof(Pair) == 4) {
     const Pair other = __shfl_xor_sync(kAllLanes, is_odd ? first : second, 1);
     return {is_odd ? other : first, is_odd ? second : other};
@@ -255,8 +277,8 @@ __device__ __forceinline__ FourColumns<Pair> trade_pairs(const Pair& first, cons
   }
 }
 // The first of a lane's four columns, counted from the first block's.
-__device__ __forceinline__ int four_columns_start() {
-  const int t = lane_id() % 4;
+__device__ __forceinline__ int four_columns_start(int lane = lane_id()) {
+  const int t = lane % 4;
   return t % 2 * 8 + t / 2 * 4;
 }
 

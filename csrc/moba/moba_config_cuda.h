@@ -1,8 +1,8 @@
 // The tuning of block attention on CUDA, in one place: tile shapes by element type and head dimension, and how work and
 // memory are cut. Changing a number changes speed and the last bits of results, nothing else.
 //
-// Every tile fits the 99 KB of shared memory that the smallest supported processors (sm_86, sm_89, sm_120) give a
-// thread block, so one table serves all; docs/architecture.md counts the bytes.
+// Every tile but the wide ones of the backward fits the 99 KB of shared memory that the smallest supported processors
+// (sm_86, sm_89, sm_120) give a thread block; docs/architecture.md counts the bytes.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,7 @@ struct MobaLayoutConfig {
   static constexpr int kThreads = 256;
   static constexpr int kRowsPerChunk = 256;  // counted together, then filled by one warp in order
   static constexpr int kChunksPerThreadBlock = 4;
+  static constexpr int kCountRounds = 4;  // of rows that a warp counts, their choices on their way at once
   static constexpr int kScanUnroll = 16;  // chunks whose counts are on their way at once
   // Cursors of a thread block's chunks lie in shared memory up to this size, else in global memory.
   static constexpr int kMaxCursorBytes = 64 * 1024;
@@ -55,17 +56,29 @@ struct MobaForwardTiles {
   static constexpr int kEntriesPerItem = 512;  // choices of one block that one thread block attends to
 };
 
-template <typename Element, int kHeadDim>
+// Of a tile of kQueries entries by kKeys keys, a warp takes kScoreRows by kScoreKeys scores, kStepKeys of them at a time;
+// then kGradKeys keys' gradients in some columns, and kGradRows entries' gradients in some columns, kPanelColumns of them
+// at a time. Large parts read less of shared memory, and take more registers. Wide tiles hold a block of 128 keys whole:
+// entries are gathered, and grad_query is added to, once instead of twice. They need more shared memory than the
+// smallest processors have.
+template <typename Element, int kHeadDim, bool kIsWide>
 struct MobaBackwardTiles {
   static constexpr bool kIsFloat = std::is_same_v<Element, float>;
   static constexpr int kTier = kHeadDim * (kIsFloat ? 2 : 1);  // by bytes of a row
-  static constexpr int kQueries = kTier <= 128 ? 64 : (kTier <= 256 ? 32 : 16);
-  static constexpr int kKeys = kQueries;
+  static constexpr bool kHasLargeParts = !kIsFloat && kHeadDim <= 128;
+  static_assert(!kIsWide || kHasLargeParts, "wide tiles are for 16-bit types and up to 128 columns");
+  static constexpr int kQueries = kHasLargeParts ? 64 : (kTier <= 256 ? 32 : 16);
+  static constexpr int kKeys = kIsWide ? 128 : (kTier <= 128 ? 64 : kQueries);
   static constexpr int kWarps = kTier <= 256 ? 8 : 4;
+  static constexpr int kScoreRows = kHasLargeParts && !(kIsWide && kHeadDim == 64) ? 32 : 16;
+  static constexpr int kScoreKeys = kIsWide ? (kHeadDim == 64 ? 64 : 32) : 16;
+  static constexpr int kStepKeys = kIsWide && kHeadDim == 128 ? 32 : 16;
+  static constexpr int kGradKeys = kHasLargeParts ? 32 : 16;
+  static constexpr int kGradRows = kHasLargeParts ? 32 : 16;
+  static constexpr int kPanelColumns = 32;
   // Registers are bounded so that this many thread blocks share a multiprocessor and hide each other's waits.
-  static constexpr int kBlocksPerProcessor = 2;
-  static constexpr int kPanelColumns = 32;  // of grad_query that a warp holds in registers at a time
-  static constexpr int kEntriesPerItem = 4096;
+  static constexpr int kBlocksPerProcessor = kIsWide && kHeadDim == 128 ? 1 : 2;
 };
+constexpr int64_t kMobaBackwardEntriesPerItem = 4096;
 
 }  // namespace topgather

@@ -72,8 +72,8 @@ struct ForwardSharedMemory {
   // under way.
   Unit unit;
   WorkItem item;
-  int64_t query_offset[kWarps * kRowsPerWarp];  // of a row's query, in elements; below 0: the row is not there
-  int32_t num_visible[kWarps * kRowsPerWarp];   // keys of the block that the row sees
+  const Element* query_row[kWarps * kRowsPerWarp];  // a row's query in global memory; null: the row is not there
+  int32_t num_visible[kWarps * kRowsPerWarp];       // keys of the block that the row sees
 };
 
 namespace forward {
@@ -117,17 +117,6 @@ __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, co
   copy(shared.value, args.value, first_value_column<Shared>(), num_value_columns<Shared>(args));
 }
 
-// Whether an element of 16 bytes is NaN or inf.
-template <typename Element>
-__device__ __forceinline__ bool is_unusual(const uint4& words) {
-  float values[16 / sizeof(Element)];
-  cuda::unpack_chunk<Element>(words, values);
-  bool result = false;
-#pragma unroll
-  for (const float value : values) result = result || !(fabsf(value) < INFINITY);
-  return result;
-}
-
 // Whether any value of the block is NaN or inf. Called by all threads; a barrier. Rows are whole chunks of 16 bytes,
 // with zeros behind their columns.
 template <typename Element>
@@ -142,7 +131,7 @@ __device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args,
     const auto* row = reinterpret_cast<const uint4*>(rows + key * args.value.strides[2]);
 #pragma unroll 4
     for (int chunk = static_cast<int>(threadIdx.x) % 8; chunk < row_chunks; chunk += 8) {
-      found = is_unusual<Element>(row[chunk]) || found;
+      found = cuda::is_unusual_chunk<Element>(row[chunk]) || found;
     }
   }
   return __syncthreads_or(found ? 1 : 0) != 0;
@@ -161,11 +150,11 @@ __device__ __forceinline__ void place_rows(const ForwardArguments& args, const U
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   if (lane_id() >= Shared::kRowsPerWarp) return;  // the rest of the warp, and no barrier follows
   const int row = warp_id() * Shared::kRowsPerWarp + lane_id();
-  shared.query_offset[row] = -1;
+  shared.query_row[row] = nullptr;
   shared.num_visible[row] = kSeesAll;
   if (entry < 0) return;
-  const WaveRow place = wave_row(args.geometry, args.wave, unit, entry / args.geometry.top_k);
-  shared.query_offset[row] = args.query.offset(unit.batch_idx, place.head, place.query);
+  const WaveRow place = wave_row(args.geometry, args.wave, unit, row_of_entry(args.geometry, entry));
+  shared.query_row[row] = args.query.at<Element>(unit.batch_idx, place.head, place.query);
   shared.num_visible[row] = num_visible_keys(args.geometry, block, place.query);
 }
 
@@ -175,16 +164,17 @@ __device__ __forceinline__ void gather_queries_async(const ForwardArguments& arg
                                                      ForwardSharedMemory<Element, kHeadDim>& shared) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   using Tile = decltype(shared.query);
-  constexpr int kCopies = Shared::kRowsPerWarp * Tile::kChunks;
+  constexpr unsigned kCopies = Shared::kRowsPerWarp * Tile::kChunks;
   static_assert(kCopies % kLanes == 0, "as many copies for every lane");
-  const int row_chunks = (args.head_dim + Tile::kPerChunk - 1) / Tile::kPerChunk;
-  const auto* query = args.query.at<Element>();
-#pragma unroll 2
-  for (int first = 0; first < kCopies; first += kLanes) {
-    const int i = first + lane_id();
-    const int row = warp_id() * Shared::kRowsPerWarp + i / Tile::kChunks, chunk = i % Tile::kChunks;
-    const int64_t offset = shared.query_offset[row];
-    cuda::copy_chunk_async(shared.query, row, chunk, query + (offset < 0 ? 0 : offset), row_chunks, offset >= 0);
+  const auto thread = static_cast<unsigned>(cuda::thread_index_here());
+  const unsigned lane = thread % kLanes, first_row = thread / kLanes * Shared::kRowsPerWarp;
+#pragma unroll 4
+  for (unsigned first = 0; first < kCopies; first += kLanes) {
+    const unsigned row = first_row + (first + lane) / Tile::kChunks, chunk = (first + lane) % Tile::kChunks;
+    const Element* query = shared.query_row[row];
+    const bool is_column = static_cast<int>(chunk) * Tile::kPerChunk < args.head_dim;
+    cuda::copy_async_16(shared.query.chunk(static_cast<int>(row), static_cast<int>(chunk)),
+                        query + chunk * Tile::kPerChunk, is_column && query != nullptr);
   }
 }
 
@@ -257,7 +247,8 @@ __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kStepBlock
 // Step 4: scores become weights.
 template <int kRowBlocks, int kStepBlocks, int kColumns>
 __device__ __forceinline__ void online_softmax(float (&scores)[kRowBlocks][kStepBlocks][4],
-                                               Running<kRowBlocks, kColumns>& running) {
+                                               Running<kRowBlocks, kColumns>& running, bool is_first) {
+  float rescale[kRowBlocks][2];
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
@@ -269,7 +260,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[kRowBlocks][kStep
       }
       maximum = cuda::max_or_nan(running.maximum[m][h], cuda::max_of_row(maximum));
       const float base = maximum == -INFINITY ? 0.0f : maximum;
-      const float rescale = cuda::exp2_approximate(running.maximum[m][h] - base);
+      rescale[m][h] = cuda::exp2_approximate(running.maximum[m][h] - base);
       running.maximum[m][h] = maximum;
       float sum = 0.0f;
 #pragma unroll
@@ -281,12 +272,16 @@ __device__ __forceinline__ void online_softmax(float (&scores)[kRowBlocks][kStep
           sum += score;
         }
       }
-      running.sum[m][h] = running.sum[m][h] * rescale + sum;
+      running.sum[m][h] = running.sum[m][h] * rescale[m][h] + sum;
+    }
+  }
+  if (is_first) return;  // outputs are zeros yet
 #pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        running.out[m][n][2 * h] *= rescale;
-        running.out[m][n][2 * h + 1] *= rescale;
-      }
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) running.out[m][n][e] *= rescale[m][e / 2];
     }
   }
 }
@@ -343,7 +338,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
     }
     if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
     if (first_key + step + kStepKeys > min_visible) hide_keys(scores, first_key + step, num_visible);
-    online_softmax(scores, running);
+    online_softmax(scores, running, first_key + step == 0);
     if constexpr (Tiles::kIsFloat) {
       const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
@@ -382,22 +377,24 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
       const float factor = maximum == -INFINITY ? 1.0f : 1.0f / sum;
       Element* out = static_cast<Element*>(args.partial_out) +
                      (first_entry + (is_there ? entry : 0)) * args.partial_elements + first_value_column<Shared>();
+      // The whole warp trades, whatever rows are there and however wide they are. Rows are written in whole pairs of
+      // blocks.
+      const int num_columns = is_there ? num_value_columns<Shared>(args) : 0;
 #pragma unroll
       for (int n = 0; n < Shared::kValueColumns / 8; n += 2) {
-        if (n * 8 >= num_value_columns<Shared>(args)) continue;
         float scaled[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) scaled[e] = running.out[m][n + e / 2][2 * h + e % 2] * factor;
         Element* four = out + n * 8 + cuda::four_columns_start();
         if constexpr (sizeof(Element) == 4) {
           const auto pairs = cuda::trade_pairs(make_float2(scaled[0], scaled[1]), make_float2(scaled[2], scaled[3]));
-          if (is_there) {
+          if (n * 8 < num_columns) {
             *reinterpret_cast<float4*>(four) = make_float4(pairs.low.x, pairs.low.y, pairs.high.x, pairs.high.y);
           }
         } else {
           const auto pairs =
               cuda::trade_pairs(cuda::pack2<Element>(scaled[0], scaled[1]), cuda::pack2<Element>(scaled[2], scaled[3]));
-          if (is_there) *reinterpret_cast<uint2*>(four) = make_uint2(pairs.low, pairs.high);
+          if (n * 8 < num_columns) *reinterpret_cast<uint2*>(four) = make_uint2(pairs.low, pairs.high);
         }
       }
       if (is_there && t == 0 && blockIdx.z == 0) {
@@ -435,7 +432,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   bool hides_keys = false;
   if (args.geometry.is_causal) {
     for (int i = threadIdx.x; i < item.num_entries; i += Shared::kThreads) {
-      const WaveRow place = wave_row(args.geometry, args.wave, unit, item.entries[i] / args.geometry.top_k);
+      const WaveRow place = wave_row(args.geometry, args.wave, unit, row_of_entry(args.geometry, item.entries[i]));
       hides_keys = hides_keys || num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys;
     }
     hides_keys = __syncthreads_or(hides_keys ? 1 : 0) != 0;
@@ -487,7 +484,8 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
       // One by one: only what the round's single row sees; the rows of keys behind are zeros.
       int num_keys = item.block.num_keys;
       if (is_one_by_one) {
-        const WaveRow place = wave_row(args.geometry, args.wave, unit, item.entries[round] / args.geometry.top_k);
+        const WaveRow place =
+            wave_row(args.geometry, args.wave, unit, row_of_entry(args.geometry, item.entries[round]));
         num_keys = num_visible_keys(args.geometry, item.block, place.query);
       }
       for (int first_key = 0; first_key < num_keys; first_key += Tiles::kResidentKeys) {

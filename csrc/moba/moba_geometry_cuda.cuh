@@ -7,6 +7,7 @@
 // can lead out of bounds.
 #pragma once
 
+#include "../cuda/divisor.h"
 #include "../cuda/rounding.h"
 #include "../cuda/tile_math.cuh"
 #include "moba_params.h"
@@ -23,6 +24,7 @@ struct MobaGeometry {
   int32_t group;  // query heads of one key head
   int32_t block_size;
   int32_t top_k;
+  cuda::Divisor by_top_k;
   bool is_causal;
   const int64_t* query_starts;  // [num_sequences + 1] int64, ascending; null for a dense problem
   const int64_t* key_starts;    // [num_sequences + 1] int64, ascending; null for a dense problem

@@ -6,7 +6,7 @@
 //
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
 //   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per
-//      (chunk, block);
+//      (chunk, block); moba_count_many_choices where a row has more choices than a warp has lanes;
 //   2. moba_scan_chunks: a thread takes a block and turns its chunk counts into starts within the block's list;
 //   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks,
 //      and notes each item's block;
@@ -119,6 +119,7 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
   geometry.group = static_cast<int32_t>(heads_per_unit(problem));
   geometry.block_size = static_cast<int32_t>(problem.block_size);
   geometry.top_k = static_cast<int32_t>(problem.top_k);
+  geometry.by_top_k = cuda::Divisor(problem.top_k);
   geometry.is_causal = problem.is_causal;
   if (!is_packed(problem)) return geometry;
   int64_t* starts[4];
@@ -149,11 +150,12 @@ struct LaneRows {
   bool is_used;
 };
 
-__device__ __forceinline__ LaneRows lane_rows(int32_t top_k) {
+__device__ __forceinline__ LaneRows lane_rows(const MobaGeometry& geometry) {
   const int lane = lane_id();
+  const int32_t top_k = geometry.top_k;
   if (top_k > kLanes) return {1, 0, lane, kAllLanes, true};
-  const int rows_per_warp = kLanes / top_k;
-  const int row = lane / top_k;
+  const int rows_per_warp = row_of_entry(geometry, kLanes);
+  const int row = row_of_entry(geometry, lane);
   const unsigned slots = top_k == kLanes ? kAllLanes : (1u << top_k) - 1;
   return {rows_per_warp, row, lane - row * top_k, row < rows_per_warp ? slots << (row * top_k) : 0u,
           row < rows_per_warp};
@@ -174,38 +176,79 @@ __device__ __forceinline__ RowChoices row_choices(const LayoutArguments& args, c
 
 }  // namespace
 
-// Step 1.
+// Whether an earlier slot of the lane's row names the same block. The row's slots lie side by side, one a lane.
+__device__ __forceinline__ bool is_named_before(const LaneRows& lanes, int32_t top_k, int32_t choice) {
+  bool result = false;
+#pragma unroll 4
+  for (int distance = 1; distance < top_k; ++distance) {
+    const int32_t other = __shfl_up_sync(kAllLanes, choice, distance);
+    result = result || (distance <= lanes.first_slot && other == choice);
+  }
+  return result && choice >= 0;
+}
+
+__device__ __forceinline__ void count_choice(const LayoutArguments& args, const RowChoices& row, int32_t choice,
+                                             int32_t* chunk_counts) {
+  if (num_visible_keys(args.geometry, row.sequence, row.query, choice) > 0) {
+    cuda::add_atomic(chunk_counts + row.sequence.first_block + choice, 1);
+  }
+}
+
+// Step 1, a lane a choice. A warp takes several rounds of rows: their choices are on their way at once.
 __global__ void __launch_bounds__(kThreads, 1) moba_count_choices(const LayoutArguments args) {
+  constexpr int kRounds = MobaLayoutConfig::kCountRounds;
   const MobaGeometry& geometry = args.geometry;
   const BlockListsOnDevice& lists = args.lists;
-  const LaneRows lanes = lane_rows(geometry.top_k);
-  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp_id()) * lanes.rows_per_warp;
-  if (first_row >= lists.num_rows) return;  // whole warps, and no barrier follows
+  const LaneRows lanes = lane_rows(geometry);
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
-  const int64_t row = first_row + lanes.row;
-  const bool is_there = lanes.is_used && row < lists.num_rows;
-  RowChoices mine{};
-  bool is_faulty = false;
-  if (is_there) {
-    mine = row_choices(args, unit, row);
-    is_faulty = !mine.sequence.exists;
-    for (int slot = lanes.first_slot; slot < geometry.top_k; slot += kLanes) {
-      const int32_t choice = mine.choices[slot];
-      is_faulty = is_faulty || choice < -1 || choice >= mine.sequence.num_blocks;
-      for (int other = 0; other < slot; ++other)
-        is_faulty = is_faulty || (choice >= 0 && mine.choices[other] == choice);
+  const int64_t first_row =
+      (static_cast<int64_t>(blockIdx.x) * kWarps + warp_id()) * (kRounds * lanes.rows_per_warp) + lanes.row;
+  RowChoices rows[kRounds];
+  int32_t choices[kRounds];
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t row = first_row + round * lanes.rows_per_warp;
+    const bool is_there = lanes.is_used && row < lists.num_rows;
+    rows[round] = row_choices(args, unit, is_there ? row : 0);
+    choices[round] = rows[round].choices[is_there ? lanes.first_slot : 0];
+  }
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t row = first_row + round * lanes.rows_per_warp;
+    const bool is_there = lanes.is_used && row < lists.num_rows;
+    const SequenceOnDevice& sequence = rows[round].sequence;
+    const int32_t choice = choices[round];
+    const bool is_repeated = is_named_before(lanes, geometry.top_k, choice);
+    const bool is_faulty = !sequence.exists || choice < -1 || choice >= sequence.num_blocks || is_repeated;
+    const bool is_valid = (__ballot_sync(kAllLanes, is_there && is_faulty) & lanes.lanes) == 0;
+    if (!is_there) continue;  // nothing below is done by the warp as a whole
+    if (lanes.first_slot == 0) lists.is_row_valid[blockIdx.y * lists.num_rows + row] = is_valid ? 1 : 0;
+    int32_t* counts = lists.counts + (blockIdx.y * lists.num_chunks + row / kRowsPerChunk) * geometry.num_blocks;
+    if (is_valid) count_choice(args, rows[round], choice, counts);
+  }
+}
+
+// Step 1 where a row has more choices than a warp has lanes: the warp takes a row.
+__global__ void __launch_bounds__(kThreads, 1) moba_count_many_choices(const LayoutArguments args) {
+  const MobaGeometry& geometry = args.geometry;
+  const BlockListsOnDevice& lists = args.lists;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
+  if (row >= lists.num_rows) return;  // whole warps, and no barrier follows
+  const RowChoices mine = row_choices(args, unit_at(geometry, args.wave.first_unit + blockIdx.y), row);
+  bool is_faulty = !mine.sequence.exists;
+  for (int slot = lane_id(); slot < geometry.top_k; slot += kLanes) {
+    const int32_t choice = mine.choices[slot];
+    is_faulty = is_faulty || choice < -1 || choice >= mine.sequence.num_blocks;
+    for (int other = 0; other < slot; ++other) {
+      is_faulty = is_faulty || (choice >= 0 && mine.choices[other] == choice);
     }
   }
-  const bool is_valid = (__ballot_sync(kAllLanes, is_faulty) & lanes.lanes) == 0;
-  if (!is_there) return;  // nothing below is done by the warp as a whole
-  if (lanes.first_slot == 0) lists.is_row_valid[blockIdx.y * lists.num_rows + row] = is_valid ? 1 : 0;
+  const bool is_valid = __ballot_sync(kAllLanes, is_faulty) == 0;
+  if (lane_id() == 0) lists.is_row_valid[blockIdx.y * lists.num_rows + row] = is_valid ? 1 : 0;
   if (!is_valid) return;
   int32_t* counts = lists.counts + (blockIdx.y * lists.num_chunks + row / kRowsPerChunk) * geometry.num_blocks;
-  for (int slot = lanes.first_slot; slot < geometry.top_k; slot += kLanes) {
-    const int32_t choice = mine.choices[slot];
-    if (num_visible_keys(geometry, mine.sequence, mine.query, choice) > 0) {
-      cuda::add_atomic(counts + mine.sequence.first_block + choice, 1);
-    }
+  for (int slot = lane_id(); slot < geometry.top_k; slot += kLanes) {
+    count_choice(args, mine, mine.choices[slot], counts);
   }
 }
 
@@ -316,7 +359,7 @@ __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const L
   __syncwarp();
   int32_t* entries = lists.entries + blockIdx.y * lists.num_rows * geometry.top_k;
   const uint16_t* is_row_valid = lists.is_row_valid + blockIdx.y * lists.num_rows;
-  const LaneRows lanes = lane_rows(geometry.top_k);
+  const LaneRows lanes = lane_rows(geometry);
   const int64_t first_of_chunk = chunk * kRowsPerChunk;
   const int64_t end = first_of_chunk + kRowsPerChunk < lists.num_rows ? first_of_chunk + kRowsPerChunk : lists.num_rows;
   for (int64_t first_row = first_of_chunk; first_row < end; first_row += lanes.rows_per_warp) {
@@ -381,8 +424,10 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
   const auto grid = [](int64_t count, int64_t per_block) { return static_cast<unsigned>(divide_up(count, per_block)); };
   const size_t count_bytes = static_cast<size_t>(args.wave.num_units * lists.num_chunks * num_blocks) * sizeof(int32_t);
   cuda_require(cudaMemsetAsync(lists.counts, 0, count_bytes, stream), "clearing the counts of block lists");
-  const int64_t rows_per_warp = std::max<int64_t>(kLanes / args.geometry.top_k, 1);
-  cuda::launch(moba_count_choices,
+  const bool has_many_choices = args.geometry.top_k > kLanes;
+  const int64_t rows_per_warp =
+      has_many_choices ? 1 : MobaLayoutConfig::kCountRounds * (kLanes / std::max<int64_t>(args.geometry.top_k, 1));
+  cuda::launch(has_many_choices ? moba_count_many_choices : moba_count_choices,
                {dim3(grid(lists.num_rows, kWarps * rows_per_warp), num_units), dim3(kThreads), 0, stream}, args);
   if (num_blocks > 0) {
     cuda::launch(moba_scan_chunks, {dim3(grid(num_blocks, kThreads), num_units), dim3(kThreads), 0, stream}, args);

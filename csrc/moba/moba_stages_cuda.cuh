@@ -48,6 +48,7 @@ struct WorkItem {
   const int32_t* entries;  // [num_entries] int32: row * top_k + slot
   int32_t num_entries;
   KeyBlock block;
+  bool is_whole_list;  // the block's list has no other item
 };
 
 // False past the last item: grids are bounds taken from shapes.
@@ -63,6 +64,7 @@ __device__ __forceinline__ bool find_work_item(const MobaGeometry& geometry, con
   item.entries = lists.entries + unit_in_wave * lists.num_rows * geometry.top_k + first;
   item.num_entries = left < lists.entries_per_item ? left : lists.entries_per_item;
   item.block = key_block_on_device(geometry, block);
+  item.is_whole_list = item.num_entries == list_starts[block + 1] - list_starts[block];
   return true;
 }
 
@@ -86,10 +88,15 @@ struct WaveRow {
 };
 __device__ __forceinline__ WaveRow wave_row(const MobaGeometry& geometry, const Wave& wave, const Unit& unit,
                                             int64_t row) {
-  // Rows of a wave number less than 2^31: 32-bit division is several times cheaper.
-  const uint32_t head_in_group = static_cast<uint32_t>(row) / static_cast<uint32_t>(wave.num_queries);
+  // Rows of a wave number less than 2^31.
+  const uint32_t head_in_group = wave.by_num_queries.quotient(static_cast<uint32_t>(row));
   const uint32_t query = static_cast<uint32_t>(row) - head_in_group * static_cast<uint32_t>(wave.num_queries);
   return {wave.first_query + query, unit.kv_head * geometry.group + head_in_group};
+}
+
+// The row that an entry of a list is of.
+__device__ __forceinline__ int32_t row_of_entry(const MobaGeometry& geometry, int32_t entry) {
+  return static_cast<int32_t>(geometry.by_top_k.quotient(static_cast<uint32_t>(entry)));
 }
 
 // The first of an element type's kernels, ascending in head_dim, that takes rows of so many elements.

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../cuda/divisor.h"
 #include "../cuda/workspace.h"
 #include "moba_config_cuda.h"
 #include "moba_geometry_cuda.cuh"
@@ -35,6 +36,7 @@ struct Wave {
   int64_t num_units;
   int64_t first_query;
   int64_t num_queries;
+  cuda::Divisor by_num_queries;
 };
 
 // Bytes that a wave needs for each row, for each unit whatever its rows, and in all.
@@ -56,8 +58,9 @@ struct WavePlan {
     const int64_t first_query = wave_idx % num_query_steps * queries_per_wave;
     const int64_t units_left = count_units(problem) - first_unit;
     const int64_t queries_left = problem.query_len - first_query;
-    return {first_unit, units_left < units_per_wave ? units_left : units_per_wave, first_query,
-            queries_left < queries_per_wave ? queries_left : queries_per_wave};
+    const int64_t num_queries = queries_left < queries_per_wave ? queries_left : queries_per_wave;
+    return {first_unit, units_left < units_per_wave ? units_left : units_per_wave, first_query, num_queries,
+            cuda::Divisor(num_queries)};
   }
 };
 

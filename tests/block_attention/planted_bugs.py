@@ -72,6 +72,26 @@ def routed_case() -> None:
     assert_attention_close(result, inputs, gradients, block_indices, SMALL)
 
 
+def unchosen_blocks_case() -> None:
+    """Blocks that no query chose get gradients of zero, not what memory held."""
+    inputs, gradients = make_inputs(SMALL, BFLOAT16, CPU), make_gradients(SMALL, BFLOAT16, CPU, 0)
+    block_indices = torch.zeros(SMALL.batch, SMALL.num_heads, SMALL.query_len, 1, dtype=torch.int32)
+    result = run_attention(*inputs, *gradients, SMALL, tg.BlockRouting(block_indices, SMALL.block_size))
+    assert_attention_close(result, inputs, gradients, block_indices, SMALL)
+
+
+def named_twice_case() -> None:
+    """A row that names a block twice is NaN, whatever lies between; its neighbours in the warp are not."""
+    query, key, value = (tensor.detach() for tensor in make_inputs(SMALL, BFLOAT16, CPU))
+    block_indices = tg.moba_route(query, key, SMALL.block_size, SMALL.top_k).block_indices
+    rows = torch.tensor([60, 65, 74])
+    block_indices[0, 1, rows] = torch.tensor([0, 3, 0], dtype=torch.int32)
+    out = tg.moba_attention(query, key, value, tg.BlockRouting(block_indices, SMALL.block_size))
+    is_faulty = torch.zeros(out.shape[:3], dtype=torch.bool)
+    is_faulty[0, 1, rows] = True
+    assert torch.equal(out.isnan().all(dim=-1), is_faulty), "out: other rows are NaN than named a block twice"
+
+
 def nonfinite_case() -> None:
     """An infinite key and an infinite value reach the queries that see them and no other."""
     case = AttentionCase(num_heads=2, query_len=60, block_size=16)
@@ -156,6 +176,8 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "small waves": small_waves_case,
     "routed": routed_case,
     "nonfinite": nonfinite_case,
+    "named twice": named_twice_case,
+    "unchosen blocks": unchosen_blocks_case,
     "varlen": varlen_case,
     "deterministic": deterministic_case,
     "deterministic long list": deterministic_long_list_case,
@@ -193,6 +215,7 @@ CENTROIDS = "moba/moba_centroids_cuda.cu"
 STAGES = "moba/moba_stages_cuda.cuh"
 GEOMETRY = "moba/moba_geometry_cuda.cuh"
 TILE_MATH = "cuda/tile_math.cuh"
+TILE_PRODUCTS = "cuda/tile_products.cuh"
 SHARED_TILE = "cuda/shared_tile.cuh"
 
 # What is compiled for an edit of a file, if not the file alone: enough for the case to meet the bug.
@@ -203,6 +226,7 @@ BLOCK_ATTENTION_UNITS = {
     STAGES: ["moba_layout_cuda.cu", "moba_forward_cuda.cu", "moba_forward_bfloat16_cuda.cu"],
     GEOMETRY: ["moba_layout_cuda.cu", "moba_forward_cuda.cu", "moba_forward_bfloat16_cuda.cu"],
     TILE_MATH: ["moba_forward_bfloat16_cuda.cu"],
+    TILE_PRODUCTS: ["moba_backward_bfloat16_cuda.cu"],
     SHARED_TILE: ["moba_forward_bfloat16_cuda.cu"],
 }
 FORWARD_FLOAT32 = ["moba_forward_float32_cuda.cu"]
@@ -243,14 +267,15 @@ BARRIERS = [
     PlantedBug("forward: threads vote on hidden keys each for themselves", FORWARD,
                "hides_keys = __syncthreads_or(hides_keys ? 1 : 0) != 0;", "", "nonfinite", DIVERGENT),
     PlantedBug("backward: places of rows not published", BACKWARD,
-               "__syncthreads_or(row_hides_keys ? 1 : 0) != 0;", "row_hides_keys;", "small", UNPUBLISHED),
+               "Publishes the first tile's rows to all threads. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("backward: queries not published", BACKWARD,
-               "and the first time keys and values, to all warps. __syncthreads();", "", "small", UNPUBLISHED),
+               "have been used and may be overwritten. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("backward: weights not published", BACKWARD,
-               "is_unusual = __syncthreads_or(is_unusual ? 1 : 0) != 0;", "", "small", UNPUBLISHED),
+               "Publishes weights and d_scores to all warps. __syncthreads();", "", "small full", UNPUBLISHED),
     PlantedBug("backward: a tile overwritten while read", BACKWARD,
-               "the tile has been used and the next one may overwrite it. __syncthreads();", "",
-               "small", OVERWRITTEN),
+               "publishes where those lie. __syncthreads();", "", "long list", f"{OVERWRITTEN}|{UNPUBLISHED}"),
+    PlantedBug("backward: the next tile's rows over those in use", BACKWARD,
+               "next_entry, shared, buffer ^ 1);", "next_entry, shared, buffer);", "long list", f"{OVERWRITTEN}|{RACE}"),
     PlantedBug("route: centroids not published", ROUTE,
                "the first time queries, lists and what rows see, to all warps. __syncthreads();", "",
                "routing", UNPUBLISHED),
@@ -284,17 +309,17 @@ COPIES_AND_ATOMICS = [
     PlantedBug("route: copies not waited for", ROUTE,
                "cuda::copy_async_wait<0>();", "", "routing", BEFORE_WAIT),
     PlantedBug("layout: lost atomic in the counts", LAYOUT,
-               "cuda::add_atomic(counts + mine.sequence.first_block + choice, 1);",
-               "counts[mine.sequence.first_block + choice] += 1;", "small", RACE),
+               "cuda::add_atomic(chunk_counts + row.sequence.first_block + choice, 1);",
+               "chunk_counts[row.sequence.first_block + choice] += 1;", "small", RACE),
     PlantedBug("backward: lost atomic in grad_query", BACKWARD,
-               "cuda::add_atomic_quad(grad + n * 8, four);", "grad[n * 8] += four.x;", "small", RACE),
+               "cuda::add_atomic_quad(grad + n * 16, four[n]);", "grad[n * 16] += four[n].x;", "small", RACE),
     PlantedBug("backward: lost atomic in grad_key", BACKWARD,
-               "cuda::add_atomic_pair(address, make_float2(first, second));", "address[0] += first;",
+               "cuda::add_atomic_pair(row + column, pair);", "row[column] += pair.x;",
                "long list", RACE),
     PlantedBug("forward: one row past a short last block", FORWARD,
                "row_chunks, row < num_keys);", "row_chunks, row <= num_keys);", "small", READ_OUT_OF_BOUNDS),
     PlantedBug("backward: one row past a short last block", BACKWARD,
-               "row_chunks, row < count);", "row_chunks, row <= count);", "small", READ_OUT_OF_BOUNDS),
+               "row < num_keys ? rows", "row <= num_keys ? rows", "small", READ_OUT_OF_BOUNDS),
     PlantedBug("tiles: rows that are not there copied", SHARED_TILE,
                "is_row_there && chunk_idx < row_chunks", "chunk_idx < row_chunks", "small", READ_OUT_OF_BOUNDS),
     PlantedBug("tiles: rows that are not there not zeroed", SHARED_TILE,
@@ -311,6 +336,8 @@ LISTS = [
     PlantedBug("layout: work items rounded down", LAYOUT,
                "divide_up(entries, args.lists.entries_per_item)", "(entries / args.lists.entries_per_item)",
                "small", UNINITIALIZED),
+    PlantedBug("layout: a block named twice by a row counted twice", LAYOUT,
+               "return result && choice >= 0;", "return false;", "named twice", f"{RACE}|AssertionError: out"),
     PlantedBug("layout: unused slots counted", LAYOUT,
                "choice) > 0) { cuda::add_atomic(", "choice) >= 0) { cuda::add_atomic(", "small", OUT_OF_BOUNDS),
     PlantedBug("layout: choices past the causal limit listed", LAYOUT,
@@ -335,7 +362,7 @@ SCORES = [
     PlantedBug("forward: scores not capped", FORWARD,
                "if (args.softcap > 0.0f) cap_scores(scores, args.softcap);", "", "softcap and sinks", WRONG_OUT),
     PlantedBug("backward: the slope of the cap forgotten", BACKWARD,
-               "if (args.softcap > 0.0f) d_scores[e] *= cuda::slope_of_cap(score, args.inverse_softcap);", "",
+               "if (kIsCapped) d_score *= cuda::slope_of_cap(score, args.inverse_softcap);", "",
                "softcap and sinks", "AssertionError: gradient of query"),
     PlantedBug("merge: the sink forgotten", MERGE,
                "const float factor = is_valid ? share / sum : NAN;",
@@ -354,6 +381,12 @@ ARITHMETIC = [
     PlantedBug("tiles: right operands of an mma swapped", TILE_MATH,
                "((lane >> 4) << 3), (lane >> 3) & 1));", "((lane >> 4) << 3), 1 - ((lane >> 3) & 1)));",
                "small", WRONG_OUT),
+    PlantedBug("tiles: a left operand's second rows where its second columns belong", TILE_PRODUCTS,
+               "tile.chunk(first_row + lane_here() % 16, lane_here() / 16)",
+               "tile.chunk(first_row + lane_here() % 8 + lane_here() / 16 * 8, lane_here() / 8 % 2)",
+               "small", WRONG_GRADIENT),
+    PlantedBug("tiles: a step of 16 multiplied twice", TILE_PRODUCTS,
+               "load(k, operands);", "load(k == 0 ? 0 : k - 1, operands);", "small", WRONG_GRADIENT),
     PlantedBug("tiles: right operand not transposed", TILE_MATH,
                "load_matrix_x4_transposed(right, TileB::further(", "load_matrix_x4(right, TileB::further(",
                "small", WRONG_OUT),
@@ -362,9 +395,9 @@ ARITHMETIC = [
     PlantedBug("forward: hidden keys from one too late", FORWARD,
                "+ e >= num_visible)", "+ e > num_visible)", "small", WRONG_OUT),
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
-               "running.out[m][n][2 * h] *= rescale;", "", "large blocks", WRONG_OUT),
+               "running.out[m][n][e] *= rescale[m][e / 2];", "", "large blocks", WRONG_OUT),
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
-               "running.sum[m][h] * rescale + sum", "running.sum[m][h] + sum", "large blocks", WRONG_OUT),
+               "running.sum[m][h] * rescale[m][h] + sum", "running.sum[m][h] + sum", "large blocks", WRONG_OUT),
     PlantedBug("forward: hidden values that are not finite", FORWARD,
                "hides_keys && forward::has_unusual_values<Element>(", "false && forward::has_unusual_values<Element>(",
                "nonfinite", "AssertionError: out: NaN mask differs"),
@@ -380,27 +413,41 @@ ARITHMETIC = [
                "write_softmax_terms(maximum, is_valid ? sum : NAN,", "write_softmax_terms(maximum, 1.0f,",
                "small", WRONG_GRADIENT),
     PlantedBug("backward: hidden keys from one too late", BACKWARD,
-               "+ e < num_visible;", "+ e <= num_visible;", "small", WRONG_GRADIENT),
+               "+ e < terms.num_visible;", "+ e <= terms.num_visible;", "small", WRONG_GRADIENT),
     PlantedBug("backward: gradients of hidden scores kept", BACKWARD,
-               "d_scores[e] = is_visible ?", "d_scores[e] = true ?", "small", WRONG_GRADIENT),
+               "d_scores[n][e] = is_visible ?", "d_scores[n][e] = true ?", "small", WRONG_GRADIENT),
     PlantedBug("backward: scale missing on grad_key", BACKWARD,
                "grad_key, args.gradient_scale, warp_key", "grad_key, 1.0f, warp_key", "small", "AssertionError: d_key"),
-    PlantedBug("backward: scale missing on grad_query", BACKWARD,
+    PlantedBug("backward: scale missing on grad_query", BACKWARD_STEPS,
                "const float scale = args.gradient_scale;", "const float scale = 1.0f;",
                "small", "AssertionError: d_query"),
     PlantedBug("backward: gradient of lse left out", BACKWARD_STEPS,
                "if (args.grad_lse.data != nullptr)", "if (false)", "small", WRONG_GRADIENT),
     PlantedBug("backward: sums of earlier waves cleared", BACKWARD_STEPS,
-               "if (wave.first_query == 0) {", "if (true) {", "small waves", "AssertionError: d_key"),
+               "if (wave.first_query == 0 && problem.key_len > 0) {", "if (problem.key_len > 0) {", "small waves", "AssertionError: d_key"),
     PlantedBug("backward: a key past a short last block", BACKWARD,
-               "if (key >= num_keys) continue;", "if (key > num_keys) continue;", "small", "RuntimeError"),
+               "if (key >= num_keys || column", "if (key > num_keys || column", "small", "RuntimeError"),
+    PlantedBug("backward: a key's sums past a short last block", BACKWARD,
+               "if (key >= num_keys) continue;", "if (key > num_keys) continue;", "long list", "RuntimeError"),
+    PlantedBug("backward: every item of a list writes its keys' gradients", BACKWARD,
+               "if (args.writes_keys && item.is_whole_list) {", "if (args.writes_keys) {", "long list", RACE),
+    PlantedBug("backward: sums of keys not cleared", BACKWARD_STEPS,
+               "if (owner != KeyOwner::kManyItems) return;", "return;", "long list", UNINITIALIZED),
+    PlantedBug("backward: keys that nobody chose left as they were", BACKWARD_STEPS,
+               "unsigned left = with_sums | __ballot_sync(cuda::kAllLanes, owner == KeyOwner::kNobody);",
+               "unsigned left = with_sums;", "unchosen blocks", "AssertionError: d_key"),
+    PlantedBug("backward: hidden queries that are not finite", BACKWARD,
+               "if (backward::any_of(rows.hides_keys)) {", "if (false) {", "nonfinite", "AssertionError"),
+    PlantedBug("backward: terms of rows not waited for", BACKWARD,
+               "cuda::copy_async_4(&rows.terms[i].shift, shift, is_there);",
+               "if (is_there) rows.terms[i].shift = 0.0f;", "small", "AssertionError"),
     PlantedBug("backward, deterministic: all chunks of a block at once", BACKWARD_STEPS,
                "if (!args.is_deterministic) return kernel.launch(", "if (true) return kernel.launch(",
                "deterministic", RACE),
     PlantedBug("backward, deterministic: lists cut into items", BACKWARD_STEPS,
                "is_deterministic ? INT32_MAX :", "", "deterministic long list", RACE),
     PlantedBug("backward, deterministic: atomic sums all the same", BACKWARD_STEPS,
-               "= params.deterministic; const BackwardKernel&", "= false; const BackwardKernel&",
+               "= params.deterministic; const DeviceGuard", "= false; const DeviceGuard",
                "deterministic", "AssertionError: d_.*: bits differ"),
 ]
 

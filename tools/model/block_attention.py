@@ -77,7 +77,8 @@ def attend(problem: Problem, direction: str) -> list[Launch]:
         Passes("for (int round = 0", entries / 128),
         Passes("for (int step = 0; step < end", problem.block_size / STEP_KEYS[problem.head_dim]),
         Passes("if (step + kStepKeys >= end) after_scores", STEP_KEYS[problem.head_dim] / problem.block_size),
-        Passes("for (int first = 0; first < kCopies", problem.head_dim / 8),
+        Passes("for (unsigned first = 0; first < kCopies", problem.head_dim / 8, unrolled=4),
+        Passes("if (is_first) return", 1 - STEP_KEYS[problem.head_dim] / problem.block_size),
         depth(problem.head_dim, unrolled=problem.head_dim // 32),
         Passes("for (int i = threadIdx.x; i < num_rows * Tile::kChunks", keys_of_thread, unrolled=4),
         Passes("for (int i = threadIdx.x; i < item.num_entries", round(entries / 128), unrolled=4),
@@ -173,8 +174,8 @@ def _layout(
 
 def count_choices(problem: Problem, direction: str) -> list[Launch]:
     return _layout(
-        problem, direction, lambda rows, units: rows / 32, 4 * problem.top_k + 2,
-        Passes("for (int slot = lanes.first_slot", 1), Passes("for (int other = 0; other < slot", 4, unrolled=4),
+        problem, direction, lambda rows, units: rows / 128, 4 * problem.top_k + 2,
+        Passes("for (int distance = 1", problem.top_k - 1, unrolled=4),
     )  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def _layout_kernel(name: str, unit: str, launches: Launches, threads: int = 256,
 
 
 LAYOUT = (
-    _layout_kernel("moba_count_choices", "a warp's 4 rows of 8 choices", count_choices),
+    _layout_kernel("moba_count_choices", "a warp's 16 rows of 8 choices", count_choices),
     _layout_kernel(
         "moba_scan_chunks", "a warp's 32 blocks x 16 chunks", scan_chunks, tile="for (int64_t first = 0; first < lists"
     ),
@@ -228,29 +229,48 @@ LAYOUT = (
 
 def row_terms(problem: Problem, direction: str) -> list[Launch]:
     waves = backward_waves(problem)
-    passes = (Passes("for (int column = lane", problem.head_dim / 32, unrolled=4),)
-    return [Launch(problem.num_rows / 8 / waves, passes, problem.num_rows * (2 * problem.row_bytes + 4), waves)]
+    passes = (
+        Passes("for (int column = lane * kPerChunk", 1, unrolled=2),
+        Passes("for (int column = lane * 4", problem.head_dim / 64, unrolled=4),
+    )
+    bytes_moved = problem.num_rows * (2 * problem.row_bytes + 4 * problem.head_dim + 4)
+    return [Launch(problem.num_rows / 16 / waves, passes, bytes_moved, waves)]
 
 
 def attend_backward(problem: Problem, direction: str) -> list[Launch]:
     list_length = problem.top_k * problem.block_size
     waves = backward_waves(problem)
-    chunks = problem.block_size / 64
-    thread_blocks = problem.num_units * problem.num_blocks * chunks
-    copies = 64 * problem.head_dim / 8 / 256
+    keys = 128 if problem.block_size > 64 else 64
+    thread_blocks = problem.num_units * problem.num_blocks * max(1.0, problem.block_size / keys)
+    steps = (4 if problem.head_dim == 64 else 1) if keys == 128 else 1
     passes = (
         Passes("for (int first_entry = 0", list_length / 64),
-        Passes("for (int i = threadIdx.x; i < Tile::kRows * used_chunks", copies, unrolled=4),
-        Passes("for (int key = first_key", 2),
-        depth(problem.head_dim),
-        Passes("for (int k = 0; k < kSteps", 4, unrolled=4),
-        Passes("for (int panel = 0", problem.head_dim / 64),
+        Passes("for (unsigned i = 0; i < Tile::kRows", keys * problem.head_dim / 8 / 256, 4, within="const auto copy"),
+        Passes("for (unsigned i = 0; i < Tile::kRows", 64 * problem.head_dim / 8 / 256, 4),
+        Passes("for (int key = first_key", steps),
+        Passes("for (int panel = 0", 1),
+        Passes("if (is_unusual)", 0),
+        # Two of eight warps place rows.
+        Passes("if (is_placing() && !is_last)", 0.25),
+        Passes("if (is_placing()) next_entry", 0.25),
     )
-    tile_bytes = 64 * (2 * problem.row_bytes + 12)
-    # grad_query is added to in L2, and leaves it once for every row in the best case.
+    # The own block's queries see some of its keys. Of grad_query every row leaves L2 once in the best case.
+    tile_bytes = 64 * (2 * problem.row_bytes + 16)
     added = list_length * problem.head_dim * 4
-    bytes_moved = thread_blocks * (list_length / 64 * tile_bytes + added)
+    written = 4 * keys * problem.row_bytes
+    bytes_moved = thread_blocks * (list_length / 64 * tile_bytes + added + written)
     return [Launch(thread_blocks / waves, passes, bytes_moved, waves)]
+
+
+def clear_key_sums(problem: Problem, direction: str) -> list[Launch]:
+    waves = backward_waves(problem)
+    # A list of up to BACKWARD_ITEM entries is one work item, which wrote its keys' gradients itself.
+    passes = (Passes("for (; left != 0", 0),)
+    return [Launch(problem.num_units * problem.num_tokens / 256 / waves, passes, 8 * problem.num_blocks, waves)]
+
+
+def write_grad_keys(problem: Problem, direction: str) -> list[Launch]:
+    return clear_key_sums(problem, direction)
 
 
 def write_grad_query(problem: Problem, direction: str) -> list[Launch]:
@@ -259,24 +279,44 @@ def write_grad_query(problem: Problem, direction: str) -> list[Launch]:
     return [Launch(problem.num_rows / 8 / waves, passes, problem.num_rows * 6 * problem.head_dim, waves)]
 
 
+def _attend_backward_kernel(block_size: int) -> KernelModel:
+    is_wide = block_size > 64
+    keys = 128 if is_wide else 64
+    return KernelModel(
+        "moba_attend_blocks_backward", "moba_backward_bfloat16_cuda",
+        lambda head_dim: bfloat16("moba_attend_blocks_backward")(head_dim)[:-1] + f"ELb{int(is_wide)}E",
+        f"a warp's part of 64 entries x {keys} keys", attend_backward, "for (int first_entry = 0",
+        rare=(
+            "last_start_up_to", "has_unusual_chunks", "multiply_visible", "backward::multiply_visible", "cap_score",
+            "slope_of_cap", "weigh<true>", "is_unusual = ", "const auto of_lse = read", "terms.largest = of",
+            "terms.factor = of", "const bool is_visible = first_key", "weights[n][e] = is_visible",
+            "d_scores[n][e] = is_visible", "float4& place", "const float4 before", "place = make_float4",
+            "if (n * 16 >= num_columns) continue",
+        ),
+        directions=("backward",), variant=", block_size > 64" if is_wide else "",
+        block_sizes=(block_size,),
+    )  # fmt: skip
+
+
+_NOT_SUMMED = ("last_start_up_to", "take_row", "for (; left != 0", "clear_row", "write_row", "for (int column =")
 BACKWARD = (
     KernelModel(
-        "moba_row_terms", "moba_backward_cuda", lambda _: "moba_row_termsINS_8BFloat16", "a warp's row", row_terms,
-        directions=("backward",),
+        "moba_row_terms", "moba_backward_cuda", lambda _: "moba_row_termsINS_8BFloat16", "a warp's 2 rows", row_terms,
+        rare=("for (int column = lane; column",), directions=("backward",),
     ),
     KernelModel(
-        "moba_attend_blocks_backward", "moba_backward_bfloat16_cuda", bfloat16("moba_attend_blocks_backward"),
-        "a warp's part of 64 entries x 64 keys", attend_backward, "for (int first_entry = 0",
-        rare=(
-            "last_start_up_to", "add_seen_pairs", "backward::add_seen_pairs", "has_unusual_numbers", "cap_score",
-            "slope_of_cap",
-            "if (args.softcap > 0.0f)", "if (!is_there) {", "float4& place", "if (chunk > 0) four", "place = four",
-        ),
-        directions=("backward",),
+        "moba_clear_key_sums", "moba_backward_cuda", lambda _: "moba_clear_key_sums", "a warp's 32 keys", clear_key_sums,
+        rare=_NOT_SUMMED, directions=("backward",), head_dims=(128,),
     ),
+    _attend_backward_kernel(64),
+    _attend_backward_kernel(128),
     KernelModel(
         "moba_write_grad_query", "moba_backward_cuda", lambda _: "moba_write_grad_queryINS_8BFloat16", "a warp's row",
         write_grad_query, rare=("last_start_up_to", "for (int slot = 0"), directions=("backward",),
+    ),
+    KernelModel(
+        "moba_write_grad_keys", "moba_backward_cuda", lambda _: "moba_write_grad_keysINS_8BFloat16", "a warp's 32 keys",
+        write_grad_keys, rare=_NOT_SUMMED, directions=("backward",), head_dims=(128,),
     ),
 )  # fmt: skip
 

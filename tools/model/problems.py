@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from model.paths import Passes
@@ -72,7 +72,8 @@ class KernelModel:
     ``symbol``: a part of the mangled name, by head_dim. ``source``: the file it is compiled from, without its ending.
     ``unit``: what one pass of the hot loop does, in words. ``launches``: what a problem launches of it in a direction,
     "forward" or "backward". ``tile``: the beginning of the source line of the hot loop; empty: the whole kernel is one.
-    ``threads``: of a thread block, where docs/kernels.md does not say.
+    ``threads``: of a thread block, where docs/kernels.md does not say. ``variant``: what follows the name there.
+    ``block_sizes``: of the problems that take this kernel; empty: all do.
     """
 
     name: str
@@ -85,6 +86,16 @@ class KernelModel:
     rare: Sequence[str] = ()
     directions: tuple[str, ...] = ("forward",)
     head_dims: tuple[int, ...] = (64, 128)
+    variant: str = ""
+    block_sizes: tuple[int, ...] = ()
+
+    def counted(self, head_dim: int) -> Problem:
+        """The problem whose hot loop is counted."""
+        problem = COUNTED[head_dim]
+        return replace(problem, block_size=self.block_sizes[0]) if self.block_sizes else problem
+
+    def takes(self, problem: Problem) -> bool:
+        return not self.block_sizes or problem.block_size in self.block_sizes
 
 
 PROBLEMS = tuple(

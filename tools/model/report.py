@@ -27,7 +27,7 @@ import kernel_table
 
 from model.block_attention import KERNELS
 from model.paths import Passes, Sources, Walker, WalkError
-from model.problems import COUNTED, PROBLEMS, PROFILED, KernelModel, Launch, Problem
+from model.problems import PROBLEMS, PROFILED, KernelModel, Launch, Problem
 from model.processor import (
     CLOCK,
     DEVICE_BYTES_PER_SECOND,
@@ -190,7 +190,7 @@ class Subject:
 
     def tile(self) -> list[Instruction]:
         """One pass of the hot loop, or the whole kernel where it has none."""
-        launch = self.model.launches(COUNTED[self.head_dim], self.model.directions[0])[0]
+        launch = self.model.launches(self.model.counted(self.head_dim), self.model.directions[0])[0]
         walker = self.walker(launch)
         return walker.one_pass(self.model.tile) if self.model.tile else walker.whole()
 
@@ -243,7 +243,7 @@ def find_subjects(models: Iterable[KernelModel], code_of: dict[str, Code], sourc
             name = next((name for name in code.kernels if model.symbol(head_dim) in name), None)
             if name is None:
                 raise WalkError(f"{model.source} has no kernel {model.symbol(head_dim)}")
-            threads, dynamic = dynamic_shared(document, model.name, head_dim) or (model.threads, 0)
+            threads, dynamic = dynamic_shared(document, model.name + model.variant, head_dim) or (model.threads, 0)
             shared = code.static_shared.get(name, 0) + dynamic
             subjects.append(
                 Subject(model, head_dim, code.kernels[name], code.registers[name], shared, threads, sources)
@@ -278,7 +278,7 @@ def format_cycles(subjects: Sequence[Subject]) -> str:
     """Cycles of a pass at full residency."""
     lines = ["| kernel | head_dim | cycles a pass | cycles a pass and scheduler |", "|---|---|---|---|"]
     for subject in subjects:
-        launch = subject.model.launches(COUNTED[subject.head_dim], subject.model.directions[0])[-1]
+        launch = subject.model.launches(subject.model.counted(subject.head_dim), subject.model.directions[0])[-1]
         _, of_pass = subject.cycles(launch, subject.resident)
         shared = of_pass * SCHEDULERS / (subject.resident * subject.threads / 32)
         head_dim = str(subject.head_dim) if len(subject.model.head_dims) > 1 else "-"
@@ -294,7 +294,7 @@ def format_times(subjects: Sequence[Subject], direction: str) -> str:
     for problem in (*PROBLEMS, PROFILED):
         times, moved = [], 0.0
         for name in names:
-            of_name = [subject for subject in taking_part if subject.model.name == name]
+            of_name = [s for s in taking_part if s.model.name == name and s.model.takes(problem)]
             subject = next((s for s in of_name if s.head_dim == problem.head_dim), of_name[0])
             seconds, bytes_moved = subject.seconds(problem, direction)
             times.append(seconds * 1e3)
@@ -318,8 +318,7 @@ code with its control codes; a kernel takes that long or as long as its bytes ta
 132 multiprocessors at 1.755 GHz, 2 batches of 16 heads, top_k 8, causal; "profiled" is what `make gpu` measures (32K
 tokens of 4 heads, D 128, block 128) and prints the prediction beside. Known gaps: no instruction cache, no register
 banks, no contention in L2 or of device memory, latencies out of tables; thread blocks start together and all take the
-average trip counts; choices are random; masks of the diagonal, centroids, clearing and the rounding of key gradients
-are left out. The error is guessed at 30 %.
+average trip counts; choices are random; masks of the diagonal and centroids are left out. The error is guessed at 30 %.
 
 """
 

@@ -18,7 +18,10 @@ constexpr emulation::ElementKind kElementKind =
 inline unsigned char* dynamic_shared_memory() { return emulation::shared_memory(); }
 
 inline void copy_async_16(void* shared, const void* global, bool is_copied) {
-  emulation::copy_async_16(shared, global, is_copied);
+  emulation::copy_async(shared, global, 16, is_copied);
+}
+inline void copy_async_4(void* shared, const void* global, bool is_copied) {
+  emulation::copy_async(shared, global, 4, is_copied);
 }
 inline void copy_async_commit() { emulation::copy_async_commit(); }
 template <int kPending>
@@ -26,12 +29,17 @@ inline void copy_async_wait() {
   emulation::copy_async_wait(kPending);
 }
 
+inline int thread_index_here() { return static_cast<int>(threadIdx.x); }
+
 struct SharedRow {
   uintptr_t address;
 };
 inline SharedRow shared_row(const void* shared) { return {reinterpret_cast<uintptr_t>(shared)}; }
 inline SharedRow moved(SharedRow row, uint32_t exchanged, uint32_t further) {
   return {(row.address ^ exchanged) + further};
+}
+inline SharedRow moved_here(SharedRow row, uint32_t exchanged, uint32_t further) {
+  return moved(row, exchanged, further);
 }
 inline void load_matrix_x4(uint32_t (&r)[4], const void* shared) { emulation::load_matrix_x4(r, shared, false); }
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared) {

@@ -57,7 +57,8 @@ enum class ShuffleKind { kIndex, kUp, kDown, kXor };
 uint32_t shuffle(ShuffleKind kind, uint32_t mask, uint32_t value, int operand, int width);
 uint32_t ballot(uint32_t mask, bool predicate);
 
-void copy_async_16(void* shared, const void* global, bool is_copied);
+// num_bytes: 4, 8 or 16.
+void copy_async(void* shared, const void* global, size_t num_bytes, bool is_copied);
 void copy_async_commit();
 void copy_async_wait(int num_pending);
 

@@ -135,17 +135,18 @@ def check_load_matrix(kernels: Kernels, transposed: str) -> None:
             assert actual[lane, i] == low | high << 16, (lane, i)
 
 
-def check_copy_async(kernels: Kernels, _: str) -> None:
+def check_copy_async(kernels: Kernels, word: str) -> None:
     rng = np.random.default_rng(2)
-    source = rng.integers(1, 1 << 32, (3, 64, 4)).astype(np.uint32)
-    output = np.zeros((3, 64, 4), np.uint32)
+    num_words = 1 if word == "float" else 4
+    source = rng.integers(1, 1 << 32, (3, 64, num_words)).astype(np.uint32)
+    output = np.zeros((3, 64, num_words), np.uint32)
     for num_copied in (0, 70, 192):
-        expected = source.copy().reshape(192, 4)
+        expected = source.copy().reshape(192, num_words)
         expected[num_copied:] = 0
         actual = kernels.run(
-            "copy_async", "", source, NOTHING, output, num_copied, num_threads=64, shared_bytes=3 * 64 * 16
+            "copy_async", word, source, NOTHING, output, num_copied, num_threads=64, shared_bytes=3 * 64 * 16
         )
-        assert_array_equal(actual, expected.reshape(3, 64, 4)[:, ::-1])
+        assert_array_equal(actual, expected.reshape(3, 64, num_words)[:, ::-1])
 
 
 def check_pack(kernels: Kernels, element: str) -> None:
@@ -297,7 +298,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     for check, arguments in [
         (check_multiply_accumulate, ("BFloat16", "Float16")),
         (check_load_matrix, ("false", "true")),
-        (check_copy_async, ("",)),
+        (check_copy_async, ("float", "uint4")),
         (check_pack, ("BFloat16", "Float16")),
         (check_unpack, ("BFloat16", "Float16")),
         (check_from_float, ("float", "BFloat16", "Float16")),

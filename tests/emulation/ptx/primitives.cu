@@ -59,25 +59,30 @@ __global__ void __launch_bounds__(32) load_matrix(const Arguments args) {
   for (int i = 0; i < 4; ++i) output<uint32_t>(args)[lane * 4 + i] = r[i];
 }
 
-// Three groups of one copy a thread. a: 16 bytes a thread and group; those from `count` on are not copied. output: what
+// Three groups of one copy a thread. a: a Word, of 16 or 4 bytes, a thread and group; those from `count` on are not copied. output: what
 // the thread's mirror image copied, read as soon as the group's wait allows.
+template <typename Word>
 __global__ void __launch_bounds__(64) copy_async(const Arguments args) {
-  auto* stage = reinterpret_cast<uint4*>(cuda::dynamic_shared_memory());
+  auto* stage = reinterpret_cast<Word*>(cuda::dynamic_shared_memory());
   const int thread = threadIdx.x, mirror = 63 - thread;
   for (int group = 0; group < 3; ++group) {
     const int i = group * 64 + thread;
-    cuda::copy_async_16(stage + i, input_a<uint4>(args) + i, i < args.count);
+    if constexpr (sizeof(Word) == 16) {
+      cuda::copy_async_16(stage + i, input_a<Word>(args) + i, i < args.count);
+    } else {
+      cuda::copy_async_4(stage + i, input_a<Word>(args) + i, i < args.count);
+    }
     cuda::copy_async_commit();
   }
   cuda::copy_async_wait<2>();
   __syncthreads();
-  output<uint4>(args)[thread] = stage[mirror];
+  output<Word>(args)[thread] = stage[mirror];
   cuda::copy_async_wait<1>();
   __syncthreads();
-  output<uint4>(args)[64 + thread] = stage[64 + mirror];
+  output<Word>(args)[64 + thread] = stage[64 + mirror];
   cuda::copy_async_wait<0>();
   __syncthreads();
-  output<uint4>(args)[128 + thread] = stage[128 + mirror];
+  output<Word>(args)[128 + thread] = stage[128 + mirror];
 }
 
 // a and b: floats. output: pairs of them packed.
@@ -206,6 +211,8 @@ template __global__ void multiply_accumulate<BFloat16>(Arguments);
 template __global__ void multiply_accumulate<Float16>(Arguments);
 template __global__ void load_matrix<false>(Arguments);
 template __global__ void load_matrix<true>(Arguments);
+template __global__ void copy_async<float>(Arguments);
+template __global__ void copy_async<uint4>(Arguments);
 template __global__ void pack<BFloat16>(Arguments);
 template __global__ void pack<Float16>(Arguments);
 template __global__ void unpack<BFloat16>(Arguments);

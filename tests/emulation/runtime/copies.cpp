@@ -11,7 +11,7 @@ namespace topgather::emulation {
 namespace {
 
 void land(PendingCopy& copy) {
-  if (!copy.has_landed) std::memcpy(copy.destination, copy.data, 16);
+  if (!copy.has_landed) std::memcpy(copy.destination, copy.data, copy.num_bytes);
   copy.has_landed = true;
 }
 
@@ -21,18 +21,18 @@ bool lands_at_issue() {
 
 }  // namespace
 
-void copy_async_16(void* shared, const void* global, bool is_copied) {
+void copy_async(void* shared, const void* global, size_t num_bytes, bool is_copied) {
   const void* caller = __builtin_return_address(0);
-  require_shared(shared, 16, "copy_async_16", caller);
+  require_shared(shared, num_bytes, "copy_async", caller);
   Fiber& self = *state.current;
-  PendingCopy copy{static_cast<unsigned char*>(shared), {}, caller, self.num_groups, false};
+  PendingCopy copy{static_cast<unsigned char*>(shared), {}, num_bytes, caller, self.num_groups, false};
   if (is_copied) {
-    if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("copy_async_16: MISALIGNED global address", caller);
-    require_global(global, 16, "copy_async_16", caller);
-    note_access(global, 16, Access::kRead, caller);
-    std::memcpy(copy.data, global, 16);
+    if (reinterpret_cast<uintptr_t>(global) % num_bytes != 0) fail("copy_async: MISALIGNED global address", caller);
+    require_global(global, num_bytes, "copy_async", caller);
+    note_access(global, num_bytes, Access::kRead, caller);
+    std::memcpy(copy.data, global, num_bytes);
   }
-  note_access(shared, 16, Access::kCopyIssue, caller);
+  note_access(shared, num_bytes, Access::kCopyIssue, caller);
   ++statistics.async_copies;
   // A pipeline never runs empty, so what has been waited for is dropped from time to time.
   constexpr size_t kMaxFinished = 64;
@@ -52,7 +52,7 @@ void copy_async_wait(int num_pending) {
     PendingCopy& copy = self.copies[self.first_copy];
     if (copy.group + static_cast<uint32_t>(num_pending) >= self.num_groups) return;
     land(copy);
-    note_access(copy.destination, 16, Access::kCopyLanding, copy.caller);
+    note_access(copy.destination, copy.num_bytes, Access::kCopyLanding, copy.caller);
     ++self.first_copy;
   }
   self.copies.clear();

@@ -57,6 +57,7 @@ extern Statistics statistics;
 struct PendingCopy {
   unsigned char* destination;
   unsigned char data[16];
+  size_t num_bytes;
   const void* caller;
   uint32_t group;
   bool has_landed;
