@@ -49,9 +49,7 @@ struct GridBackwardTask {
   T* grad_query_rows;                  // [kTileQueries, padded D]
   T* weights;                          // [kTileKeys, kTileQueries]
   T* grad_scores;                      // [kTileKeys, kTileQueries]
-  T* largest;                          // [kTileQueries], of softmax terms
-  T* factor;                           // [kTileQueries], of softmax terms
-  T* delta;                            // [kTileQueries]
+  BackwardRows<T, kTileQueries> rows;  // of a tile of queries
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 5> next;  // of the group that follows
   TokensAhead<Storage, 3> written;     // of this one
@@ -64,7 +62,6 @@ struct GridBackwardTask {
     for (T** columns : {&query_columns, &grad_out_columns}) *columns = scratch.take<T>(padded_dim * kTileQueries);
     for (T** rows : {&query_rows, &grad_out_rows, &grad_query_rows}) *rows = scratch.take<T>(padded_dim * kTileQueries);
     for (T** tile : {&weights, &grad_scores}) *tile = scratch.take<T>(kTileKeys * kTileQueries);
-    for (T** numbers : {&largest, &factor, &delta}) *numbers = scratch.take<T>(kTileQueries);
     bias_indices = scratch.take<int32_t>(max_tokens);
   }
 
@@ -87,29 +84,15 @@ struct GridBackwardTask {
           for (; d + kLanes<T> <= depth; d += kLanes<T>) sums += load_vector(out + d) * load<T>(grad_out + d);
           T sum = sum_of_lanes<T>(sums);
           for (; d < depth; ++d) sum += to_compute(out[d]) * grad_out[d];
-          delta[token - first] = sum;
+          rows.delta[token - first] = sum;
         });
     numbers_in(problem, params.lse.at<T>(), group)
         .for_each(group, first, first + count, [&](int64_t token, const T* lse) {
           const T* all = params.softmax_terms.at<T>();
-          const auto terms = read_softmax_terms(all == nullptr ? all : all + 2 * (lse - params.lse.at<T>()), *lse);
-          largest[token - first] = terms.largest;
-          factor[token - first] = terms.factor;
+          const T* row_terms = all == nullptr ? nullptr : all + 2 * (lse - params.lse.at<T>());
+          rows.set(token - first, read_softmax_terms(row_terms, *lse), rows.delta[token - first]);
         });
-    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) largest[i] = factor[i] = delta[i] = 0;
-  }
-
-  // The elementwise part of step 2.
-  void weigh(int64_t num_keys, int64_t num_vectors) {
-    for (int64_t key = 0; key < num_keys; ++key) {
-      for (int64_t v = 0; v < num_vectors; ++v) {
-        const int64_t column = v * kLanes<T>, at = key * kTileQueries + column;
-        const Vector<T> weight =
-            exp2_vector(load<T>(weights + at) - load<T>(largest + column)) * load<T>(factor + column);
-        store<T>(weights + at, weight);
-        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + column)));
-      }
-    }
+    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) rows.set(i, {0, 0}, 0);
   }
 
   void prefetch_tokens() {
@@ -143,7 +126,7 @@ struct GridBackwardTask {
       add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, weights,
                kTileQueries);
     }
-    weigh(num_keys, padded_count / kLanes<T>);
+    weigh_with_terms(weights, grad_scores, num_keys, padded_count / kLanes<T>, rows, T(0));
     add_product(
         {weights, kTileQueries, 1, grad_out_rows, padded_dim, grad_values + first_key * padded_dim, padded_dim, count},
         num_keys, first == 0);
