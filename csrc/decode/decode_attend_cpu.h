@@ -329,9 +329,8 @@ RoutingFault decode_storage(const DecodeParams& params) {
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_query_heads * problem.query_len) *
                                 static_cast<double>(keys_per_row * (problem.head_dim + problem.value_dim));
   const int num_workers = useful_threads(problem.num_threads, rows.num_tasks(), num_operations);
-  ScratchCutter count(nullptr);
-  AttendTask<Storage>(rows, num_blocks, count);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(count.used() * num_workers));
+  const WorkerScratch scratch(num_workers,
+                              [&](ScratchCutter& cutter) { AttendTask<Storage>(rows, num_blocks, cutter); });
 
   // Partial results of a task's parts lie side by side; with one part, a worker's are used again and again.
   const int64_t num_partial = rows.num_splits > 1 ? rows.num_tasks() : num_workers;
@@ -346,7 +345,7 @@ RoutingFault decode_storage(const DecodeParams& params) {
   T* running_out = partial.take<T>(num_partial * rows.rows_per_task * rows.padded_value_dim);
   RoutingFault* faults = partial.take<RoutingFault>(rows.num_tasks());
   for_each_task(num_workers, rows.num_tasks(), [&](int64_t task, int worker) {
-    ScratchCutter own(scratch.get() + worker * count.used());
+    ScratchCutter own = scratch.of(worker);
     AttendTask<Storage> attend(rows, num_blocks, own);
     const int64_t first = (rows.num_splits > 1 ? task : worker) * rows.rows_per_task;
     T* task_out = running_out + first * rows.padded_value_dim;
@@ -358,7 +357,7 @@ RoutingFault decode_storage(const DecodeParams& params) {
   }
   // Few tasks were split, so few rows are left to merge.
   for (int64_t task = 0; rows.num_splits > 1 && task < rows.num_tasks(); task += rows.num_splits) {
-    ScratchCutter own(scratch.get());
+    ScratchCutter own = scratch.of(0);
     AttendTask<Storage> attend(rows, num_blocks, own);
     attend.place_rows(task);
     attend.finish(running + task * rows.rows_per_task, running_out + task * rows.rows_per_task * rows.padded_value_dim);

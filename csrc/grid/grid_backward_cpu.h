@@ -195,8 +195,7 @@ struct GridBackwardContext {
 
   const GridBackwardParams& params;
   const TransposedBias<T>& bias;
-  unsigned char* scratch;
-  int64_t worker_bytes;
+  const WorkerScratch* scratch;
   int64_t groups_per_task;  // where there is no grad_bias
   int64_t num_pieces;       // of a head's groups, where there is
   T* partials;              // [piece, head, G, G]
@@ -207,7 +206,7 @@ struct GridBackwardContext {
   int64_t bias_size() const { return params.problem.max_tokens() * params.problem.max_tokens(); }
 
   GridBackwardTask<Storage> task_of(int worker) const {
-    ScratchCutter cutter(scratch + worker * worker_bytes);
+    ScratchCutter cutter = scratch->of(worker);
     return GridBackwardTask<Storage>(params, bias, cutter);
   }
 
@@ -249,7 +248,7 @@ void grid_backward_storage(const GridBackwardParams& params) {
   const GridProblem& problem = params.problem;
   const bool has_grad_bias = params.grad_bias.data != nullptr;
   const TransposedBias<T> bias(problem, params.bias.data);
-  GridBackwardContext<Storage> context{params, bias, nullptr, 0, 1, 1, nullptr};
+  GridBackwardContext<Storage> context{params, bias, nullptr, 1, 1, nullptr};
   const int64_t bias_size = context.bias_size(), num_units = context.num_units();
   if (has_grad_bias) {
     for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) params.grad_bias.at<T>()[i] = 0;
@@ -261,11 +260,9 @@ void grid_backward_storage(const GridBackwardParams& params) {
       has_grad_bias ? context.num_pieces * problem.num_heads : ceil_div(num_units, context.groups_per_task);
   const double operations = 5.0 * static_cast<double>(num_units * problem.head_dim) * static_cast<double>(bias_size);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, operations);
-  ScratchCutter measure(nullptr);
-  GridBackwardTask<Storage>(params, bias, measure);
-  context.worker_bytes = measure.used();
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  context.scratch = scratch.get();
+  const WorkerScratch scratch(num_workers,
+                              [&](ScratchCutter& cutter) { GridBackwardTask<Storage>(params, bias, cutter); });
+  context.scratch = &scratch;
   if (!has_grad_bias) {
     for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { context.run_groups(task, worker); });
     return;

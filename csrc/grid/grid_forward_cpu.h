@@ -161,18 +161,16 @@ void run_grid_forward(const GridForwardParams& params) {
   if (num_units == 0) return;
   const TransposedBias<T> bias(problem, params.bias.data);
   const int64_t pieces = ceil_div(problem.max_tokens(), GridConfig::kQueriesPerTask);
-  ScratchCutter measure(nullptr);
-  Task(params, bias, measure);
   const double pairs = static_cast<double>(problem.max_tokens()) * static_cast<double>(problem.max_tokens());
   const int64_t units_per_task = groups_per_task(num_units * pieces);
   const int64_t num_tasks = ceil_div(num_units, units_per_task) * pieces;
   const int num_workers =
       useful_threads(problem.num_threads, num_tasks, 2.0 * static_cast<double>(num_units * problem.head_dim) * pairs);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, bias, cutter); });
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
     const int64_t first_query = task % pieces * GridConfig::kQueriesPerTask;
     const int64_t first_unit = task / pieces * units_per_task;
-    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    ScratchCutter cutter = scratch.of(worker);
     Task forward(params, bias, cutter);
     for_each_with_next(
         first_unit, min64(first_unit + units_per_task, num_units),

@@ -250,11 +250,11 @@ class Backward {
     max_rounds_ = group_size_ * extent_.max_ranges;
     const int num_workers =
         useful_threads(problem_.num_threads, num_units * max_rounds_, 5 * pair_operations(problem_, extent_));
-    ScratchCutter measure(nullptr);
-    BackwardTask<Storage>(params_, measure);
-    worker_bytes_ = max64(measure.used(), round_up(extent_.max_blocks * 4, 64));
-    const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes_ * num_workers));
-    scratch_ = scratch.get();
+    const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) {
+      BackwardTask<Storage>(params_, cutter);
+      cutter.take<int32_t>(extent_.max_blocks);
+    });
+    scratch_ = &scratch;
     const AlignedBuffer starts = allocate_aligned(static_cast<size_t>(problem_.batch_size) * sizeof(int64_t));
     prepared_starts_ = reinterpret_cast<int64_t*>(starts.get());
     const AlignedBuffer prepared = allocate_aligned(static_cast<size_t>(lay_out_prepared_ranges()));
@@ -263,7 +263,7 @@ class Backward {
     for_each_range(problem_, num_workers,
                    [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
                      const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
-                     int32_t* cursors = reinterpret_cast<int32_t*>(scratch_ + worker * worker_bytes_);
+                     int32_t* cursors = scratch.of(worker).template take<int32_t>(extent_.max_blocks);
                      return prepare_range<Storage>(params_, range, cursors, at.lists, at.delta);
                    });
 
@@ -386,7 +386,7 @@ class Backward {
         prepared.delta,
         {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
          sums.grad_query.row_stride}};
-    ScratchCutter cutter(scratch_ + worker * worker_bytes_);
+    ScratchCutter cutter = scratch_->of(worker);
     [[maybe_unused]] const std::conditional_t<kHasMatrixUnit<Storage>, AmxGuard, int> guard{};
     BackwardTask<Storage> backward(params_, cutter);
     for (int64_t block = first_block; block < last_block; ++block) {
@@ -429,11 +429,10 @@ class Backward {
   RangeExtent extent_;
   int64_t group_size_;
   int64_t max_rounds_ = 0;       // of any unit
-  int64_t worker_bytes_ = 0;     // scratch of one worker
   int64_t workspace_bytes_ = 0;  // sums of one unit
   int64_t first_unit_ = 0;       // of the wave
   int64_t round_ = 0;
-  unsigned char* scratch_ = nullptr;
+  const WorkerScratch* scratch_ = nullptr;
   int64_t* prepared_starts_ = nullptr;  // [batch_size] bytes before a sequence's first prepared range
   unsigned char* prepared_ = nullptr;
   unsigned char* workspace_ = nullptr;

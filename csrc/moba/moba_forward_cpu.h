@@ -425,11 +425,11 @@ void forward_storage(const MobaForwardParams& params) {
   const RangeExtent extent = range_extent(problem);
   if (extent.num_ranges == 0) return;
   const int num_workers = useful_threads(problem.num_threads, extent.num_ranges, pair_operations(problem, extent));
-  ScratchCutter measure(nullptr);
-  ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, measure);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used()) * num_workers);
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) {
+    ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, cutter);
+  });
   for_each_range(problem, num_workers, [&](const QueryRange& range, int64_t, int64_t, int worker) {
-    ScratchCutter cutter(scratch.get() + measure.used() * worker);
+    ScratchCutter cutter = scratch.of(worker);
     return ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, cutter).run(range);
   });
 }

@@ -23,9 +23,6 @@ struct BlockLists {
   int32_t* queries;  // [num_queries * top_k]
 };
 
-// The block that a position lies in, -1 before the first.
-inline int64_t block_of(int64_t position, int64_t block_size) { return position < 0 ? -1 : position / block_size; }
-
 // Of rows 0 to num_rows - 1 and their choices [first_slot, last_slot), those of blocks up to last_visible(row), -1 for
 // none. choices_of(row) gives a row's choices, fault_at(kind, row, block) what to report. cursors: scratch, [num_blocks].
 template <typename ChoicesOf, typename LastVisible, typename FaultAt>
