@@ -1,6 +1,7 @@
 // A worker's scratch memory, cut into pieces.
 #pragma once
 
+#include "../common/parallel.h"
 #include "simd.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
@@ -20,6 +21,23 @@ class ScratchCutter {
  private:
   unsigned char* base_;
   int64_t used_ = 0;
+};
+
+// Scratch of every worker, as much as make(cutter) takes.
+class WorkerScratch {
+ public:
+  template <typename Make>
+  WorkerScratch(int num_workers, const Make& make) {
+    ScratchCutter measure(nullptr);
+    make(measure);
+    worker_bytes_ = measure.used();
+    buffer_ = allocate_aligned(static_cast<size_t>(worker_bytes_) * static_cast<size_t>(num_workers));
+  }
+  ScratchCutter of(int worker) const { return ScratchCutter(buffer_.get() + worker * worker_bytes_); }
+
+ private:
+  int64_t worker_bytes_;
+  AlignedBuffer buffer_;
 };
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

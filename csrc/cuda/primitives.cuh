@@ -17,10 +17,16 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define TOPGATHER_PRIMITIVE __device__ __forceinline__
 
 namespace topgather::cuda {
+
+template <typename Element>
+constexpr bool kIsBFloat16 = std::is_same_v<Element, BFloat16>;
+template <typename Element>
+constexpr bool kIsFloat16 = std::is_same_v<Element, Float16>;
 
 // --- shared memory --------------------------------------------------------------------------------------------------
 
@@ -115,41 +121,33 @@ TOPGATHER_PRIMITIVE void load_matrix_x4_transposed(uint32_t (&r)[4], const void*
 //   b0, b1:     column g, rows 2t, 2t + 1 and 2t + 8, 2t + 9
 //   d:          (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 template <typename Element>
-TOPGATHER_PRIMITIVE void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-
-template <>
-TOPGATHER_PRIMITIVE void multiply_accumulate<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                       uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-TOPGATHER_PRIMITIVE void multiply_accumulate<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+TOPGATHER_PRIMITIVE void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(kIsBFloat16<Element> || kIsFloat16<Element>);
+  if constexpr (kIsBFloat16<Element>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }
 
 // --- conversions ----------------------------------------------------------------------------------------------------
 
 // Two floats to 16-bit elements, to nearest, ties to even; `low` in bits 0..15.
 template <typename Element>
-TOPGATHER_PRIMITIVE uint32_t pack2(float low, float high);
-
-template <>
-TOPGATHER_PRIMITIVE uint32_t pack2<BFloat16>(float low, float high) {
+TOPGATHER_PRIMITIVE uint32_t pack2(float low, float high) {
+  static_assert(kIsBFloat16<Element> || kIsFloat16<Element>);
   uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-template <>
-TOPGATHER_PRIMITIVE uint32_t pack2<Float16>(float low, float high) {
-  uint32_t packed;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  if constexpr (kIsBFloat16<Element>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
   return packed;
 }
 
@@ -169,24 +167,15 @@ TOPGATHER_PRIMITIVE float2 unpack2(uint32_t packed) {
 
 // To nearest, ties to even.
 template <typename Element>
-TOPGATHER_PRIMITIVE Element from_float(float value);
-
-template <>
-TOPGATHER_PRIMITIVE float from_float<float>(float value) {
-  return value;
-}
-
-template <>
-TOPGATHER_PRIMITIVE BFloat16 from_float<BFloat16>(float value) {
-  BFloat16 result;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
-  return result;
-}
-
-template <>
-TOPGATHER_PRIMITIVE Float16 from_float<Float16>(float value) {
-  Float16 result;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+TOPGATHER_PRIMITIVE Element from_float(float value) {
+  Element result;
+  if constexpr (kIsBFloat16<Element>) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  } else if constexpr (kIsFloat16<Element>) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  } else {
+    result = value;
+  }
   return result;
 }
 

@@ -11,11 +11,10 @@
 
 #include "../common/dtype.h"
 #include "shared_tile.cuh"
+#include "warp.cuh"
 
 namespace topgather::cuda {
 
-constexpr int kLanes = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 // Columns of a 16 x 8 block that one lane holds, and rows.
 constexpr int kBlockRows = 16;
 constexpr int kBlockColumns = 8;
@@ -23,9 +22,6 @@ constexpr int kBlockColumns = 8;
 // registers.
 constexpr int kDepthUnroll = 4;
 constexpr int kManyBlocks = 8;  // of results: they leave registers for half as many steps
-
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kLanes; }
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kLanes; }
 
 // c += A B^T.  A: rows first_a.. of `a` [.., depth]; B: rows first_b.. of `b` [.., depth], num_b of which count.
 // kParts > 1: B is a sum of as many matrices, part_rows rows apart in `b`; 16-bit types only.

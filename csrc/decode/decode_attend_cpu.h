@@ -20,7 +20,6 @@
 // Determinism: a row's arithmetic depends on its own choices and on shapes alone.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "../common/parallel.h"
@@ -173,41 +172,12 @@ struct AttendTask {
     const auto fault = [&](RoutingFault::Kind kind, int64_t row, int64_t block) {
       return RoutingFault{kind, head_of(row), token_of(row), block};
     };
-    for (int64_t j = 0; j < num_blocks; ++j) cursors[j] = 0;
-    for (int64_t row = 0; row < num_listed; ++row) {
-      const int32_t* choices = rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
-      const int64_t position = position_of(row);
-      for (int64_t slot = first_slot; slot < last_slot; ++slot) {
-        const int64_t block = choices[slot];
-        if (block < -1 || block >= num_blocks) return fault(RoutingFault::kOutOfRange, row, block);
-        if (block >= 0 && block * problem.block_size <= position) ++cursors[block];
-        // A block that is left out never reaches the lists, where the second pass looks for duplicates.
-        for (int64_t other = 0; block * problem.block_size > position && other < slot; ++other) {
-          if (choices[other] == block) return fault(RoutingFault::kDuplicate, row, block);
-        }
-      }
-    }
-    int32_t total = 0;
-    for (int64_t j = 0; j < num_blocks; ++j) {
-      lists.offsets[j] = total;
-      total += cursors[j];
-      cursors[j] = lists.offsets[j];
-    }
-    lists.offsets[num_blocks] = total;
-    for (int64_t row = 0; row < num_listed; ++row) {
-      const int32_t* choices = rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
-      const int64_t position = position_of(row);
-      for (int64_t slot = first_slot; slot < last_slot; ++slot) {
-        const int64_t block = choices[slot];
-        if (block < 0 || block * problem.block_size > position) continue;
-        int32_t& cursor = cursors[block];
-        if (cursor > lists.offsets[block] && lists.queries[cursor - 1] == row) {
-          return fault(RoutingFault::kDuplicate, row, block);
-        }
-        lists.queries[cursor++] = static_cast<int32_t>(row);
-      }
-    }
-    return {};
+    return build_block_lists(
+        num_listed, num_blocks, first_slot, last_slot,
+        [&](int64_t row) {
+          return rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
+        },
+        [&](int64_t row) { return block_of(position_of(row), problem.block_size); }, fault, cursors, lists);
   }
 
   // Steps 3 to 5 for the first num_keys of some keys.
@@ -233,16 +203,12 @@ struct AttendTask {
     running.maximum = largest > old ? largest : old;
     running.sees_a_key = true;
     running.sees_nan = running.sees_nan || any_lane(is_nan);
-    // Nothing seen yet but scores of -inf: any finite base keeps -inf - base from being NaN.
-    const T base = running.maximum == kLowest ? T(0) : running.maximum;
-    Vector<T> sum{};
-    for (int64_t i = 0; i < padded; i += kLanes<T>) {
-      const Vector<T> weight = exp2_vector(load<T>(scores + i) - base);
-      store<T>(scores + i, weight);
-      sum += weight;
-    }
+    const T base = finite_base(running.maximum);
+    const Vector<T> bases[1] = {broadcast(base)};
+    Vector<T> sum[1] = {};
+    weigh_columns(scores, kLanes<T>, padded / kLanes<T>, bases, sum);
     const T rescale = exp2_vector(broadcast(old - base))[0];
-    running.sum = running.sum * rescale + sum_of_lanes<T>(sum);
+    running.sum = running.sum * rescale + sum_of_lanes<T>(sum[0]);
     for (int64_t d = 0; d < rows.padded_value_dim; d += kLanes<T>) {
       store<T>(running_out + d, load<T>(running_out + d) * rescale);
     }
@@ -313,23 +279,19 @@ struct AttendTask {
       for (int64_t split = 1; split < rows.num_splits; ++split) {
         merge(running[split * rows.rows_per_task + row], out + split * out_size, total, out);
       }
-      T factor = 1 / total.sum;
-      T lse = (total.maximum + std::log2(total.sum)) * static_cast<T>(kLn2);
-      if (!(total.sum > 0)) {
-        lse = total.sees_nan ? std::numeric_limits<T>::quiet_NaN() : total.maximum;
-        factor = factor_of_unusual_row<T>(lse, total.sees_a_key, params.sinks, head_of(row));
-      } else if (params.sinks.data != nullptr) {
-        factor *= share_beside_sink<T>(lse, params.sinks, head_of(row));
-      }
-      store_row(out, problem.value_dim, factor, params.out.at<Storage>(sequence, head_of(row), token_of(row)));
-      *params.lse.at<T>(sequence, head_of(row), token_of(row)) = lse;
+      const RowEnd<T> end = end_of_row(
+          total.maximum, total.sum, params.sinks, head_of(row),
+          [&] { return total.sees_nan ? std::numeric_limits<T>::quiet_NaN() : total.maximum; },
+          [&] { return total.sees_a_key; });
+      store_row(out, problem.value_dim, end.factor, params.out.at<Storage>(sequence, head_of(row), token_of(row)));
+      *params.lse.at<T>(sequence, head_of(row), token_of(row)) = end.lse;
     }
   }
 
   void merge(const RunningRow<T>& part, const T* part_out, RunningRow<T>& total, T* out) const {
     if (!part.sees_a_key) return;
     const T largest = part.maximum > total.maximum ? part.maximum : total.maximum;
-    const T base = largest == -std::numeric_limits<T>::infinity() ? T(0) : largest;
+    const T base = finite_base(largest);
     const T rescale = exp2_vector(broadcast(total.maximum - base))[0];
     const T part_rescale = exp2_vector(broadcast(part.maximum - base))[0];
     total = {largest, total.sum * rescale + part.sum * part_rescale, true, total.sees_nan || part.sees_nan};
@@ -367,9 +329,8 @@ RoutingFault decode_storage(const DecodeParams& params) {
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_query_heads * problem.query_len) *
                                 static_cast<double>(keys_per_row * (problem.head_dim + problem.value_dim));
   const int num_workers = useful_threads(problem.num_threads, rows.num_tasks(), num_operations);
-  ScratchCutter count(nullptr);
-  AttendTask<Storage>(rows, num_blocks, count);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(count.used() * num_workers));
+  const WorkerScratch scratch(num_workers,
+                              [&](ScratchCutter& cutter) { AttendTask<Storage>(rows, num_blocks, cutter); });
 
   // Partial results of a task's parts lie side by side; with one part, a worker's are used again and again.
   const int64_t num_partial = rows.num_splits > 1 ? rows.num_tasks() : num_workers;
@@ -384,7 +345,7 @@ RoutingFault decode_storage(const DecodeParams& params) {
   T* running_out = partial.take<T>(num_partial * rows.rows_per_task * rows.padded_value_dim);
   RoutingFault* faults = partial.take<RoutingFault>(rows.num_tasks());
   for_each_task(num_workers, rows.num_tasks(), [&](int64_t task, int worker) {
-    ScratchCutter own(scratch.get() + worker * count.used());
+    ScratchCutter own = scratch.of(worker);
     AttendTask<Storage> attend(rows, num_blocks, own);
     const int64_t first = (rows.num_splits > 1 ? task : worker) * rows.rows_per_task;
     T* task_out = running_out + first * rows.padded_value_dim;
@@ -396,7 +357,7 @@ RoutingFault decode_storage(const DecodeParams& params) {
   }
   // Few tasks were split, so few rows are left to merge.
   for (int64_t task = 0; rows.num_splits > 1 && task < rows.num_tasks(); task += rows.num_splits) {
-    ScratchCutter own(scratch.get());
+    ScratchCutter own = scratch.of(0);
     AttendTask<Storage> attend(rows, num_blocks, own);
     attend.place_rows(task);
     attend.finish(running + task * rows.rows_per_task, running_out + task * rows.rows_per_task * rows.padded_value_dim);

@@ -29,11 +29,6 @@
 
 namespace topgather {
 
-using cuda::kAllLanes;
-using cuda::kLanes;
-using cuda::lane_id;
-using cuda::warp_id;
-
 namespace {
 using Config = DecodeAttendCudaConfig;
 constexpr int kThreads = Config::kThreads;
@@ -96,14 +91,6 @@ struct SplitKeys {
   float* weights;
   int count;
 };
-
-__device__ __forceinline__ float maximum_of_warp(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value = cuda::max_or_nan(value, __shfl_xor_sync(kAllLanes, value, distance));
-  }
-  return value;
-}
 
 // Step 1. False, to all threads, where the query sees no key of the split.
 __device__ __forceinline__ bool find_keys(const DecodeAttendArguments& args, const DecodeRow& row, int split,
@@ -184,7 +171,7 @@ __device__ __forceinline__ void score_keys(const DecodeAttendArguments& args, co
 __device__ __forceinline__ float weigh_keys(AttendSharedMemory& shared, const SplitKeys& keys) {
   float maximum = -INFINITY;
   for (int i = lane_id(); i < keys.count; i += kLanes) maximum = cuda::max_or_nan(maximum, keys.scores[i]);
-  maximum = maximum_of_warp(maximum);
+  maximum = cuda::max_over_lanes(maximum);
   const float base = maximum == -INFINITY ? 0.0f : maximum;
   float sum = 0.0f;
   for (int i = threadIdx.x; i < keys.count; i += kThreads) {
@@ -192,8 +179,7 @@ __device__ __forceinline__ float weigh_keys(AttendSharedMemory& shared, const Sp
     keys.weights[i] = weight;
     sum += weight;
   }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  sum = cuda::sum_over_lanes(sum);
   if (lane_id() == 0) shared.sum[warp_id()] = sum;
   return maximum;
 }
@@ -261,9 +247,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocksPerProcessor)
   keys.count = num_keys;
   const uint32_t row_of_wave = blockIdx.x / static_cast<uint32_t>(args.splits.count);
   const int split = static_cast<int>(blockIdx.x - row_of_wave * static_cast<uint32_t>(args.splits.count));
-  const uint32_t unit_in_wave = row_of_wave / static_cast<uint32_t>(args.wave.num_rows);
-  const DecodeRow row = decode_row(args.geometry, args.wave, unit_in_wave,
-                                   row_of_wave - unit_in_wave * static_cast<uint32_t>(args.wave.num_rows));
+  const DecodeRow row = decode_row(args.geometry, args.wave, row_of_wave);
   if (row.position < 0 || !find_keys(args, row, split, keys)) {
     if (threadIdx.x == 0) args.states[blockIdx.x] = {-INFINITY, -1.0f};
     return;  // the whole thread block
@@ -328,9 +312,7 @@ template <typename Element>
 __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const DecodeMergeArguments args) {
   MergeSharedMemory& shared = *reinterpret_cast<MergeSharedMemory*>(cuda::dynamic_shared_memory());
   const DecodeGeometry& geometry = args.geometry;
-  const uint32_t unit_in_wave = blockIdx.x / static_cast<uint32_t>(args.wave.num_rows);
-  const DecodeRow row = decode_row(geometry, args.wave, unit_in_wave,
-                                   blockIdx.x - unit_in_wave * static_cast<uint32_t>(args.wave.num_rows));
+  const DecodeRow row = decode_row(geometry, args.wave, blockIdx.x);
   Element* out = args.out.at<Element>(row.sequence, row.head, row.token);
   float* lse = args.lse.at<float>(row.sequence, row.head, row.token);
   const int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
@@ -351,10 +333,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const Deco
   for (int split = threadIdx.x; split < args.num_splits; split += kMergeThreads) {
     maximum = cuda::max_or_nan(maximum, states[split].maximum);
   }
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    maximum = cuda::max_or_nan(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
-  }
+  maximum = cuda::max_over_lanes(maximum);
   if (lane_id() == 0) shared.maximum[warp_id()] = maximum;
   // Publishes the warps' maxima to all.
   __syncthreads();
@@ -442,10 +421,6 @@ DecodePlan plan_decode(const DecodeProblem& problem) {
   const int64_t split_bytes = problem.value_dim * 4 + static_cast<int64_t>(sizeof(DecodeSplitState));
   plan.waves = plan_decode_waves(plan.geometry, plan.splits.count * split_bytes, Config::kBudget);
   return plan;
-}
-
-bool is_empty(const DecodeProblem& problem) {
-  return problem.batch_size == 0 || problem.num_query_heads == 0 || problem.query_len == 0;
 }
 
 struct DecodeWorkspace {

@@ -96,6 +96,10 @@ inline DecodeWaves plan_decode_waves(const DecodeGeometry& geometry, int64_t row
   return waves;
 }
 
+inline bool is_empty(const DecodeProblem& problem) {
+  return problem.batch_size == 0 || problem.num_query_heads == 0 || problem.query_len == 0;
+}
+
 // --- on the device --------------------------------------------------------------------------------------------------
 
 struct DecodeUnit {
@@ -139,7 +143,9 @@ struct DecodeRow {
 };
 
 __device__ __forceinline__ DecodeRow decode_row(const DecodeGeometry& geometry, const DecodeWave& wave,
-                                                uint32_t unit_in_wave, uint32_t row) {
+                                                uint32_t row_of_wave) {
+  const uint32_t unit_in_wave = row_of_wave / static_cast<uint32_t>(wave.num_rows);
+  const uint32_t row = row_of_wave - unit_in_wave * static_cast<uint32_t>(wave.num_rows);
   const DecodeUnit unit = decode_unit(geometry, static_cast<uint32_t>(wave.first_unit) + unit_in_wave);
   const uint32_t token = row / static_cast<uint32_t>(geometry.group);
   const NewTokens tokens = new_tokens(geometry, unit.sequence);

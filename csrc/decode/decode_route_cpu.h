@@ -24,13 +24,11 @@ struct DecodeRouter {
   static constexpr int64_t kRows = DecodeConfig::kRouteRows;
 
   const DecodeRouteParams& params;
-  int64_t group;            // query heads of a key head
-  int64_t tiles_per_head;   // of a key head
-  int64_t list_length;      // top_k - 1, or 0 where there is never anything to choose from
-  MobaRouteParams options;  // the fields RouteTask reads: head_dim and top_k
-  unsigned char* scratch;
-  int64_t task_bytes;    // of RouteTask
-  int64_t worker_bytes;  // and gathered centroids
+  int64_t group;                 // query heads of a key head
+  int64_t tiles_per_head;        // of a key head
+  int64_t list_length;           // top_k - 1, or as many as there are blocks
+  MobaRouteParams options;       // the fields RouteTask reads: head_dim and top_k
+  const WorkerScratch& scratch;  // of RouteTask, and gathered centroids
 
   void run(int64_t task_idx, int worker) const {
     constexpr int64_t kTileRows = Task::kTileQueries;
@@ -40,42 +38,24 @@ struct DecodeRouter {
     const int64_t sequence = task_idx / tiles_per_head / problem.num_kv_heads;
     const int64_t first_position = first_position_of(problem, sequence);
     const int64_t last_row = min64((tile + 1) * kRows, problem.query_len * group);
-    unsigned char* own_scratch = scratch + worker * worker_bytes;
-    Task task(options, list_length, own_scratch);
-    T* gathered = reinterpret_cast<T*>(own_scratch + task_bytes);
-    const auto chunk_of = [&](int64_t first, int64_t count) { return chunk(sequence, head, first, count, gathered); };
+    ScratchCutter cutter = scratch.of(worker);
+    Task task(options, list_length, cutter);
+    T* gathered = cutter.take<T>(Task::kChunkBlocks * problem.head_dim);
     for (int64_t first = tile * kRows; first < last_row; first += kTileRows) {
-      const int64_t count = min64(kTileRows, last_row - first);
-      const auto own_block = [&](int64_t row) -> int64_t {
-        const int64_t position = first_position + row / group;
-        return position < 0 || row / group >= new_tokens_of(problem, sequence) ? -1 : position / problem.block_size;
-      };
-      IntegerVector<T> visible[Task::kVectorsPerTile];
-      int64_t max_visible = 0;
-      for (int64_t i = 0; i < kTileRows; ++i) {
-        const int64_t num_visible = max64(own_block(first + min64(i, count - 1)), 0);
-        visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
-        max_visible = max64(max_visible, num_visible);
-      }
-      const bool needs_scores = list_length > 0 && max_visible > list_length;
-      if (needs_scores) {
-        const auto row_of = [&](int64_t i) {
-          const int64_t row = first + i;
-          return params.query.at<Storage>(sequence, head * group + row % group, row / group);
-        };
-        gather_rows_transposed<Storage>(row_of, count, problem.head_dim, T(1), task.query_tile, kTileRows);
-        task.select(chunk_of, ceil_div(count, kLanes<T>), visible, max_visible);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = first + i;
-        const int64_t own = own_block(row);
-        int32_t* choices = params.block_indices.at<int32_t>(sequence, head * group + row % group, row / group);
-        if (needs_scores) {
-          task.write_choices(i, own, choices);
-        } else {
-          task.write_all(min64(max64(own, 0), problem.top_k - 1), own, choices);
-        }
-      }
+      task.template route_tile<Storage>(
+          min64(kTileRows, last_row - first), 0,
+          [&](int64_t i) {
+            return params.query.at<Storage>(sequence, head * group + (first + i) % group, (first + i) / group);
+          },
+          [&](int64_t i) {
+            const int64_t token = (first + i) / group;
+            const bool is_there = token < new_tokens_of(problem, sequence);
+            return is_there ? block_of(first_position + token, problem.block_size) : int64_t{-1};
+          },
+          [&](int64_t block, int64_t count) { return chunk(sequence, head, block, count, gathered); },
+          [&](int64_t i) {
+            return params.block_indices.at<int32_t>(sequence, head * group + (first + i) % group, (first + i) / group);
+          });
     }
   }
 
@@ -101,7 +81,7 @@ void decode_route_storage(const DecodeRouteParams& params) {
   const DecodeProblem& problem = params.problem;
   const int64_t group = problem.num_query_heads / problem.num_kv_heads;
   const int64_t max_blocks = ceil_div(longest_of(problem), problem.block_size);
-  const int64_t list_length = max_blocks > problem.top_k - 1 ? problem.top_k - 1 : 0;
+  const int64_t list_length = min64(problem.top_k - 1, max_blocks);
   MobaRouteParams options{};
   options.problem.head_dim = problem.head_dim;
   options.problem.top_k = problem.top_k;
@@ -110,12 +90,11 @@ void decode_route_storage(const DecodeRouteParams& params) {
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_query_heads * problem.query_len) *
                                 static_cast<double>(max_blocks * problem.head_dim + problem.top_k);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
-  const int64_t task_bytes =
-      round_up(static_cast<int64_t>(Router::Task::scratch_bytes(problem.head_dim, list_length)), 64);
-  const int64_t worker_bytes =
-      round_up(task_bytes + Router::Task::kChunkBlocks * problem.head_dim * static_cast<int64_t>(sizeof(T)), 64);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes * num_workers));
-  const Router router{params, group, tiles_per_head, list_length, options, scratch.get(), task_bytes, worker_bytes};
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) {
+    typename Router::Task(options, list_length, cutter);
+    cutter.take<T>(Router::Task::kChunkBlocks * problem.head_dim);
+  });
+  const Router router{params, group, tiles_per_head, list_length, options, scratch};
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { router.run(task, worker); });
 }
 

@@ -25,11 +25,6 @@
 
 namespace topgather {
 
-using cuda::kAllLanes;
-using cuda::kLanes;
-using cuda::lane_id;
-using cuda::warp_id;
-
 namespace {
 using Config = DecodeRouteCudaConfig;
 constexpr int kScoreThreads = Config::kScoreThreads;
@@ -210,12 +205,6 @@ struct SelectSharedMemory {
   int32_t equal[kSelectWarps];
 };
 
-__device__ __forceinline__ int32_t sum_over_warp(int32_t value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
-
 // The ranks of a warp's range of blocks: lane l has blocks first + 32 j + l.
 struct WarpRanks {
   const uint32_t* ranks;  // [max_blocks] uint32
@@ -236,7 +225,7 @@ struct WarpRanks {
     for (int j = 0; j < kScoresHeld; ++j) count += held[j] >= threshold ? 1 : 0;
 #pragma unroll 1
     for (int j = kScoresHeld; j < num_steps(); ++j) count += read(j) >= threshold ? 1 : 0;
-    return sum_over_warp(count);
+    return cuda::sum_over_lanes(count);
   }
 };
 
@@ -262,9 +251,7 @@ struct WarpChoices {
 __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const SelectBlocksArguments args) {
   SelectSharedMemory& shared = *reinterpret_cast<SelectSharedMemory*>(cuda::dynamic_shared_memory());
   const DecodeGeometry& geometry = args.geometry;
-  const uint32_t unit_in_wave = blockIdx.x / static_cast<uint32_t>(args.wave.num_rows);
-  const DecodeRow row = decode_row(geometry, args.wave, unit_in_wave,
-                                   blockIdx.x - unit_in_wave * static_cast<uint32_t>(args.wave.num_rows));
+  const DecodeRow row = decode_row(geometry, args.wave, blockIdx.x);
   int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
   const int num_chosen = geometry.top_k - 1;
   if (row.position < 0 || row.own_block <= num_chosen || num_chosen == 0) {
@@ -348,10 +335,6 @@ DecodeRoutePlan plan_route(const DecodeProblem& problem) {
   plan.is_scored = problem.top_k > 1 && plan.max_blocks > problem.top_k;
   plan.waves = plan_decode_waves(plan.geometry, plan.is_scored ? plan.max_blocks * 4 : 1, Config::kBudget);
   return plan;
-}
-
-bool is_empty(const DecodeProblem& problem) {
-  return problem.batch_size == 0 || problem.num_query_heads == 0 || problem.query_len == 0;
 }
 
 int64_t take_ranks(const DecodeRoutePlan& plan, WorkspaceCutter& cutter, uint32_t** ranks) {

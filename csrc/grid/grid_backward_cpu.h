@@ -49,9 +49,7 @@ struct GridBackwardTask {
   T* grad_query_rows;                  // [kTileQueries, padded D]
   T* weights;                          // [kTileKeys, kTileQueries]
   T* grad_scores;                      // [kTileKeys, kTileQueries]
-  T* largest;                          // [kTileQueries], of softmax terms
-  T* factor;                           // [kTileQueries], of softmax terms
-  T* delta;                            // [kTileQueries]
+  BackwardRows<T, kTileQueries> rows;  // of a tile of queries
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 5> next;  // of the group that follows
   TokensAhead<Storage, 3> written;     // of this one
@@ -64,7 +62,6 @@ struct GridBackwardTask {
     for (T** columns : {&query_columns, &grad_out_columns}) *columns = scratch.take<T>(padded_dim * kTileQueries);
     for (T** rows : {&query_rows, &grad_out_rows, &grad_query_rows}) *rows = scratch.take<T>(padded_dim * kTileQueries);
     for (T** tile : {&weights, &grad_scores}) *tile = scratch.take<T>(kTileKeys * kTileQueries);
-    for (T** numbers : {&largest, &factor, &delta}) *numbers = scratch.take<T>(kTileQueries);
     bias_indices = scratch.take<int32_t>(max_tokens);
   }
 
@@ -87,29 +84,15 @@ struct GridBackwardTask {
           for (; d + kLanes<T> <= depth; d += kLanes<T>) sums += load_vector(out + d) * load<T>(grad_out + d);
           T sum = sum_of_lanes<T>(sums);
           for (; d < depth; ++d) sum += to_compute(out[d]) * grad_out[d];
-          delta[token - first] = sum;
+          rows.delta[token - first] = sum;
         });
     numbers_in(problem, params.lse.at<T>(), group)
         .for_each(group, first, first + count, [&](int64_t token, const T* lse) {
           const T* all = params.softmax_terms.at<T>();
-          const auto terms = read_softmax_terms(all == nullptr ? all : all + 2 * (lse - params.lse.at<T>()), *lse);
-          largest[token - first] = terms.largest;
-          factor[token - first] = terms.factor;
+          const T* row_terms = all == nullptr ? nullptr : all + 2 * (lse - params.lse.at<T>());
+          rows.set(token - first, read_softmax_terms(row_terms, *lse), rows.delta[token - first]);
         });
-    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) largest[i] = factor[i] = delta[i] = 0;
-  }
-
-  // The elementwise part of step 2.
-  void weigh(int64_t num_keys, int64_t num_vectors) {
-    for (int64_t key = 0; key < num_keys; ++key) {
-      for (int64_t v = 0; v < num_vectors; ++v) {
-        const int64_t column = v * kLanes<T>, at = key * kTileQueries + column;
-        const Vector<T> weight =
-            exp2_vector(load<T>(weights + at) - load<T>(largest + column)) * load<T>(factor + column);
-        store<T>(weights + at, weight);
-        store<T>(grad_scores + at, weight * (load<T>(grad_scores + at) - load<T>(delta + column)));
-      }
-    }
+    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) rows.set(i, {0, 0}, 0);
   }
 
   void prefetch_tokens() {
@@ -143,7 +126,7 @@ struct GridBackwardTask {
       add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, weights,
                kTileQueries);
     }
-    weigh(num_keys, padded_count / kLanes<T>);
+    weigh_with_terms(weights, grad_scores, num_keys, padded_count / kLanes<T>, rows, T(0));
     add_product(
         {weights, kTileQueries, 1, grad_out_rows, padded_dim, grad_values + first_key * padded_dim, padded_dim, count},
         num_keys, first == 0);
@@ -212,8 +195,7 @@ struct GridBackwardContext {
 
   const GridBackwardParams& params;
   const TransposedBias<T>& bias;
-  unsigned char* scratch;
-  int64_t worker_bytes;
+  const WorkerScratch* scratch;
   int64_t groups_per_task;  // where there is no grad_bias
   int64_t num_pieces;       // of a head's groups, where there is
   T* partials;              // [piece, head, G, G]
@@ -224,7 +206,7 @@ struct GridBackwardContext {
   int64_t bias_size() const { return params.problem.max_tokens() * params.problem.max_tokens(); }
 
   GridBackwardTask<Storage> task_of(int worker) const {
-    ScratchCutter cutter(scratch + worker * worker_bytes);
+    ScratchCutter cutter = scratch->of(worker);
     return GridBackwardTask<Storage>(params, bias, cutter);
   }
 
@@ -266,7 +248,7 @@ void grid_backward_storage(const GridBackwardParams& params) {
   const GridProblem& problem = params.problem;
   const bool has_grad_bias = params.grad_bias.data != nullptr;
   const TransposedBias<T> bias(problem, params.bias.data);
-  GridBackwardContext<Storage> context{params, bias, nullptr, 0, 1, 1, nullptr};
+  GridBackwardContext<Storage> context{params, bias, nullptr, 1, 1, nullptr};
   const int64_t bias_size = context.bias_size(), num_units = context.num_units();
   if (has_grad_bias) {
     for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) params.grad_bias.at<T>()[i] = 0;
@@ -278,11 +260,9 @@ void grid_backward_storage(const GridBackwardParams& params) {
       has_grad_bias ? context.num_pieces * problem.num_heads : ceil_div(num_units, context.groups_per_task);
   const double operations = 5.0 * static_cast<double>(num_units * problem.head_dim) * static_cast<double>(bias_size);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, operations);
-  ScratchCutter measure(nullptr);
-  GridBackwardTask<Storage>(params, bias, measure);
-  context.worker_bytes = measure.used();
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
-  context.scratch = scratch.get();
+  const WorkerScratch scratch(num_workers,
+                              [&](ScratchCutter& cutter) { GridBackwardTask<Storage>(params, bias, cutter); });
+  context.scratch = &scratch;
   if (!has_grad_bias) {
     for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { context.run_groups(task, worker); });
     return;

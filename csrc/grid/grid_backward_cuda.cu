@@ -52,9 +52,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) grid_row_terms(const GridRowAr
       sum = fmaf(left.x, right.x, fmaf(left.y, right.y, sum));
     }
   }
-  for (int distance = kLanesPerRow / 2; distance > 0; distance /= 2) {
-    sum += __shfl_xor_sync(cuda::kAllLanes, sum, distance);
-  }
+  sum = cuda::sum_over_lanes<kLanesPerRow>(sum);
   if (is_there && lane == 0) args.shift[token] = sum;
 }
 

@@ -62,7 +62,7 @@ template <typename Element, int kHeadDim>
 struct GridBackwardSharedMemory {
   using Tiles = GridTiles<Element, kHeadDim>;
   static constexpr int kTokens = Tiles::kTokens;
-  static constexpr int kThreads = Tiles::kWarps * cuda::kLanes;
+  static constexpr int kThreads = Tiles::kWarps * kLanes;
 
   cuda::SharedTile<Element, kTokens, kHeadDim> row_first;      // key or query
   cuda::SharedTile<Element, kTokens, kHeadDim> row_second;     // value or grad_out
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
   cuda::copy_async_commit();
   if constexpr (!kAreRowsKeys) grid::load_query_terms(args, shared.row_places, shared);
 
-  const int first_row = cuda::warp_id() * cuda::kBlockRows;
+  const int first_row = warp_id() * cuda::kBlockRows;
   const grid::Columns columns = grid::columns_of(geometry, first_row);
   const bool has_work = grid::tokens_there<16>(shared.row_places, first_row, Shared::kTokens) != 0;
   float grad_first[1][kHeadDim / 8][4];
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
     for (int column = columns.first; has_work && column < columns.end; column += kStep) {
       const uint32_t there = grid::tokens_there<kStep>(shared.column_places, column, columns.end);
       if (there == 0) continue;
-      const int count = cuda::kLanes - __clz(static_cast<int>(there));
+      const int count = kLanes - __clz(static_cast<int>(there));
       float weights[1][kStep / 8][4], d_scores[1][kStep / 8][4];
       grid::differentiate<kAreRowsKeys>(args, shared, first_row, column, there, weights, d_scores);
       if constexpr (kAreRowsKeys) {
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kGridBiasHea
   const uint32_t row_tile = blockIdx.x / geometry.num_tiles, column_tile = blockIdx.x - row_tile * geometry.num_tiles;
   const uint32_t num_slots = kTokens / static_cast<uint32_t>(geometry.slot_tokens);
   const uint32_t first_piece = blockIdx.z * num_slots;
-  const int first_row = cuda::warp_id() * cuda::kBlockRows;
+  const int first_row = warp_id() * cuda::kBlockRows;
   const grid::Columns columns = grid::columns_of(geometry, first_row);
   float sums[kSteps][kStep / 8][4];
   cuda::fill(sums, 0.0f);
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kGridBiasHea
     __syncthreads();
   }
   // Step 5.
-  const int g = cuda::lane_id() / 4, t = cuda::lane_id() % 4;
+  const int g = lane_id() / 4, t = lane_id() % 4;
   const uint32_t group = geometry.max_tokens;
   const uint32_t piece = first_piece + static_cast<uint32_t>(columns.first / geometry.slot_tokens);
   float* piece_sums = args.bias_sums + (static_cast<int64_t>(piece) * geometry.num_heads + blockIdx.y) * group *

@@ -2,13 +2,8 @@
 #include <algorithm>
 
 #include "../bindings.h"
-#include "../common/checks.h"
-#include "../common/native_call.h"
 #include "grid_cpu.h"
-#if defined(TOPGATHER_HAVE_CUDA)
-#include "../cuda/native_call_cuda.h"
 #include "grid_cuda.h"
-#endif
 
 namespace topgather {
 namespace {

@@ -28,6 +28,7 @@
 #include <limits>
 
 #include "../common/parallel.h"
+#include "../cpu/attention_tile.h"
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
 #include "../cpu/tile_gemm.h"
@@ -53,9 +54,6 @@ struct GridForwardTask {
   T* query_tile;                       // [D, kTileQueries]
   T* scores;                           // [kTileKeys, kTileQueries]
   T* out_tile;                         // [kTileQueries, padded D]
-  T* running_max;                      // [kTileQueries], base-2 exponent
-  T* running_sum;                      // [kTileQueries]
-  T* rescale;                          // [kTileQueries]
   int32_t* bias_indices;               // [G]
   TokensAhead<const Storage, 3> next;  // of the group that follows
   TokensAhead<Storage, 1> written;     // of this one
@@ -69,59 +67,7 @@ struct GridForwardTask {
     query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
     scores = scratch.take<T>(kTileKeys * kTileQueries);
     out_tile = scratch.take<T>(kTileQueries * padded_dim);
-    running_max = scratch.take<T>(kTileQueries);
-    running_sum = scratch.take<T>(kTileQueries);
-    rescale = scratch.take<T>(kTileQueries);
     bias_indices = scratch.take<int32_t>(max_tokens);
-  }
-
-  // Step 4 for kVectors vectors of queries from `column` on.
-  template <int kVectors>
-  void online_softmax(int64_t column, int64_t num_keys, bool is_first) {
-    Vector<T> top[kVectors], sum[kVectors], base[kVectors];
-    T* column_scores = scores + column;
-    for (int v = 0; v < kVectors; ++v) top[v] = load<T>(running_max + column + v * kLanes<T>);
-    for (int64_t key = 0; key < num_keys; ++key) {
-      for (int v = 0; v < kVectors; ++v) {
-        top[v] = maximum(top[v], load<T>(column_scores + key * kTileQueries + v * kLanes<T>));
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = column + v * kLanes<T>;
-      // Only scores of -inf so far: any finite base keeps -inf - base from being NaN.
-      base[v] = top[v] == -std::numeric_limits<T>::infinity() ? broadcast(T(0)) : top[v];
-      if (is_first) {
-        sum[v] = Vector<T>{};
-      } else {
-        const Vector<T> factor = exp2_vector(load<T>(running_max + at) - base[v]);
-        store<T>(rescale + at, factor);
-        sum[v] = load<T>(running_sum + at) * factor;
-      }
-    }
-    for (int64_t key = 0; key < num_keys; ++key) {
-      for (int v = 0; v < kVectors; ++v) {
-        T* score = column_scores + key * kTileQueries + v * kLanes<T>;
-        const Vector<T> weight = exp2_vector(load<T>(score) - base[v]);
-        store<T>(score, weight);
-        sum[v] += weight;
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      store<T>(running_max + column + v * kLanes<T>, top[v]);
-      store<T>(running_sum + column + v * kLanes<T>, sum[v]);
-    }
-  }
-
-  // Four vectors at a time: enough independent chains to hide the latency of a maximum, few enough for registers.
-  void softmax_all_columns(int64_t count, int64_t num_keys, bool is_first) {
-    for (int64_t column = 0; column < count; column += 4 * kLanes<T>) {
-      switch (min64(4, ceil_div(count - column, kLanes<T>))) {
-        case 1: online_softmax<1>(column, num_keys, is_first); break;
-        case 2: online_softmax<2>(column, num_keys, is_first); break;
-        case 3: online_softmax<3>(column, num_keys, is_first); break;
-        default: online_softmax<4>(column, num_keys, is_first);
-      }
-    }
   }
 
   // Steps 2 to 6 for queries [first, first + count) of the group.
@@ -130,7 +76,11 @@ struct GridForwardTask {
     const int64_t padded_count = round_up(count, kLanes<T>);
     gather_token_columns<Storage>(rows_in<const Storage>(problem, params.query, group), group, first, count,
                                   problem.head_dim, static_cast<T>(problem.scale * kLog2E), query_tile, kTileQueries);
-    for (int64_t i = 0; i < padded_count; ++i) running_max[i] = -std::numeric_limits<T>::infinity();
+    RunningSoftmax<T, kTileQueries> running;
+    for (int64_t i = 0; i < padded_count; ++i) {
+      running.largest[i] = -std::numeric_limits<T>::infinity();
+      running.sum[i] = 0;
+    }
     for (int64_t first_key = 0; first_key < group.num_tokens; first_key += kTileKeys) {
       const int64_t num_keys = min64(kTileKeys, group.num_tokens - first_key);
       const auto prefetch = [&] { prefetch_tokens(); };
@@ -141,7 +91,7 @@ struct GridForwardTask {
         add_bias(bias, group.head_idx, bias_indices + first, bias_indices + first_key, count, num_keys, scores,
                  kTileQueries);
       }
-      softmax_all_columns(count, num_keys, first_key == 0);
+      online_softmax(scores, count, num_keys, running);
       const GemmOperands<T> product{scores,     1,        kTileQueries, values + first_key * padded_dim,
                                     padded_dim, out_tile, padded_dim,   num_keys};
       if (first_key == 0) {
@@ -149,12 +99,12 @@ struct GridForwardTask {
       } else {
         for (int64_t i = 0; i < count; ++i) {
           T* row = out_tile + i * padded_dim;
-          for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store<T>(row + d, load<T>(row + d) * rescale[i]);
+          for (int64_t d = 0; d < padded_dim; d += kLanes<T>) store<T>(row + d, load<T>(row + d) * running.rescale[i]);
         }
         tile_gemm_prefetching<true>(product, count, padded_dim, prefetch);
       }
     }
-    finish(group, first, count);
+    finish(group, first, count, running);
   }
 
   void prefetch_tokens() {
@@ -163,17 +113,17 @@ struct GridForwardTask {
   }
 
   // Step 6.
-  void finish(const Group& group, int64_t first, int64_t count) {
+  void finish(const Group& group, int64_t first, int64_t count, const RunningSoftmax<T, kTileQueries>& running) {
     const GridProblem& problem = params.problem;
     rows_in<Storage>(problem, params.out, group)
         .for_each(group, first, first + count, [&](int64_t token, Storage* row) {
           const int64_t i = token - first;
-          store_row(out_tile + i * padded_dim, problem.head_dim, 1 / running_sum[i], row);
+          store_row(out_tile + i * padded_dim, problem.head_dim, 1 / running.sum[i], row);
         });
     numbers_in(problem, params.lse.at<T>(), group).for_each(group, first, first + count, [&](int64_t token, T* lse) {
       const int64_t i = token - first;
-      *lse = (running_max[i] + std::log2(running_sum[i])) * static_cast<T>(kLn2);
-      write_softmax_terms(running_max[i], running_sum[i],
+      *lse = (running.largest[i] + std::log2(running.sum[i])) * static_cast<T>(kLn2);
+      write_softmax_terms(running.largest[i], running.sum[i],
                           params.softmax_terms.at<T>() + 2 * (lse - params.lse.at<T>()));
     });
   }
@@ -211,18 +161,16 @@ void run_grid_forward(const GridForwardParams& params) {
   if (num_units == 0) return;
   const TransposedBias<T> bias(problem, params.bias.data);
   const int64_t pieces = ceil_div(problem.max_tokens(), GridConfig::kQueriesPerTask);
-  ScratchCutter measure(nullptr);
-  Task(params, bias, measure);
   const double pairs = static_cast<double>(problem.max_tokens()) * static_cast<double>(problem.max_tokens());
   const int64_t units_per_task = groups_per_task(num_units * pieces);
   const int64_t num_tasks = ceil_div(num_units, units_per_task) * pieces;
   const int num_workers =
       useful_threads(problem.num_threads, num_tasks, 2.0 * static_cast<double>(num_units * problem.head_dim) * pairs);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, bias, cutter); });
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
     const int64_t first_query = task % pieces * GridConfig::kQueriesPerTask;
     const int64_t first_unit = task / pieces * units_per_task;
-    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    ScratchCutter cutter = scratch.of(worker);
     Task forward(params, bias, cutter);
     for_each_with_next(
         first_unit, min64(first_unit + units_per_task, num_units),

@@ -45,7 +45,7 @@ template <typename Element, int kHeadDim>
 struct GridForwardSharedMemory {
   using Tiles = GridTiles<Element, kHeadDim>;
   static constexpr int kTokens = Tiles::kTokens;
-  static constexpr int kThreads = Tiles::kWarps * cuda::kLanes;
+  static constexpr int kThreads = Tiles::kWarps * kLanes;
 
   cuda::SharedTile<Element, kTokens, kHeadDim> query;
   cuda::SharedTile<Element, kTokens, kHeadDim> key;
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
   if (!grid::place_tokens(geometry, unit_of, tile * kTokens, shared.query_places)) return;
   grid::gather_rows_async(shared.query, args.query, shared.query_places, geometry.head_dim);
   cuda::copy_async_commit();
-  const int first_row = cuda::warp_id() * cuda::kBlockRows;
+  const int first_row = warp_id() * cuda::kBlockRows;
   const bool has_work = grid::tokens_there<16>(shared.query_places, first_row, Shared::kTokens) != 0;
   grid::Running<kHeadDim> running;
   running.reset();

@@ -12,7 +12,7 @@
 
 #include <limits>
 
-#include "../common/softmax_terms.h"
+#include "../cpu/attention_tile.h"
 #include "../cpu/math.h"
 #include "../cpu/scratch.h"
 #include "grid_bias_cpu.h"
@@ -129,25 +129,19 @@ struct GridForwardSmallTask {
   // Step 4.
   void softmax(const Group& group, int64_t num_keys) {
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
-    Vector<T> top = broadcast(kLowest);
-    for (int64_t key = 0; key < num_keys; ++key) top = maximum(top, load<T>(scores + key * kTokens));
-    // Only scores of -inf: any finite base keeps -inf - base from being NaN.
-    const Vector<T> base = top == kLowest ? broadcast(T(0)) : top;
-    Vector<T> sum{};
-    for (int64_t key = 0; key < num_keys; ++key) {
-      const Vector<T> weight = exp2_vector(load<T>(scores + key * kTokens) - base);
-      store<T>(scores + key * kTokens, weight);
-      sum += weight;
-    }
-    const Vector<T> factor = T(1) / sum;
+    Vector<T> top[1] = {broadcast(kLowest)}, sum[1] = {};
+    raise_to_largest(scores, kTokens, num_keys, top);
+    const Vector<T> base[1] = {finite_base(top[0])};
+    weigh_columns(scores, kTokens, num_keys, base, sum);
+    const Vector<T> factor = T(1) / sum[0];
     for (int64_t key = 0; key < num_keys; ++key) {
       store<T>(scores + key * kTokens, load<T>(scores + key * kTokens) * factor);
     }
-    const Vector<T> lse = (top + log2_vector(sum)) * static_cast<T>(kLn2);
+    const Vector<T> lse = (top[0] + log2_vector(sum[0])) * static_cast<T>(kLn2);
     numbers_in(params.problem, params.lse.at<T>(), group)
         .for_each(group, 0, group.num_tokens, [&](int64_t token, T* target) {
           *target = lse[token];
-          write_softmax_terms<T>(top[token], sum[token],
+          write_softmax_terms<T>(top[0][token], sum[0][token],
                                  params.softmax_terms.at<T>() + 2 * (target - params.lse.at<T>()));
         });
   }

@@ -62,10 +62,6 @@ struct TilePlaces {
 
 namespace grid {
 
-using cuda::kLanes;
-using cuda::lane_id;
-using cuda::warp_id;
-
 // Fills places with tokens first_number.. of the units unit_of(slot); a unit past the last is not there. False, to all
 // threads, if no token is. Called by all threads; a barrier that publishes the places to all of them.
 template <int kTokens, typename UnitOf>
@@ -92,7 +88,7 @@ __device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const
     places.row[i] = is_there ? row : 0;
     places.column[i] = is_there ? column : 0;
     places.number[i] = is_there ? number : 0;
-    const uint32_t there = __ballot_sync(cuda::kAllLanes, is_there);
+    const uint32_t there = __ballot_sync(kAllLanes, is_there);
     if (lane_id() == 0) places.there[i / kLanes] = there;
   }
   return __syncthreads_or(is_there ? 1 : 0) != 0;

@@ -246,15 +246,13 @@ void key_conv_backward_storage(const KeyConvBackwardParams& params) {
   const int64_t piece_numbers = needs_grad_weight ? problem.num_heads * problem.kernel_width * problem.head_dim : 0;
   const AlignedBuffer piece_sums = allocate_aligned(static_cast<size_t>(pieces.num_pieces * piece_numbers) * sizeof(T));
   T* sums = needs_grad_weight ? reinterpret_cast<T*>(piece_sums.get()) : nullptr;
-  ScratchCutter measure(nullptr);
-  Task(params, cut, sums, measure);
   const int64_t num_tasks = pieces.num_pieces * cut.num_panels;
   const int num_workers =
       useful_threads(problem.num_threads, num_tasks,
                      static_cast<double>(numbers) * static_cast<double>(3 * problem.kernel_width + 16));
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, cut, sums, cutter); });
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
-    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    ScratchCutter cutter = scratch.of(worker);
     Task(params, cut, sums, cutter).run(pieces, task / cut.num_panels, task % cut.num_panels);
   });
   if (needs_grad_weight) add_pieces<T>(params, sums, pieces.num_pieces);

@@ -1,12 +1,7 @@
 // The key convolution's entry points, and what its kernels rely on.
 #include "../bindings.h"
-#include "../common/checks.h"
-#include "../common/native_call.h"
 #include "key_conv_cpu.h"
-#if defined(TOPGATHER_HAVE_CUDA)
-#include "../cuda/native_call_cuda.h"
 #include "key_conv_cuda.h"
-#endif
 
 namespace topgather {
 

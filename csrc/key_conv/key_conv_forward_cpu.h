@@ -220,14 +220,12 @@ void key_conv_forward_storage(const KeyConvForwardParams& params) {
     load_taps<Storage>(problem, Panel::at<Storage>(problem, cut, i), params.weight.data, kTapFactor<Storage>,
                        taps + i * panel_taps);
   }
-  ScratchCutter measure(nullptr);
-  Task(params, cut, taps, measure);
   const int64_t num_tasks = problem.batch_size * cut.num_panels * cut.num_chunks;
   const int num_workers = useful_threads(problem.num_threads, num_tasks,
                                          static_cast<double>(numbers) * static_cast<double>(problem.kernel_width + 8));
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used() * num_workers));
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, cut, taps, cutter); });
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
-    ScratchCutter cutter(scratch.get() + worker * measure.used());
+    ScratchCutter cutter = scratch.of(worker);
     // Chunks of one panel go one after the other.
     const int64_t unit = task / cut.num_chunks;
     Task(params, cut, taps, cutter).run(unit / cut.num_panels, unit % cut.num_panels, task % cut.num_chunks);

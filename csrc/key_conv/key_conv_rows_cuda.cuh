@@ -60,16 +60,11 @@ struct Channels {
   static __device__ __forceinline__ void store(const float (&values)[kVector], Element* target) {
     if constexpr (kVector == 1) {
       *target = cuda::from_float<Element>(values[0]);
-    } else if constexpr (sizeof(Element) == 4) {
-      *reinterpret_cast<uint4*>(target) = {__float_as_uint(values[0]), __float_as_uint(values[1]),
-                                           __float_as_uint(values[2]), __float_as_uint(values[3])};
-    } else if constexpr (kWords == 2) {
+    } else if constexpr (kWords == 4) {
+      *reinterpret_cast<uint4*>(target) = cuda::pack_chunk<Element>(values);
+    } else {
       *reinterpret_cast<uint2*>(target) = {cuda::pack2<Element>(values[0], values[1]),
                                            cuda::pack2<Element>(values[2], values[3])};
-    } else {
-      *reinterpret_cast<uint4*>(target) = {
-          cuda::pack2<Element>(values[0], values[1]), cuda::pack2<Element>(values[2], values[3]),
-          cuda::pack2<Element>(values[4], values[5]), cuda::pack2<Element>(values[6], values[7])};
     }
   }
 };

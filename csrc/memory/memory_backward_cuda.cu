@@ -30,11 +30,6 @@
 
 namespace topgather {
 
-using cuda::kAllLanes;
-using cuda::kLanes;
-using cuda::lane_id;
-using cuda::warp_id;
-
 namespace {
 constexpr int kThreads = MemoryBackwardCudaConfig::kThreads;
 constexpr int kMaxWarps = kThreads / kLanes;

@@ -1,12 +1,7 @@
 // The entry points of memory layers, and what their kernels rely on.
 #include "../bindings.h"
-#include "../common/checks.h"
-#include "../common/native_call.h"
 #include "memory_cpu.h"
-#if defined(TOPGATHER_HAVE_CUDA)
-#include "../cuda/native_call_cuda.h"
 #include "memory_cuda.h"
-#endif
 
 namespace topgather {
 

@@ -21,11 +21,6 @@
 
 namespace topgather {
 
-using cuda::kAllLanes;
-using cuda::kLanes;
-using cuda::lane_id;
-using cuda::warp_id;
-
 namespace {
 constexpr int kThreads = MemoryLookupCudaConfig::kThreads;
 constexpr int kWarps = kThreads / kLanes;

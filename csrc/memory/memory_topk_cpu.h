@@ -507,14 +507,11 @@ void product_key_topk_storage(const ProductKeyParams& params) {
                                     8.0 * static_cast<double>(pairs.num_pairs);
   const int num_workers = useful_threads(
       params.num_threads, num_tasks, static_cast<double>(params.num_tokens * params.num_heads) * operations_per_row);
-  ScratchCutter measure(nullptr);
-  Task(params, panels, pairs, measure);
-  const int64_t worker_bytes = measure.used();
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes) * static_cast<size_t>(num_workers));
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, panels, pairs, cutter); });
 
   // Tiles of a head follow each other, so that its panels stay in cache.
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
-    ScratchCutter cutter(scratch.get() + worker * worker_bytes);
+    ScratchCutter cutter = scratch.of(worker);
     Task search(params, panels, pairs, cutter);
     search.run(task / tiles_per_head, task % tiles_per_head * Task::kTileTokens);
   });

@@ -60,14 +60,8 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&,
   args.half_dim = static_cast<int32_t>(params.half_dim);
   args.top_k = static_cast<int32_t>(params.top_k);
   args.num_stages = static_cast<int32_t>(num_stages);
-  args.query = params.query.data;
-  args.query_token_stride = params.query.strides[0];
-  args.query_head_stride = params.query.strides[1];
-  args.query_half_stride = params.query.strides[2];
-  args.keys = params.keys.data;
-  args.keys_head_stride = params.keys.strides[0];
-  args.keys_half_stride = params.keys.strides[1];
-  args.keys_row_stride = params.keys.strides[2];
+  args.query = params.query;
+  args.keys = params.keys;
   args.scores = params.scores.at<float>();
   args.indices = params.indices.data;
   list_pairs(args);

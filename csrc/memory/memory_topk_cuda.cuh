@@ -23,14 +23,8 @@
 // the zeros of an empty place.
 // Rows with infinite or NaN half scores are found in what was written, and done again (memory_topk_infinite_cuda.cu).
 // Determinism: a row's results depend on its own query and the keys alone.
-//
-// What bounds it, counted for T = 16384, H = 4, n = 1024, D = 512, top_k = 32, bfloat16, on an H100: 69 GFLOP are 0.12
-// ms of matrix instructions. A row merges 32 pending entries 6.5 times in each half and 3 times in step 4, which with
-// steps 2 and 3 around it are about 2900 instructions, 0.2 ms. Matrix loads (128 a row, 0.15 ms), shuffles (670 a row,
-// 0.2 ms) and scores in and out (0.05 ms) share one path to shared memory: 0.4 ms, the bound; selecting costs somewhat
-// more of it than multiplying. L2 delivers all keys once per 64 tokens, 1.1 GB, 0.2 ms. On processors with room for two
-// thread blocks, one waits or selects while the other multiplies. Scores written to memory would be 0.5 GB out and
-// in again, 0.35 ms before anything is selected.
+// What bounds it: the path to shared memory, by selecting somewhat more than by multiplying (docs/performance.md). On
+// processors with room for two thread blocks, one waits or selects while the other multiplies.
 #pragma once
 
 #include "../common/checks.h"
@@ -58,16 +52,10 @@ struct ProductKeyArguments {
   int32_t half_dim;
   int32_t top_k;
   int32_t num_stages;
-  const void* query;  // [T, H, 2, whole row] dtype
-  int64_t query_token_stride;
-  int64_t query_head_stride;
-  int64_t query_half_stride;
-  const void* keys;  // [H, 2, n, whole row] dtype
-  int64_t keys_head_stride;
-  int64_t keys_half_stride;
-  int64_t keys_row_stride;
-  float* scores;     // [T, H, top_k] float32
-  int64_t* indices;  // [T, H, top_k] int64
+  Array<const void, 4> query;  // [T, H, 2, whole row] dtype
+  Array<const void, 4> keys;   // [H, 2, n, whole row] dtype
+  float* scores;               // [T, H, top_k] float32
+  int64_t* indices;            // [T, H, top_k] int64
   int32_t num_pairs;
   uint16_t pairs[kMaxRankPairs];  // a + 256 b, the smallest (a + 1) (b + 1) first
 };
@@ -79,18 +67,18 @@ struct alignas(128) ProductKeySharedMemory {
   static constexpr int kRows = Tiles::kRowGroups * Tiles::kRowBlocks * cuda::kBlockRows;
   static constexpr int kKeys = Tiles::kKeyGroups * Tiles::kKeyBlocks * cuda::kBlockColumns;
   static constexpr int kWarps = Tiles::kRowGroups * Tiles::kKeyGroups;
-  static constexpr int kThreads = kWarps * cuda::kLanes;
+  static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kRowsPerWarp = kRows / kWarps;
-  static constexpr int kRoundKeys = cuda::kLanes;
-  static constexpr int kListLength = kPerLane * cuda::kLanes;
+  static constexpr int kRoundKeys = kLanes;
+  static constexpr int kListLength = kPerLane * kLanes;
   static constexpr int kSliceColumns = ProductKeyCudaConfig::kSliceBytes / static_cast<int>(sizeof(Element));
-  static_assert(kRows % kWarps == 0 && kRowsPerWarp <= cuda::kLanes && kKeys % kRoundKeys == 0);
+  static_assert(kRows % kWarps == 0 && kRowsPerWarp <= kLanes && kKeys % kRoundKeys == 0);
   static_assert(kRoundKeys % (Tiles::kKeyBlocks * cuda::kBlockColumns) == 0, "a warp's keys belong to one round");
   using KeyTile = cuda::SharedTile<Element, kKeys, kSliceColumns>;
   using QueryTile = cuda::SharedTile<Element, kRows, kSliceColumns>;
 
   float scores[kRows][kRoundKeys + 8];  // 8 more: pairs of a half warp's rows lie in different banks
-  uint64_t pending[kRows][cuda::kLanes];
+  uint64_t pending[kRows][kLanes];
   uint32_t list_ordinals[2][kRows][kListLength];
   uint16_t list_keys[2][kRows][kListLength];
   uint16_t pairs[count_rank_pairs(kListLength)];
@@ -113,11 +101,6 @@ struct alignas(128) ProductKeySharedMemory {
 };
 
 namespace product_key {
-
-using cuda::kAllLanes;
-using cuda::kLanes;
-using cuda::lane_id;
-using cuda::warp_id;
 
 // --- entries --------------------------------------------------------------------------------------------------------
 
@@ -271,8 +254,12 @@ template <int kPerLane>
 struct SumList {
   uint64_t list[kPerLane];
   int last_rank;
-  uint64_t worst;
+  uint64_t worst = 0;
 
+  __device__ __forceinline__ explicit SumList(int num_wanted) : last_rank(num_wanted - 1) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) list[j] = 0;
+  }
   __device__ __forceinline__ void enter(uint64_t candidate) {
     enter_candidates(list, candidate);
     worst = entry_at(list, last_rank);
@@ -336,8 +323,9 @@ struct KeyStream {
   __device__ __forceinline__ void copy_next(const ProductKeyArguments& args, Shared& shared, int num_slices,
                                             int row_chunks) {
     if (first_key < args.num_keys) {
-      copy_slice<Shared::kThreads>(shared.key_tiles()[stage], keys + first_key * args.keys_row_stride,
-                                   args.keys_row_stride, args.num_keys - first_key, slice, row_chunks);
+      const int64_t row_stride = args.keys.strides[2];
+      copy_slice<Shared::kThreads>(shared.key_tiles()[stage], keys + first_key * row_stride, row_stride,
+                                   args.num_keys - first_key, slice, row_chunks);
     }
     cuda::copy_async_commit();
     stage = stage + 1 == args.num_stages ? 0 : stage + 1;
@@ -434,11 +422,7 @@ template <int kPerLane, typename Shared>
 __device__ __forceinline__ void select_pairs(const ProductKeyArguments& args, Shared& shared, int row, float* scores,
                                              int64_t* indices) {
   const int lane = lane_id();
-  SumList<kPerLane> sums;
-  sums.last_rank = args.top_k - 1;
-  sums.worst = 0;
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) sums.list[j] = 0;
+  SumList<kPerLane> sums(args.top_k);
   int num_pending = 0;
 #pragma unroll 1
   for (int first = 0; first < args.num_pairs; first += kLanes) {
@@ -478,9 +462,8 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
   const int64_t head = blockIdx.x / args.num_tiles;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x % args.num_tiles) * Shared::kRows;
   const int64_t tokens_left = args.num_tokens - first_token;
-  const Element* query =
-      static_cast<const Element*>(args.query) + first_token * args.query_token_stride + head * args.query_head_stride;
-  const Element* keys = static_cast<const Element*>(args.keys) + head * args.keys_head_stride;
+  const Element* query = args.query.at<Element>(first_token, head);
+  const Element* keys = args.keys.at<Element>(head);
 
   constexpr int kPerChunk = Shared::KeyTile::kPerChunk;
   const int row_chunks = (args.half_dim + kPerChunk - 1) / kPerChunk;
@@ -488,10 +471,10 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
   typename Shared::QueryTile* query_tiles = shared.query_tiles(args.num_stages);
   const int last_rank = min(args.top_k, args.num_keys) - 1;
 
-  const int first_row = cuda::warp_id() * Shared::kRowsPerWarp;
+  const int first_row = warp_id() * Shared::kRowsPerWarp;
   const int num_rows = static_cast<int>(min(max(tokens_left - first_row, int64_t{0}), int64_t{Shared::kRowsPerWarp}));
-  const int key_group = cuda::warp_id() % Tiles::kKeyGroups;
-  const int product_row = cuda::warp_id() / Tiles::kKeyGroups * Tiles::kRowBlocks * cuda::kBlockRows;
+  const int key_group = warp_id() % Tiles::kKeyGroups;
+  const int product_row = warp_id() / Tiles::kKeyGroups * Tiles::kRowBlocks * cuda::kBlockRows;
   constexpr int kGroupKeys = Tiles::kKeyBlocks * cuda::kBlockColumns;
   const int product_key = key_group * kGroupKeys;
 
@@ -505,10 +488,10 @@ __global__ void __launch_bounds__(ProductKeySharedMemory<Element, kPerLane>::kTh
     product_key::RowState state{NAN, 0};
     // The barrier after the last scores went to shared memory saw the last products of the half before.
     for (int slice = 0; slice < num_slices; ++slice) {
-      product_key::copy_slice<Shared::kThreads>(query_tiles[slice], query + half * args.query_half_stride,
-                                                args.query_token_stride, tokens_left, slice, row_chunks);
+      product_key::copy_slice<Shared::kThreads>(query_tiles[slice], query + half * args.query.strides[2],
+                                                args.query.strides[0], tokens_left, slice, row_chunks);
     }
-    product_key::KeyStream<Element, kPerLane> stream{keys + half * args.keys_half_stride};
+    product_key::KeyStream<Element, kPerLane> stream{keys + half * args.keys.strides[1]};
     for (int i = 0; i < args.num_stages - 1; ++i) stream.copy_next(args, shared, num_slices, row_chunks);
     int stage = 0;
 

@@ -70,17 +70,13 @@ __device__ __forceinline__ KeyCounts look_at_keys(const ProductKeyArguments& arg
                                                   const Element* query, const Element* keys) {
   const int lane = lane_id();
   KeyCounts counts{};
-  SumList<kPerLane> best;
-  best.last_rank = args.top_k - 1;
-  best.worst = 0;
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) best.list[j] = 0;
+  SumList<kPerLane> best(args.top_k);
   int num_pending = 0, num_numbers = 0;
 #pragma unroll 1
   for (int first = 0; first < args.num_keys; first += kLanes) {
     const int key = first + lane;
     const bool exists = key < args.num_keys;
-    const float score = exists ? dot(query, keys + key * args.keys_row_stride, args.half_dim) : 0.0f;
+    const float score = exists ? dot(query, keys + key * args.keys.strides[2], args.half_dim) : 0.0f;
     const uint64_t entry = half_entry(ordinal_of(score), static_cast<uint32_t>(key));
     const bool plus = exists && is_plus(entry), minus = exists && is_minus(entry);
     append(memory.keys[half][kPlus], counts.of_kind[kPlus], args.top_k, entry, plus);
@@ -133,11 +129,7 @@ __device__ __forceinline__ void append_pairs(const ProductKeyArguments& args, co
 __device__ __forceinline__ void append_numbers(const ProductKeyArguments& args, WarpMemory& memory, int num_first,
                                                int num_second, RowResults& results) {
   const int lane = lane_id(), num_wanted = args.top_k - results.count;
-  SumList<kPerLane> sums;
-  sums.last_rank = num_wanted - 1;
-  sums.worst = 0;
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) sums.list[j] = 0;
+  SumList<kPerLane> sums(num_wanted);
   int num_pending = 0, num_pairs = 0;
 #pragma unroll 1
   for (int a = 0; a < min(num_first, num_wanted); ++a) {
@@ -170,7 +162,7 @@ __device__ __forceinline__ void append_numbers(const ProductKeyArguments& args, 
 }  // namespace product_key
 
 template <typename Element>
-__global__ void __launch_bounds__(product_key::infinite::kWarps* cuda::kLanes)
+__global__ void __launch_bounds__(product_key::infinite::kWarps* kLanes)
     product_key_infinite(const ProductKeyArguments args) {
   using namespace product_key;
   using namespace product_key::infinite;
@@ -187,12 +179,10 @@ __global__ void __launch_bounds__(product_key::infinite::kWarps* cuda::kLanes)
   for (unsigned wanted = __ballot_sync(kAllLanes, is_wanted); wanted != 0; wanted &= wanted - 1) {
     const int64_t row = first_row + __ffs(static_cast<int>(wanted)) - 1;
     const int64_t token = row / args.num_heads, head = row - token * args.num_heads;
-    const Element* query =
-        static_cast<const Element*>(args.query) + token * args.query_token_stride + head * args.query_head_stride;
-    const Element* keys = static_cast<const Element*>(args.keys) + head * args.keys_head_stride;
-    const KeyCounts first = look_at_keys(args, memory, 0, query, keys);
+    const KeyCounts first =
+        look_at_keys(args, memory, 0, args.query.at<Element>(token, head, 0), args.keys.at<Element>(head, 0));
     const KeyCounts second =
-        look_at_keys(args, memory, 1, query + args.query_half_stride, keys + args.keys_half_stride);
+        look_at_keys(args, memory, 1, args.query.at<Element>(token, head, 1), args.keys.at<Element>(head, 1));
     // Publishes the lists to the warp.
     __syncwarp();
     RowResults results{args.scores + row * args.top_k, args.indices + row * args.top_k, 0};
@@ -211,7 +201,7 @@ __global__ void __launch_bounds__(product_key::infinite::kWarps* cuda::kLanes)
 void rewrite_infinite_rows(const ProductKeyArguments& args, Dtype dtype, cudaStream_t stream) {
   using product_key::infinite::kWarps;
   using product_key::infinite::WarpMemory;
-  constexpr int64_t kRows = kWarps * cuda::kLanes;
+  constexpr int64_t kRows = kWarps * kLanes;
   const int64_t num_rows = args.num_tokens * args.num_heads;
   const int64_t num_thread_blocks = (num_rows + kRows - 1) / kRows;
   require(num_thread_blocks <= INT32_MAX, "product_key_topk: more rows than thread blocks can take");
@@ -223,7 +213,7 @@ void rewrite_infinite_rows(const ProductKeyArguments& args, Dtype dtype, cudaStr
 void add_infinite_rows_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   using product_key::infinite::kWarps;
   for (const Dtype dtype : kCudaDtypes) {
-    facts.push_back({"product_key_infinite", dtype, 2 * kProductKeyMaxHalfDim, kWarps * cuda::kLanes,
+    facts.push_back({"product_key_infinite", dtype, 2 * kProductKeyMaxHalfDim, kWarps * kLanes,
                      kWarps * static_cast<int64_t>(sizeof(product_key::infinite::WarpMemory))});
   }
 }

@@ -104,9 +104,8 @@ struct BackwardTask {
   };
 
   // Scores of step 3, into `weights`: to the last bit the forward's.
-  void make_scores(const Storage* query, const int32_t* queries, int64_t count, const RowBlock<T>& keys,
-                   int64_t num_keys) {
-    const int64_t padded_count = round_up(count, kLanes<T>);
+  void make_tile_scores(const Storage* query, const int32_t* queries, int64_t count, const RowBlock<T>& keys,
+                        int64_t num_keys) {
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
       if (uses_matrix_unit<Storage>(params.scale)) {
@@ -115,31 +114,7 @@ struct BackwardTask {
       }
     }
 #endif
-    gather_transposed(query, params.query.strides[2], queries, count, params.problem.head_dim,
-                      static_cast<T>(params.scale * kLog2E), query_columns, kTileQueries);
-    tile_gemm<false>(GemmOperands<T>{keys.data, keys.row_stride, 1, query_columns, kTileQueries, weights, kTileQueries,
-                                     params.problem.head_dim},
-                     num_keys, padded_count);
-    if (params.softcap > 0) {
-      cap_scores(weights, kTileQueries, padded_count / kLanes<T>, num_keys, static_cast<T>(params.softcap * kLog2E));
-    }
-  }
-
-  // The elementwise part of step 3: scores become weights, products with values become gradients of scores. With
-  // kIsCapped, scores have been capped at `cap`.
-  template <bool kIsCapped>
-  void weigh(int64_t num_keys, int64_t num_vectors, const T* largest, const T* factor, const T* delta, T cap) {
-    for (int64_t key = 0; key < num_keys; ++key) {
-      for (int64_t v = 0; v < num_vectors; ++v) {
-        const int64_t column = v * kLanes<T>, at = key * kTileQueries + column;
-        const Vector<T> score = load<T>(weights + at);
-        const Vector<T> weight = exp2_vector(score - load<T>(largest + column)) * load<T>(factor + column);
-        store<T>(weights + at, weight);
-        Vector<T> gradient = weight * (load<T>(grad_scores + at) - load<T>(delta + column));
-        if constexpr (kIsCapped) gradient *= T(1) - score / cap * (score / cap);
-        store<T>(grad_scores + at, gradient);
-      }
-    }
+    make_scores<kTileQueries>(params, query, queries, count, keys, num_keys, query_columns, weights);
   }
 
   // Steps 2 to 5.
@@ -169,27 +144,18 @@ struct BackwardTask {
     }
     gather_transposed(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, T(1),
                       grad_out_columns, kTileQueries);
-    alignas(64) T largest[kTileQueries];
-    alignas(64) T factor[kTileQueries];
-    alignas(64) T delta[kTileQueries];
+    BackwardRows<T, kTileQueries> tile_rows;
     for (int64_t i = 0; i < padded_count; ++i) {
       const int32_t row = queries[min64(i, count - 1)];
       const T* row_terms = rows.softmax_terms == nullptr ? nullptr : rows.softmax_terms + 2 * row;
-      const SoftmaxTerms<T> terms = read_softmax_terms(row_terms, rows.lse[row]);
-      largest[i] = terms.largest;
-      factor[i] = terms.factor;
-      delta[i] = rows.delta[row];
+      tile_rows.set(i, read_softmax_terms(row_terms, rows.lse[row]), rows.delta[row]);
     }
 
-    make_scores(rows.query, queries, count, keys, seen);
+    make_tile_scores(rows.query, queries, count, keys, seen);
     tile_gemm<false>(GemmOperands<T>{values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores,
                                      kTileQueries, problem.value_dim},
                      seen, padded_count);
-    if (params.softcap > 0) {
-      weigh<true>(seen, num_vectors, largest, factor, delta, static_cast<T>(params.softcap * kLog2E));
-    } else {
-      weigh<false>(seen, num_vectors, largest, factor, delta, T(0));
-    }
+    weigh_with_terms(weights, grad_scores, seen, num_vectors, tile_rows, static_cast<T>(params.softcap * kLog2E));
     if (visibility.min_keys < seen) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
       hide_later_keys(weights, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
@@ -261,7 +227,7 @@ RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& r
     delta[i] = sum;
   }
   const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, first_row);
-  return build_block_lists(params.problem, range, choices, params.block_indices.strides[2], cursors, lists);
+  return build_range_lists(params.problem, range, choices, params.block_indices.strides[2], cursors, lists);
 }
 
 // The rounds of a whole problem. A unit is one sequence's key head with its group of query heads; a unit takes part in
@@ -284,11 +250,11 @@ class Backward {
     max_rounds_ = group_size_ * extent_.max_ranges;
     const int num_workers =
         useful_threads(problem_.num_threads, num_units * max_rounds_, 5 * pair_operations(problem_, extent_));
-    ScratchCutter measure(nullptr);
-    BackwardTask<Storage>(params_, measure);
-    worker_bytes_ = max64(measure.used(), round_up(extent_.max_blocks * 4, 64));
-    const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(worker_bytes_ * num_workers));
-    scratch_ = scratch.get();
+    const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) {
+      BackwardTask<Storage>(params_, cutter);
+      cutter.take<int32_t>(extent_.max_blocks);
+    });
+    scratch_ = &scratch;
     const AlignedBuffer starts = allocate_aligned(static_cast<size_t>(problem_.batch_size) * sizeof(int64_t));
     prepared_starts_ = reinterpret_cast<int64_t*>(starts.get());
     const AlignedBuffer prepared = allocate_aligned(static_cast<size_t>(lay_out_prepared_ranges()));
@@ -297,7 +263,7 @@ class Backward {
     for_each_range(problem_, num_workers,
                    [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
                      const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
-                     int32_t* cursors = reinterpret_cast<int32_t*>(scratch_ + worker * worker_bytes_);
+                     int32_t* cursors = scratch.of(worker).template take<int32_t>(extent_.max_blocks);
                      return prepare_range<Storage>(params_, range, cursors, at.lists, at.delta);
                    });
 
@@ -420,7 +386,7 @@ class Backward {
         prepared.delta,
         {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
          sums.grad_query.row_stride}};
-    ScratchCutter cutter(scratch_ + worker * worker_bytes_);
+    ScratchCutter cutter = scratch_->of(worker);
     [[maybe_unused]] const std::conditional_t<kHasMatrixUnit<Storage>, AmxGuard, int> guard{};
     BackwardTask<Storage> backward(params_, cutter);
     for (int64_t block = first_block; block < last_block; ++block) {
@@ -463,11 +429,10 @@ class Backward {
   RangeExtent extent_;
   int64_t group_size_;
   int64_t max_rounds_ = 0;       // of any unit
-  int64_t worker_bytes_ = 0;     // scratch of one worker
   int64_t workspace_bytes_ = 0;  // sums of one unit
   int64_t first_unit_ = 0;       // of the wave
   int64_t round_ = 0;
-  unsigned char* scratch_ = nullptr;
+  const WorkerScratch* scratch_ = nullptr;
   int64_t* prepared_starts_ = nullptr;  // [batch_size] bytes before a sequence's first prepared range
   unsigned char* prepared_ = nullptr;
   unsigned char* workspace_ = nullptr;

@@ -3,13 +3,8 @@
 #include <string>
 
 #include "../bindings.h"
-#include "../common/checks.h"
-#include "../common/native_call.h"
 #include "moba_cpu.h"
-#if defined(TOPGATHER_HAVE_CUDA)
-#include "../cuda/native_call_cuda.h"
 #include "moba_cuda.h"
-#endif
 
 namespace topgather {
 

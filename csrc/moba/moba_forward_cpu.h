@@ -24,7 +24,6 @@
 // Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "../common/parallel.h"
@@ -103,6 +102,22 @@ struct KeyTile {
   RowBlock<ComputeOf<Storage>> values;
 };
 
+// Step 3 without the mask: scores [num_keys, kTileQueries]. The backward's are the forward's, to the last bit.
+template <int64_t kTileQueries, typename Params, typename Storage, typename T>
+inline void make_scores(const Params& params, const Storage* query, const int32_t* queries, int64_t count,
+                        const RowBlock<T>& keys, int64_t num_keys, T* query_tile, T* scores) {
+  const int64_t head_dim = params.problem.head_dim;
+  const int64_t padded_count = round_up(count, kLanes<T>);
+  gather_transposed(query, params.query.strides[2], queries, count, head_dim, static_cast<T>(params.scale * kLog2E),
+                    query_tile, kTileQueries);
+  tile_gemm<false>(
+      GemmOperands<T>{keys.data, keys.row_stride, 1, query_tile, kTileQueries, scores, kTileQueries, head_dim},
+      num_keys, padded_count);
+  if (params.softcap > 0) {
+    cap_scores(scores, kTileQueries, padded_count / kLanes<T>, num_keys, static_cast<T>(params.softcap * kLog2E));
+  }
+}
+
 template <typename Storage>
 struct ForwardTask {
   using T = ComputeOf<Storage>;
@@ -149,63 +164,17 @@ struct ForwardTask {
     value_scratch = scratch.take<T>(kTileKeys * padded_value_dim);
   }
 
-  // Step 4 for kVectors vectors of queries from `column` on. `rescale` receives, per query, what its running output
-  // must be multiplied with.
-  template <int kVectors>
-  void online_softmax(int64_t column, int64_t num_keys, const int32_t* queries, int64_t count, T* rescale) {
-    constexpr int64_t kWidth = kVectors * kLanes<T>;
-    alignas(64) T old_max[kWidth];
-    alignas(64) T old_sum[kWidth];
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const int32_t query = queries[min64(column + i, count - 1)];
-      old_max[i] = running_max[query];
-      old_sum[i] = running_sum[query];
+  // Step 4. `running` receives, per query of the tile, what its running output must be multiplied with.
+  void softmax(int64_t num_keys, const int32_t* queries, int64_t count, RunningSoftmax<T, kTileQueries>& running) {
+    for (int64_t i = 0; i < round_up(count, kLanes<T>); ++i) {
+      const int32_t query = queries[min64(i, count - 1)];
+      running.largest[i] = running_max[query];
+      running.sum[i] = running_sum[query];
     }
-    T* column_scores = scores + column;
-    Vector<T> top[kVectors];
-    for (int v = 0; v < kVectors; ++v) top[v] = load<T>(old_max + v * kLanes<T>);
-    for (int64_t key = 0; key < num_keys; ++key) {
-      for (int v = 0; v < kVectors; ++v) {
-        top[v] = maximum(top[v], load<T>(column_scores + key * kTileQueries + v * kLanes<T>));
-      }
-    }
-    Vector<T> sum[kVectors];
-    Vector<T> base[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const T lowest = -std::numeric_limits<T>::infinity();
-      // Nothing seen yet but hidden keys: any finite base keeps -inf - base from being NaN.
-      base[v] = top[v] == lowest ? broadcast(T(0)) : top[v];
-      const Vector<T> factor = exp2_vector(load<T>(old_max + v * kLanes<T>) - base[v]);
-      store<T>(rescale + column + v * kLanes<T>, factor);
-      sum[v] = load<T>(old_sum + v * kLanes<T>) * factor;
-    }
-    for (int64_t key = 0; key < num_keys; ++key) {
-      for (int v = 0; v < kVectors; ++v) {
-        T* score = column_scores + key * kTileQueries + v * kLanes<T>;
-        const Vector<T> weight = exp2_vector(load<T>(score) - base[v]);
-        store<T>(score, weight);
-        sum[v] += weight;
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      store<T>(old_max + v * kLanes<T>, top[v]);
-      store<T>(old_sum + v * kLanes<T>, sum[v]);
-    }
-    for (int64_t i = 0; i < min64(kWidth, count - column); ++i) {
-      running_max[queries[column + i]] = old_max[i];
-      running_sum[queries[column + i]] = old_sum[i];
-    }
-  }
-
-  // Four vectors at a time: enough independent chains to hide the latency of a maximum, few enough for registers.
-  void softmax_all_columns(int64_t num_keys, const int32_t* queries, int64_t count, T* rescale) {
-    for (int64_t column = 0; column < count; column += 4 * kLanes<T>) {
-      switch (min64(4, ceil_div(count - column, kLanes<T>))) {
-        case 1: online_softmax<1>(column, num_keys, queries, count, rescale); break;
-        case 2: online_softmax<2>(column, num_keys, queries, count, rescale); break;
-        case 3: online_softmax<3>(column, num_keys, queries, count, rescale); break;
-        default: online_softmax<4>(column, num_keys, queries, count, rescale);
-      }
+    online_softmax(scores, count, num_keys, running);
+    for (int64_t i = 0; i < count; ++i) {
+      running_max[queries[i]] = running.largest[i];
+      running_sum[queries[i]] = running.sum[i];
     }
   }
 
@@ -227,7 +196,7 @@ struct ForwardTask {
     const bool hides_only_finite =
         all_finite(tile.value_rows + visibility.min_keys * params.value.strides[2], params.value.strides[2],
                    num_multiplied - visibility.min_keys, problem.value_dim);
-    alignas(64) T rescale[kTileQueries];
+    RunningSoftmax<T, kTileQueries> running;
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
       if (uses_matrix_unit<Storage>(params.scale) && hides_only_finite) {
@@ -235,8 +204,8 @@ struct ForwardTask {
           return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.max_keys;
         };
         amx.attend(range_query, params.query.strides[2], queries, count, visibility.max_keys, limit_of, running_max,
-                   running_sum, rescale);
-        add_to_running(queries, count, rescale, amx.out_tile, amx.padded_value_dim);
+                   running_sum, running.rescale);
+        add_to_running(queries, count, running.rescale, amx.out_tile, amx.padded_value_dim);
         return;
       }
     }
@@ -247,25 +216,16 @@ struct ForwardTask {
       return;
     }
     if (tile.keys.data == nullptr) densify(tile);
-    const int64_t padded_count = round_up(count, kLanes<T>);
-    gather_transposed(range_query, params.query.strides[2], queries, count, problem.head_dim,
-                      static_cast<T>(params.scale * kLog2E), query_tile, kTileQueries);
-    tile_gemm<false>(GemmOperands<T>{tile.keys.data, tile.keys.row_stride, 1, query_tile, kTileQueries, scores,
-                                     kTileQueries, problem.head_dim},
-                     visibility.max_keys, padded_count);
-    if (params.softcap > 0) {
-      cap_scores(scores, kTileQueries, padded_count / kLanes<T>, visibility.max_keys,
-                 static_cast<T>(params.softcap * kLog2E));
-    }
+    make_scores<kTileQueries>(params, range_query, queries, count, tile.keys, visibility.max_keys, query_tile, scores);
     if (hides_keys) {
-      hide_later_keys(scores, kTileQueries, padded_count / kLanes<T>, visibility.min_keys, visibility.max_keys, limits,
-                      -std::numeric_limits<T>::infinity());
+      hide_later_keys(scores, kTileQueries, ceil_div(count, kLanes<T>), visibility.min_keys, visibility.max_keys,
+                      limits, -std::numeric_limits<T>::infinity());
     }
-    softmax_all_columns(visibility.max_keys, queries, count, rescale);
+    softmax(visibility.max_keys, queries, count, running);
     tile_gemm<false>(GemmOperands<T>{scores, 1, kTileQueries, tile.values.data, tile.values.row_stride, out_tile,
                                      padded_value_dim, visibility.max_keys},
                      count, padded_value_dim);
-    add_to_running(queries, count, rescale, out_tile, padded_value_dim);
+    add_to_running(queries, count, running.rescale, out_tile, padded_value_dim);
   }
 
   // Step 6.
@@ -292,19 +252,14 @@ struct ForwardTask {
     const Sequence& sequence = range.sequence;
     for (int64_t i = 0; i < range.num_queries; ++i) {
       const int64_t row = sequence.query_start + range.first_query + i;
-      const T sum = running_sum[i];
-      T factor = 1 / sum;
-      T lse = (running_max[i] + std::log2(sum)) * static_cast<T>(kLn2);
-      if (!(sum > 0)) {
-        lse = lse_of_unusual_row(range, i);
-        factor = factor_of_unusual_row<T>(lse, sees_a_key(range, i), params.sinks, range.head_idx);
-      } else if (params.sinks.data != nullptr) {
-        factor *= share_beside_sink<T>(lse, params.sinks, range.head_idx);
-      }
-      store_row(running_out + i * padded_value_dim, params.problem.value_dim, factor,
+      const RowEnd<T> end = end_of_row(
+          running_max[i], running_sum[i], params.sinks, range.head_idx, [&] { return lse_of_unusual_row(range, i); },
+          [&] { return sees_a_key(range, i); });
+      store_row(running_out + i * padded_value_dim, params.problem.value_dim, end.factor,
                 params.out.at<Storage>(sequence.batch_idx, range.head_idx, row));
-      *params.lse.at<T>(sequence.batch_idx, range.head_idx, row) = lse;
-      write_softmax_terms(running_max[i], sum, params.softmax_terms.at<T>(sequence.batch_idx, range.head_idx, row));
+      *params.lse.at<T>(sequence.batch_idx, range.head_idx, row) = end.lse;
+      write_softmax_terms(running_max[i], running_sum[i],
+                          params.softmax_terms.at<T>(sequence.batch_idx, range.head_idx, row));
     }
   }
 
@@ -362,7 +317,7 @@ struct ForwardTask {
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
     const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, range.head_idx, first_row);
     const RoutingFault fault =
-        build_block_lists(problem, range, choices, params.block_indices.strides[2], cursors, lists);
+        build_range_lists(problem, range, choices, params.block_indices.strides[2], cursors, lists);
     if (fault.kind != RoutingFault::kNone) return fault;
     for (int64_t i = 0; i < range.num_queries * padded_value_dim; ++i) running_out[i] = 0;
     for (int64_t i = 0; i < range.num_queries; ++i) {
@@ -470,11 +425,11 @@ void forward_storage(const MobaForwardParams& params) {
   const RangeExtent extent = range_extent(problem);
   if (extent.num_ranges == 0) return;
   const int num_workers = useful_threads(problem.num_threads, extent.num_ranges, pair_operations(problem, extent));
-  ScratchCutter measure(nullptr);
-  ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, measure);
-  const AlignedBuffer scratch = allocate_aligned(static_cast<size_t>(measure.used()) * num_workers);
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) {
+    ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, cutter);
+  });
   for_each_range(problem, num_workers, [&](const QueryRange& range, int64_t, int64_t, int worker) {
-    ScratchCutter cutter(scratch.get() + measure.used() * worker);
+    ScratchCutter cutter = scratch.of(worker);
     return ForwardTask<Storage>(params, extent.max_queries, extent.max_blocks, cutter).run(range);
   });
 }

@@ -32,6 +32,9 @@ inline Sequence sequence_at(const MobaProblem& problem, int64_t sequence_idx) {
   return sequence;
 }
 
+// The block that a position lies in, -1 before the first.
+inline int64_t block_of(int64_t position, int64_t block_size) { return position < 0 ? -1 : position / block_size; }
+
 // A consecutive piece of one head's queries: the unit of work of the forward, and what owns a gradient of query.
 struct QueryRange {
   Sequence sequence;

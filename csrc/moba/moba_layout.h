@@ -1,8 +1,8 @@
 // From query-major choices to key-major lists, by counting.
 //
-// For one range of queries: offsets[j] .. offsets[j + 1] delimit in `queries` the queries (numbered from the start of
-// the range, ascending) that attend to block j. A choice no key of which the query may see is left out: blocks after
-// the query's own. No sort; two passes over the range's choices.
+// For some rows, such as the queries of a range: offsets[j] .. offsets[j + 1] delimit in `queries` the rows (numbered
+// from the first of them, ascending) that attend to block j. A choice no key of which the row may see is left out: blocks
+// after the row's own. No sort; two passes over the choices.
 #pragma once
 
 #include "moba_geometry.h"
@@ -23,31 +23,23 @@ struct BlockLists {
   int32_t* queries;  // [num_queries * top_k]
 };
 
-// cursors: scratch, [num_blocks].
-inline RoutingFault build_block_lists(const MobaProblem& problem, const QueryRange& range, const int32_t* choices,
-                                      int64_t choices_row_stride, int32_t* cursors, const BlockLists& lists) {
-  const Sequence& sequence = range.sequence;
-  const int64_t num_blocks = sequence.num_blocks;
-  const auto own_block = [&](int64_t query) -> int64_t {
-    if (!problem.is_causal) return num_blocks;
-    const int64_t position = range.first_query + query + sequence.position_offset;
-    return position < 0 ? -1 : position / problem.block_size;
-  };
+// Of rows 0 to num_rows - 1 and their choices [first_slot, last_slot), those of blocks up to last_visible(row), -1 for
+// none. choices_of(row) gives a row's choices, fault_at(kind, row, block) what to report. cursors: scratch, [num_blocks].
+template <typename ChoicesOf, typename LastVisible, typename FaultAt>
+inline RoutingFault build_block_lists(int64_t num_rows, int64_t num_blocks, int64_t first_slot, int64_t last_slot,
+                                      const ChoicesOf& choices_of, const LastVisible& last_visible,
+                                      const FaultAt& fault_at, int32_t* cursors, const BlockLists& lists) {
   for (int64_t j = 0; j < num_blocks; ++j) cursors[j] = 0;
-  for (int64_t i = 0; i < range.num_queries; ++i) {
-    const int64_t last_visible = own_block(i);
-    const int32_t* row = choices + i * choices_row_stride;
-    for (int64_t slot = 0; slot < problem.top_k; ++slot) {
-      const int64_t block = row[slot];
-      if (block < -1 || block >= num_blocks) {
-        return {RoutingFault::kOutOfRange, range.head_idx, sequence.query_start + range.first_query + i, block};
-      }
-      if (block >= 0 && block <= last_visible) ++cursors[block];
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int32_t* choices = choices_of(row);
+    const int64_t last = last_visible(row);
+    for (int64_t slot = first_slot; slot < last_slot; ++slot) {
+      const int64_t block = choices[slot];
+      if (block < -1 || block >= num_blocks) return fault_at(RoutingFault::kOutOfRange, row, block);
+      if (block >= 0 && block <= last) ++cursors[block];
       // A block that is left out never reaches the lists, where the second pass looks for duplicates.
-      for (int64_t other = 0; block > last_visible && other < slot; ++other) {
-        if (row[other] == block) {
-          return {RoutingFault::kDuplicate, range.head_idx, sequence.query_start + range.first_query + i, block};
-        }
+      for (int64_t other = 0; block > last && other < slot; ++other) {
+        if (choices[other] == block) return fault_at(RoutingFault::kDuplicate, row, block);
       }
     }
   }
@@ -58,20 +50,36 @@ inline RoutingFault build_block_lists(const MobaProblem& problem, const QueryRan
     cursors[j] = lists.offsets[j];
   }
   lists.offsets[num_blocks] = total;
-  for (int64_t i = 0; i < range.num_queries; ++i) {
-    const int64_t last_visible = own_block(i);
-    const int32_t* row = choices + i * choices_row_stride;
-    for (int64_t slot = 0; slot < problem.top_k; ++slot) {
-      const int64_t block = row[slot];
-      if (block < 0 || block > last_visible) continue;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const int32_t* choices = choices_of(row);
+    const int64_t last = last_visible(row);
+    for (int64_t slot = first_slot; slot < last_slot; ++slot) {
+      const int64_t block = choices[slot];
+      if (block < 0 || block > last) continue;
       int32_t& cursor = cursors[block];
-      if (cursor > lists.offsets[block] && lists.queries[cursor - 1] == i) {
-        return {RoutingFault::kDuplicate, range.head_idx, sequence.query_start + range.first_query + i, block};
+      if (cursor > lists.offsets[block] && lists.queries[cursor - 1] == row) {
+        return fault_at(RoutingFault::kDuplicate, row, block);
       }
-      lists.queries[cursor++] = static_cast<int32_t>(i);
+      lists.queries[cursor++] = static_cast<int32_t>(row);
     }
   }
   return {};
+}
+
+// All choices of a range.
+inline RoutingFault build_range_lists(const MobaProblem& problem, const QueryRange& range, const int32_t* choices,
+                                      int64_t choices_row_stride, int32_t* cursors, const BlockLists& lists) {
+  const Sequence& sequence = range.sequence;
+  const auto own_block = [&](int64_t query) -> int64_t {
+    if (!problem.is_causal) return sequence.num_blocks;
+    return block_of(range.first_query + query + sequence.position_offset, problem.block_size);
+  };
+  const auto fault_at = [&](RoutingFault::Kind kind, int64_t query, int64_t block) {
+    return RoutingFault{kind, range.head_idx, sequence.query_start + range.first_query + query, block};
+  };
+  return build_block_lists(
+      range.num_queries, sequence.num_blocks, 0, problem.top_k,
+      [&](int64_t query) { return choices + query * choices_row_stride; }, own_block, fault_at, cursors, lists);
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -22,6 +22,7 @@
 #include "../common/parallel.h"
 #include "../cpu/convert.h"
 #include "../cpu/intrinsics.h"
+#include "../cpu/scratch.h"
 #include "../cpu/tile_gemm.h"
 #include "moba_cpu.h"
 #include "moba_geometry.h"
@@ -66,9 +67,9 @@ void compute_centroids(const MobaProblem& problem, const Array<const void, 4>& k
   });
 }
 
-template <typename Storage>
+// T: the compute type, of queries and centroids.
+template <typename T>
 struct RouteTask {
-  using T = ComputeOf<Storage>;
   static constexpr int kVectorsPerTile = MobaRouteConfig::kVectorsPerTile;
   static constexpr int64_t kTileQueries = kVectorsPerTile * kLanes<T>;
   static constexpr int64_t kChunkBlocks = MobaRouteConfig::kChunkBlocks;
@@ -83,15 +84,11 @@ struct RouteTask {
   T* kept_scores;          // [list_length, kTileQueries], descending
   IntegerVector<T>* kept;  // [list_length, kVectorsPerTile] block numbers
 
-  static size_t scratch_bytes(int64_t head_dim, int64_t list_length) {
-    return static_cast<size_t>((head_dim + kChunkBlocks + 2 * list_length) * kTileQueries) * sizeof(T);
-  }
-
-  RouteTask(const MobaRouteParams& p, int64_t length, unsigned char* scratch) : params(p), list_length(length) {
-    query_tile = reinterpret_cast<T*>(scratch);
-    scores = query_tile + p.problem.head_dim * kTileQueries;
-    kept_scores = scores + kChunkBlocks * kTileQueries;
-    kept = reinterpret_cast<IntegerVector<T>*>(kept_scores + list_length * kTileQueries);
+  RouteTask(const MobaRouteParams& p, int64_t length, ScratchCutter& scratch) : params(p), list_length(length) {
+    query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
+    scores = scratch.take<T>(kChunkBlocks * kTileQueries);
+    kept_scores = scratch.take<T>(list_length * kTileQueries);
+    kept = scratch.take<IntegerVector<T>>(list_length * kVectorsPerTile);
   }
 
   // Step 3 for one vector of queries and one block: into the descending lists, of which num_kept entries are in use.
@@ -176,42 +173,51 @@ struct RouteTask {
     for (; count < params.problem.top_k; ++count) choices[count] = -1;
   }
 
+  // All steps for `count` queries: row_of(i) is the i-th, choices_of(i) where its choices go. It sees the blocks before
+  // own_block_of(i), -1 for none, or the first seen_by_all where those are more.
+  template <typename Storage, typename RowOf, typename OwnBlockOf, typename ChunkOf, typename ChoicesOf>
+  void route_tile(int64_t count, int64_t seen_by_all, const RowOf& row_of, const OwnBlockOf& own_block_of,
+                  const ChunkOf& chunk_of, const ChoicesOf& choices_of) {
+    IntegerVector<T> visible[kVectorsPerTile];
+    int64_t own[kTileQueries];
+    int64_t max_visible = 0;
+    for (int64_t i = 0; i < kTileQueries; ++i) {
+      own[i] = own_block_of(min64(i, count - 1));
+      const int64_t num_visible = max64(own[i], seen_by_all);
+      visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
+      max_visible = max64(max_visible, num_visible);
+    }
+    const bool needs_scores = max_visible > list_length && list_length > 0;
+    if (needs_scores) {
+      gather_rows_transposed<Storage>(row_of, count, params.problem.head_dim, T(1), query_tile, kTileQueries);
+      select(chunk_of, ceil_div(count, kLanes<T>), visible, max_visible);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (needs_scores) {
+        write_choices(i, own[i], choices_of(i));
+      } else {
+        write_all(min64(visible[i / kLanes<T>][i % kLanes<T>], list_length), own[i], choices_of(i));
+      }
+    }
+  }
+
+  template <typename Storage>
   void run(const Sequence& sequence, int64_t head, int64_t first_query, const T* centroids) {
     const MobaProblem& problem = params.problem;
     const int64_t last = min64(first_query + kQueriesPerTask, sequence.query_len);
+    const auto chunk_of = [&](int64_t first, int64_t) -> RowBlock<T> {
+      return {centroids + first * problem.head_dim, problem.head_dim};
+    };
     for (int64_t tile = first_query; tile < last; tile += kTileQueries) {
-      const int64_t count = min64(kTileQueries, last - tile);
-      IntegerVector<T> visible[kVectorsPerTile];
-      int32_t rows[kTileQueries];
-      int64_t own[kTileQueries];
-      int64_t max_visible = 0;
-      for (int64_t i = 0; i < kTileQueries; ++i) {
-        rows[i] = static_cast<int32_t>(i);
-        const int64_t position = tile + min64(i, count - 1) + sequence.position_offset;
-        own[i] = problem.is_causal ? (position < 0 ? -1 : position / problem.block_size) : -1;
-        const int64_t num_visible = problem.is_causal ? max64(own[i], 0) : sequence.num_blocks;
-        visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
-        max_visible = max64(max_visible, num_visible);
-      }
-      const bool needs_scores = max_visible > list_length && list_length > 0;
-      if (needs_scores) {
-        const Array<const void, 4>& query = params.query;
-        gather_transposed(query.at<Storage>(sequence.batch_idx, head, sequence.query_start + tile), query.strides[2],
-                          rows, count, problem.head_dim, T(1), query_tile, kTileQueries);
-        const auto chunk_of = [&](int64_t first, int64_t) -> RowBlock<T> {
-          return {centroids + first * problem.head_dim, problem.head_dim};
-        };
-        select(chunk_of, ceil_div(count, kLanes<T>), visible, max_visible);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, sequence.query_start + tile + i);
-        const int64_t num_visible = visible[i / kLanes<T>][i % kLanes<T>];
-        if (needs_scores) {
-          write_choices(i, own[i], choices);
-        } else {
-          write_all(min64(num_visible, list_length), own[i], choices);
-        }
-      }
+      const int64_t first_row = sequence.query_start + tile;
+      route_tile<Storage>(
+          min64(kTileQueries, last - tile), problem.is_causal ? 0 : sequence.num_blocks,
+          [&](int64_t i) { return params.query.at<Storage>(sequence.batch_idx, head, first_row + i); },
+          [&](int64_t i) {
+            return problem.is_causal ? block_of(tile + i + sequence.position_offset, problem.block_size) : int64_t{-1};
+          },
+          chunk_of,
+          [&](int64_t i) { return params.block_indices.at<int32_t>(sequence.batch_idx, head, first_row + i); });
     }
   }
 };
@@ -219,7 +225,7 @@ struct RouteTask {
 template <typename Storage>
 void route_storage(const MobaRouteParams& params) {
   using T = ComputeOf<Storage>;
-  using Task = RouteTask<Storage>;
+  using Task = RouteTask<T>;
   const MobaProblem& problem = params.problem;
   int64_t total_blocks = 0;
   int64_t max_blocks = 0;
@@ -249,9 +255,7 @@ void route_storage(const MobaRouteParams& params) {
   const double num_operations = static_cast<double>(problem.num_query_heads * problem.query_len) *
                                 static_cast<double>(max_blocks * problem.head_dim + problem.top_k);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
-  const size_t worker_bytes =
-      static_cast<size_t>(round_up(static_cast<int64_t>(Task::scratch_bytes(problem.head_dim, list_length)), 64));
-  const AlignedBuffer scratch = allocate_aligned(worker_bytes * static_cast<size_t>(num_workers));
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, list_length, cutter); });
 
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
     const int64_t chunk = task % chunks_per_head;
@@ -259,8 +263,9 @@ void route_storage(const MobaRouteParams& params) {
     const int64_t sequence_idx = task / chunks_per_head / problem.num_query_heads;
     const Sequence sequence = sequence_at(problem, sequence_idx);
     const int64_t kv_head = head / (problem.num_query_heads / problem.num_kv_heads);
-    Task route(params, list_length, scratch.get() + static_cast<size_t>(worker) * worker_bytes);
-    route.run(sequence, head, chunk * Task::kQueriesPerTask, centroid_of(sequence_idx, kv_head, 0));
+    ScratchCutter cutter = scratch.of(worker);
+    Task(params, list_length, cutter)
+        .template run<Storage>(sequence, head, chunk * Task::kQueriesPerTask, centroid_of(sequence_idx, kv_head, 0));
   });
 }
 
