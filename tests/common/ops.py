@@ -361,6 +361,17 @@ def _lookup(case: LookupCase, names: tuple[str, ...], renamed: dict[str, str], *
     return draw
 
 
+def _ragged(names: tuple[str, ...], renamed: dict[str, str], least: int, **options: Any) -> Callable[..., Inputs]:
+    """The entries of LOOKUP in bags of other sizes: ``least`` bags, without the end of the last or with it."""
+
+    def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+        inputs = _lookup(LOOKUP, names, renamed, **options)(dtype, device, seed)
+        inputs |= {name: inputs[name].flatten() for name in ("indices", "weights") if name in inputs}
+        return inputs | {"offsets": torch.tensor([0, 3, 3, 11, 18, 20][:least], device=device)}
+
+    return draw
+
+
 BAG = ("values", "indices", "weights")
 DOT = ("values_in", "indices", "x")
 EXPERTS = ("x", "values_in", "values", "indices", "weights")
@@ -389,6 +400,13 @@ BACKWARD = ("grad_out", *BAG)
 MEMORY = [
     search_case("product_key_topk", SEARCH),
     *lookup_cases("", LOOKUP),
+    OpCase(
+        "memory_lookup(ragged)",
+        tg.memory_lookup,
+        _ragged(BAG, {}, 6, padding_idx=-1, mode="sum", include_last_offset=True),
+        **_gives(("values", "weights")),
+    ),
+    OpCase("memory_lookup(mean)", tg.memory_lookup, _ragged(BAG[:2], {}, 5, mode="mean"), **_gives(("values",))),
     search_case("ops.product_key_topk", SEARCH, ops.product_key_topk.default),
     OpCase(
         "ops.memory_lookup",
@@ -413,6 +431,24 @@ MEMORY = [
         ops.memory_backward_sparse.default,
         _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True, owner="memory_lookup"),
         ("grad_values", "grad_weights"),
+    ),
+    OpCase(
+        "ops.memory_lookup(ragged)", ops.memory_lookup.default, _ragged(BAG, {}, 6), **_gives(("values", "weights"))
+    ),
+    OpCase(
+        "ops.memory_dot(ragged)",
+        ops.memory_dot.default,
+        _ragged(DOT, {"values_in": "values"}, 6),
+        **_gives(("values", "x"), ("dots",)),
+    ),
+    *(
+        OpCase(
+            f"ops.{op.__name__.removesuffix('.default')}(ragged)",
+            op,
+            _ragged(BACKWARD, {}, 6, needs_grad_weights=True),
+            ("grad_values", "grad_weights"),
+        )
+        for op in (ops.memory_backward.default, ops.memory_backward_sparse.default)
     ),
 ]
 
