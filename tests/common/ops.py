@@ -519,15 +519,25 @@ GRIDS = [
 
 DENSE_KEYS = KeyConvCase(num_heads=3, num_tokens=9, head_dim=8, width=4, has_state=True)
 PACKED_KEYS = replace(DENSE_KEYS, has_state=False, lengths=(4, 0, 5))
+BIASED_KEYS = replace(DENSE_KEYS, has_bias=True, activation=None)
 
 
 def _keys(case: KeyConvCase, is_backward: bool = False) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         inputs = make_key_conv_inputs(case, dtype, device, seed)
-        tensors = (inputs.key, inputs.weight, inputs.cu_seqlens, inputs.state)
-        names = ("key", "weight", "cu_seqlens", "state")
-        forward = {name: None if t is None else t.detach() for name, t in zip(names, tensors, strict=True)}
-        return {"grad_out": inputs.grad_out, **forward, "needs_grad_weight": True} if is_backward else forward
+        names = (
+            ("key", "weight", "cu_seqlens", "state", "bias")
+            if case.has_bias
+            else ("key", "weight", "cu_seqlens", "state")
+        )
+        tensors = {name: getattr(inputs, name) for name in names}
+        forward = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+        # A graph compiled by an earlier release gives no options.
+        needs = {"needs_grad_weight": True}
+        if case.has_bias:
+            forward["activation"] = case.activation
+            needs["needs_grad_bias"] = True
+        return {"grad_out": inputs.grad_out, **forward, **needs} if is_backward else forward
 
     return draw
 
@@ -535,28 +545,32 @@ def _keys(case: KeyConvCase, is_backward: bool = False) -> Callable[..., Inputs]
 def key_conv_case(name: str, case: KeyConvCase) -> OpCase:
     """The public function on one problem."""
     results = ("out", "new_state") if case.has_state else ("out",)
-    leaves = ("key", "weight", "state") if case.has_state else ("key", "weight")
-    return OpCase(name, tg.key_conv, _keys(case), **_gives(leaves, results))
+    return OpCase(name, tg.key_conv, _keys(case), **_gives(_key_conv_leaves(case), results))
+
+
+def _key_conv_leaves(case: KeyConvCase) -> tuple[str, ...]:
+    return ("key", "weight", *(["state"] if case.has_state else []), *(["bias"] if case.has_bias else []))
 
 
 KEY_CONV = [
     key_conv_case("key_conv", DENSE_KEYS),
     key_conv_case("key_conv(packed)", PACKED_KEYS),
+    key_conv_case("key_conv(bias)", BIASED_KEYS),
     *(
         case
-        for problem, suffix in ((DENSE_KEYS, ""), (PACKED_KEYS, "(packed)"))
+        for problem, suffix in ((DENSE_KEYS, ""), (PACKED_KEYS, "(packed)"), (BIASED_KEYS, "(bias)"))
         for case in (
             OpCase(
                 f"ops.key_conv{suffix}",
                 ops.key_conv.default,
                 _keys(problem),
-                **_gives(("key", "weight", "state") if problem.has_state else ("key", "weight")),
+                **_gives(_key_conv_leaves(problem)),
             ),
             OpCase(
                 f"ops.key_conv_backward{suffix}",
                 ops.key_conv_backward.default,
                 _keys(problem, is_backward=True),
-                ("grad_key", "grad_weight", "grad_state"),
+                ("grad_key", "grad_weight", "grad_state", "grad_bias"),
             ),
         )
     ),
