@@ -64,8 +64,8 @@ void differentiate_rows(const T* rows, const T* grad, const T* taps, int64_t wid
   for (; first < count; ++first) some_tokens(std::integral_constant<int, 1>{}, first);
 }
 
-// One row of gradients: what its own token got, `grad` (null: nothing), and what the W - 1 tokens after it pass back.
-// d_s is that of the row's own token.
+// One row of gradients: what its own token got, `grad` (null: nothing), and what the tokens [first_tap, width) after it
+// pass back: those that are there, for a weight that is not finite makes NaN of zeros. d_s is that of the row's own token.
 template <typename T>
 void pass_back_row(const T* grad, const T* d_s, const T* taps, int64_t first_tap, int64_t width, int64_t channels,
                    T* out) {
@@ -202,14 +202,16 @@ class KeyConvBackwardTask {
     for (int64_t i = max64(there, 0); i < count + history; ++i) clear_row(d_s_ + i * channels, channels);
     // Step 3.
     for (int64_t i = 0; i < count; ++i) {
-      pass_back_row<T>(grads_ + i * channels, d_s_ + i * channels, taps_, 0, width, channels, results_);
+      pass_back_row<T>(grads_ + i * channels, d_s_ + i * channels, taps_, 0, min64(width, there - i), channels,
+                       results_);
       store_row<Storage>(results_, panel.channels, 1,
                          params_.grad_key.at<Storage>(batch_idx, panel.first_head, tile + i));
     }
     if (tile == stretch.sequence_start && params_.grad_state.data != nullptr) {
       for (int64_t i = 0; i < history; ++i) {
         // Token i - history: its first neighbour with a result is `history - i` taps on.
-        pass_back_row<T>(nullptr, d_s_ + (i - history) * channels, taps_, history - i, width, channels, results_);
+        pass_back_row<T>(nullptr, d_s_ + (i - history) * channels, taps_, history - i,
+                         min64(width, there + history - i), channels, results_);
         for (int64_t h = 0; h < panel.num_heads; ++h) {
           store_row<Storage>(results_ + h * problem.head_dim, problem.head_dim, 1,
                              params_.grad_state.at<Storage>(batch_idx, panel.first_head + h, i));

@@ -295,7 +295,9 @@ __device__ __forceinline__ void walk_any_run(const KeyConvBackwardArguments& arg
         result[c] = t < 0 ? 0.0f : fmaf(taps[0][c], d_s[c], grad[c]);
 #pragma unroll
         for (int l = 1; l < kTaps; ++l) {
-          if (l < shape.width) result[c] = fmaf(taps[l][c], later[l - 1][c], result[c]);
+          // Where tokens pass nothing back, a tap that is not finite would make NaN of zeros; SiLU's slope is NaN then.
+          const bool passes = !kHasOptions || (t + l >= sequence.start && t + l < sequence.end);
+          if (l < shape.width && passes) result[c] = fmaf(taps[l][c], later[l - 1][c], result[c]);
         }
       }
       if (t < 0) {

@@ -189,6 +189,12 @@ def _centroids(case: AttentionCase) -> Callable[..., Inputs]:
     return draw
 
 
+def _packed_centroids(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    bounds = _bounds(device)
+    key = _heads(SMALL, dtype, device, seed, True)["key"]
+    return {"key": key, "block_size": 4, "cu_seqlens": bounds["cu_seqlens_k"], "max_seqlen": bounds["max_seqlen_k"]}
+
+
 def _attention_op(case: AttentionCase, is_packed: bool, is_backward: bool) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         heads = _heads(case, dtype, device, seed, is_packed)
@@ -244,6 +250,13 @@ BLOCK_ATTENTION = [
     ),
     OpCase("moba_route_varlen", tg.moba_route_varlen, _route(SMALL, True), ("block_indices",)),
     OpCase("ops.block_centroids", ops.block_centroids.default, _centroids(SMALL), **_gives(("key",), ("centroids",))),
+    OpCase("block_centroids(packed)", tg.block_centroids, _packed_centroids, **_gives(("key",), ("centroids",))),
+    OpCase(
+        "ops.block_centroids(packed)",
+        ops.block_centroids.default,
+        _packed_centroids,
+        **_gives(("key",), ("centroids",)),
+    ),
     *(
         case
         for is_packed, suffix in ((False, ""), (True, "(packed)"))
