@@ -6,6 +6,7 @@ from torch import Tensor
 
 import topgather as tg
 from tests.block_attention.helpers import LAYOUTS, with_layout
+from tests.common import tensors
 from tests.common.tensors import DTYPES, assert_bitwise_equal, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from topgather import reference
@@ -128,7 +129,7 @@ def test_packed_equals_each_sequence_alone(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_layouts(dtype: torch.dtype, layout: str, device: torch.device) -> None:
     key, bounds, longest = make_packed(LENGTHS[0], dtype, device)
-    strided = with_layout(key.detach(), layout)
+    strided = tensors.with_layout(key.detach(), layout)
     for boundaries in (bounds, bounds.long(), bounds.repeat_interleave(2)[::2]):
         found = tg.block_centroids(strided, 4, boundaries, longest)
         assert_bitwise_equal(layout, found, tg.block_centroids(key.detach(), 4, bounds, longest))

@@ -622,7 +622,8 @@ def _packed_centroids_backward(grad_centroids: Tensor, key_meta: Meta, block_siz
     is_there = is_there & (block >= 0) & (block < num_blocks)
     block = block.clamp(0, num_blocks - 1)
     sizes = (starts.gather(0, sequence + 1) - first - block * block_size).clamp(1, block_size)
-    rows = grad_centroids.transpose(1, 2).flatten(0, 1).index_select(0, sequence * num_blocks + block)
+    rows = grad_centroids.transpose(1, 2).reshape(num_sequences * num_blocks, num_heads, head_dim)
+    rows = rows.index_select(0, sequence * num_blocks + block)
     return torch.where(is_there[:, None, None], rows / sizes[:, None, None], 0).to(key_meta.dtype)
 
 
