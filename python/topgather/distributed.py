@@ -162,7 +162,7 @@ class ShardedMemoryPool(MemoryPool):
     """A memory pool whose ``values`` are a DTensor sharded by columns: what :class:`MemoryColwise` makes of a pool.
 
     It is not made by calling it, though it has the arguments of its base: ``num_keys``, ``value_dim``, ``sparse_grad``,
-    ``device`` and ``dtype``.
+    ``device``, ``dtype``, ``mode``, ``padding_idx`` and ``include_last_offset``.
     """
 
     equal_token_counts: bool = False
