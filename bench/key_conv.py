@@ -136,7 +136,8 @@ def make_run(name: str, direction: str, problem: Problem, device: torch.device) 
         taps = weight.detach()
 
         entry = _native.key_conv_cpu
-        fields = {"cu_seqlens": None, "num_threads": torch.get_num_threads(), "state": None}
+        fields = {"cu_seqlens": None, "num_threads": torch.get_num_threads(), "state": None, "bias": None}
+        fields["has_silu"] = True
         for field, tensor in (("key", source), ("weight", taps), ("out", grad_out)):
             fields[field] = tensor if reads_tensors else describe(tensor)
         passed = [fields[name] for name in _native.argument_names["key_conv_cpu"]]

@@ -4,6 +4,9 @@
 //   grad_key_t      = grad_out_t + sum over l < W of weight[W - 1 - l] * d_s_{t+l}   within the sequence
 //   grad_state_t    = the same for the W - 1 tokens before the first, which have no grad_out
 //   grad_weight[W - 1 - l] = sum over t of d_s_t * key_{t-l}, over batch entries and sequences
+//   grad_bias              = sum over t of d_s_t, likewise
+//
+// Without SiLU d_s_t is grad_out_t.
 //
 // Who owns what: a thread owns 16 bytes of a head's channels (8 where W > kMaxWideWidth and elements have 2 bytes; one
 // channel, where rows allow no vectors) and a run of tokens; a thread block owns neighbouring runs of the same channels.
@@ -11,12 +14,13 @@
 //   1. a thread walks its run from the last token to the first, beginning W - 1 tokens after it, with the rows that the
 //      current token sees and the d_s of the W - 1 tokens after it in registers. key_conv_backward takes dense problems
 //      whose rows are vectors, one instance for each W up to kMaxDenseWidth: it takes kStep tokens at once, whose rows
-//      were requested one step before. key_conv_backward_any takes the others, token by token;
+//      were requested one step before. key_conv_backward_any takes the others, token by token, and, in instances of
+//      their own, options: a bias, or no SiLU;
 //   2. the runs' sums for the weight meet in shared memory, one tap at a time, and the first run's threads add them up:
 //      a piece for each thread block;
 //   3. key_conv_sum_weight: a thread adds the pieces of one weight in order.
 // Memory: keys and grad_out are read once, but for W - 1 rows a run, grad_key is written once; pieces are W * D float32
-// for each thread block.
+// for each thread block, and D more where the bias has a gradient.
 // Numerics: float32 sums, rounded once. Without tokens all sums are 0. A token of no sequence gets NaN, and adds
 // nothing.
 // Determinism: every sum has an order fixed by shapes and alignment.
@@ -53,9 +57,13 @@ struct KeyConvBackwardArguments {
   Array<const void, 4> key;       // [batch, head, token, D] dtype
   Array<const void, 4> state;     // [batch, head, W - 1, D] dtype, or data null
   const float* weight;            // [head, D, W] float32
+  const float* bias;              // [head, D] float32, or null; options only
+  bool has_silu;                  // options only
+  bool has_grad_bias;             // options only
+  int32_t sums_per_head;          // W, and one more for the gradient of the bias
   Array<void, 4> grad_key;        // [batch, head, token, D] dtype
   Array<void, 4> grad_state;      // [batch, head, W - 1, D] dtype, or data null
-  float* pieces;                  // [batch, chunk, head, W, D] float32, by distance; or null
+  float* pieces;                  // [batch, chunk, head, sums_per_head, D] float32, by distance; or null
 };
 
 namespace {
@@ -219,14 +227,16 @@ __device__ __forceinline__ void walk_dense_run(const KeyConvBackwardArguments& a
 
 // Step 1 of any problem, with the state in the same registers. A width below kTaps is a test, the same for all threads,
 // and not a weight of zero, which would turn keys that are not finite into NaN.
-template <typename Element, int kVector, int kTaps>
+template <typename Element, int kVector, int kTaps, bool kHasOptions>
 __device__ __forceinline__ void walk_any_run(const KeyConvBackwardArguments& args, const KeyPlace& place, int64_t first,
-                                             int64_t last, float (&sums)[kTaps][kVector]) {
+                                             int64_t last, float (&sums)[kTaps + kHasOptions][kVector]) {
   using Row = Channels<Element, kVector>;
   const KeyConvShape& shape = args.shape;
   const bool is_packed = shape.cu_seqlens != nullptr;
   float taps[kTaps][kVector];
   load_taps<0>(shape, args.weight, place, taps);
+  float bias[kVector] = {};
+  if constexpr (kHasOptions) load_bias(shape, args.bias, place, bias);
   const auto load_grad = [&](int64_t row, Row& channels) {
     channels.clear();
     if (row >= 0 && row < shape.num_tokens) {
@@ -269,13 +279,14 @@ __device__ __forceinline__ void walk_any_run(const KeyConvBackwardArguments& arg
     }
 #pragma unroll
     for (int c = 0; c < kVector; ++c) {
-      float s = taps[0][c] * keys[0][c];
+      float s = kHasOptions ? fmaf(taps[0][c], keys[0][c], bias[c]) : taps[0][c] * keys[0][c];
 #pragma unroll
       for (int l = 1; l < kTaps; ++l) {
         if (l < shape.width) s = fmaf(taps[l][c], keys[l][c], s);
       }
       const float gate = sigmoid(s);
       d_s[c] = is_there ? grad[c] * gate * fmaf(s, 1.0f - gate, 1.0f) : 0.0f;
+      if (kHasOptions && !args.has_silu) d_s[c] = is_there ? grad[c] : 0.0f;
     }
     if (t < last) {
       float result[kVector];
@@ -284,7 +295,9 @@ __device__ __forceinline__ void walk_any_run(const KeyConvBackwardArguments& arg
         result[c] = t < 0 ? 0.0f : fmaf(taps[0][c], d_s[c], grad[c]);
 #pragma unroll
         for (int l = 1; l < kTaps; ++l) {
-          if (l < shape.width) result[c] = fmaf(taps[l][c], later[l - 1][c], result[c]);
+          // Where tokens pass nothing back, a tap that is not finite would make NaN of zeros; SiLU's slope is NaN then.
+          const bool passes = !kHasOptions || (t + l >= sequence.start && t + l < sequence.end);
+          if (l < shape.width && passes) result[c] = fmaf(taps[l][c], later[l - 1][c], result[c]);
         }
       }
       if (t < 0) {
@@ -301,6 +314,10 @@ __device__ __forceinline__ void walk_any_run(const KeyConvBackwardArguments& arg
 #pragma unroll
               for (int c = 0; c < kVector; ++c) sums[l][c] = fmaf(d_s[c], keys[l][c], sums[l][c]);
             }
+          }
+          if constexpr (kHasOptions) {
+#pragma unroll
+            for (int c = 0; c < kVector; ++c) sums[kTaps][c] += d_s[c];
           }
         }
       }
@@ -323,7 +340,7 @@ __device__ __forceinline__ void walk_any_run(const KeyConvBackwardArguments& arg
 namespace {
 
 // A thread block's part of the problem. kIsDense: kTaps is the width.
-template <typename Element, int kVector, int kTaps, bool kIsDense>
+template <typename Element, int kVector, int kTaps, bool kIsDense, bool kHasOptions>
 __device__ __forceinline__ void walk_and_sum(const KeyConvBackwardArguments& args) {
   SharedMemory<kVector>& shared = *reinterpret_cast<SharedMemory<kVector>*>(cuda::dynamic_shared_memory());
   const KeyConvShape& shape = args.shape;
@@ -336,22 +353,24 @@ __device__ __forceinline__ void walk_and_sum(const KeyConvBackwardArguments& arg
   const int64_t first = (static_cast<int64_t>(chunk) * args.runs_per_block + run) * args.tokens_per_run;
   const int64_t end = first + args.tokens_per_run;
   const bool is_there = run < args.runs_per_block && vector < shape.num_vectors;
-  float sums[kTaps][kVector] = {};
+  constexpr int kSums = kTaps + kHasOptions;
+  float sums[kSums][kVector] = {};
   if (is_there && first < shape.num_tokens) {
     const int64_t last = end < shape.num_tokens ? end : shape.num_tokens;
     if constexpr (kIsDense) {
       walk_dense_run<Element>(args, place, first, last, sums);
     } else {
-      walk_any_run<Element>(args, place, first, last, sums);
+      walk_any_run<Element, kVector, kTaps, kHasOptions>(args, place, first, last, sums);
     }
   }
   if (args.pieces == nullptr) return;  // the whole thread block
   // Step 2.
-  float* piece = args.pieces + (static_cast<int64_t>(batch_and_chunk) * shape.num_heads + head) * shape.width *
+  float* piece = args.pieces + (static_cast<int64_t>(batch_and_chunk) * shape.num_heads + head) * args.sums_per_head *
                                    static_cast<int64_t>(shape.head_dim);
 #pragma unroll
-  for (int l = 0; l < kTaps; ++l) {
-    if (l < shape.width) {
+  for (int l = 0; l < kSums; ++l) {
+    const bool is_bias = kHasOptions && l == kTaps;
+    if (is_bias ? args.has_grad_bias : l < shape.width) {
       // Tells all threads that the sums of the tap before have been added and may be overwritten.
       if (l > 0) __syncthreads();
 #pragma unroll
@@ -366,7 +385,7 @@ __device__ __forceinline__ void walk_and_sum(const KeyConvBackwardArguments& arg
         }
 #pragma unroll
         for (int c = 0; c < kVector; ++c) {
-          piece[l * static_cast<int64_t>(shape.head_dim) + place.column + c] = totals[c];
+          piece[(is_bias ? shape.width : l) * static_cast<int64_t>(shape.head_dim) + place.column + c] = totals[c];
         }
       }
     }
@@ -378,22 +397,24 @@ __device__ __forceinline__ void walk_and_sum(const KeyConvBackwardArguments& arg
 template <typename Element, int kVector, int kWidth>
 __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
     key_conv_backward(const KeyConvBackwardArguments args) {
-  walk_and_sum<Element, kVector, kWidth, true>(args);
+  walk_and_sum<Element, kVector, kWidth, true, false>(args);
 }
 
-template <typename Element, int kVector, int kTaps>
+template <typename Element, int kVector, int kTaps, bool kHasOptions>
 __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
     key_conv_backward_any(const KeyConvBackwardArguments args) {
-  walk_and_sum<Element, kVector, kTaps, false>(args);
+  walk_and_sum<Element, kVector, kTaps, false, kHasOptions>(args);
 }
 
 struct KeyConvSumArguments {
-  uint32_t count;  // heads * W * D
+  uint32_t count;  // heads * sums_per_head * D
   uint32_t head_dim;
   uint32_t width;
+  uint32_t sums_per_head;
   int64_t num_pieces;
-  const float* pieces;  // [num_pieces, head, W, D] float32, by distance
-  float* grad_weight;   // [head, D, W] float32
+  const float* pieces;  // [num_pieces, head, sums_per_head, D] float32, by distance, then the bias's
+  float* grad_weight;   // [head, D, W] float32, or null
+  float* grad_bias;     // [head, D] float32, where there is one sum more than taps
 };
 
 // Step 3.
@@ -405,7 +426,9 @@ __global__ void __launch_bounds__(kBlockThreads, 4) key_conv_sum_weight(const Ke
 #pragma unroll 8
   for (int64_t piece = 0; piece < args.num_pieces; ++piece) sum += args.pieces[piece * args.count + i];
   const uint32_t row = i / args.head_dim, d = i - row * args.head_dim;
-  const uint32_t head = row / args.width, l = row - head * args.width;
+  const uint32_t head = row / args.sums_per_head, l = row - head * args.sums_per_head;
+  if (l == args.width) args.grad_bias[static_cast<int64_t>(head) * args.head_dim + d] = sum;
+  if (l == args.width || args.grad_weight == nullptr) return;
   args.grad_weight[(static_cast<int64_t>(head) * args.head_dim + d) * args.width + args.width - 1 - l] = sum;
 }
 
@@ -436,8 +459,17 @@ struct BackwardCut {
   int64_t num_pieces(const KeyConvProblem& problem) const { return problem.batch_size * num_chunks; }
 };
 
-int64_t weights_of(const KeyConvProblem& problem) {
-  return problem.num_heads * problem.kernel_width * problem.head_dim;
+int64_t sums_per_head(const KeyConvBackwardParams& params) {
+  return params.problem.kernel_width + (params.grad_bias.data != nullptr ? 1 : 0);
+}
+
+// Sums of a piece, as many as weights and biases have gradients.
+int64_t sums_of(const KeyConvBackwardParams& params) {
+  return params.problem.num_heads * sums_per_head(params) * params.problem.head_dim;
+}
+
+bool needs_sums(const KeyConvBackwardParams& params) {
+  return params.grad_weight.data != nullptr || params.grad_bias.data != nullptr;
 }
 
 template <int kVector, typename Kernel>
@@ -457,6 +489,10 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   args.key = params.key;
   args.state = params.state;
   args.weight = params.weight.at<float>();
+  args.bias = params.bias.at<float>();
+  args.has_silu = problem.has_silu;
+  args.has_grad_bias = params.grad_bias.data != nullptr;
+  args.sums_per_head = static_cast<int32_t>(sums_per_head(params));
   args.grad_key = params.grad_key;
   args.grad_state = params.grad_state;
   args.pieces = pieces;
@@ -464,13 +500,15 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
                args);
   if (pieces == nullptr) return;
   KeyConvSumArguments sums{};
-  require(weights_of(problem) <= INT32_MAX, "key_conv: the weight is too large for CUDA");
-  sums.count = static_cast<uint32_t>(weights_of(problem));
+  require(sums_of(params) <= INT32_MAX, "key_conv: the weight is too large for CUDA");
+  sums.count = static_cast<uint32_t>(sums_of(params));
   sums.head_dim = static_cast<uint32_t>(problem.head_dim);
   sums.width = static_cast<uint32_t>(problem.kernel_width);
+  sums.sums_per_head = static_cast<uint32_t>(sums_per_head(params));
   sums.num_pieces = cut.num_pieces(problem);
   sums.pieces = pieces;
   sums.grad_weight = params.grad_weight.at<float>();
+  sums.grad_bias = params.grad_bias.at<float>();
   cuda::launch(key_conv_sum_weight<kSumThreads>,
                {dim3((sums.count + kSumThreads - 1) / kSumThreads), dim3(kSumThreads), 0, stream}, sums);
 }
@@ -483,9 +521,24 @@ bool has_vectors(const KeyConvBackwardParams& params) {
          is_aligned(params.state) && is_aligned(params.grad_key) && is_aligned(params.grad_state);
 }
 
+// Any problem, with options or without.
+template <typename Element, bool kHasOptions>
+void backward_any_for(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream) {
+  if (!has_vectors<Element, kSmallVector>(params)) {
+    launch_backward<1>(params, pieces, stream, key_conv_backward_any<Element, 1, kFewTaps<1>, kHasOptions>);
+  } else if (params.problem.kernel_width <= kFewTaps<kSmallVector>) {
+    launch_backward<kSmallVector>(params, pieces, stream,
+                                  key_conv_backward_any<Element, kSmallVector, kFewTaps<kSmallVector>, kHasOptions>);
+  } else {
+    launch_backward<kSmallVector>(params, pieces, stream,
+                                  key_conv_backward_any<Element, kSmallVector, kKeyConvMaxTaps, kHasOptions>);
+  }
+}
+
 template <typename Element>
 void backward_for(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream) {
   const KeyConvProblem& problem = params.problem;
+  if (problem.has_options) return backward_any_for<Element, true>(params, pieces, stream);
   if (problem.cu_seqlens.data == nullptr && problem.kernel_width <= kMaxDenseWidth) {
     const bool is_done = with_width<kMaxDenseWidth>(problem.kernel_width, [&](auto width) {
       constexpr int kVector = kVectorOf<Element, width>;
@@ -495,46 +548,42 @@ void backward_for(const KeyConvBackwardParams& params, float* pieces, cudaStream
     });
     if (is_done) return;
   }
-  if (!has_vectors<Element, kSmallVector>(params)) {
-    launch_backward<1>(params, pieces, stream, key_conv_backward_any<Element, 1, kFewTaps<1>>);
-  } else if (problem.kernel_width <= kFewTaps<kSmallVector>) {
-    launch_backward<kSmallVector>(params, pieces, stream,
-                                  key_conv_backward_any<Element, kSmallVector, kFewTaps<kSmallVector>>);
-  } else {
-    launch_backward<kSmallVector>(params, pieces, stream,
-                                  key_conv_backward_any<Element, kSmallVector, kKeyConvMaxTaps>);
-  }
+  backward_any_for<Element, false>(params, pieces, stream);
 }
 
 }  // namespace
 
 int64_t key_conv_backward_workspace_bytes(const KeyConvBackwardParams& params, const CudaPlace&) {
   const KeyConvProblem& problem = params.problem;
-  if (params.grad_weight.data == nullptr || key_conv_is_empty(problem)) return 0;
+  if (!needs_sums(params) || key_conv_is_empty(problem)) return 0;
   // Alignment, which decides which of the two it is, is not known here.
   int64_t pieces = 0;
   for (const int vector : {1, kSmallVector, kMaxVector}) {
     pieces = std::max(pieces, BackwardCut(problem, vector).num_pieces(problem));
   }
-  return pieces * weights_of(problem) * static_cast<int64_t>(sizeof(float));
+  return pieces * sums_of(params) * static_cast<int64_t>(sizeof(float));
 }
 
 void key_conv_backward_cuda(const KeyConvBackwardParams& params, const CudaWorkspace& workspace,
                             const CudaPlace& place) {
   const KeyConvProblem& problem = params.problem;
-  const bool needs_grad_weight = params.grad_weight.data != nullptr;
   const DeviceGuard guard(place.device);
   const StageRange range("key_conv: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (key_conv_is_empty(problem)) {
-    if (!needs_grad_weight || weights_of(problem) == 0) return;
-    cuda_require(cudaMemsetAsync(params.grad_weight.data, 0, static_cast<size_t>(weights_of(problem)) * 4, stream),
-                 "clearing the gradient of the weight");
+    const auto clear = [&](void* gradient, int64_t count) {
+      if (gradient == nullptr || count == 0) return;
+      cuda_require(cudaMemsetAsync(gradient, 0, static_cast<size_t>(count) * sizeof(float), stream),
+                   "clearing gradients of weight and bias");
+    };
+    const int64_t channels = problem.num_heads * problem.head_dim;
+    clear(params.grad_weight.data, channels * problem.kernel_width);
+    clear(params.grad_bias.data, channels);
     return;
   }
   require(workspace.bytes >= key_conv_backward_workspace_bytes(params, place),
           "key_conv_backward: the workspace is smaller than key_conv_backward_workspace_bytes says");
-  auto* pieces = needs_grad_weight ? static_cast<float*>(workspace.data) : nullptr;
+  auto* pieces = needs_sums(params) ? static_cast<float*>(workspace.data) : nullptr;
   with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, pieces, stream); });
 }
 

@@ -22,6 +22,7 @@ void complete_problem(Params& params, std::initializer_list<Array<const void, 4>
   problem.head_dim = params.key.sizes[3];
   problem.kernel_width = params.weight.sizes[2];
   problem.num_sequences = problem.cu_seqlens.data == nullptr ? 0 : problem.cu_seqlens.sizes[0] - 1;
+  problem.has_options = params.bias.data != nullptr || !problem.has_silu;
   require(problem.head_dim >= 1, "head_dim must be at least 1");
   require(problem.kernel_width >= 2 && problem.kernel_width <= 8, "kernel_width must be between 2 and 8");
   require(problem.cu_seqlens.data == nullptr || problem.batch_size == 1, "a packed problem has a batch_size of 1");

@@ -3,6 +3,8 @@
 //   s_t   = sum over l < W of weight[W - 1 - l] * key_{t-l}     per head and channel, keys before the start being the
 //   out_t = key_t + s_t / (1 + exp(-s_t))                       state's, or zeros
 //
+// With options, code of its own: s_t begins with a bias, and without SiLU out_t = key_t + s_t.
+//
 // Who owns what: a task owns a chunk of a batch entry's tokens in a panel of channels; a chunk may hold several
 // sequences of a pack. Steps:
 //   1. the panel's weights are laid out by tap, as registers take them;
@@ -55,13 +57,15 @@ struct KeyConvTile {
   Rows<const Storage> keys;             // from the first token; the W - 1 rows before it are there too
   Rows<Storage> out;                    // from the first token
   Rows<const ComputeOf<Storage>> taps;  // by distance, in the order of Channels' parts, times kTapFactor
+  const ComputeOf<Storage>* bias;       // likewise; options only
+  bool has_silu;                        // else taps and bias are as they are; options only
   int64_t num_tokens;
   int64_t num_groups;  // of channels that fill a register
 };
 
 // out[i] = key[i] + silu(convolution) for kTokens tokens: a tap's weights are fetched once, a key is converted once for
 // all that see it, and independent sums hide each other's latencies.
-template <typename Storage, int kWidth, int kTokens>
+template <typename Storage, int kWidth, int kTokens, bool kHasOptions>
 inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
   using Group = Channels<Storage>;
   using T = ComputeOf<Storage>;
@@ -82,6 +86,10 @@ inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
       Vector<T> numbers[kHistory + kTokens];
       // From 0, not from a product: of a sum of two products a compiler may round either one first.
       Vector<T> sums[kTokens] = {};
+      if constexpr (kHasOptions) {
+        const Vector<T> bias = load<T>(tile.bias + c + part * kLanes<T>);
+        for (int i = 0; i < kTokens; ++i) sums[i] = bias;
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < kHistory + kTokens; ++i) numbers[i] = Group::load_part(keys[i - kHistory] + c, part);
 #pragma GCC unroll 8
@@ -89,6 +97,11 @@ inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
         const Vector<T> tap = load<T>(tile.taps[l] + c + part * kLanes<T>);
 #pragma GCC unroll 4
         for (int i = 0; i < kTokens; ++i) sums[i] += tap * numbers[kHistory + i - l];
+      }
+      if (kHasOptions && !tile.has_silu) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kTokens; ++i) results[i].parts[part] = numbers[kHistory + i] + sums[i];
+        continue;
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kTokens; ++i) results[i].parts[part] = add_silu<Storage>(numbers[kHistory + i], sums[i]);
@@ -98,22 +111,26 @@ inline void convolve_tokens(const KeyConvTile<Storage>& tile, int64_t first) {
   }
 }
 
-template <typename Storage, int kWidth>
+template <typename Storage, int kWidth, bool kHasOptions>
 void convolve_tile(const KeyConvTile<Storage>& tile) {
   using Group = Channels<Storage>;
   constexpr int kTokens = Group::kNumParts == 1 ? 2 : 4;
   int64_t i = 0;
-  for (; i + kTokens <= tile.num_tokens; i += kTokens) convolve_tokens<Storage, kWidth, kTokens>(tile, i);
-  for (; i < tile.num_tokens; ++i) convolve_tokens<Storage, kWidth, 1>(tile, i);
+  for (; i + kTokens <= tile.num_tokens; i += kTokens) {
+    convolve_tokens<Storage, kWidth, kTokens, kHasOptions>(tile, i);
+  }
+  for (; i < tile.num_tokens; ++i) convolve_tokens<Storage, kWidth, 1, kHasOptions>(tile, i);
 }
 
 // Each number of taps that the op takes has code of its own, whose keys stay in registers.
-template <typename Storage>
+template <typename Storage, bool kHasOptions>
 auto convolve_tile_of_width(int64_t width) {
   using Function = void (*)(const KeyConvTile<Storage>&);
   constexpr Function kFunctions[] = {
-      &convolve_tile<Storage, 2>, &convolve_tile<Storage, 3>, &convolve_tile<Storage, 4>, &convolve_tile<Storage, 5>,
-      &convolve_tile<Storage, 6>, &convolve_tile<Storage, 7>, &convolve_tile<Storage, 8>,
+      &convolve_tile<Storage, 2, kHasOptions>, &convolve_tile<Storage, 3, kHasOptions>,
+      &convolve_tile<Storage, 4, kHasOptions>, &convolve_tile<Storage, 5, kHasOptions>,
+      &convolve_tile<Storage, 6, kHasOptions>, &convolve_tile<Storage, 7, kHasOptions>,
+      &convolve_tile<Storage, 8, kHasOptions>,
   };
   return kFunctions[width - 2];
 }
@@ -124,12 +141,15 @@ class KeyConvForwardTask {
   using Group = Channels<Storage>;
 
  public:
-  // Takes the memory of the widest panel; a cutter with nothing behind it counts. `taps` is [panel, W, channels].
+  // Takes the memory of the widest panel; a cutter with nothing behind it counts. `taps` is [panel, W + 1, channels], the
+  // last row the bias.
   KeyConvForwardTask(const KeyConvForwardParams& params, const KeyConvCut& cut, const T* taps, ScratchCutter& cutter)
       : params_(params),
         cut_(cut),
         taps_(taps),
-        convolve_tile_(convolve_tile_of_width<Storage>(params.problem.kernel_width)) {
+        convolve_tile_(params.problem.has_options
+                           ? convolve_tile_of_width<Storage, true>(params.problem.kernel_width)
+                           : convolve_tile_of_width<Storage, false>(params.problem.kernel_width)) {
     const int64_t channels = panel_at(0).padded_channels, width = params.problem.kernel_width;
     keys_ = cutter.take<Storage>((width - 1 + cut.tile_tokens) * channels);
     results_ = cutter.take<Storage>(cut.tile_tokens * channels);
@@ -138,7 +158,7 @@ class KeyConvForwardTask {
   void run(int64_t batch_idx, int64_t panel_idx, int64_t chunk) const {
     const KeyConvProblem& problem = params_.problem;
     const Panel panel = panel_at(panel_idx);
-    const Rows<const T> taps{taps_ + panel_idx * problem.kernel_width * panel_at(0).padded_channels,
+    const Rows<const T> taps{taps_ + panel_idx * (problem.kernel_width + 1) * panel_at(0).padded_channels,
                              panel.padded_channels};
     const int64_t first = chunk * cut_.tokens_per_chunk;
     const int64_t last = min64(first + cut_.tokens_per_chunk, problem.num_tokens);
@@ -154,8 +174,13 @@ class KeyConvForwardTask {
       // Step 3.
       const Storage* keys = params_.key.at<Storage>(batch_idx, panel.first_head, split);
       Storage* out = params_.out.at<Storage>(batch_idx, panel.first_head, split);
-      convolve_tile_(
-          {{keys, params_.key.strides[2]}, {out, params_.out.strides[2]}, taps, stretch.last - split, num_groups});
+      convolve_tile_({{keys, params_.key.strides[2]},
+                      {out, params_.out.strides[2]},
+                      taps,
+                      taps[problem.kernel_width],
+                      problem.has_silu,
+                      stretch.last - split,
+                      num_groups});
       if (num_groups * Group::kCount < panel.channels) {
         through_tiles(batch_idx, panel, taps, stretch, split, stretch.last, num_groups);
       }
@@ -186,7 +211,8 @@ class KeyConvForwardTask {
       for (int64_t i = 0; i < history + count; ++i) {
         load_key<Storage>(problem, panel, params_.key, params_.state, batch_idx, stretch, tile - history + i, keys[i]);
       }
-      convolve_tile_({keys.from(history, c), results.from(0, c), taps.from(0, c), count, num_groups - first_group});
+      convolve_tile_({keys.from(history, c), results.from(0, c), taps.from(0, c), taps[history + 1] + c,
+                      problem.has_silu, count, num_groups - first_group});
       for (int64_t i = 0; i < count; ++i) {
         Storage* target = params_.out.at<Storage>(batch_idx, panel.first_head, tile + i);
         copy_row(results[i] + c, panel.channels - c, panel.channels - c, target + c);
@@ -213,12 +239,15 @@ void key_conv_forward_storage(const KeyConvForwardParams& params) {
   const KeyConvCut cut(problem, params.key.strides[1] == problem.head_dim && params.out.strides[1] == problem.head_dim,
                        max64(KeyConvConfig::kTaskNumbers, share));
   // Step 1.
-  const int64_t panel_taps = problem.kernel_width * Panel::at<Storage>(problem, cut, 0).padded_channels;
+  const int64_t panel_taps = (problem.kernel_width + 1) * Panel::at<Storage>(problem, cut, 0).padded_channels;
   const AlignedBuffer tap_buffer = allocate_aligned(static_cast<size_t>(cut.num_panels * panel_taps) * sizeof(T));
   T* taps = reinterpret_cast<T*>(tap_buffer.get());
   for (int64_t i = 0; i < cut.num_panels; ++i) {
-    load_taps<Storage>(problem, Panel::at<Storage>(problem, cut, i), params.weight.data, kTapFactor<Storage>,
-                       taps + i * panel_taps);
+    const Panel panel = Panel::at<Storage>(problem, cut, i);
+    const T factor = problem.has_silu ? kTapFactor<Storage> : 1;
+    load_taps<Storage>(problem, panel, params.weight.data, factor, taps + i * panel_taps);
+    load_bias<Storage>(problem, panel, params.bias, factor,
+                       taps + i * panel_taps + problem.kernel_width * panel.padded_channels);
   }
   const int64_t num_tasks = problem.batch_size * cut.num_panels * cut.num_chunks;
   const int num_workers = useful_threads(problem.num_threads, num_tasks,

@@ -9,7 +9,8 @@
 //   2. the next kStep rows are loaded together; where W is a compile-time constant, one step before they are needed;
 //   3. each token's result is made and written; the rows move on.
 // Kernels: key_conv_forward takes dense problems whose rows are vectors, one instance for each W. key_conv_forward_any
-// takes the others: packs, whose rows become zeros where a sequence begins, and rows that allow no vectors.
+// takes the others: packs, whose rows become zeros where a sequence begins, rows that allow no vectors, and, in instances
+// of their own, options: s_t begins with a bias, and without SiLU out_t = key_t + s_t.
 // Memory: a key is read once, but for W - 1 rows a run, and a result written once.
 // Numerics: float32 sums, terms in ascending l, rounded once; bfloat16 and float16 are storage types. Without tokens
 // nothing is launched. A token of no sequence is NaN.
@@ -33,6 +34,8 @@ struct KeyConvForwardArguments {
   Array<const void, 4> key;    // [batch, head, token, D] dtype
   Array<const void, 4> state;  // [batch, head, W - 1, D] dtype, or data null
   const float* weight;         // [head, D, W] float32
+  const float* bias;           // [head, D] float32, or null; options only
+  bool has_silu;               // options only
   Array<void, 4> out;          // [batch, head, token, D] dtype
 };
 
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPer
 
 // A width below kTaps is a test, the same for all threads, and not a weight of zero, which would turn keys that are not
 // finite into NaN.
-template <typename Element, int kVector, int kTaps>
+template <typename Element, int kVector, int kTaps, bool kHasOptions>
 __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor<0>)
     key_conv_forward_any(const KeyConvForwardArguments args) {
   constexpr int kHistory = kTaps - 1;
@@ -160,6 +163,8 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPer
   // Step 1. window[kHistory + i] is the row of token t + i.
   float taps[kTaps][kVector];
   load_taps<0>(shape, args.weight, place, taps);
+  float bias[kVector] = {};
+  if constexpr (kHasOptions) load_bias(shape, args.bias, place, bias);
   Channels<Element, kVector> window[kHistory + kStep];
   KeySequence sequence = sequence_of(shape, first);
 #pragma unroll
@@ -190,7 +195,9 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPer
         float current[kVector], sums[kVector];
         window[kHistory + i].unpack(current);
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) sums[c] = taps[0][c] * current[c];
+        for (int c = 0; c < kVector; ++c) {
+          sums[c] = kHasOptions ? fmaf(taps[0][c], current[c], bias[c]) : taps[0][c] * current[c];
+        }
 #pragma unroll
         for (int l = 1; l < kTaps; ++l) {
           if (l < shape.width) {
@@ -202,7 +209,13 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPer
         }
         const float absent = sequence.has(t + i) ? 0.0f : NAN;
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) sums[c] = fmaf(sums[c], sigmoid(sums[c]), current[c]) + absent;
+        for (int c = 0; c < kVector; ++c) {
+          if (kHasOptions && !args.has_silu) {
+            sums[c] = sums[c] + current[c] + absent;
+          } else {
+            sums[c] = fmaf(sums[c], sigmoid(sums[c]), current[c]) + absent;
+          }
+        }
         Channels<Element, kVector>::store(sums, args.out.at<Element>(place.batch, place.head, t + i) + place.column);
       }
     }
@@ -230,8 +243,18 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   args.key = params.key;
   args.state = params.state;
   args.weight = params.weight.at<float>();
+  args.bias = params.bias.at<float>();
+  args.has_silu = problem.has_silu;
   args.out = params.out;
   const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
+  if (problem.has_options) {
+    if (problem.kernel_width <= kFewTaps<kVector>) {
+      cuda::launch(key_conv_forward_any<Element, kVector, kFewTaps<kVector>, true>, shape, args);
+    } else {
+      cuda::launch(key_conv_forward_any<Element, kVector, kKeyConvMaxTaps, true>, shape, args);
+    }
+    return;
+  }
   if constexpr (kVector > 1) {
     if (problem.cu_seqlens.data == nullptr) {
       with_width<kKeyConvMaxTaps>(problem.kernel_width, [&](auto width) {
@@ -241,9 +264,9 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
     }
   }
   if (problem.kernel_width <= kFewTaps<kVector>) {
-    cuda::launch(key_conv_forward_any<Element, kVector, kFewTaps<kVector>>, shape, args);
+    cuda::launch(key_conv_forward_any<Element, kVector, kFewTaps<kVector>, false>, shape, args);
   } else {
-    cuda::launch(key_conv_forward_any<Element, kVector, kKeyConvMaxTaps>, shape, args);
+    cuda::launch(key_conv_forward_any<Element, kVector, kKeyConvMaxTaps, false>, shape, args);
   }
 }
 

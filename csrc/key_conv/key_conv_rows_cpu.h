@@ -128,6 +128,18 @@ inline void load_taps(const KeyConvProblem& problem, const Panel& panel, const v
   });
 }
 
+// The bias of a panel's channels, zeros without one, as a row of taps.
+template <typename Element>
+inline void load_bias(const KeyConvProblem& problem, const Panel& panel, const Array<const void, 2>& bias,
+                      ComputeOf<Element> factor, ComputeOf<Element>* row) {
+  using T = ComputeOf<Element>;
+  for (int64_t c = 0; c < panel.padded_channels; ++c) {
+    const bool is_there = bias.data != nullptr && c < panel.channels;
+    const T number = is_there ? bias.at<T>()[panel.first_head * problem.head_dim + c] : 0;
+    row[Channels<Element>::place_of(c)] = number == number ? number * factor : static_cast<T>(__builtin_nanf(""));
+  }
+}
+
 // Row `row` of a sequence, of a panel's padded channels: before the sequence's start the state's, or zeros, and past
 // its end zeros. An Element is a Storage or its sum type.
 template <typename Storage, typename Element>

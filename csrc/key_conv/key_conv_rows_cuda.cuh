@@ -144,6 +144,16 @@ __device__ __forceinline__ void load_taps(const KeyConvShape& shape, const float
   }
 }
 
+// Zeros without one.
+template <int kVector>
+__device__ __forceinline__ void load_bias(const KeyConvShape& shape, const float* bias, const KeyPlace& place,
+                                          float (&numbers)[kVector]) {
+#pragma unroll
+  for (int c = 0; c < kVector; ++c) {
+    numbers[c] = bias == nullptr ? 0.0f : bias[place.head * shape.head_dim + place.column + c];
+  }
+}
+
 __device__ __forceinline__ float sigmoid(float x) {
   return cuda::reciprocal_approximate(1.0f + cuda::exp2_approximate(x * -kKeyConvLog2E));
 }

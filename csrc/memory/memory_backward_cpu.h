@@ -14,6 +14,7 @@
 //      a. no entry: zeros;
 //      b. else the sum of the run: entries before its first whole block, sums of its whole blocks in order, entries
 //         after the last of them.
+// Entries of no row, which ragged bags may have, are the last ones in the order, and are left out of all of it.
 // Both add up to kEntriesPerPass entries per walk over the row, and prefetch the rows of entries kPrefetchEntries on.
 // Numerics: products and sums in float32 (float64 for float64), gradients rounded once; a dot product sums lanes over
 // the row, then the lanes, then what is left of the row.
@@ -39,13 +40,13 @@ struct MemoryBackward {
   const MemoryBackwardParams& params;
   T* block_sums;  // [num_blocks, W]; defined for whole blocks alone
   int64_t task_positions;
+  int64_t num_entries;  // that have a row
 
   int64_t row_dim() const { return params.problem.row_dim; }
-  int64_t num_entries() const { return params.problem.num_entries(); }
 
   bool is_whole_block(int64_t first) const {
     const int64_t last = first + kBlockEntries - 1;
-    return last < num_entries() && params.targets.data[first] == params.targets.data[last];
+    return last < num_entries && params.targets.data[first] == params.targets.data[last];
   }
 
   const Storage* value_row(int64_t position) const {
@@ -53,10 +54,11 @@ struct MemoryBackward {
   }
 
   const Storage* grad_row(int64_t entry) const {
+    if (params.tokens.data != nullptr) return params.grad_out.at<Storage>(params.tokens.data[entry]);
     const int64_t bag_size = params.problem.bag_size;
     // Division of 64 bits is several times as slow on older processors.
     const int64_t token =
-        num_entries() <= UINT32_MAX ? static_cast<uint32_t>(entry) / static_cast<uint32_t>(bag_size) : entry / bag_size;
+        num_entries <= UINT32_MAX ? static_cast<uint32_t>(entry) / static_cast<uint32_t>(bag_size) : entry / bag_size;
     return params.grad_out.at<Storage>(token);
   }
 
@@ -71,7 +73,7 @@ struct MemoryBackward {
     const Storage* values = kDots ? value_row(position) : nullptr;
     for (int i = 0; i < kEntries; ++i) {
       const int64_t entry = params.order.data[position + i];
-      const int64_t ahead = min64(position + i + MemoryLookupConfig::kPrefetchEntries, num_entries() - 1);
+      const int64_t ahead = min64(position + i + MemoryLookupConfig::kPrefetchEntries, num_entries - 1);
       grads[i] = grad_row(entry);
       grads_ahead[i] = grad_row(params.order.data[ahead]);
       if (kDots) values_ahead[i] = value_row(ahead);
@@ -161,7 +163,7 @@ struct MemoryBackward {
 
   int64_t end_of_run(int64_t first) const {
     int64_t position = first + 1;
-    while (position < num_entries() && params.targets.data[position] == params.targets.data[first]) {
+    while (position < num_entries && params.targets.data[position] == params.targets.data[first]) {
       position += position % kBlockEntries == 0 && is_whole_block(position) ? kBlockEntries : 1;
     }
     return position;
@@ -186,7 +188,7 @@ struct MemoryBackward {
 
   // The first sorted position p for which targets[p] + weight * p is at least `bound`; num_entries where none is.
   int64_t first_position(int64_t bound, int64_t weight) const {
-    int64_t low = 0, high = num_entries();
+    int64_t low = 0, high = num_entries;
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
       if (params.targets.data[middle] + weight * middle >= bound) {
@@ -217,7 +219,7 @@ struct MemoryBackward {
     }
     for (int64_t target = first_target; target < last_target; ++target) {
       Storage* grad_values = params.grad_rows.at<Storage>(target);
-      if (position == num_entries() || params.targets.data[position] != target) {
+      if (position == num_entries || params.targets.data[position] != target) {
         for (int64_t d = 0; d < row_dim(); ++d) grad_values[d] = Storage{};
         continue;
       }
@@ -238,16 +240,21 @@ void memory_backward_storage(const MemoryBackwardParams& params) {
   using T = ComputeOf<Storage>;
   using Config = MemoryLookupConfig;
   const MemoryProblem& problem = params.problem;
-  const int64_t row_dim = problem.row_dim, num_entries = problem.num_entries();
-  const int64_t num_blocks = num_entries / Config::kBlockEntries;
+  const int64_t row_dim = problem.row_dim;
+  T* grad_weights = params.grad_weights.at<T>();
   if (row_dim == 0) {  // there may be no memory behind rows
-    T* grad_weights = params.grad_weights.at<T>();
-    for (int64_t entry = 0; grad_weights != nullptr && entry < num_entries; ++entry) grad_weights[entry] = 0;
+    for (int64_t entry = 0; grad_weights != nullptr && entry < problem.num_entries; ++entry) grad_weights[entry] = 0;
     return;
   }
+  int64_t num_entries = problem.num_entries;
+  while (num_entries > 0 && params.sorted_rows.data[num_entries - 1] == problem.num_rows) {
+    --num_entries;
+    if (grad_weights != nullptr) grad_weights[params.order.data[num_entries]] = 0;
+  }
+  const int64_t num_blocks = num_entries / Config::kBlockEntries;
   const double cost_of_row = static_cast<double>(row_dim) * Config::kOperationsPerElement;
 
-  MemoryBackward<Storage> backward{params, nullptr, 0};
+  MemoryBackward<Storage> backward{params, nullptr, 0, num_entries};
   const int64_t scratch_row = round_up(row_dim, 64);
   const int64_t num_positions = params.num_targets + num_entries;
   backward.task_positions = positions_per_task(num_positions, row_dim);

@@ -20,7 +20,7 @@
 // for each entry 2 W bytes of grad_out, which stays in the second-level cache while T W does, 36 bytes of its own, and 16
 // more for each slab. Head and tail sums add 16 W bytes at most for 128 entries.
 // Numerics: float32 products and sums, rounded once. No ties. Rows of no entry are zero. An entry whose row is num_rows
-// had an index outside the table: no row gets it, and its grad_weights is NaN.
+// had an index outside the table: no row gets it, and its grad_weights is NaN; or it is of no token, and that is 0.
 // Determinism: every sum has an order fixed by sorted positions, shapes and alignment.
 #include "../cuda/dispatch.h"
 #include "../cuda/lane_rows.cuh"
@@ -63,6 +63,7 @@ struct MemoryBackwardArguments {
   const int64_t* order;        // [T * K] int64
   const int32_t* sorted_rows;  // [T * K] int32
   const int32_t* targets;      // [T * K] int32
+  const int32_t* tokens;       // [E] int32, -1: of none; null where bags are not ragged
   const float* weights;        // [T, K] float32
   const void* grad_out;        // [T, W] dtype
   int64_t grad_out_stride;
@@ -218,8 +219,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   int4 words = {kNoRow, 0, 0, 0};
   if (row != kNoRow) {
     const int64_t place = args.order[position];
-    words = {row, args.targets[position], static_cast<int32_t>(static_cast<uint32_t>(place) / args.bag_size),
-             __float_as_int(args.weights[place])};
+    int32_t token = static_cast<int32_t>(static_cast<uint32_t>(place) / args.bag_size);
+    if (args.tokens != nullptr) token = args.tokens[place];
+    words = {row, args.targets[position], token, __float_as_int(args.weights[place])};
   }
   reinterpret_cast<int4*>(args.entries)[position] = words;
 }
@@ -280,7 +282,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     for (int w = 0; w < warps_per_piece; ++w) {
       dot += shared.dots[first_warp + w][piece_in_block % groups][e % kEntriesPerPiece];
     }
-    args.grad_weights[args.order[position]] = row_at(args, position) == kNoRow ? not_a_number() : dot;
+    const int64_t place = args.order[position];
+    if (row_at(args, position) == kNoRow) {
+      dot = args.tokens != nullptr && args.tokens[place] < 0 ? 0.0f : not_a_number();
+    }
+    args.grad_weights[place] = dot;
   }
 }
 
@@ -410,13 +416,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 namespace {
 
 int64_t num_pieces_of(const MemoryProblem& problem) {
-  return (problem.num_entries() + kEntriesPerPiece - 1) / kEntriesPerPiece;
+  return (problem.num_entries + kEntriesPerPiece - 1) / kEntriesPerPiece;
 }
 
 // Pieces of a whole thread block, and the entries that are loaded a step ahead.
 int64_t num_padded_entries_of(const MemoryProblem& problem) {
   constexpr int64_t kEntriesPerBlock = int64_t{kMaxWarps} * kMaxGroups * kEntriesPerPiece;
-  return divide_up(problem.num_entries(), kEntriesPerBlock) * kEntriesPerBlock + kEntriesInFlight;
+  return divide_up(problem.num_entries, kEntriesPerBlock) * kEntriesPerBlock + kEntriesInFlight;
 }
 
 int64_t dot_bytes(int64_t warps) { return warps * static_cast<int64_t>(sizeof(float)) * kMaxGroups * kEntriesPerPiece; }
@@ -480,24 +486,26 @@ int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, cons
 
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
   const MemoryProblem& problem = params.problem;
-  require(problem.num_entries() <= INT32_MAX - kEntriesPerPiece, "memory_backward: at most 2^31 - 129 entries on CUDA");
+  require(problem.num_entries <= INT32_MAX - kEntriesPerPiece, "memory_backward: at most 2^31 - 129 entries on CUDA");
   require(workspace.bytes >= memory_backward_workspace_bytes(params, place),
           "memory_backward: the workspace is too small");
   const DeviceGuard guard(place.device);
   const StageRange range("memory: backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  if (problem.num_entries() == 0) {
-    const int64_t grad_bytes = params.num_targets * problem.row_dim * element_bytes(problem.dtype);
-    if (grad_bytes == 0) return;
-    cuda_require(cudaMemsetAsync(params.grad_rows.data, 0, static_cast<size_t>(grad_bytes), stream),
-                 "clearing gradients of rows");
+  if (problem.num_entries == 0 || params.grad_out.sizes[0] == 0) {  // nobody has an entry
+    const auto clear = [&](void* data, int64_t bytes) {
+      if (bytes == 0 || data == nullptr) return;
+      cuda_require(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream), "clearing gradients");
+    };
+    clear(params.grad_rows.data, params.num_targets * problem.row_dim * element_bytes(problem.dtype));
+    clear(params.grad_weights.data, problem.num_entries * static_cast<int64_t>(sizeof(float)));
     return;
   }
   if (problem.row_dim == 0 && params.grad_weights.data == nullptr) return;
   MemoryBackwardArguments args{};
   args.bag_size = static_cast<uint32_t>(problem.bag_size);
   args.num_rows = static_cast<int32_t>(problem.num_rows);
-  args.num_entries = static_cast<int32_t>(problem.num_entries());
+  args.num_entries = static_cast<int32_t>(problem.num_entries);
   args.num_pieces = static_cast<int32_t>(num_pieces_of(problem));
   // Without rows there is nothing to load; what is loaded for entries of no row may then come from anywhere.
   const bool has_rows = problem.num_rows > 0;
@@ -506,6 +514,7 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   args.order = params.order.data;
   args.sorted_rows = params.sorted_rows.data;
   args.targets = params.targets.data;
+  args.tokens = params.tokens.data;
   args.weights = params.weights.at<float>();
   args.grad_out = params.grad_out.data;
   args.grad_out_stride = params.grad_out.strides[0];

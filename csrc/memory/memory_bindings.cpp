@@ -15,6 +15,7 @@ void complete_problem(Params& params, const PerEntry& per_entry) {
   problem.row_dim = params.values.sizes[1];
   problem.num_tokens = per_entry.sizes[0];
   problem.bag_size = per_entry.sizes[1];
+  problem.num_entries = problem.num_tokens * problem.bag_size;
   require(problem.num_rows <= INT32_MAX - 1, "a table has at most 2^31 - 2 rows");
   require(problem.num_threads >= 1, "num_threads must be at least 1");
 }
@@ -34,7 +35,13 @@ void complete(ProductKeyParams& params) {
   require(params.num_threads >= 1, "num_threads must be at least 1");
 }
 
-void complete(MemoryLookupParams& params) { complete_problem(params, params.indices); }
+void complete(MemoryLookupParams& params) {
+  MemoryProblem& problem = params.problem;
+  complete_problem(params, params.indices);
+  if (params.offsets.data == nullptr) return;
+  problem.num_tokens = params.offsets.sizes[0] - 1;
+  problem.bag_size = problem.num_tokens == 0 ? 0 : (problem.num_entries + problem.num_tokens - 1) / problem.num_tokens;
+}
 
 void complete(MemoryDotParams& params) { complete_problem(params, params.indices); }
 

@@ -10,6 +10,7 @@
 //   3. lookup adds the lines to the token's sums, dot to a vector of its own for every entry.
 // Numerics: products and sums in float32 (float64 for float64), rounded once. The sums of a lookup run over k in
 // ascending order; a dot product sums lanes over the row, then the lanes, then what is left of the row.
+// Ragged bags: a lookup's token has its entries from offsets; a dot product's entry names its row of x.
 // Empty: a token without entries, or a row without elements, sums to zero.
 // Determinism: a token depends on its own rows alone.
 #pragma once
@@ -138,18 +139,20 @@ void memory_lookup_storage(const MemoryLookupParams& params) {
   constexpr int kRowsPerPass = MemoryLookupConfig::kRowsPerPass;
   const MemoryProblem& problem = params.problem;
   const int64_t row_dim = problem.row_dim, bag_size = problem.bag_size;
+  const int64_t* offsets = params.offsets.data;
   const T* weights = params.weights.at<T>();
   if (row_dim == 0) return;
+  const auto first_entry = [&](int64_t token) { return offsets == nullptr ? token * bag_size : offsets[token]; };
   for_each_token_range<T>(problem, [&](int64_t first_token, int64_t last_token, T* scratch) {
     const EntryRows<Storage> table{params.values.at<Storage>(), params.values.strides[0], params.indices.data,
-                                   last_token * bag_size - 1};
+                                   first_entry(last_token) - 1};
     for (int64_t token = first_token; token < last_token; ++token) {
       Storage* out = params.out.at<Storage>(token);
       T* sums = scratch;
       if constexpr (std::is_same_v<Storage, T>) sums = out;
-      const int64_t last = (token + 1) * bag_size;
-      int64_t entry = token * bag_size;
-      if (bag_size >= kRowsPerPass) {
+      const int64_t last = first_entry(token + 1);
+      int64_t entry = first_entry(token);
+      if (last - entry >= kRowsPerPass) {
         add_weighted_rows<true, kRowsPerPass>(table, weights, entry, row_dim, sums);
         entry += kRowsPerPass;
       } else {
@@ -174,16 +177,28 @@ void memory_dot_storage(const MemoryDotParams& params) {
   const int64_t row_dim = problem.row_dim, bag_size = problem.bag_size;
   T* out = params.out.at<T>();
   if (row_dim == 0) {  // there may be no memory behind rows
-    for (int64_t entry = 0; entry < problem.num_entries(); ++entry) out[entry] = 0;
+    for (int64_t entry = 0; entry < problem.num_entries; ++entry) out[entry] = 0;
     return;
   }
+  const int32_t* tokens = params.tokens.data;
   for_each_token_range<T>(problem, [&](int64_t first_token, int64_t last_token, T* scratch) {
+    const int64_t last_entry = last_token * bag_size;
     const EntryRows<Storage> table{params.values.at<Storage>(), params.values.strides[0], params.indices.data,
-                                   last_token * bag_size - 1};
-    for (int64_t token = first_token; token < last_token; ++token) {
-      const T* x = dense_rows(params.x.at<Storage>(token), 0, 1, row_dim, row_dim, scratch).data;
-      const int64_t last = (token + 1) * bag_size;
-      int64_t entry = token * bag_size;
+                                   last_entry - 1};
+    for (int64_t entry = first_token * bag_size, last = entry; entry < last_entry; entry = last) {
+      int64_t row_of_x = 0;
+      if (tokens == nullptr) {
+        row_of_x = entry / bag_size;
+        last += bag_size;
+      } else {
+        row_of_x = tokens[entry];
+        while (last < last_entry && tokens[last] == row_of_x) ++last;
+      }
+      if (row_of_x < 0) {
+        for (; entry < last; ++entry) out[entry] = 0;
+        continue;
+      }
+      const T* x = dense_rows(params.x.at<Storage>(row_of_x), 0, 1, row_dim, row_dim, scratch).data;
       for (; entry + kRowsPerPass <= last; entry += kRowsPerPass) {
         dot_rows<kRowsPerPass>(table, x, entry, row_dim, out);
       }

@@ -13,6 +13,8 @@
 // that a row's slabs are loaded together.
 // Numerics: float32 products and sums, lookup rounded once. No ties. Tokens without entries give zero rows. An index
 // outside [0, num_rows) is not followed: lookup's out row, dot's own product become NaN.
+// Ragged bags: lookup's groups run for as many steps as the longest bag of their warp, and offsets that descend or lead
+// out of the entries make their token's row NaN. To dot an entry is a token whose row of x is told, 0 where there is none.
 // Determinism: every sum has an order fixed by shapes and alignment.
 #include "../cuda/dispatch.h"
 #include "../cuda/lane_rows.cuh"
@@ -36,14 +38,17 @@ struct MemoryLookupArguments {
   uint32_t parts_per_token;  // lookup: slabs of a row; dot: pieces of a token's entries
   int64_t num_rows;
   int64_t num_tokens;
-  int32_t bag_size;
-  const void* values;  // [num_rows, W] dtype
+  int32_t bag_size;     // not ragged
+  int64_t num_entries;  // ragged
+  const void* values;   // [num_rows, W] dtype
   int64_t values_stride;
   const int64_t* indices;  // [T, K] int64
   const float* weights;    // [T, K] float32; lookup only
+  const int64_t* offsets;  // [T + 1] int64; lookup of ragged bags
   const void* x;           // [T, W] dtype; dot only
   int64_t x_stride;
-  void* out;  // lookup: [T, W] dtype; dot: [T, K] float32
+  const int32_t* tokens;  // [T] int32, row of x or -1; dot of ragged bags, else null
+  void* out;              // lookup: [T, W] dtype; dot: [T, K] float32
 };
 
 namespace {
@@ -69,6 +74,33 @@ __device__ __forceinline__ Task task_of(const MemoryLookupArguments& args, uint3
 
 constexpr int32_t kNoRow = -1;
 
+// The entries of a lookup's token.
+struct Bag {
+  int64_t first;
+  int32_t size;
+  int32_t longest;  // size of the longest one of the warp
+  bool is_valid;
+};
+
+template <bool kRagged>
+__device__ __forceinline__ Bag bag_of(const MemoryLookupArguments& args, const Task& task) {
+  if constexpr (!kRagged) return {task.token * args.bag_size, args.bag_size, args.bag_size, true};
+  Bag bag = {0, 0, 0, true};
+  if (task.is_there) {
+    const int64_t first = args.offsets[task.token], end = args.offsets[task.token + 1];
+    bag.is_valid = first >= 0 && first <= end && end <= args.num_entries;
+    if (bag.is_valid) {
+      bag.first = first;
+      bag.size = static_cast<int32_t>(end - first);
+    }
+  }
+  bag.longest = bag.size;
+  for (int distance = kMinLanesPerRow; distance < kLanes; distance *= 2) {
+    bag.longest = max(bag.longest, __shfl_xor_sync(kAllLanes, bag.longest, distance));
+  }
+  return bag;
+}
+
 struct Entry {
   int64_t index;
   float weight;
@@ -76,15 +108,16 @@ struct Entry {
 
 // Step 1 of lookup: both loads at once; what they bring is looked at when it is the entry's turn. What lies past the last
 // entry adds nothing.
-__device__ __forceinline__ Entry load_entry(const MemoryLookupArguments& args, const Task& task, int k) {
-  if (!task.is_there || k >= args.bag_size) return {kNoRow, 0.0f};
-  const int64_t place = task.token * args.bag_size + k;
+__device__ __forceinline__ Entry load_entry(const MemoryLookupArguments& args, const Task& task, const Bag& bag,
+                                            int k) {
+  if (!task.is_there || k >= bag.size) return {kNoRow, 0.0f};
+  const int64_t place = bag.first + k;
   return {args.indices[place], args.weights[place]};
 }
 
 }  // namespace
 
-template <typename Element, int kVector>
+template <typename Element, int kVector, bool kRagged>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_lookup(const MemoryLookupArguments args) {
   using Columns = LaneColumns<Element, kVector>;
   const uint32_t warp = blockIdx.x * kWarps + static_cast<uint32_t>(warp_id());
@@ -94,15 +127,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_lookup(c
   const int lanes_per_row = args.shape.lanes_per_row;
   const Element* values = static_cast<const Element*>(args.values);
   float sums[Columns::kCount] = {};
-  Entry next = load_entry(args, task, task.lane_in_row);
-  for (int first = 0; first < args.bag_size; first += lanes_per_row) {
+  const Bag bag = bag_of<kRagged>(args, task);
+  Entry next = load_entry(args, task, bag, task.lane_in_row);
+  for (int first = 0; first < bag.longest; first += lanes_per_row) {
     const bool is_row = next.index >= 0 && next.index < args.num_rows;
     const int32_t my_row = is_row ? static_cast<int32_t>(next.index) : kNoRow;
-    const bool is_entry = task.is_there && first + task.lane_in_row < args.bag_size;
+    const bool is_entry = task.is_there && first + task.lane_in_row < bag.size;
     // An index outside the table makes the sum NaN.
     const float my_weight = is_row || !is_entry ? next.weight : not_a_number();
-    next = load_entry(args, task, first + lanes_per_row + task.lane_in_row);
-    const int left = args.bag_size - first;
+    next = load_entry(args, task, bag, first + lanes_per_row + task.lane_in_row);
+    const int left = bag.longest - first;
     const int count = left < lanes_per_row ? left : lanes_per_row;
 #pragma unroll 1
     for (int e = 0; e < count; e += kRowsInFlight) {
@@ -124,6 +158,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_lookup(c
       }
     }
   }
+  if constexpr (kRagged) {
+    if (!bag.is_valid) {
+#pragma unroll
+      for (int c = 0; c < Columns::kCount; ++c) sums[c] = not_a_number();
+    }
+  }
   if (task.is_there) columns.store(static_cast<Element*>(args.out) + task.token * args.shape.row_dim, sums);
 }
 
@@ -135,7 +175,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_dot(cons
   const Task task = task_of(args, warp);
   const int lanes_per_row = args.shape.lanes_per_row;
   const Element* values = static_cast<const Element*>(args.values);
-  const Element* x = static_cast<const Element*>(args.x) + task.token * args.x_stride;
+  int64_t row_of_x = task.token;
+  if (args.tokens != nullptr && task.is_there) row_of_x = args.tokens[task.token];
+  const bool has_x = task.is_there && row_of_x >= 0;
+  const Element* x = static_cast<const Element*>(args.x) + row_of_x * args.x_stride;
   // Step 1.
   const int first = task.part * lanes_per_row;
   const int k = first + task.lane_in_row;
@@ -156,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_dot(cons
     for (int slab = 0; slab < args.shape.num_slabs; ++slab) {
       const Columns columns(args.shape, slab, task.lane_in_row);
       typename Columns::Part x_part, parts[kRowsInFlight];
-      columns.load(x, task.is_there, x_part);
+      columns.load(x, has_x, x_part);
       // Step 2.
 #pragma unroll
       for (int i = 0; i < kRowsInFlight; ++i) {
@@ -180,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) memory_dot(cons
       if (task.lane_in_row / 4 == (e + i) / 4) my_dot = dot;
     }
   }
-  if (is_mine_there) static_cast<float*>(args.out)[place] = my_row == kNoRow ? not_a_number() : my_dot;
+  if (!is_mine_there) return;  // nothing is done by the warp from here on
+  static_cast<float*>(args.out)[place] = !has_x ? 0.0f : my_row == kNoRow ? not_a_number() : my_dot;
 }
 
 namespace {
@@ -199,6 +243,7 @@ MemoryLookupArguments arguments_of(const Params& params, const RowShape& shape, 
   args.num_rows = problem.num_rows;
   args.num_tokens = problem.num_tokens;
   args.bag_size = static_cast<int32_t>(problem.bag_size);
+  args.num_entries = problem.num_entries;
   args.values = params.values.data;
   args.values_stride = params.values.strides[0];
   args.indices = params.indices.data;
@@ -215,7 +260,13 @@ void launch_lookup(const MemoryLookupParams& params, cudaStream_t stream) {
   const RowShape shape = row_shape<kVector>(params.problem.row_dim);
   MemoryLookupArguments args = arguments_of(params, shape, shape.num_slabs);
   args.weights = params.weights.at<float>();
-  cuda::launch(memory_lookup<Element, kVector>, launch_shape(args, stream), args);
+  args.offsets = params.offsets.data;
+  if (args.offsets == nullptr) {
+    cuda::launch(memory_lookup<Element, kVector, false>, launch_shape(args, stream), args);
+  } else {
+    require(args.num_entries <= INT32_MAX - kLanes, "entries of ragged bags must fit 31 bits on CUDA");
+    cuda::launch(memory_lookup<Element, kVector, true>, launch_shape(args, stream), args);
+  }
 }
 
 template <typename Element>
@@ -234,6 +285,7 @@ void launch_dot(const MemoryDotParams& params, cudaStream_t stream) {
   MemoryLookupArguments args = arguments_of(params, shape, parts);
   args.x = params.x.data;
   args.x_stride = params.x.strides[0];
+  args.tokens = params.tokens.data;
   cuda::launch(memory_dot<Element, kVector>, launch_shape(args, stream), args);
 }
 
@@ -257,7 +309,7 @@ void memory_lookup_cuda(const MemoryLookupParams& params, const CudaWorkspace&, 
 }
 
 void memory_dot_cuda(const MemoryDotParams& params, const CudaWorkspace&, const CudaPlace& place) {
-  if (params.problem.num_entries() == 0) return;
+  if (params.problem.num_entries == 0) return;
   const DeviceGuard guard(place.device);
   const StageRange range("memory: dot");
   const auto stream = static_cast<cudaStream_t>(place.stream);

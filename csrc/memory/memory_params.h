@@ -29,6 +29,9 @@ struct ProductKeyParams {
 TOPGATHER_FIELDS(ProductKeyParams, top_k, num_threads, query, keys, scores, indices)
 
 // A table of rows and what each token takes from it.
+//
+// Bags are as long as each other, or ragged: the entries of all tokens then stand one after the other, E of them, token
+// t's from offsets[t] up to offsets[t + 1]. Entries outside of all offsets are nobody's.
 struct MemoryProblem {
   int num_threads;
   // Derived from the tensors.
@@ -36,50 +39,53 @@ struct MemoryProblem {
   int64_t num_rows;    // at most 2^31 - 2
   int64_t row_dim;     // W
   int64_t num_tokens;  // T
-  int64_t bag_size;    // K; entry t * K + k is the k-th of token t
-
-  constexpr int64_t num_entries() const { return num_tokens * bag_size; }
+  int64_t bag_size;    // K; entry t * K + k is the k-th of token t. Ragged bags: E / T rounded up
+  int64_t num_entries;
 };
 TOPGATHER_FIELDS(MemoryProblem, num_threads)
 
-// out_t = sum_k weights_tk * values[indices_tk]
+// out_t = sum_k weights_tk * values[indices_tk]; ragged bags come with T = 1 and K = E
 struct MemoryLookupParams {
   MemoryProblem problem;
   Array<const void, 2> values;      // [num_rows, W] dtype
   Array<const int64_t, 2> indices;  // [T, K] int64
   Array<const void, 2> weights;     // [T, K] sum type
+  Array<const int64_t, 1> offsets;  // [T + 1] int64; data null where bags are not ragged
   Array<void, 2> out;               // [T, W] dtype
 };
-TOPGATHER_FIELDS(MemoryLookupParams, problem, values, indices, weights, out)
+TOPGATHER_FIELDS(MemoryLookupParams, problem, values, indices, weights, offsets, out)
 
-// out_tk = dot(values[indices_tk], x_t)
+// out_tk = dot(values[indices_tk], x_t); ragged bags come with T = E and K = 1
 struct MemoryDotParams {
   MemoryProblem problem;
   Array<const void, 2> values;      // [num_rows, W] dtype
   Array<const int64_t, 2> indices;  // [T, K] int64
-  Array<const void, 2> x;           // [T, W] dtype
-  Array<void, 2> out;               // [T, K] sum type
+  Array<const void, 2> x;           // [T, W] dtype; [num_x, W] where there are tokens
+  Array<const int32_t, 1> tokens;   // [E] int32, row of x of each entry, -1: nobody's; data null: not ragged
+  Array<void, 2> out;               // [T, K] sum type; 0 for nobody's entries
 };
-TOPGATHER_FIELDS(MemoryDotParams, problem, values, indices, x, out)
+TOPGATHER_FIELDS(MemoryDotParams, problem, values, indices, x, tokens, out)
 
 // For every run of entries with the same row, in sorted order:
 //   grad_rows[target] = sum over the run of weights_tk * grad_out_t
 //   grad_weights_tk = dot(values[row], grad_out_t)                          where it is asked for
+// Ragged bags come with T = 1 and K = E.
 struct MemoryBackwardParams {
   MemoryProblem problem;
-  Array<const void, 2> grad_out;        // [T, W] dtype
+  Array<const void, 2> grad_out;        // [T, W] dtype; [num_tokens, W] where there are tokens
   Array<const void, 2> values;          // [num_rows, W] dtype; read where grad_weights is asked for
   Array<const void, 2> weights;         // [T, K] sum type
   Array<const int64_t, 1> order;        // [T * K] int64, entries sorted by row, those of a row ascending
-  Array<const int32_t, 1> sorted_rows;  // [T * K] int32, row of each of them; num_rows: of no row, only on CUDA
+  Array<const int32_t, 1> sorted_rows;  // [T * K] int32, row of each of them; num_rows: of no row
   Array<const int32_t, 1>
-      targets;                  // [T * K] int32, row of grad_rows of each of them; ascending, equal where the row is
-  Array<void, 2> grad_rows;     // [num_targets, W] dtype, rows that are no entry's target are zero
-  Array<void, 2> grad_weights;  // [T, K] sum type; data null where it is not asked for
+      targets;                     // [T * K] int32, row of grad_rows of each of them; ascending, equal where the row is
+  Array<const int32_t, 1> tokens;  // [E] int32, row of grad_out of each entry, -1: nobody's; data null: not ragged
+  Array<void, 2> grad_rows;        // [num_targets, W] dtype, rows that are no entry's target are zero
+  Array<void, 2> grad_weights;     // [T, K] sum type, 0 for nobody's entries; data null where it is not asked for
   // Derived from the tensors.
   int64_t num_targets;
 };
-TOPGATHER_FIELDS(MemoryBackwardParams, problem, grad_out, values, weights, order, sorted_rows, targets, grad_rows,
-                 grad_weights)
+TOPGATHER_FIELDS(MemoryBackwardParams, problem, grad_out, values, weights, order, sorted_rows, targets, tokens,
+                 grad_rows, grad_weights)
 
 }  // namespace topgather

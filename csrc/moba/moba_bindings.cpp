@@ -43,14 +43,18 @@ void complete_problem(Params& params) {
 
 void complete(CentroidParams& params) {
   MobaProblem& problem = params.problem;
+  const bool is_packed = params.cu_seqlens.data != nullptr;
+  if (is_packed) params.key.swap_dims(1, 2);
+  problem.cu_seqlens_q = problem.cu_seqlens_k = params.cu_seqlens;
   problem.block_size = params.block_size;
   problem.num_threads = params.num_threads;
   problem.dtype = params.key.dtype;
   // A problem has at least one head; without any there is nothing to compute either.
   problem.num_kv_heads = params.key.sizes[1] > 0 ? params.key.sizes[1] : 1;
   problem.num_query_heads = problem.num_kv_heads;
-  problem.batch_size = params.key.sizes[1] > 0 ? params.key.sizes[0] : 0;
+  problem.batch_size = params.key.sizes[1] == 0 ? 0 : is_packed ? params.cu_seqlens.sizes[0] - 1 : params.key.sizes[0];
   problem.key_len = params.key.sizes[2];
+  problem.query_len = is_packed ? problem.key_len : 0;
   problem.head_dim = params.key.sizes[3];
   problem.top_k = 1;
   require(problem.block_size >= 1, "block_size must be at least 1");
@@ -93,7 +97,7 @@ void bind_moba(pybind11::module_& module) {
   add_cpu_entry(module, "moba_attention_backward", &MobaCpuKernels::backward);
 #endif
 #if defined(TOPGATHER_HAVE_CUDA)
-  add_cuda_entry<CentroidParams>(module, "block_centroids", {&moba_centroids_cuda});
+  add_cuda_entry<CentroidParams>(module, "block_centroids", {&moba_centroids_cuda, &moba_centroids_workspace_bytes});
   add_cuda_entry<MobaRouteParams>(module, "moba_route", {&moba_route_cuda, &moba_route_workspace_bytes});
   add_cuda_entry<MobaForwardParams>(module, "moba_attention", {&moba_forward_cuda, &moba_forward_workspace_bytes});
   add_cuda_entry<MobaBackwardParams>(module, "moba_attention_backward",

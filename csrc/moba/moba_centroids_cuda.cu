@@ -8,6 +8,7 @@
 //   2. the row groups' sums meet in shared memory;
 //   3. the first group adds them in order, divides and writes; for the router it also writes the largest magnitude of a
 //      unit.
+// Packed, the op's centroids are written by sequence; blocks that its tensor has no room for are left out.
 // Numerics: float32 sums of float32, bfloat16 or float16 keys. Ties do not arise. An empty key tensor has no blocks and
 // launches nothing; the last block of a sequence may be short and is divided by the keys it has.
 // Determinism: every sum is taken in an order fixed by shapes and alignment.
@@ -63,8 +64,17 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
   const KeyBlock key_block = key_block_on_device(geometry, block);
   const Unit unit = unit_at(geometry, unit_idx);
   const Element* keys = args.key.at<Element>(unit.batch_idx, unit.kv_head, key_block.first_key);
-  float* centroid = args.is_by_unit ? args.centroids.at<float>(0, blockIdx.y, block)
-                                    : args.centroids.at<float>(unit.batch_idx, unit.kv_head, block);
+  float* centroid = nullptr;
+  if (args.is_by_unit) {
+    centroid = args.centroids.at<float>(0, blockIdx.y, block);
+  } else if (geometry.is_packed()) {
+    const int64_t sequence_idx = sequence_of_block(geometry, block);
+    const int64_t block_of_sequence = block - geometry.block_starts[sequence_idx];
+    if (block_of_sequence >= args.centroids.sizes[2]) return;  // the whole thread block
+    centroid = args.centroids.at<float>(sequence_idx, unit.kv_head, block_of_sequence);
+  } else {
+    centroid = args.centroids.at<float>(unit.batch_idx, unit.kv_head, block);
+  }
 
   const int num_vectors = static_cast<int>((args.row_elements + kVector - 1) / kVector);
   const int panel = num_vectors < kThreads ? num_vectors : kThreads;
@@ -135,13 +145,22 @@ void launch_centroids(Dtype dtype, const CentroidArguments& args, int64_t num_un
   with_element(dtype, [&](auto element) { launch_for<decltype(element)>(args, num_units, stream); });
 }
 
-void moba_centroids_cuda(const CentroidParams& params, const CudaWorkspace&, const CudaPlace& place) {
+int64_t moba_centroids_workspace_bytes(const CentroidParams& params, const CudaPlace&) {
+  WorkspaceCutter cutter(nullptr);
+  prepare_geometry(params.problem, 1, cutter, nullptr);
+  return cutter.used();
+}
+
+void moba_centroids_cuda(const CentroidParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
   const MobaProblem& problem = params.problem;
+  if (problem.batch_size == 0) return;
+  require(workspace.bytes >= moba_centroids_workspace_bytes(params, place),
+          "block_centroids: the workspace is smaller than block_centroids_workspace_bytes says");
   const DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  WorkspaceCutter none(nullptr);
+  WorkspaceCutter cutter(workspace.data);
   CentroidArguments args{};
-  args.geometry = prepare_geometry(problem, 1, none, stream);
+  args.geometry = prepare_geometry(problem, 1, cutter, stream);
   args.head_dim = problem.head_dim;
   args.row_elements = problem.head_dim;
   args.key = params.key;

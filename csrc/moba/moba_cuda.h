@@ -16,6 +16,7 @@ namespace topgather {
 std::vector<CudaKernelFacts> moba_cuda_kernel_facts();
 
 // Needs no workspace.
+int64_t moba_centroids_workspace_bytes(const CentroidParams& params, const CudaPlace& place);
 void moba_centroids_cuda(const CentroidParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 int64_t moba_route_workspace_bytes(const MobaRouteParams& params, const CudaPlace& place);

@@ -107,12 +107,14 @@ __device__ __forceinline__ KeyBlock key_block_of(const MobaGeometry& geometry, c
           sequence.position_offset - sequence.first_query - first};
 }
 
+// The sequence of block number `block` of a unit.
+__device__ __forceinline__ int64_t sequence_of_block(const MobaGeometry& geometry, int64_t block) {
+  return geometry.is_packed() ? last_start_up_to(geometry.block_starts, geometry.num_sequences + 1, block) : 0;
+}
+
 // Block number `block` of a unit. The caller knows that it exists.
 __device__ __forceinline__ KeyBlock key_block_on_device(const MobaGeometry& geometry, int64_t block) {
-  int64_t sequence_idx = 0;
-  if (geometry.is_packed()) {
-    sequence_idx = last_start_up_to(geometry.block_starts, geometry.num_sequences + 1, block);
-  }
+  const int64_t sequence_idx = sequence_of_block(geometry, block);
   const SequenceOnDevice sequence = sequence_on_device(geometry, sequence_idx);
   return key_block_of(geometry, sequence, block - sequence.first_block);
 }

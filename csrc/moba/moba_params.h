@@ -29,14 +29,16 @@ struct MobaProblem {
 };
 TOPGATHER_FIELDS(MobaProblem, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, num_threads)
 
+// Packed, a batch entry of centroids is a sequence; of one, blocks past the sequence's last are left as they are.
 struct CentroidParams {
-  Array<const void, 4> key;  // [batch, kv head, key, D] dtype
+  Array<const void, 4> key;  // [batch, kv head, key, D] dtype; packed: [key, head, D]
   int64_t block_size;
+  Array<const int64_t, 1> cu_seqlens;  // [num_sequences + 1] int64; data null for a dense problem
   int num_threads;
-  Array<void, 4> centroids;  // [batch, kv head, block, D] sum type
-  MobaProblem problem;       // derived: dense, without queries
+  InOutArray<void, 4> centroids;  // [batch, kv head, block, D] sum type
+  MobaProblem problem;            // derived: without queries, or, packed, with as many as keys
 };
-TOPGATHER_FIELDS(CentroidParams, key, block_size, num_threads, centroids)
+TOPGATHER_FIELDS(CentroidParams, key, block_size, cu_seqlens, num_threads, centroids)
 
 // Shapes are those of dense problems. Packed ones: query, key, value, out and their gradients are [token, head, dim],
 // block_indices [head, token, K], lse and grad_lse [head, token].

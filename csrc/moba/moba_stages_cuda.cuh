@@ -75,7 +75,7 @@ struct CentroidArguments {
   int64_t head_dim;
   int64_t row_elements;      // of a centroid row that are written, those past head_dim as zeros
   Array<const void, 4> key;  // [batch, kv head, key, D] dtype
-  Array<void, 4> centroids;  // [batch, kv head, block, row_elements] float32; for the router [0, unit, block, ..]
+  Array<void, 4> centroids;  // [batch or sequence, kv head, block, row_elements] float32; for the router [0, unit, ..]
   uint32_t* largest;         // [unit] bits of the largest finite magnitude; null when not asked for
   bool is_by_unit;           // centroids are addressed by unit, not by batch entry and head
 };

@@ -111,7 +111,8 @@ class MemoryColwise(ParallelStyle):
     Raises:
         TypeError: from ``parallelize_module``, for a module that is not a pool as ``topgather.nn`` makes it.
         ValueError: from ``parallelize_module``, for a mesh that is not one-dimensional, a table that is sharded
-            already, or a pool with ``sparse_grad``: a DTensor holds no sparse gradient.
+            already, or a pool with ``sparse_grad``, as a DTensor holds no sparse gradient, or with a ``mode``,
+            ``padding_idx`` or ``include_last_offset`` of its own: a sharded pool takes weighted bags of one size.
     """
 
     def __init__(self, *, equal_token_counts: bool = False) -> None:
@@ -144,6 +145,11 @@ class MemoryColwise(ParallelStyle):
             raise TypeError(f"the pool must be a MemoryPool itself, not of a derived class, got {type(pool).__name__}")
         if pool.sparse_grad:
             raise ValueError("the pool must have sparse_grad=False: a DTensor holds no sparse gradient")
+        if (pool.mode, pool.padding_idx, pool.include_last_offset) != ("sum", None, False):
+            raise ValueError(
+                f"the pool must have mode='sum', padding_idx=None and include_last_offset=False: a sharded one takes "
+                f"weighted bags of one size, got {pool}"
+            )
         sharded = _shard_columns(values, device_mesh, getattr(self, "src_data_rank", 0))
         pool.register_parameter("values", nn.Parameter(sharded, requires_grad=values.requires_grad))
         # As fully_shard does: a class of its own has no state that a copy or a state dict could miss.
@@ -156,14 +162,14 @@ class ShardedMemoryPool(MemoryPool):
     """A memory pool whose ``values`` are a DTensor sharded by columns: what :class:`MemoryColwise` makes of a pool.
 
     It is not made by calling it, though it has the arguments of its base: ``num_keys``, ``value_dim``, ``sparse_grad``,
-    ``device`` and ``dtype``.
+    ``device``, ``dtype``, ``mode``, ``padding_idx`` and ``include_last_offset``.
     """
 
     equal_token_counts: bool = False
 
     # Collectives and counts that only a run knows: torch.compile leaves this to eager mode, and fuses what is around.
     @torch.compiler.disable
-    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         """Rows of this rank's tokens; ``indices [T, K]``, ``weights [T, K]`` to ``[T, value_dim]``.
 
         Raises:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.common.ops import PUBLIC, REGISTERED, OpCase, every, on
 
 # The number of touched rows is data; memory/test_torch_integration.py looks at its fake result.
-SHAPED_BY_DATA = ("ops.memory_backward_sparse",)
+SHAPED_BY_DATA = ("ops.memory_backward_sparse", "ops.memory_backward_sparse(ragged)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -158,6 +158,17 @@ def routing_minus_infinity_case() -> None:
     assert torch.equal(chosen, reference.moba_route(query, key, 8, 6)), "block_indices: not the reference's"
 
 
+def packed_centroids_case() -> None:
+    """Room for all blocks, then for one of each sequence."""
+    key = integer_tensor((95, 2, 24), BFLOAT16, CPU, 0)
+    bounds = torch.tensor([0, 9, 9, 10, 60, 95])
+    expected = reference.block_centroids(key, 16, bounds, 50)
+    for max_seqlen in (50, 16):
+        centroids = tg.block_centroids(key, 16, bounds, max_seqlen)
+        wanted = expected[:, :, : centroids.shape[2]]
+        assert torch.allclose(centroids.double(), wanted, atol=1e-6), "centroids: not the reference's"
+
+
 def centroids_case() -> None:
     """Means of blocks, the last one short."""
     key = integer_tensor((1, 2, 37, 20), torch.float32, CPU, 0)
@@ -189,6 +200,7 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "routing ties by warps": lambda: check_ties(2, 20),
     "routing minus infinity": routing_minus_infinity_case,
     "centroids": centroids_case,
+    "centroids packed": packed_centroids_case,
     "softcap and sinks": lambda: test_against_reference(BFLOAT16, {"softcap": 1.5, "has_sinks": True}, True, CPU),
     "decoding with softcap and sinks": lambda: test_decoding_gives_the_rows_of_attention(
         BFLOAT16, {"softcap": 1.5, "has_sinks": True}, CPU
@@ -481,6 +493,16 @@ CHOICES = [
                "unit.kv_head * geometry.group + head_of_units % static_cast<uint32_t>(geometry.group)",
                "unit.kv_head + head_of_units % static_cast<uint32_t>(geometry.group) * geometry.num_kv_heads",
                "small", WRONG_CHOICE),
+    PlantedBug("centroids: packed blocks of the sequence before", CENTROIDS,
+               "args.centroids.at<float>(sequence_idx, unit.kv_head, block_of_sequence)",
+               "args.centroids.at<float>(sequence_idx > 0 ? sequence_idx - 1 : 0, unit.kv_head, block_of_sequence)",
+               "centroids packed", "AssertionError: centroids|RuntimeError: RACE"),
+    PlantedBug("centroids: packed blocks counted through all sequences", CENTROIDS,
+               "block_of_sequence = block - geometry.block_starts[sequence_idx];", "block_of_sequence = block;",
+               "centroids packed", f"AssertionError: centroids|{OUT_OF_BOUNDS}"),
+    PlantedBug("centroids: packed blocks without room written", CENTROIDS,
+               "if (block_of_sequence >= args.centroids.sizes[2]) return;", "",
+               "centroids packed", f"{OUT_OF_BOUNDS}|RuntimeError: RACE|AssertionError"),
     PlantedBug("centroids: a short block divided by a full one's size", CENTROIDS,
                "static_cast<float>(key_block.num_keys)", "static_cast<float>(geometry.block_size)",
                "routing full", WRONG_CHOICE),

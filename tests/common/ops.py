@@ -189,6 +189,12 @@ def _centroids(case: AttentionCase) -> Callable[..., Inputs]:
     return draw
 
 
+def _packed_centroids(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    bounds = _bounds(device)
+    key = _heads(SMALL, dtype, device, seed, True)["key"]
+    return {"key": key, "block_size": 4, "cu_seqlens": bounds["cu_seqlens_k"], "max_seqlen": bounds["max_seqlen_k"]}
+
+
 def _attention_op(case: AttentionCase, is_packed: bool, is_backward: bool) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         heads = _heads(case, dtype, device, seed, is_packed)
@@ -244,6 +250,13 @@ BLOCK_ATTENTION = [
     ),
     OpCase("moba_route_varlen", tg.moba_route_varlen, _route(SMALL, True), ("block_indices",)),
     OpCase("ops.block_centroids", ops.block_centroids.default, _centroids(SMALL), **_gives(("key",), ("centroids",))),
+    OpCase("block_centroids(packed)", tg.block_centroids, _packed_centroids, **_gives(("key",), ("centroids",))),
+    OpCase(
+        "ops.block_centroids(packed)",
+        ops.block_centroids.default,
+        _packed_centroids,
+        **_gives(("key",), ("centroids",)),
+    ),
     *(
         case
         for is_packed, suffix in ((False, ""), (True, "(packed)"))
@@ -361,6 +374,17 @@ def _lookup(case: LookupCase, names: tuple[str, ...], renamed: dict[str, str], *
     return draw
 
 
+def _ragged(names: tuple[str, ...], renamed: dict[str, str], least: int, **options: Any) -> Callable[..., Inputs]:
+    """The entries of LOOKUP in bags of other sizes: ``least`` bags, without the end of the last or with it."""
+
+    def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+        inputs = _lookup(LOOKUP, names, renamed, **options)(dtype, device, seed)
+        inputs |= {name: inputs[name].flatten() for name in ("indices", "weights") if name in inputs}
+        return inputs | {"offsets": torch.tensor([0, 3, 3, 11, 18, 20][:least], device=device)}
+
+    return draw
+
+
 BAG = ("values", "indices", "weights")
 DOT = ("values_in", "indices", "x")
 EXPERTS = ("x", "values_in", "values", "indices", "weights")
@@ -389,6 +413,13 @@ BACKWARD = ("grad_out", *BAG)
 MEMORY = [
     search_case("product_key_topk", SEARCH),
     *lookup_cases("", LOOKUP),
+    OpCase(
+        "memory_lookup(ragged)",
+        tg.memory_lookup,
+        _ragged(BAG, {}, 6, padding_idx=-1, mode="sum", include_last_offset=True),
+        **_gives(("values", "weights")),
+    ),
+    OpCase("memory_lookup(mean)", tg.memory_lookup, _ragged(BAG[:2], {}, 5, mode="mean"), **_gives(("values",))),
     search_case("ops.product_key_topk", SEARCH, ops.product_key_topk.default),
     OpCase(
         "ops.memory_lookup",
@@ -413,6 +444,24 @@ MEMORY = [
         ops.memory_backward_sparse.default,
         _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True, owner="memory_lookup"),
         ("grad_values", "grad_weights"),
+    ),
+    OpCase(
+        "ops.memory_lookup(ragged)", ops.memory_lookup.default, _ragged(BAG, {}, 6), **_gives(("values", "weights"))
+    ),
+    OpCase(
+        "ops.memory_dot(ragged)",
+        ops.memory_dot.default,
+        _ragged(DOT, {"values_in": "values"}, 6),
+        **_gives(("values", "x"), ("dots",)),
+    ),
+    *(
+        OpCase(
+            f"ops.{op.__name__.removesuffix('.default')}(ragged)",
+            op,
+            _ragged(BACKWARD, {}, 6, needs_grad_weights=True),
+            ("grad_values", "grad_weights"),
+        )
+        for op in (ops.memory_backward.default, ops.memory_backward_sparse.default)
     ),
 ]
 
@@ -483,15 +532,25 @@ GRIDS = [
 
 DENSE_KEYS = KeyConvCase(num_heads=3, num_tokens=9, head_dim=8, width=4, has_state=True)
 PACKED_KEYS = replace(DENSE_KEYS, has_state=False, lengths=(4, 0, 5))
+BIASED_KEYS = replace(DENSE_KEYS, has_bias=True, activation=None)
 
 
 def _keys(case: KeyConvCase, is_backward: bool = False) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         inputs = make_key_conv_inputs(case, dtype, device, seed)
-        tensors = (inputs.key, inputs.weight, inputs.cu_seqlens, inputs.state)
-        names = ("key", "weight", "cu_seqlens", "state")
-        forward = {name: None if t is None else t.detach() for name, t in zip(names, tensors, strict=True)}
-        return {"grad_out": inputs.grad_out, **forward, "needs_grad_weight": True} if is_backward else forward
+        names = (
+            ("key", "weight", "cu_seqlens", "state", "bias")
+            if case.has_bias
+            else ("key", "weight", "cu_seqlens", "state")
+        )
+        tensors = {name: getattr(inputs, name) for name in names}
+        forward = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+        # A graph compiled by an earlier release gives no options.
+        needs = {"needs_grad_weight": True}
+        if case.has_bias:
+            forward["activation"] = case.activation
+            needs["needs_grad_bias"] = True
+        return {"grad_out": inputs.grad_out, **forward, **needs} if is_backward else forward
 
     return draw
 
@@ -499,28 +558,32 @@ def _keys(case: KeyConvCase, is_backward: bool = False) -> Callable[..., Inputs]
 def key_conv_case(name: str, case: KeyConvCase) -> OpCase:
     """The public function on one problem."""
     results = ("out", "new_state") if case.has_state else ("out",)
-    leaves = ("key", "weight", "state") if case.has_state else ("key", "weight")
-    return OpCase(name, tg.key_conv, _keys(case), **_gives(leaves, results))
+    return OpCase(name, tg.key_conv, _keys(case), **_gives(_key_conv_leaves(case), results))
+
+
+def _key_conv_leaves(case: KeyConvCase) -> tuple[str, ...]:
+    return ("key", "weight", *(["state"] if case.has_state else []), *(["bias"] if case.has_bias else []))
 
 
 KEY_CONV = [
     key_conv_case("key_conv", DENSE_KEYS),
     key_conv_case("key_conv(packed)", PACKED_KEYS),
+    key_conv_case("key_conv(bias)", BIASED_KEYS),
     *(
         case
-        for problem, suffix in ((DENSE_KEYS, ""), (PACKED_KEYS, "(packed)"))
+        for problem, suffix in ((DENSE_KEYS, ""), (PACKED_KEYS, "(packed)"), (BIASED_KEYS, "(bias)"))
         for case in (
             OpCase(
                 f"ops.key_conv{suffix}",
                 ops.key_conv.default,
                 _keys(problem),
-                **_gives(("key", "weight", "state") if problem.has_state else ("key", "weight")),
+                **_gives(_key_conv_leaves(problem)),
             ),
             OpCase(
                 f"ops.key_conv_backward{suffix}",
                 ops.key_conv_backward.default,
                 _keys(problem, is_backward=True),
-                ("grad_key", "grad_weight", "grad_state"),
+                ("grad_key", "grad_weight", "grad_state", "grad_bias"),
             ),
         )
     ),

@@ -128,6 +128,11 @@ TOLERANCES = {
         accumulation=4,
         reason="a sum over all tokens, pieces of it added in float32; rounded to the dtype of weight",
     ),
+    ("key_conv", "d_bias"): Tolerance(
+        storage=1,
+        accumulation=4,
+        reason="as d_weight",
+    ),
     ("key_conv", "d_state"): Tolerance(
         storage=1,
         accumulation=4,

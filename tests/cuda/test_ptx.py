@@ -396,6 +396,7 @@ KERNEL_CASES: list[Case] = [
     ),
     *(MemoryCase(dtype) for dtype in FLOAT_TYPES),
     *(MemoryCase(dtype, row_dim=33, num_rows=9, num_tokens=5) for dtype in FLOAT_TYPES),
+    *(MemoryCase(dtype, row_dim=dim, bag_size=9, is_ragged=True) for dtype in FLOAT_TYPES for dim in (80, 33)),
     *(MemoryCase(dtype, row_dim=264 * 4 // dtype.itemsize, num_tokens=3, bag_size=9) for dtype in FLOAT_TYPES),
     # A run that fills two stretches of pieces.
     MemoryCase(torch.float32, row_dim=3, num_tokens=257, bag_size=128, hot=0.9, is_forward=False),
@@ -406,6 +407,9 @@ KERNEL_CASES: list[Case] = [
     *(KeyConvCase(dtype, width=7, lengths=(9, 0, 1, 50)) for dtype in FLOAT_TYPES),
     *(KeyConvCase(dtype, head_dim=7, num_tokens=21) for dtype in FLOAT_TYPES),
     *(KeyConvCase(dtype, head_dim=3, width=8, num_tokens=5) for dtype in FLOAT_TYPES),
+    *(KeyConvCase(dtype, width=4, lengths=(9, 0, 1, 50), has_options=True) for dtype in FLOAT_TYPES),
+    *(KeyConvCase(dtype, width=7, num_tokens=21, has_options=True) for dtype in FLOAT_TYPES),
+    *(KeyConvCase(dtype, head_dim=7, num_tokens=21, has_options=True) for dtype in FLOAT_TYPES),
     *(DecodeCase(dtype) for dtype in FLOAT_TYPES),
     *(DecodeCase(dtype, head_dim=21, value_dim=70, block_size=16, top_k=2) for dtype in FLOAT_TYPES),
 ]

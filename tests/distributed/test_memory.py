@@ -290,6 +290,8 @@ def test_autocast(ranks: list[dict[str, Any]]) -> None:
         "after fully_shard": "ValueError: the pool's values are sharded already",
         "derived class": "TypeError: the pool must be a MemoryPool itself, not of a derived class, got Derived",
         "sparse gradient": "ValueError: the pool must have sparse_grad=False",
+        "means": "ValueError: the pool must have mode='sum', padding_idx=None",
+        "padding": "ValueError: the pool must have mode='sum', padding_idx=None",
         "flag": "TypeError: equal_token_counts must be a bool, got 1",
         "no DTensor": "TypeError: values of a ShardedMemoryPool must be a DTensor, got Parameter",
         "rows not gathered": "ValueError: values must be sharded by columns alone",

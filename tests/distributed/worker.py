@@ -441,6 +441,8 @@ def refusals(ranks: Ranks) -> Results:
         "after fully_shard": shard(replicated),
         "derived class": shard(Derived(2, 2)),
         "sparse gradient": shard(make_pool("pair", sparse_grad=True)),
+        "means": shard(MemoryPool(4, 8, mode="mean")),
+        "padding": shard(MemoryPool(4, 8, padding_idx=3)),
         "flag": raised(lambda: MemoryColwise(equal_token_counts=1)),
         "no DTensor": raised(lambda: unwrapped(*entries)),
         "rows not gathered": raised(lambda: ShardedMemoryPool.forward(both, *entries)),

@@ -3,8 +3,10 @@
 The checks raise AssertionError; ``test_helpers.py`` plants wrong data and demands that they do.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from tests.common.tensors import Case, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES
 from topgather import reference
 
-NAMES = ("key", "weight", "state")
+NAMES = ("key", "weight", "state", "bias")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class KeyConvCase(Case):
     width: int = 3
     lengths: tuple[int, ...] | None = None
     has_state: bool = False
+    has_bias: bool = False
+    activation: str | None = "silu"
 
     def shape(self) -> tuple[int, ...]:
         """Of key, and everything that has an entry for each of its numbers."""
@@ -42,6 +46,15 @@ class KeyConvCase(Case):
         return self.batch * self.num_tokens if self.lengths is None else sum(self.lengths)
 
 
+# A bias, no SiLU, both.
+OPTIONS: list[dict[str, Any]] = [{"has_bias": True}, {"activation": None}, {"has_bias": True, "activation": None}]
+
+
+def with_options(cases: Iterable[KeyConvCase]) -> list[KeyConvCase]:
+    """Each case with every choice of options but the default."""
+    return [replace(case, **options) for case in cases for options in OPTIONS]
+
+
 @dataclass
 class Inputs:
     """Inputs of one problem; all but ``grad_out`` and ``cu_seqlens`` are leaves that require grad."""
@@ -51,6 +64,8 @@ class Inputs:
     grad_out: Tensor
     state: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    bias: Tensor | None = None
+    activation: str | None = "silu"
 
     def leaves(self) -> dict[str, Tensor]:
         """What is differentiated, by the name of its gradient."""
@@ -79,14 +94,18 @@ def make_inputs(
     if case.lengths is not None:
         bounds = [0, *accumulate(case.lengths)]
         cu_seqlens = torch.tensor(bounds, dtype=(torch.int32, torch.int64)[seed % 2], device=device)
-    return Inputs(key.requires_grad_(), weight.requires_grad_(), grad_out, state, cu_seqlens)
+    bias = None
+    if case.has_bias:
+        bias = random((case.num_heads, case.head_dim), 4, weight_dtype or dtype).requires_grad_()
+    return Inputs(key.requires_grad_(), weight.requires_grad_(), grad_out, state, cu_seqlens, bias, case.activation)
 
 
 def convolve(inputs: Inputs) -> Tensor:
     """The public function, without the new state."""
     if inputs.state is None:
-        return tg.key_conv(inputs.key, inputs.weight, inputs.cu_seqlens)
-    out, new_state = tg.key_conv(inputs.key, inputs.weight, state=inputs.state)
+        return tg.key_conv(inputs.key, inputs.weight, inputs.cu_seqlens, None, inputs.bias, inputs.activation)
+    options = {"bias": inputs.bias, "activation": inputs.activation}
+    out, new_state = tg.key_conv(inputs.key, inputs.weight, state=inputs.state, **options)
     assert new_state.shape == inputs.state.shape
     return out
 
@@ -102,9 +121,9 @@ def run_key_conv(inputs: Inputs) -> dict[str, Tensor]:
 def reference_key_conv(inputs: Inputs) -> dict[str, Tensor]:
     """The same of the oracle."""
     leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in inputs.leaves().items()}
-    key, weight, *state = leaves.values()
-    out = reference.key_conv(key, weight, inputs.cu_seqlens, *state)
-    if state:
+    given = {name.removeprefix("d_"): leaf for name, leaf in leaves.items()}
+    out = reference.key_conv(**given, cu_seqlens=inputs.cu_seqlens, activation=inputs.activation)
+    if inputs.state is not None:
         out = out[0]
     gradients = torch.autograd.grad(out, tuple(leaves.values()), inputs.grad_out.double(), allow_unused=True)
     return {
@@ -116,8 +135,12 @@ def reference_key_conv(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def linear(key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def linear(
+    key: Tensor, weight: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     """The sums alone, without SiLU and residual."""
+    if bias is not None:
+        return linear(key, weight, state, cu_seqlens) + (bias[:, None] if cu_seqlens is None else bias)
     width = weight.shape[-1]
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
@@ -154,11 +177,12 @@ def key_conv_magnitudes(inputs: Inputs) -> Magnitudes:
         return torch.nan_to_num(tensor.detach().double(), 0.0, 0.0, 0.0)
 
     values = {name: finite(leaf) for name, leaf in inputs.leaves().items()}
-    key, weight, *state = values.values()
-    sums = linear(key, weight, *(state or [None]), inputs.cu_seqlens)
+    key, weight, state, bias = (values.get(f"d_{name}") for name in NAMES)
+    assert key is not None and weight is not None
+    sums = linear(key, weight, state, inputs.cu_seqlens, bias)
     squares = {name: value.square().requires_grad_() for name, value in values.items()}
-    square_key, square_weight, *square_state = squares.values()
-    square_sums = linear(square_key, square_weight, *(square_state or [None]), inputs.cu_seqlens)
+    square_key, square_weight, square_state, square_bias = (squares.get(f"d_{name}") for name in NAMES)
+    square_sums = linear(square_key, square_weight, square_state, inputs.cu_seqlens, square_bias)
     sizes = square_sums.detach().sqrt()
     grad_out = finite(inputs.grad_out)
     # An error of a sum moves its slope: by less than the error itself.
@@ -180,10 +204,11 @@ def assert_key_conv_close(result: dict[str, Tensor], inputs: Inputs, case: KeyCo
     expected = reference_key_conv(inputs)
     magnitudes = key_conv_magnitudes(inputs)
     lengths = dict.fromkeys(expected, 2 * case.width) | {"out": case.width}
-    lengths["d_weight"] = case.width + case.total_tokens()
+    lengths["d_weight"] = lengths["d_bias"] = case.width + case.total_tokens()
+    lengths = {name: length for name, length in lengths.items() if name in expected}
     assert set(result) == set(expected), f"results {sorted(result)}, expected {sorted(expected)}"
     for name, tensor in result.items():
-        of_dtype = inputs.weight.dtype if name == "d_weight" else dtype
+        of_dtype = inputs.weight.dtype if name in ("d_weight", "d_bias") else dtype
         assert tensor.dtype == of_dtype, f"{name}: dtype {tensor.dtype}, expected {of_dtype}"
         tolerance = TOLERANCES["key_conv", name]
         magnitude = magnitudes.by_name[name]

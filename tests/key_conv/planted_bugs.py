@@ -37,6 +37,13 @@ def empty_case() -> None:
     """No tokens, but a weight; memory that nobody writes is NaN."""
     torch.use_deterministic_algorithms(True)
     check_key_conv(KeyConvCase(num_tokens=0), BFLOAT16, CPU)
+    check_key_conv(KeyConvCase(num_tokens=0, has_bias=True), BFLOAT16, CPU)
+
+
+def options_case() -> None:
+    """A bias, and sums as they are."""
+    for case in (replace(PACKED, has_bias=True), replace(DENSE, has_bias=True, activation=None)):
+        check_key_conv(case, BFLOAT16, CPU)
 
 
 def outside_case() -> None:
@@ -64,6 +71,7 @@ KEY_CONV_CASES: dict[str, Callable[[], Any]] = {
     "key_conv nonfinite": nonfinite_case,
     "key_conv empty": empty_case,
     "key_conv outside": outside_case,
+    "key_conv options": options_case,
 }
 
 # --- bugs -------------------------------------------------------------------------------------------------------------
@@ -72,6 +80,7 @@ WRONG_OUT = "AssertionError: out"
 WRONG_GRADIENT = "AssertionError: d_"
 WRONG_KEY = "AssertionError: d_key"
 WRONG_WEIGHT = "AssertionError: d_weight"
+WRONG_BIAS = "AssertionError: d_bias"
 WRONG_STATE = "AssertionError: d_state"
 MISALIGNED = "RuntimeError: MISALIGNED"
 
@@ -189,14 +198,35 @@ KEY_CONV_BUGS = [
     PlantedBug("key_conv backward: the last runs left out", BACKWARD,
                "r < args.runs_per_block; ++r", "r + 30 < args.runs_per_block; ++r", "key_conv", WRONG_WEIGHT),
     PlantedBug("key_conv backward: pieces of the first head", BACKWARD,
-               "shape.num_heads + head) * shape.width *", "shape.num_heads) * shape.width *",
+               "shape.num_heads + head) * args.sums_per_head *", "shape.num_heads) * args.sums_per_head *",
                "key_conv", f"{WRONG_WEIGHT}|{UNINITIALIZED}|RuntimeError: RACE"),
     PlantedBug("key_conv backward: the last piece left out", BACKWARD,
                "piece < args.num_pieces; ++piece", "piece + 1 < args.num_pieces; ++piece", "key_conv", WRONG_WEIGHT),
     PlantedBug("key_conv backward: sums by distance, not by tap", BACKWARD,
                "* args.width + args.width - 1 - l] = sum;", "* args.width + l] = sum;", "key_conv", WRONG_WEIGHT),
     PlantedBug("key_conv backward: the weight's gradient of no token not cleared", BACKWARD,
-               "if (!needs_grad_weight || weights_of(problem) == 0) return;", "return;",
-               "key_conv empty", WRONG_WEIGHT),
+               "clear(params.grad_weight.data, channels * problem.kernel_width);", "", "key_conv empty", WRONG_WEIGHT),
+    PlantedBug("key_conv backward: the bias's gradient of no token not cleared", BACKWARD,
+               "clear(params.grad_bias.data, channels);", "", "key_conv empty", WRONG_BIAS),
+    PlantedBug("key_conv: the bias of the first head", ROWS,
+               "bias[place.head * shape.head_dim + place.column + c]", "bias[place.column + c]",
+               "key_conv options", WRONG_OUT),
+    PlantedBug("key_conv forward: no bias", FORWARD,
+               "fmaf(taps[0][c], current[c], bias[c])", "taps[0][c] * current[c]", "key_conv options", WRONG_OUT),
+    PlantedBug("key_conv forward: SiLU in any case", FORWARD,
+               "if (kHasOptions && !args.has_silu) {", "if (false) {", "key_conv options", WRONG_OUT),
+    PlantedBug("key_conv backward: no bias", BACKWARD,
+               "fmaf(taps[0][c], keys[0][c], bias[c])", "taps[0][c] * keys[0][c]", "key_conv options", WRONG_GRADIENT),
+    PlantedBug("key_conv backward: the slope of SiLU in any case", BACKWARD,
+               "if (kHasOptions && !args.has_silu) d_s[c] =", "if (false) d_s[c] =",
+               "key_conv options", WRONG_GRADIENT),
+    PlantedBug("key_conv backward: the last token is not the bias's", BACKWARD,
+               "sums[kTaps][c] += d_s[c];", "sums[kTaps][c] = d_s[c];", "key_conv options", WRONG_BIAS),
+    PlantedBug("key_conv backward: the bias's sum where the last tap's is", BACKWARD,
+               "piece[(is_bias ? shape.width : l) *", "piece[(is_bias ? shape.width - 1 : l) *",
+               "key_conv options", f"{WRONG_WEIGHT}|{WRONG_BIAS}|{UNINITIALIZED}"),
+    PlantedBug("key_conv backward: the bias's gradient of the first head", BACKWARD,
+               "args.grad_bias[static_cast<int64_t>(head) * args.head_dim + d] = sum;", "args.grad_bias[d] = sum;",
+               "key_conv options", f"{WRONG_BIAS}|RuntimeError: RACE"),
 ]
 # fmt: on

@@ -19,6 +19,8 @@ def dense_arguments() -> dict[str, Any]:
         "weight": torch.randn(3, 8, 4),
         "cu_seqlens": None,
         "state": torch.randn(2, 3, 3, 8),
+        "bias": torch.randn(3, 8),
+        "activation": "silu",
     }
 
 
@@ -28,11 +30,13 @@ def packed_arguments() -> dict[str, Any]:
         "weight": torch.randn(3, 8, 4),
         "cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32),
         "state": None,
+        "bias": torch.randn(3, 8),
+        "activation": None,
     }
 
 
 FORMS: dict[str, Callable[[], dict[str, Any]]] = {"dense": dense_arguments, "packed": packed_arguments}
-FLOATING = {"dense": ["key", "weight", "state"], "packed": ["key", "weight"]}
+FLOATING = {"dense": ["key", "weight", "state", "bias"], "packed": ["key", "weight", "bias"]}
 
 
 def arguments_of(form: str, device: torch.device) -> dict[str, Any]:
@@ -157,3 +161,21 @@ def test_registered_ops_check_too(device: torch.device) -> None:
     ):
         with pytest.raises((ValueError, TypeError)):
             ops.key_conv_backward(*backward[:position], changed, *backward[position + 1 :])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bias_of_another_shape(form: str, device: torch.device) -> None:
+    refuse(form, alter("bias", lambda bias: bias[:2]), "bias", VALUE, device)
+    refuse(form, alter("bias", lambda bias: bias[:, :7]), "bias", VALUE, device)
+    refuse(form, alter("bias", lambda bias: bias.T), "bias", VALUE, device)
+    refuse(form, alter("bias", Tensor.flatten), "bias", VALUE, device)
+    refuse(form, put("bias", 1.0), "bias", TYPE, device)
+
+
+@pytest.mark.parametrize("wrong", ["gelu", "SiLU", "", "swish", 1, True, ["silu"]], ids=repr)
+def test_unknown_activation(wrong: Any, device: torch.device) -> None:
+    refuse("dense", put("activation", wrong), "activation", EITHER, device)
+    if isinstance(wrong, str):
+        arguments = arguments_of("dense", device)
+        with pytest.raises(ValueError, match="activation"):
+            torch.ops.topgather.key_conv(arguments["key"], arguments["weight"], None, None, None, wrong)

@@ -1,11 +1,20 @@
 """Every instruction set this machine has runs the same compact set of the key convolution's cases."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import topgather as tg
 from tests.common.tensors import DTYPES, assert_bitwise_equal
-from tests.key_conv.helpers import KeyConvCase, assert_key_conv_close, check_key_conv, make_inputs, run_key_conv
+from tests.key_conv.helpers import (
+    KeyConvCase,
+    assert_key_conv_close,
+    check_key_conv,
+    make_inputs,
+    run_key_conv,
+    with_options,
+)
 
 pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("cpu_target")]
 CPU = torch.device("cpu")
@@ -18,10 +27,11 @@ CASES = [
     KeyConvCase(batch=1, num_heads=1, num_tokens=40, head_dim=600, width=5),
     KeyConvCase(lengths=(90, 0, 1, 150, 7), width=5, num_heads=8, head_dim=64),
 ]
+OPTIONAL = with_options([*CASES[:7:3], CASES[11], CASES[17], CASES[-3], CASES[-1]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + OPTIONAL, ids=str)
 def test_against_reference(case: KeyConvCase, dtype: torch.dtype) -> None:
     check_key_conv(case, dtype, CPU)
 
@@ -36,8 +46,9 @@ def test_layouts(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["key", "weight", "state", "grad_out"])
-def test_numbers_that_are_not_finite(name: str, number: float, dtype: torch.dtype) -> None:
-    case = KeyConvCase(num_tokens=30, head_dim=20, width=4, has_state=True)
+@pytest.mark.parametrize("options", [{}, {"has_bias": True, "activation": None}], ids=str)
+def test_numbers_that_are_not_finite(options: dict[str, Any], name: str, number: float, dtype: torch.dtype) -> None:
+    case = KeyConvCase(num_tokens=30, head_dim=20, width=4, has_state=True, **options)
     inputs = make_inputs(case, dtype, CPU)
     tensor = getattr(inputs, name).detach().clone()
     for channel in (2, 19):  # in a whole vector and in what is left over

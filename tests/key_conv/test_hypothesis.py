@@ -9,6 +9,7 @@ from tests.common.devices import widest_dtype
 from tests.common.tensors import DTYPES, assert_bitwise_equal
 from tests.key_conv.helpers import (
     LAYOUTS,
+    OPTIONS,
     KeyConvCase,
     assert_key_conv_close,
     check_key_conv,
@@ -29,9 +30,10 @@ def key_conv_cases(draw: st.DrawFn) -> KeyConvCase:
         draw(dims),
         draw(st.integers(2, 8)),
     )
+    options = draw(st.sampled_from([{}, {}, *OPTIONS]))
     if draw(st.booleans()):
-        return KeyConvCase(*sizes, lengths=tuple(draw(st.lists(st.integers(0, 40), max_size=6))))
-    return KeyConvCase(*sizes, has_state=draw(st.booleans()))
+        return KeyConvCase(*sizes, lengths=tuple(draw(st.lists(st.integers(0, 40), max_size=6))), **options)
+    return KeyConvCase(*sizes, has_state=draw(st.booleans()), **options)
 
 
 @BOUNDED

@@ -19,6 +19,7 @@ from tests.key_conv.helpers import (
     convolve,
     make_inputs,
     run_key_conv,
+    with_options,
 )
 from topgather import reference
 
@@ -50,6 +51,17 @@ PACKED = [
     KeyConvCase(lengths=(90, 150, 7, 80, 33), width=5, num_heads=8, head_dim=64),
     KeyConvCase(lengths=(64, 64, 128), width=4, head_dim=8),
 ]
+OPTIONAL = with_options(
+    [
+        *(KeyConvCase(num_tokens=40, width=width, has_state=True) for width in (2, 4, 5, 8)),
+        KeyConvCase(batch=1, head_dim=17, width=3),
+        KeyConvCase(batch=1, num_heads=9, num_tokens=300, head_dim=72, width=3),
+        KeyConvCase(num_tokens=2, width=8, has_state=True),
+        PACKED[0],
+        PACKED[1],
+        PACKED[3],
+    ]
+)
 EMPTY = [
     KeyConvCase(num_tokens=0),
     KeyConvCase(num_tokens=0, has_state=True),
@@ -57,11 +69,14 @@ EMPTY = [
     KeyConvCase(num_heads=0),
     KeyConvCase(lengths=()),
     KeyConvCase(lengths=(0, 0)),
+    KeyConvCase(num_tokens=0, has_bias=True),
+    KeyConvCase(num_heads=0, has_bias=True),
+    KeyConvCase(lengths=(), has_bias=True, activation=None),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES + SHORT + PACKED, ids=str)
+@pytest.mark.parametrize("case", CASES + SHORT + PACKED + OPTIONAL, ids=str)
 def test_against_reference(case: KeyConvCase, dtype: torch.dtype, device: torch.device) -> None:
     check_key_conv(case, dtype, device)
 
@@ -69,7 +84,15 @@ def test_against_reference(case: KeyConvCase, dtype: torch.dtype, device: torch.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "case", [KeyConvCase(width=5, has_state=True), KeyConvCase(head_dim=7), KeyConvCase(lengths=(9, 4, 20))], ids=str
+    "case",
+    [
+        KeyConvCase(width=5, has_state=True),
+        KeyConvCase(head_dim=7),
+        KeyConvCase(lengths=(9, 4, 20)),
+        KeyConvCase(width=5, has_state=True, has_bias=True, activation=None),
+        KeyConvCase(lengths=(9, 4, 20), has_bias=True),
+    ],
+    ids=str,
 )
 def test_layouts(case: KeyConvCase, layout: str, dtype: torch.dtype, device: torch.device) -> None:
     check_key_conv(case, dtype, device, layout)
@@ -92,6 +115,7 @@ def test_heads_side_by_side(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weight_in_float32(dtype: torch.dtype, device: torch.device) -> None:
     check_key_conv(KeyConvCase(has_state=True), dtype, device, weight_dtype=torch.float32)
+    check_key_conv(KeyConvCase(has_bias=True), dtype, device, weight_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,6 +137,43 @@ def test_equals_a_convolution_of_torch(device: torch.device, device_kind: str) -
     expected = key + F.silu(sums)
     torch.testing.assert_close(convolve(inputs).detach().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(reference.key_conv(key, weight), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_equals_causal_conv1d_beside_its_keys(activation: str | None, device: torch.device, device_kind: str) -> None:
+    """Bias and activation as ``causal_conv1d_fn`` has them, whose result is added to the keys here."""
+    case = KeyConvCase(num_heads=3, num_tokens=50, head_dim=12, width=4, has_bias=True, activation=activation)
+    inputs = make_inputs(case, widest_dtype(device_kind), device)
+    assert inputs.bias is not None
+    key, weight, bias = (tensor.detach().double() for tensor in (inputs.key, inputs.weight, inputs.bias))
+    channels = key.transpose(2, 3).flatten(1, 2)
+    sums = F.conv1d(channels, weight.flatten(0, 1)[:, None], bias.flatten(), padding=case.width - 1, groups=36)
+    convolved = sums[..., : case.num_tokens].view(key.mT.shape).mT
+    expected = key + (convolved if activation is None else F.silu(convolved))
+    torch.testing.assert_close(convolve(inputs).detach().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [KeyConvCase(width=5, has_state=True), PACKED[0]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_of_zeros_is_none(case: KeyConvCase, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = make_inputs(case, dtype, device)
+    expected = run_key_conv(inputs)
+    zeros = torch.zeros(case.num_heads, case.head_dim, dtype=dtype, device=device, requires_grad=True)
+    result = run_key_conv(replace(inputs, bias=zeros))
+    assert result.pop("d_bias").abs().max() > 0
+    for name, tensor in result.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-2 if tensor.element_size() == 2 else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", with_options([KeyConvCase(num_tokens=23, width=4, has_state=True)]), ids=str)
+def test_state_with_options_gives_the_bits_of_one_call(case: KeyConvCase, device: torch.device) -> None:
+    inputs = make_inputs(case, torch.float32, device)
+    options = {"bias": inputs.bias, "activation": inputs.activation}
+    state, parts = inputs.state, []
+    for part in inputs.key.split([1, 2, 9, 11], dim=2):
+        out, state = tg.key_conv(part, inputs.weight, state=state, **options)
+        parts.append(out)
+    assert torch.equal(torch.cat(parts, dim=2), convolve(inputs))
 
 
 def test_a_weight_of_zeros_changes_nothing_and_learns(device: torch.device) -> None:
@@ -300,11 +361,16 @@ def test_double_backward_is_refused(name: str, device: torch.device, device_kind
         torch.autograd.grad(gradient.square().sum(), inputs.key)
 
 
-@pytest.mark.parametrize("asked", [("key",), ("weight",), ("state",), ("weight", "state")], ids="-".join)
-def test_gradients_of_some_inputs(asked: tuple[str, ...], device: torch.device) -> None:
-    inputs = make_inputs(KeyConvCase(has_state=True), torch.float32, device)
+@pytest.mark.parametrize(
+    "asked",
+    [("key",), ("weight",), ("state",), ("bias",), ("weight", "state"), ("weight", "bias"), ("key", "bias")],
+    ids="-".join,
+)
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_gradients_of_some_inputs(asked: tuple[str, ...], activation: str | None, device: torch.device) -> None:
+    inputs = make_inputs(KeyConvCase(has_state=True, has_bias=True, activation=activation), torch.float32, device)
     expected = run_key_conv(inputs)
-    for name in {"key", "weight", "state"} - set(asked):
+    for name in {"key", "weight", "state", "bias"} - set(asked):
         setattr(inputs, name, getattr(inputs, name).detach())
     out = convolve(inputs)
     gradients = torch.autograd.grad(out, [getattr(inputs, name) for name in asked], inputs.grad_out)

@@ -17,6 +17,7 @@ from tests.cuda.planted_bug import (
     UNPUBLISHED,
     PlantedBug,
 )
+from tests.memory.bag_helpers import SIZES, BagCase, assert_bags_close, make_bags, run_bags, run_reference
 from tests.memory.helpers import (
     LookupCase,
     TopkCase,
@@ -41,6 +42,7 @@ ODD_LOOKUP = LookupCase(num_rows=300, num_tokens=21, width=37, bag_size=11, widt
 RUNS = LookupCase(num_rows=20, num_tokens=60, width=16, bag_size=11, pattern="power_law")
 # A run of more than two stretches of pieces, by far.
 LONG_RUN = LookupCase(num_rows=3, num_tokens=4000, width=2, bag_size=8, pattern="hot")
+RAGGED = BagCase(rest=4, width=24)
 SEARCH = TopkCase(num_tokens=40, num_heads=2, num_keys=75, head_dim=48, top_k=20)
 LONG_LISTS = TopkCase(num_tokens=5, num_heads=1, num_keys=150, head_dim=24, top_k=100)
 
@@ -59,6 +61,25 @@ def bad_index_case() -> None:
         expected = lookup.indices >= LOOKUP.num_rows
         assert torch.equal(tensor.isnan(), expected), f"{name}: NaN is not where the bad index is"
     assert result["d_values"].isfinite().all(), "d_values: not finite"
+
+
+def ragged_case() -> None:
+    """Bags of other sizes beside each other in a warp, entries of nobody."""
+    bags = make_bags(RAGGED, BFLOAT16, CPU)
+    assert_bags_close(run_bags(bags), run_reference(bags), 0.1)
+    bags["values"] = bags["values"].detach()
+    (d_weights,) = torch.autograd.grad(tg.memory_lookup(**bags).float().sum(), bags["weights"])
+    dots = bags["values"].float().sum(1)[bags["indices"]]
+    dots[sum(SIZES) :] = 0
+    torch.testing.assert_close(d_weights.float(), dots, rtol=0.1, atol=0.1, msg="frozen: not the sums of rows")
+
+
+def bad_offsets_case() -> None:
+    """NaN for a bag that leads past the last entry, nothing else."""
+    bags = make_bags(RAGGED, torch.float32, CPU)
+    bags["offsets"][-1] = len(bags["indices"]) + 1
+    is_nan = run_bags(bags)["out"].isnan().any(-1)
+    assert is_nan.nonzero().flatten().tolist() == [len(SIZES) - 1], "out: NaN is not where the wrong offset is"
 
 
 def one_half_case() -> None:
@@ -107,6 +128,8 @@ MEMORY_CASES: dict[str, Callable[[], Any]] = {
     "experts": lambda: check_experts(LOOKUP, BFLOAT16, CPU),
     "experts odd": lambda: check_experts(ODD_LOOKUP, BFLOAT16, CPU),
     "bad index": bad_index_case,
+    "ragged": ragged_case,
+    "bad offsets": bad_offsets_case,
     "search": lambda: check_topk(SEARCH, BFLOAT16, CPU),
     "search long lists": lambda: check_topk(LONG_LISTS, BFLOAT16, CPU),
     "search one half": one_half_case,
@@ -132,7 +155,7 @@ INFINITE = "memory/memory_topk_infinite_cuda.cu"
 # fmt: off
 MEMORY_BUGS = [
     PlantedBug("lookup: one entry past the bag", LOOKUPS,
-               "k >= args.bag_size) return {kNoRow, 0.0f};", "k > args.bag_size) return {kNoRow, 0.0f};",
+               "k >= bag.size) return {kNoRow, 0.0f};", "k > bag.size) return {kNoRow, 0.0f};",
                "lookup", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}"),
     PlantedBug("lookup: every row with the weight of the first", LOOKUPS,
                "__shfl_sync(kAllLanes, my_weight, e + i, lanes_per_row)",
@@ -149,6 +172,23 @@ MEMORY_BUGS = [
                "task.lane_in_row / 4 == (e + i) / 4", "task.lane_in_row / 4 == e / 4", "experts", "AssertionError"),
     PlantedBug("dot: a bad index passed over", LOOKUPS,
                "my_row == kNoRow ? not_a_number() : my_dot", "my_dot", "bad index", "AssertionError: dots"),
+    PlantedBug("lookup: ragged bags without their last entry", LOOKUPS,
+               "bag.size = static_cast<int32_t>(end - first);", "bag.size = static_cast<int32_t>(end - first) - 1;",
+               "ragged", WRONG_OUT),
+    PlantedBug("lookup: ragged bags where equal ones lie", LOOKUPS,
+               "bag.first = first;", "bag.first = task.token;", "ragged", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("lookup: a warp stops at its first bag's end", LOOKUPS,
+               "bag.longest = max(bag.longest, __shfl_xor_sync(kAllLanes, bag.longest, distance));",
+               "bag.longest = __shfl_sync(kAllLanes, bag.longest, 0);", "ragged", WRONG_OUT),
+    PlantedBug("lookup: wrong offsets followed", LOOKUPS,
+               "first <= end && end <= args.num_entries;", "first <= end;", "bad offsets", READ_OUT_OF_BOUNDS),
+    PlantedBug("lookup: wrong offsets passed over", LOOKUPS,
+               "if (!bag.is_valid) {", "if (false) {", "bad offsets", WRONG_OUT),
+    PlantedBug("dot: x of the first token", LOOKUPS,
+               "row_of_x = args.tokens[task.token];", "row_of_x = args.tokens[0];", "ragged", "AssertionError"),
+    PlantedBug("dot: entries of nobody not 0", LOOKUPS,
+               "!has_x ? 0.0f : my_row == kNoRow ?", "my_row == kNoRow && has_x ? 1.0f : my_row >= 0 && !has_x ?",
+               "ragged", "AssertionError: frozen"),
     PlantedBug("rows: stored past their end", ROWS,
                "if (first + i * step < row_dim) row[first + i * step] = cuda::from_float",
                "if (true) row[first + i * step] = cuda::from_float",
@@ -160,6 +200,11 @@ MEMORY_BUGS = [
                "for (int distance = 4; distance < lanes_per_row;",
                "for (int distance = 4; distance * 2 < lanes_per_row;",
                "experts odd", "AssertionError"),
+    PlantedBug("backward: tokens of ragged bags not looked up", BACKWARD,
+               "if (args.tokens != nullptr) token = args.tokens[place];", "", "ragged", WRONG_TABLE),
+    PlantedBug("backward: weights of nobody's entries NaN", BACKWARD,
+               "args.tokens[place] < 0 ? 0.0f : not_a_number();", "args.tokens[place] < 0 ? not_a_number() : 0.0f;",
+               "ragged", WRONG_WEIGHTS),
     PlantedBug("backward: products not published", BACKWARD,
                "Publishes every warp's products to the thread block. __syncthreads();", "", "lookup odd", UNPUBLISHED),
     PlantedBug("backward: a run from before written over", BACKWARD,
@@ -191,7 +236,7 @@ MEMORY_BUGS = [
                "return row >= 0 && row < args.num_rows ? row : kNoRow;", "return row;",
                "bad index", f"{OUT_OF_BOUNDS}|{READ_OUT_OF_BOUNDS}"),
     PlantedBug("backward: the weight of a bad index passed over", BACKWARD,
-               "row_at(args, position) == kNoRow ? not_a_number() : dot", "dot", "bad index", WRONG_WEIGHTS),
+               "if (row_at(args, position) == kNoRow) {", "if (false) {", "bad index", WRONG_WEIGHTS),
     PlantedBug("backward: a long run begun twice", BACKWARD,
                "if (row_at(args, begin * kEntriesPerPiece - 1) == row) return;", "",
                "lookup long run", f"{RACE}|{UNINITIALIZED}|{WRONG_TABLE}"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as checks
 from ..ops import expert_lookup, memory_lookup, product_key_topk
+from ..ops._bags import check_mode, row_of_padding
 from ..ops._memory_ops import MAX_KEYS
 from ..ops.memory import ACTIVATIONS
 from ._init import FanInNormalLinear, XavierLinear, reset_modules
@@ -36,6 +37,10 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
             ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table.
         device: where the table is created; torch's default if None.
         dtype: of the table; torch's default if None.
+        mode: ``"sum"``, or ``"mean"`` for lookups without weights: see :func:`topgather.memory_lookup`. A layer takes
+            a pool of ``"sum"`` alone.
+        padding_idx: row whose entries count for nothing: see :func:`topgather.memory_lookup`. It is at first 0.
+        include_last_offset: whether offsets come with the end of the last bag: see :func:`topgather.memory_lookup`.
 
     To torch it is a kind of ``nn.EmbeddingBag``, with ``values`` as its weight, so that ``DistributedDataParallel``,
     which asks for that type, knows whether to expect a sparse gradient.
@@ -50,13 +55,13 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
 
     TABLES: ClassVar[dict[str, str]] = {"values": "values"}
 
-    # What an nn.EmbeddingBag has besides.
+    # What an nn.EmbeddingBag has besides, and pools of earlier releases, unpickled, have not.
     mode = "sum"
-    padding_idx = None
+    padding_idx: int | None = None
+    include_last_offset = False
     max_norm = None
     norm_type = 2.0
     scale_grad_by_freq = False
-    include_last_offset = False
 
     def __init__(
         self,
@@ -65,20 +70,31 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         sparse_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        mode: str = "sum",
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         _check_num_keys(num_keys)
         checks.check_count("value_dim", value_dim)
         checks.check_flag("sparse_grad", sparse_grad)
+        check_mode(mode)
+        checks.check_flag("include_last_offset", include_last_offset)
         self.num_keys = num_keys
         self.value_dim = value_dim
         self.sparse_grad = sparse_grad
+        self.mode = mode
+        self.padding_idx = row_of_padding(padding_idx, num_keys**2)
+        self.include_last_offset = include_last_offset
         self.values = nn.Parameter(torch.empty(num_keys**2, value_dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw ``values`` anew."""
         nn.init.normal_(self.values, std=self.value_dim**-0.5)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.values[self.padding_idx].zero_()
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -100,13 +116,27 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         """``value_dim``, under the name that it has in an ``nn.EmbeddingBag``."""
         return self.value_dim
 
-    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
-        """Weighted sums of rows, ``[T, value_dim]``, for ``indices`` and ``weights [T, K]``: ``memory_lookup``."""
-        return memory_lookup(self.values, indices, weights, self.sparse_grad)
+    def forward(  # type: ignore[override]
+        self, indices: Tensor, weights: Tensor | None = None, offsets: Tensor | None = None
+    ) -> Tensor:
+        """Sums or means of rows, ``[T, value_dim]``: :func:`topgather.memory_lookup` of ``values``.
+
+        Args:
+            indices: ``[T, K]``, or ``[E]`` with ``offsets``.
+            weights: of the shape of ``indices``; ones if None.
+            offsets: ``[T]``, where each bag begins, and with ``include_last_offset`` the end of the last, ``[T + 1]``.
+        """
+        includes_last = self.include_last_offset and offsets is not None
+        return memory_lookup(
+            self.values, indices, weights, self.sparse_grad, offsets, self.mode, self.padding_idx, includes_last
+        )
 
     def extra_repr(self) -> str:
         """The table's options, as ``print`` shows them."""
-        return f"num_keys={self.num_keys}, value_dim={self.value_dim}, sparse_grad={self.sparse_grad}"
+        text = f"num_keys={self.num_keys}, value_dim={self.value_dim}, sparse_grad={self.sparse_grad}"
+        text += "" if self.mode == "sum" else f", mode={self.mode!r}"
+        text += "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return text + (", include_last_offset=True" if self.include_last_offset else "")
 
 
 class _ProductKeyLayer(TableModule, UsageCounters):
@@ -306,6 +336,8 @@ class ProductKeyMemory(_ProductKeyLayer):
     ) -> None:
         if not isinstance(pool, MemoryPool):
             raise TypeError(f"pool must be a topgather.nn.MemoryPool, got {type(pool).__name__}")
+        if pool.mode != "sum":
+            raise ValueError(f"pool must have mode 'sum', for a layer weighs its rows, got {pool.mode!r}")
         super().__init__(
             dim,
             pool.num_keys,

@@ -66,12 +66,33 @@ def check_table(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} must have at most {MAX_ROWS} rows, got shape {tuple(values.shape)}")
 
 
-def check_indices(indices: Tensor, values: Tensor, name: str = "values") -> None:
-    """Indices that a kernel can take, but for what they hold."""
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices must have dtype torch.int32 or torch.int64, got {indices.dtype}")
-    checks.check_ndim("indices", indices, 2, "[tokens, entries]")
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {tensor.dtype}")
+
+
+def check_indices(indices: Tensor, values: Tensor, name: str = "values", offsets: Tensor | None = None) -> None:
+    """Indices, and offsets of ragged bags, that a kernel can take, but for what they hold."""
+    _check_integers("indices", indices)
+    if offsets is None:
+        checks.check_ndim("indices", indices, 2, "[tokens, entries]")
+    else:
+        checks.check_ndim("indices", indices, 1, "[entries] where offsets are given")
     checks.check_same_device("indices", indices, name, values)
+    if offsets is not None:
+        check_offsets(offsets, values, name)
+
+
+def check_offsets(offsets: Tensor, values: Tensor, name: str = "values", least: int = 1) -> None:
+    """Offsets of ragged bags, at least so many, but for what they hold."""
+    _check_integers("offsets", offsets)
+    if offsets.ndim != 1 or offsets.size(0) < least:
+        raise ValueError(
+            f"offsets must have 1 dimension, with the end of the last bag [bags + 1], got shape {tuple(offsets.shape)}"
+            if least
+            else f"offsets must have 1 dimension [bags], got shape {tuple(offsets.shape)}"
+        )
+    checks.check_same_device("offsets", offsets, name, values)
 
 
 def check_weights(weights: Tensor, indices: Tensor, values: Tensor, name: str = "values") -> None:
@@ -81,34 +102,48 @@ def check_weights(weights: Tensor, indices: Tensor, values: Tensor, name: str = 
         raise ValueError(f"weights must have the shape of indices, {tuple(indices.shape)}, got {tuple(weights.shape)}")
 
 
-def check_token_rows(name: str, x: Tensor, indices: Tensor, values: Tensor, values_name: str = "values") -> None:
+def check_token_rows(
+    name: str, x: Tensor, indices: Tensor, values: Tensor, values_name: str = "values", offsets: Tensor | None = None
+) -> None:
     """One row as wide as the table's for every token."""
     checks.check_ndim(name, x, 2, "[tokens, row_dim]")
     checks.check_same_dtype(name, x, values_name, values)
     checks.check_same_device(name, x, values_name, values)
-    checks.check_size(name, x, 0, indices.size(0), "tokens of indices")
+    checks.check_size(
+        name, x, 0, num_tokens(indices, offsets), "bags of offsets" if offsets is not None else "tokens of indices"
+    )
     checks.check_size(name, x, 1, values.size(1), f"row_dim of {values_name}")
 
 
-def _check_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> None:
+def _check_lookup(values: Tensor, indices: Tensor, weights: Tensor, offsets: Tensor | None) -> None:
     check_table("values", values)
-    check_indices(indices, values)
+    check_indices(indices, values, offsets=offsets)
     check_weights(weights, indices, values)
 
 
-def _check_dot(values: Tensor, indices: Tensor, x: Tensor) -> None:
+def _check_dot(values: Tensor, indices: Tensor, x: Tensor, offsets: Tensor | None) -> None:
     check_table("values", values)
-    check_indices(indices, values)
-    check_token_rows("x", x, indices, values)
+    check_indices(indices, values, offsets=offsets)
+    check_token_rows("x", x, indices, values, offsets=offsets)
 
 
-def _check_backward(grad_out: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> None:
-    _check_lookup(values, indices, weights)
-    check_token_rows("grad_out", grad_out, indices, values)
+def _check_backward(grad_out: Tensor, values: Tensor, indices: Tensor, weights: Tensor, offsets: Tensor | None) -> None:
+    _check_lookup(values, indices, weights, offsets)
+    check_token_rows("grad_out", grad_out, indices, values, offsets=offsets)
 
 
-def _check_content(values: Tensor, indices: Tensor) -> None:
-    """Raise ``IndexError`` where an index names no row. Waits for the device."""
+def _check_content(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
+    """Raise ``IndexError`` where an index names no row, ``ValueError`` for wrong offsets. Waits for the device."""
+    if offsets is not None and offsets.size(0) > 1:
+        num_entries = indices.size(0)
+        if offsets[0].item() != 0:
+            raise ValueError(f"offsets must start with 0, got {offsets[0].item()}")
+        is_wrong = (offsets[1:] < offsets[:-1]) | (offsets[1:] > num_entries)
+        if is_wrong.any():
+            raise ValueError(
+                f"offsets must not decrease, nor be above {num_entries}, the number of entries; "
+                f"that at {int(is_wrong.nonzero()[0]) + 1} does"
+            )
     if indices.numel() == 0:
         return
     num_rows = values.size(0)
@@ -120,23 +155,46 @@ def _check_content(values: Tensor, indices: Tensor) -> None:
         )
 
 
-def _cuda_check(values: Tensor, indices: Tensor) -> None:
+def _cuda_check(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
     """A kernel follows no index that names no row, so that nothing waits for the device unless that is asked for."""
     _cuda.check_dtype("values", values)
     if os.environ.get(CHECK_INDICES_VARIABLE, "") not in ("", "0"):
-        _check_content(values, indices)
+        _check_content(values, indices, offsets)
+
+
+# --- ragged bags ----------------------------------------------------------------------------------------------------
+
+
+def num_tokens(indices: Tensor, offsets: Tensor | None) -> int:
+    """Tokens, each of which has a bag."""
+    return indices.size(0) if offsets is None else offsets.size(0) - 1
+
+
+def tokens_of(indices: Tensor, offsets: Tensor | None) -> Tensor | None:
+    """Token of each entry of ragged bags, ``[E]`` int32, -1 where it is nobody's; None where bags are not ragged.
+
+    ``offsets [T + 1]``. Nothing waits for the device.
+    """
+    if offsets is None:
+        return None
+    entries = torch.arange(indices.size(0), dtype=offsets.dtype, device=offsets.device)
+    begun = torch.searchsorted(offsets.contiguous(), entries, right=True, out_int32=True)
+    return torch.where(begun < offsets.size(0), begun, 0) - 1
 
 
 # --- gradients of tables: memory_backward, dense and sparse ---------------------------------------------------------
 
 
-def _sorted_entries(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _sorted_entries(values: Tensor, indices: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of the entries ``t * K + k``, int32 ascending, and the entries, int64, those of a row ascending.
 
-    Both ``[T * K]``. An index that names no row counts as the number of rows.
+    Both ``[T * K]``. An index that names no row counts as the number of rows, and so does that of an entry of nobody.
     """
     num_rows, flat = values.size(0), indices.reshape(-1)
-    flat = torch.where((flat >= 0) & (flat < num_rows), flat, num_rows)
+    is_row = (flat >= 0) & (flat < num_rows)
+    if tokens is not None:
+        is_row &= tokens >= 0
+    flat = torch.where(is_row, flat, num_rows)
     sorted_rows, order = flat.to(torch.int32).sort(stable=True)
     return sorted_rows, order
 
@@ -173,7 +231,7 @@ def _sparse_gradients(
 def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
     """With as many rows as there are entries: how many are touched only data can tell, and nobody who traces asks."""
     _sparse.let_compiler_compare()
-    num_entries = indices.size(0) * indices.size(1)
+    num_entries = indices.numel()
     rows = indices.new_empty((1, num_entries), dtype=torch.int64)
     grad_values = torch.sparse_coo_tensor(
         rows, values.new_empty((num_entries, values.size(1))), values.shape, is_coalesced=True, check_invariants=False
@@ -186,6 +244,7 @@ def _in_sum_dtype(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 _entry_locals: dict[str, Callable[..., Any]] = {
+    "tokens": tokens_of,
     "entries": _sorted_entries,
     "sorted_rows": lambda entries: entries[0],
     "order": lambda entries: entries[1],
@@ -197,7 +256,8 @@ _backward_inputs: dict[str, Callable[..., Any]] = {
 }
 # `owner` is the op whose gradient is made.
 _backward_arguments = (
-    'Tensor grad_out, Tensor values, Tensor indices, Tensor weights, bool needs_grad_weights, str owner="memory_lookup"'
+    "Tensor grad_out, Tensor values, Tensor indices, Tensor weights, bool needs_grad_weights, "
+    'str owner="memory_lookup", Tensor? offsets=None'
 )
 register(
     Op(
@@ -254,19 +314,26 @@ def _lookup_backward(
     indices: Tensor,
     weights: Tensor,
     sparse_grad: bool,
+    offsets: Tensor | None,
     needs_grad_values: bool,
     needs_grad_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     if needs_grad_values:
         arguments = (grad_out, values, indices, weights, needs_grad_weights)
-        return _table_gradients(sparse_grad, *arguments, "memory_lookup")
-    return None, _ops.memory_dot.default(values, indices, grad_out)
+        return _table_gradients(sparse_grad, *arguments, "memory_lookup", offsets)
+    return None, _ops.memory_dot.default(values, indices, grad_out, False, offsets)
 
 
 def _lookup_forward(
-    values: Tensor, indices: Tensor, weights: Tensor, tangent_values: Tensor | None, tangent_weights: Tensor | None
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    offsets: Tensor | None,
+    tangent_values: Tensor | None,
+    tangent_weights: Tensor | None,
 ) -> Tensor:
-    return _sum_of_tangents(_ops.memory_lookup.default, indices, (tangent_values, values), (weights, tangent_weights))
+    pairs = (tangent_values, values), (weights, tangent_weights)
+    return _sum_of_tangents(_ops.memory_lookup.default, indices, *pairs, offsets)
 
 
 def _dot_backward(
@@ -275,65 +342,90 @@ def _dot_backward(
     indices: Tensor,
     x: Tensor,
     sparse_grad: bool,
+    offsets: Tensor | None,
     needs_grad_values: bool,
     needs_grad_x: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_values = grad_x = None
     if needs_grad_values:
-        grad_values, _ = _table_gradients(sparse_grad, x, values, indices, grad_out, False, "memory_dot")
+        grad_values, _ = _table_gradients(sparse_grad, x, values, indices, grad_out, False, "memory_dot", offsets)
     if needs_grad_x:
-        grad_x = _ops.memory_lookup.default(values, indices, grad_out)
+        grad_x = _ops.memory_lookup.default(values, indices, grad_out, False, offsets)
     return grad_values, grad_x
 
 
 def _dot_forward(
-    values: Tensor, indices: Tensor, x: Tensor, tangent_values: Tensor | None, tangent_x: Tensor | None
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    offsets: Tensor | None,
+    tangent_values: Tensor | None,
+    tangent_x: Tensor | None,
 ) -> Tensor:
-    return _sum_of_tangents(_ops.memory_dot.default, indices, (tangent_values, values), (x, tangent_x))
+    return _sum_of_tangents(_ops.memory_dot.default, indices, (tangent_values, values), (x, tangent_x), offsets)
 
 
 def _sum_of_tangents(
-    op: Any, indices: Tensor, tables: tuple[Tensor | None, Tensor | None], others: tuple[Tensor | None, Tensor | None]
+    op: Any,
+    indices: Tensor,
+    tables: tuple[Tensor | None, Tensor | None],
+    others: tuple[Tensor | None, Tensor | None],
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """The tangent of an op that is linear in its table and in its other tensor: one call for each that has one."""
     pairs = zip(tables, others, strict=True)
     terms = [
-        op(tensors.contiguous_rows(table), indices, other)
+        op(tensors.contiguous_rows(table), indices, other, False, offsets)
         for table, other in pairs
         if table is not None and other is not None
     ]
     return sum(terms[1:], start=terms[0])
 
 
+def _bags_of_dots(tensor: Tensor, offsets: Tensor | None) -> Tensor:
+    """Of ragged bags, each entry is a bag."""
+    indices = tensors.boundaries(tensor)
+    return indices if offsets is None else indices.unsqueeze(1)
+
+
 register(
     Op(
-        schema="memory_lookup(Tensor values, Tensor indices, Tensor weights, bool sparse_grad=False) -> Tensor out",
+        schema=(
+            "memory_lookup(Tensor values, Tensor indices, Tensor weights, bool sparse_grad=False, "
+            "Tensor? offsets=None) -> Tensor out"
+        ),
         check=_check_lookup,
         check_content=_check_content,
         cuda_check=_cuda_check,
-        inputs={"indices": tensors.boundaries, "weights": _in_sum_dtype},
-        results=lambda values, indices: values.new_empty((indices.size(0), values.size(1))),
+        inputs={"indices": tensors.boundaries, "weights": _in_sum_dtype, "offsets": tensors.boundaries},
+        results=lambda values, indices, offsets: values.new_empty((num_tokens(indices, offsets), values.size(1))),
         backward=_lookup_backward,
         gradients=("values", "weights"),
         forward_mode=_lookup_forward,
         autocast={"weights": lambda tensor, values, device_type: tensors.autocast_to_sums(tensor, values, device_type)},
         batch={"indices": 0, "weights": 0, "out": 0},
+        folds=lambda offsets: offsets is None,
         shared="values",
     )
 )
 register(
     Op(
-        schema="memory_dot(Tensor values, Tensor indices, Tensor x, bool sparse_grad=False) -> Tensor out",
+        schema=(
+            "memory_dot(Tensor values, Tensor indices, Tensor x, bool sparse_grad=False, Tensor? offsets=None) "
+            "-> Tensor out"
+        ),
         check=_check_dot,
         check_content=_check_content,
         cuda_check=_cuda_check,
-        inputs={"indices": tensors.boundaries, "x": tensors.contiguous_rows},
+        locals={"tokens": tokens_of},
+        inputs={"indices": _bags_of_dots, "x": tensors.contiguous_rows},
         results=lambda values, indices: values.new_empty(indices.shape, dtype=sum_dtype(values.dtype)),
         backward=_dot_backward,
         gradients=("values", "x"),
         forward_mode=_dot_forward,
         autocast={"x": follow_table},
         batch={"indices": 0, "x": 0, "out": 0},
+        folds=lambda offsets: offsets is None,
         shared="values",
     )
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _checks as checks
 from . import _cuda
 from . import _tensors as tensors
+from ._bags import make_bags
 from ._library import AUTOCAST_KEYS, call
 from ._memory_ops import check_indices, check_table, check_token_rows, check_weights, follow_table
 
@@ -58,25 +59,46 @@ def product_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, T
     return scores, indices
 
 
-def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool = False) -> Tensor:
+def memory_lookup(
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor | None = None,
+    sparse_grad: bool = False,
+    offsets: Tensor | None = None,
+    mode: str = "sum",
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+) -> Tensor:
     """Weighted sums of table rows, ``out_t = sum_k weights[t, k] * values[indices[t, k]]`` (Memory Layers at Scale,
     arXiv 2412.09764, section 3.2): a weighted embedding bag that differentiates both its table and its weights.
 
+    It takes the bags of ``torch.nn.functional.embedding_bag``, whose ``per_sample_weights`` are ``weights`` here.
+
     Args:
         values: ``[rows, W]``, float32, bfloat16, float16, or float64 (CPU only); any width, any stride of rows.
-        indices: ``[T, K]`` int64 or int32. A row may stand several times in a bag.
-        weights: ``[T, K]``, of the dtype of ``values`` or float32 (float64 for float64). Sums run in float32.
+        indices: ``[T, K]`` int64 or int32; ``[E]`` with ``offsets``. A row may stand several times in a bag.
+        weights: of the shape of ``indices``, of the dtype of ``values`` or float32 (float64 for float64). Sums run in
+            float32. None: ones.
         sparse_grad: whether ``values`` gets a sparse gradient, coalesced, over the touched rows alone, for
             ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table. Otherwise a
             dense one.
+        offsets: ``[T]`` int64 or int32, for bags of different sizes: bag ``t`` has the entries from ``offsets[t]`` up
+            to ``offsets[t + 1]``, the last one the rest. The first offset is 0, and none is below the one before it.
+        mode: ``"sum"``, or ``"mean"``, which divides by the number of a bag's entries and takes no ``weights``.
+        padding_idx: entries that name this row count neither in a sum nor in a mean, and the row gets no gradient;
+            counted from the end of the table where negative. None: no such row.
+        include_last_offset: whether ``offsets`` is ``[T + 1]``, with the end of the last bag. Entries past it are
+            nobody's.
 
     Returns:
-        ``[T, W]`` in the dtype of ``values``, differentiable with respect to ``values`` and ``weights``, once. Results
-        and gradients are the same bits every time, on every device.
+        ``[T, W]`` in the dtype of ``values``, differentiable with respect to ``values`` and ``weights``, once; zeros
+        for a bag without entries. Results and gradients are the same bits every time, on every device.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride or device.
+        ValueError: a wrong shape, stride or device, weights of a mean, a ``padding_idx`` that names no row, or wrong
+            numbers in ``offsets``. On CUDA these are not waited for: bags between offsets that decrease or lead past
+            the last entry are NaN.
         IndexError: an index below 0 or not below ``rows``. On CUDA what a tensor holds is not waited for: such an index
             is not followed and makes its token's row of the result NaN, and no row's gradient; set
             ``TOPGATHER_CHECK_INDICES=1`` to have it raised there too. A sparse gradient on CUDA waits once for the
@@ -86,9 +108,16 @@ def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad:
     """
     checks.check_tensor("values", values)
     checks.check_tensor("indices", indices)
-    checks.check_tensor("weights", weights)
     checks.check_flag("sparse_grad", sparse_grad)
-    out: Tensor = call(_ops.memory_lookup.default, values, indices, weights, sparse_grad)
+    if weights is not None:
+        checks.check_tensor("weights", weights)
+    if offsets is not None:
+        checks.check_tensor("offsets", offsets)
+    is_weighted = weights is not None and mode == "sum"
+    if not (is_weighted and offsets is None and padding_idx is None and include_last_offset is False):
+        bags = make_bags(values, indices, weights, offsets, mode, padding_idx, include_last_offset)
+        indices, weights, offsets = bags
+    out: Tensor = call(_ops.memory_lookup.default, values, indices, weights, sparse_grad, offsets)
     return out
 
 

@@ -64,23 +64,40 @@ class BlockRouting:
         return self.block_indices.size(-1)
 
 
-def block_centroids(key: Tensor, block_size: int = 128) -> Tensor:
+def block_centroids(
+    key: Tensor, block_size: int = 128, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+) -> Tensor:
     """Mean key of every block, the vectors that blocks are chosen by (MoBA, arXiv 2502.13189, equation 6).
 
     Args:
-        key: ``[B, Hkv, Nk, D]``, float32, bfloat16, float16 or float64, contiguous in its last dimension.
-        block_size: keys per block, at least 1. The last block may be short; its mean is over the keys it has.
+        key: ``[B, Hkv, Nk, D]``, or packed ``[total, Hkv, D]`` with ``cu_seqlens``; float32, bfloat16, float16 or
+            float64, contiguous in its last dimension.
+        block_size: keys per block, at least 1. Blocks of a packed sequence start with the sequence. The last block may
+            be short; its mean is over the keys it has.
+        cu_seqlens: int32 or int64 ``[num_sequences + 1]``, where packed sequences start and end. None: ``key`` is
+            dense.
+        max_seqlen: at least the longest packed sequence, in tokens. Comes with ``cu_seqlens`` and only then.
 
     Returns:
-        ``[B, Hkv, ceil(Nk / block_size), D]``, float32 (float64 for float64). Differentiable with respect to ``key``.
+        ``[B, Hkv, ceil(Nk / block_size), D]``, float32 (float64 for float64); packed ``[num_sequences, Hkv,
+        ceil(max_seqlen / block_size), D]``, a sequence's blocks by the numbers that :func:`moba_route_varlen` gives
+        them, zeros past its last. Differentiable with respect to ``key``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride or ``block_size``.
+        ValueError: a wrong shape, stride, device or ``block_size``; ``cu_seqlens`` that do not start with 0, decrease,
+            or do not end with the number of tokens; a ``max_seqlen`` that is too small. What ``cu_seqlens`` holds is
+            looked at on the CPU alone; on CUDA blocks that there is no room for are left out.
     """
     checks.check_tensor("key", key)
     checks.check_count("block_size", block_size)
-    return call(_ops.block_centroids.default, key, block_size)
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(f"max_seqlen must be None where cu_seqlens is, got {max_seqlen!r}")
+        return call(_ops.block_centroids.default, key, block_size)
+    checks.check_tensor("cu_seqlens", cu_seqlens)
+    checks.check_count("max_seqlen", max_seqlen, least=0)
+    return call(_ops.block_centroids.default, key, block_size, cu_seqlens, max_seqlen)
 
 
 def moba_route(
@@ -523,11 +540,21 @@ def _check_backward(
             checks.check_per_query(name, numbers, _per_query(query, *last), query)
 
 
-def _check_centroids(key: Tensor, block_size: int) -> None:
-    checks.check_ndim("key", key, 4, "[batch, heads, tokens, dim]")
+def _check_centroids(key: Tensor, block_size: int, cu_seqlens: Tensor | None, max_seqlen: int) -> None:
+    is_packed = cu_seqlens is not None
+    layout = "[total_tokens, heads, dim]" if is_packed else "[batch, heads, tokens, dim]"
+    checks.check_ndim("key", key, 3 if is_packed else 4, layout)
     checks.check_floating("key", key)
     checks.check_contiguous_rows("key", key)
     checks.check_count("block_size", block_size)
+    checks.check_count("max_seqlen", max_seqlen, least=0)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
+
+
+def _check_centroids_content(key: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> None:
+    if cu_seqlens is not None:
+        checks.check_boundaries("cu_seqlens", cu_seqlens, key.size(0), "key", "max_seqlen", max_seqlen)
 
 
 def _check_content(
@@ -556,13 +583,22 @@ def _per_query(query: Tensor, *last: int) -> tuple[int, ...]:
     return (shape[1], shape[0], *last) if len(shape) == 3 else (*shape[:-1], *last)
 
 
-def _centroids(key: Tensor, block_size: int) -> Tensor:
+def _centroids(key: Tensor, block_size: int, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+    dtype = sum_dtype(key.dtype)
+    if cu_seqlens is not None:
+        # Zeros: kernels write the blocks that there are.
+        shape = (cu_seqlens.size(0) - 1, key.size(1), -(-max_seqlen // block_size), key.size(2))
+        return key.new_zeros(shape, dtype=dtype)
     batch, heads, tokens, dim = key.shape
-    return key.new_empty((batch, heads, -(-tokens // block_size), dim), dtype=sum_dtype(key.dtype))
+    return key.new_empty((batch, heads, -(-tokens // block_size), dim), dtype=dtype)
 
 
-def _centroids_backward(grad_centroids: Tensor, key_meta: Meta, block_size: int) -> tuple[Tensor]:
+def _centroids_backward(
+    grad_centroids: Tensor, key_meta: Meta, block_size: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor]:
     """Each key gets its block's gradient over the block's size. Plain torch, so differentiable again."""
+    if cu_seqlens is not None:
+        return (_packed_centroids_backward(grad_centroids, key_meta, block_size, cu_seqlens),)
     num_keys, num_blocks = key_meta.shape[2], grad_centroids.size(2)
     block_of_key = torch.arange(num_keys, device=grad_centroids.device) // block_size
     block_sizes = grad_centroids.new_full((num_blocks, 1), block_size)
@@ -570,8 +606,30 @@ def _centroids_backward(grad_centroids: Tensor, key_meta: Meta, block_size: int)
     return ((grad_centroids / block_sizes).index_select(2, block_of_key).to(key_meta.dtype),)
 
 
-def _centroids_forward_mode(tangent_key: Tensor, block_size: int) -> Tensor:
-    tangent: Tensor = _ops.block_centroids.default(tensors.contiguous_rows(tangent_key), block_size)
+def _packed_centroids_backward(grad_centroids: Tensor, key_meta: Meta, block_size: int, cu_seqlens: Tensor) -> Tensor:
+    """``[total, Hkv, D]``; zeros for tokens of no sequence, and for those whose block had no room."""
+    num_sequences, num_heads, num_blocks, head_dim = grad_centroids.shape
+    num_keys = key_meta.shape[0]
+    if num_sequences == 0 or num_blocks == 0:
+        return grad_centroids.new_zeros((num_keys, num_heads, head_dim), dtype=key_meta.dtype)
+    starts = cu_seqlens.to(torch.int64).contiguous()
+    keys = torch.arange(num_keys, device=starts.device)
+    sequence = torch.searchsorted(starts, keys, right=True) - 1
+    is_there = (sequence >= 0) & (sequence < num_sequences)
+    sequence = sequence.clamp(0, num_sequences - 1)
+    first = starts.gather(0, sequence)
+    block = (keys - first) // block_size
+    is_there = is_there & (block >= 0) & (block < num_blocks)
+    block = block.clamp(0, num_blocks - 1)
+    sizes = (starts.gather(0, sequence + 1) - first - block * block_size).clamp(1, block_size)
+    rows = grad_centroids.transpose(1, 2).reshape(num_sequences * num_blocks, num_heads, head_dim)
+    rows = rows.index_select(0, sequence * num_blocks + block)
+    return torch.where(is_there[:, None, None], rows / sizes[:, None, None], 0).to(key_meta.dtype)
+
+
+def _centroids_forward_mode(tangent_key: Tensor, block_size: int, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
+    tangent_key = tensors.contiguous_rows(tangent_key)
+    tangent: Tensor = _ops.block_centroids.default(tangent_key, block_size, cu_seqlens, max_seqlen)
     return tangent
 
 
@@ -650,14 +708,18 @@ _BATCH = dict.fromkeys(("query", "key", "value", "block_indices", "out", "lse", 
 
 register(
     Op(
-        schema="block_centroids(Tensor key, SymInt block_size) -> Tensor centroids",
+        schema="block_centroids(Tensor key, SymInt block_size, Tensor? cu_seqlens=None, SymInt max_seqlen=0) "
+        "-> Tensor centroids",
         check=_check_centroids,
+        check_content=_check_centroids_content,
         cuda_check=lambda key: _cuda.check_dtype("key", key),
+        inputs={"cu_seqlens": tensors.boundaries},
         results=_centroids,
         backward=_centroids_backward,
         gradients=("key",),
         forward_mode=_centroids_forward_mode,
         batch={"key": 0, "centroids": 0},
+        folds=lambda cu_seqlens: cu_seqlens is None,
     )
 )
 register(

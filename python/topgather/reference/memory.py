@@ -8,6 +8,7 @@ token, W width of a row.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -120,18 +121,46 @@ def product_key_weights(
     return indices, scores.softmax(dim=-1) if score_activation == "softmax" else scores.clamp(min=0)
 
 
-def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def memory_lookup(
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor | None = None,
+    offsets: Tensor | None = None,
+    mode: str = "sum",
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+) -> Tensor:
     """Weighted sums of table rows, ``sum_k weights[t, k] * values[indices[t, k]]`` (arXiv 2412.09764, section 3.2).
 
     Args:
         values: ``[rows, W]``, any floating dtype.
-        indices: ``[T, K]``, integers from 0 to ``rows - 1``; a row may stand several times in a bag.
-        weights: ``[T, K]``, any floating dtype.
+        indices: ``[T, K]``, integers from 0 to ``rows - 1``; a row may stand several times in a bag. ``[E]`` with
+            ``offsets``.
+        weights: of the shape of ``indices``, any floating dtype; ones if None.
+        offsets: ``[T]``, where each bag begins, the last one ending with the entries; None where all have K entries.
+        mode: ``"sum"``, or ``"mean"``: a bag's sum by the number of its entries, 0 where it has none.
+        padding_idx: entries that name this row, counted from the end where negative, are left out of their bags.
+        include_last_offset: ``offsets`` is ``[T + 1]``, with the end of the last bag.
 
     Returns:
         float64 ``[T, W]``, differentiable.
     """
-    return (values.double()[indices.long()] * weights.double().unsqueeze(-1)).sum(dim=1)
+    values = values.double()
+    factors = torch.ones(indices.shape, device=values.device) if weights is None else weights
+    if offsets is None and mode == "sum" and padding_idx is None:
+        return (values[indices.long()] * factors.double().unsqueeze(-1)).sum(dim=1)
+    num_bags, bag_size = indices.shape if offsets is None else (len(offsets), 0)
+    bounds = [bag * bag_size for bag in range(num_bags + 1)] if offsets is None else offsets.tolist()
+    if offsets is not None and not include_last_offset:
+        bounds.append(len(indices))
+    rows, factors = indices.reshape(-1).long(), factors.double().reshape(-1, 1)
+    padding_row = None if padding_idx is None else padding_idx % len(values)
+    sums = [values[:0]]
+    for first, end in pairwise(bounds):
+        kept = [entry for entry in range(first, end) if rows[entry] != padding_row]
+        total = (values[rows[kept]] * factors[kept]).sum(dim=0, keepdim=True)
+        sums.append(total / max(len(kept), 1) if mode == "mean" else total)
+    return torch.cat(sums)
 
 
 def expert_lookup(

@@ -9,25 +9,41 @@ query head h reads key head ``h // (Hq // Hkv)``), Nq query tokens, Nk key token
 and key, Dv head dimension of value, num_blocks = ceil(Nk / block_size).
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 __all__ = ["block_centroids", "block_scores", "moba_attention", "moba_route"]
 
 
-def block_centroids(key: Tensor, block_size: int) -> Tensor:
+def block_centroids(
+    key: Tensor, block_size: int, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+) -> Tensor:
     """Mean key of each block (MoBA, arXiv 2502.13189, section 2.2).
 
     Args:
-        key: ``[B, Hkv, Nk, D]``, any floating dtype.
+        key: ``[B, Hkv, Nk, D]``, any floating dtype; with ``cu_seqlens`` packed ``[total, Hkv, D]``.
         block_size: tokens in a block, at least 1. The last block may be short; its mean is over the tokens it
             has.
+        cu_seqlens: ``[num_sequences + 1]``, boundaries of packed sequences, each of which has blocks of its own.
+        max_seqlen: at least the longest of them.
 
     Returns:
-        float64 ``[B, Hkv, num_blocks, D]``. Differentiable: each token receives its block's gradient divided
-        by the number of tokens in that block.
+        float64 ``[B, Hkv, num_blocks, D]``; packed ``[num_sequences, Hkv, ceil(max_seqlen / block_size), D]``, zeros
+        past a sequence's last block. Differentiable: each token receives its block's gradient divided by the number of
+        tokens in that block.
     """
     key = key.double()
+    if cu_seqlens is not None:
+        assert max_seqlen is not None
+        num_blocks = -(-max_seqlen // block_size)
+        packed = [key.new_zeros((0, key.shape[1], num_blocks, key.shape[2]))]
+        for first, last in pairwise(cu_seqlens.tolist()):
+            centroids = block_centroids(key[first:last].transpose(0, 1)[None], block_size)
+            padding = key.new_zeros((1, key.shape[1], num_blocks - centroids.shape[2], key.shape[2]))
+            packed.append(torch.cat([centroids, padding], dim=2))
+        return torch.cat(packed)
     num_full_blocks = key.shape[2] // block_size
     full_blocks = key[:, :, : num_full_blocks * block_size].unflatten(2, (num_full_blocks, block_size))
     short_block = key[:, :, num_full_blocks * block_size :]

@@ -160,7 +160,9 @@ class ProductKeyCase:
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """Lookup, dot and their backward. A share of the entries, ``hot``, wants row 1; some indices name no row."""
+    """Lookup, dot and their backward. A share of the entries, ``hot``, wants row 1; some indices name no row. Ragged
+    bags are of 0 entries up to twice ``bag_size``, the last three entries nobody's.
+    """
 
     dtype: torch.dtype
     row_dim: int = 80
@@ -169,11 +171,13 @@ class MemoryCase:
     bag_size: int = 40
     hot: float = 0.5
     is_forward: bool = True
+    is_ragged: bool = False
 
     least_launches = 2
 
     def __str__(self) -> str:
-        return f"memory-{FLOAT_TYPES[self.dtype]}-{self.row_dim}-{self.num_tokens}x{self.bag_size}"
+        text = f"memory-{FLOAT_TYPES[self.dtype]}-{self.row_dim}-{self.num_tokens}x{self.bag_size}"
+        return text + ("-ragged" if self.is_ragged else "")
 
     def run(self, recorder: Recorder) -> None:
         """Forward where it is wanted, and backward with gradients of rows and weights."""
@@ -183,12 +187,20 @@ class MemoryCase:
         values = recorder.random(rows, dim, dtype=self.dtype)
         x = recorder.random(tokens, dim, dtype=self.dtype)
         weights = recorder.random(tokens, entries, dtype=torch.float32)
+        offsets = owners = None
+        if self.is_ragged:
+            indices, weights = recorder.keep(indices.view(1, -1)), recorder.keep(weights.view(1, -1))
+            bounds = torch.arange(tokens + 1) // 2 * 2 * entries
+            offsets = recorder.keep(bounds.clamp(max=tokens * entries - 3))
+            owners = torch.searchsorted(offsets, torch.arange(tokens * entries), right=True)
+            owners = recorder.keep((torch.where(owners <= tokens, owners, 0) - 1).to(torch.int32))
         if self.is_forward:
             out = recorder.zeros(tokens, dim, dtype=self.dtype)
-            recorder.call("memory_lookup", values=values, indices=indices, weights=weights, out=out)
-            dots = recorder.zeros(tokens, entries, dtype=torch.float32)
-            recorder.call("memory_dot", values=values, indices=indices, x=x, out=dots)
-        sorted_rows, order = torch.sort(indices.flatten().to(torch.int32), stable=True)
+            recorder.call("memory_lookup", values=values, indices=indices, weights=weights, offsets=offsets, out=out)
+            dots = recorder.zeros(tokens * entries, 1, dtype=torch.float32).view(-1, 1 if self.is_ragged else entries)
+            recorder.call("memory_dot", values=values, indices=indices.view_as(dots), x=x, tokens=owners, out=dots)
+        rows_of = indices.flatten() if owners is None else torch.where(owners < 0, rows, indices.flatten())
+        sorted_rows, order = torch.sort(rows_of.to(torch.int32), stable=True)
         sorted_rows = recorder.keep(sorted_rows)
         recorder.call(
             "memory_backward",
@@ -198,8 +210,9 @@ class MemoryCase:
             order=recorder.keep(order),
             sorted_rows=sorted_rows,
             targets=sorted_rows,
+            tokens=owners,
             grad_rows=recorder.zeros(rows, dim, dtype=self.dtype),
-            grad_weights=recorder.zeros(tokens, entries, dtype=torch.float32),
+            grad_weights=recorder.zeros(*weights.shape, dtype=torch.float32),
         )
 
 
@@ -329,12 +342,13 @@ class KeyConvCase:
     width: int = 3
     num_tokens: int = 70
     lengths: tuple[int, ...] = ()
+    has_options: bool = False
 
     least_launches = 3
 
     def __str__(self) -> str:
         parts = ["key_conv", FLOAT_TYPES[self.dtype], str(self.head_dim), f"width{self.width}"]
-        return "-".join(parts + ["packed"] * bool(self.lengths))
+        return "-".join(parts + ["packed"] * bool(self.lengths) + ["options"] * self.has_options)
 
     def run(self, recorder: Recorder) -> None:
         """Outputs and every gradient."""
@@ -350,6 +364,8 @@ class KeyConvCase:
             "key": keys(recorder.random, self.num_tokens),
             "state": None if packed else keys(recorder.random, self.width - 1),
             "weight": recorder.random(heads, self.head_dim, self.width, dtype=torch.float32),
+            "bias": recorder.random(heads, self.head_dim, dtype=torch.float32) if self.has_options else None,
+            "has_silu": not self.has_options or packed,
         }
         recorder.call("key_conv", **given, out=keys(recorder.zeros, self.num_tokens))
         recorder.call(
@@ -359,6 +375,7 @@ class KeyConvCase:
             grad_key=keys(recorder.zeros, self.num_tokens),
             grad_state=None if packed else keys(recorder.zeros, self.width - 1),
             grad_weight=recorder.zeros(heads, self.head_dim, self.width, dtype=torch.float32),
+            grad_bias=recorder.zeros(heads, self.head_dim, dtype=torch.float32) if self.has_options else None,
         )
 
 
