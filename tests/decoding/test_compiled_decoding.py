@@ -15,10 +15,11 @@ import topgather as tg
 NUM_TOKENS = 20  # more than torch's limit of recompilations, 8
 
 
-def make(paged: bool, conv: bool, device: torch.device, max_seq_len: int = 64) -> Any:
+def make(paged: bool, conv: bool, device: torch.device, max_seq_len: int = 64, page_size: int | None = None) -> Any:
     weight = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1)).to(device) if conv else None
     cls = tg.PagedMobaCache if paged else tg.MobaCache
-    cache = cls(2, 2, 8, block_size=4, max_seq_len=max_seq_len, device=device, conv_weight=weight)
+    options = {"page_size": page_size} if paged else {}
+    cache = cls(2, 2, 8, block_size=4, max_seq_len=max_seq_len, device=device, conv_weight=weight, **options)
     prompt = torch.randn(2, 2, 13, 8, generator=torch.Generator().manual_seed(2)).to(device)
     cache.append(prompt, prompt, num_tokens=[13, 6])
     if isinstance(cache, tg.PagedMobaCache):
@@ -90,18 +91,34 @@ def test_appending_and_attending_compiled_apart(device: torch.device) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-def test_a_compiled_append_without_room_is_refused(paged: bool) -> None:
-    """By the kernel, before it writes."""
+@pytest.mark.parametrize("counts", [None, [1, 0]], ids=["all", "ragged"])
+@pytest.mark.parametrize("kind", ["contiguous", "paged", "large pages"])
+def test_a_compiled_append_without_room_is_refused(kind: str, counts: list[int] | None) -> None:
+    """Before it writes, as without a compiler: places are missing, or ``max_seq_len`` is reached."""
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    cache = make(paged, True, torch.device("cpu"), max_seq_len=14)
+    cpu = torch.device("cpu")
+    cache = make(kind != "contiguous", True, cpu, max_seq_len=14, page_size=16 if kind == "large pages" else None)
     key = torch.randn(2, 2, 1, 8)
-    compiled(cache, key, key, None, 2)
-    with pytest.raises((ValueError, IndexError)):
-        for _ in range(14):
-            compiled(cache, key, key, None, 2)
-    assert max(cache.lengths) <= cache.page_table.size(1) * cache.page_size if paged else cache.lengths == [14, 7]
+    num_tokens = None if counts is None else torch.tensor(counts, dtype=torch.int32)
+    compiled(cache, key, key, num_tokens, 2)
+    before = cache.copy()
+    for run in (compiled, step):
+        with pytest.raises((ValueError, IndexError, RuntimeError), match=r"max_seq_len|has room for"):
+            run(cache, key, key, num_tokens, None)
+        assert cache.lengths == before.lengths == [14, 7 if counts is None else 6]
+        assert torch.equal(tg.moba_decode(key, cache, None), tg.moba_decode(key, before, None))
+
+
+def test_a_sequence_that_outgrew_its_limit_gives_nan() -> None:
+    """As on CUDA, where nobody waits to see it: the last page has rows for it, which no list of blocks counts."""
+    cache = make(True, False, torch.device("cpu"), max_seq_len=14, page_size=16)
+    key = torch.randn(2, 2, 1, 8)
+    cache.seq_lens.copy_(torch.tensor([15, 7]))
+    cache._is_exact = False
+    out, lse = tg.moba_decode(key, cache, None, num_tokens=[1, 1], return_lse=True)
+    for each in (out, lse):
+        assert each[0].isnan().all() and each[1].isfinite().all()
 
 
 def test_a_model_compiled_by_inductor() -> None:

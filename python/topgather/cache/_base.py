@@ -183,10 +183,14 @@ class BaseCache:
             NotImplementedError: a dual tensor of forward-mode differentiation.
 
         In a compiled function and in a captured CUDA graph the host does not follow the lengths: pages must have been
-        reserved, and a token without a place is refused by the CPU's kernel when it runs, and dropped on CUDA.
+        reserved. On the CPU tokens without a place, or beyond ``max_seq_len``, then raise when the graph runs, before
+        anything is written: ``RuntimeError`` for the latter. On CUDA those without a place are dropped, and queries of
+        a sequence that has outgrown ``max_seq_len`` get NaN.
         """
         self._check_new(key, value)
         counts, count_tensor = self.token_counts(num_tokens, key.size(2))
+        if is_compiling():
+            self._assert_length(key.size(2) if count_tensor is None else count_tensor)
         table, take_room = self._room_for([key.size(2)] * self.batch_size if counts is None else counts)
         key, raw_keys = self._convolved(key, count_tensor)
         # The one write that an op could refuse comes first.
@@ -198,6 +202,21 @@ class BaseCache:
         if raw_keys is not None:
             self._keep_raw_keys(raw_keys, counts)
         self._advance(key.size(2), counts, count_tensor)
+
+    @property
+    def has_spare_rows(self) -> bool:
+        """Whether there are places for more tokens than ``max_seq_len``, at the end of a last page."""
+        columns = 1 if self.page_table is None else self.page_table.size(1)
+        return columns * self.page_size > self.max_seq_len
+
+    def _assert_length(self, num_new: int | Tensor) -> None:
+        """Raise, when a compiled graph runs, where ``num_new`` more tokens have a place but no right to it."""
+        if self.device.type == "cpu" and self.has_spare_rows:
+            torch._assert_async(
+                (self.seq_lens + num_new <= self.max_seq_len).all(),
+                f"key has more new tokens than a sequence has room for: it would be longer than max_seq_len, "
+                f"{self.max_seq_len}",
+            )
 
     def _advance(self, query_len: int, counts: list[int] | None, count_tensor: Tensor | None) -> None:
         if count_tensor is None:

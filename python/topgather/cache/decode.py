@@ -141,6 +141,10 @@ def moba_decode(
             query, cache.key_pages, cache.value_pages, block_indices, cache.seq_lens, cache.page_table, count_tensor,
             cache.block_size, factor, softcap, sinks,
         )  # fmt: skip
+    if lengths is None and cache.has_spare_rows:
+        # Nobody may have seen that a sequence grew past its limit, into rows that are there.
+        has_outgrown = (cache.seq_lens > cache.max_seq_len)[:, None, None]
+        out, lse = out.masked_fill(has_outgrown[..., None], torch.nan), lse.masked_fill(has_outgrown, torch.nan)
     return (out, lse) if return_lse else out
 
 

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from ..cache import MobaCache, PagedMobaCache, moba_decode
 from ._arguments import Scores
 from ._attend import NewTokens, Settings, as_autocast
-from ._forward import remembered
+from ._forward import note_part, remembered
 
 _Fields = dict[str, Any]
 
@@ -90,6 +90,7 @@ class MobaLayer(DynamicLayer):
         expected, self._is_expected = self._is_expected, False
         if self.moba_cache is not None and expected:
             returned = key_states, value_states
+            note_part(key_states)
         else:
             self.to_columns()
             returned = super().update(key_states, value_states)

@@ -21,6 +21,7 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         self.in_progress: list[tuple[nn.Module, Any]] = []  # models, and what they began with
+        self.parts: list[ref[Tensor]] = []  # keys that a layer gave in this forward, of new tokens alone
 
 
 _state = _State()
@@ -29,6 +30,7 @@ _state = _State()
 def begin(model: nn.Module, note: Any) -> None:
     """``model``'s forward starts: nothing is known of its masks."""
     _state.memo = {}
+    _state.parts.clear()
     _drop(model)  # one that never ended, as a keyboard interrupt leaves it
     _state.in_progress.append((model, note))
 
@@ -36,6 +38,7 @@ def begin(model: nn.Module, note: Any) -> None:
 def end(model: nn.Module) -> Any:
     """It is over, and ``begin``'s note returned. What was remembered is forgotten: its tensors may be refilled."""
     _state.memo = None
+    _state.parts.clear()
     return _drop(model)
 
 
@@ -85,3 +88,13 @@ def layer_asked_by(module: nn.Module) -> MobaLayer | None:
     if _state.asking is None or _state.asking[0]() is not module:
         return None
     return _state.asking[1]()
+
+
+def note_part(key: Tensor) -> None:
+    """A layer gave ``key``, which is not all it holds, to the module that asked for it."""
+    _state.parts.append(ref(key))
+
+
+def is_part(key: Tensor) -> bool:
+    """Whether ``key`` is what a layer gave, in this forward, to a module that was to attend by blocks."""
+    return any(part() is key for part in _state.parts)

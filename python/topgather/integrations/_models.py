@@ -34,6 +34,9 @@ _HOOKED = "_topgather_hooked"
 _ASKED = "_topgather_asked"
 _CALLS_TWICE = "_topgather_calls_twice"
 
+# Fields of attention modules whose keys other layers attend to as well, and of those others (Gemma 3n and 4).
+_SHARED_KEYS = ("store_full_length_kv", "is_kv_shared_layer")
+
 # Kinds of layers, of config.layer_types.
 _FULL = frozenset({"full_attention", "attention", "hybrid"})
 _LOCAL = frozenset({"sliding_attention", "chunked_attention", "hybrid_sliding"})
@@ -46,6 +49,10 @@ _REFUSED = {
     **dict.fromkeys(
         ("mllama", "mllama_text_model"),
         "its cross-attention to images is not causal, and reads the cached keys itself",
+    ),
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "it has no keys of its own, and attends to those of the model that it assists in both directions",
     ),
 }
 
@@ -97,6 +104,8 @@ def _check_model(model: PreTrainedModel) -> None:
     reason = _REFUSED.get(model.config.model_type)
     if reason is not None:
         _refuse(model, reason)
+    if getattr(model.config, "recurrent_kv_cache_mode", None) == "last_loop":  # Dory
+        _refuse(model, "with config.recurrent_kv_cache_mode='last_loop' it reads the cached keys itself")
     kind: Any = type(model)  # hashable, which types of modules do not say
     if not _asks_interface(kind):
         _refuse(model, "it computes its attention itself, and does not go through transformers' attention interface")
@@ -205,7 +214,11 @@ def layer_of(module: nn.Module, key: torch.Tensor) -> MobaLayer | None:
     layer goes back to columns, and stays there.
     """
     layer = _forward.layer_asked_by(module)
-    if layer is None or layer.is_pending:
+    if layer is None:
+        if _forward.is_part(key):
+            _refuse(module, "its keys are those of another layer, whose cache gives new tokens alone")
+        return None
+    if layer.is_pending:
         return layer
     if not module.__dict__.get(_CALLS_TWICE) and key.shape[2] != layer.num_columns:
         _refuse(module, "it attends twice in a forward, and its cache was filled by a module that does not")
@@ -285,6 +298,8 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return
     expects = _attends_by_blocks(module) and not is_local(module, getattr(module, "sliding_window", None))
     expects = expects and not module.__dict__.get(_CALLS_TWICE)
+    # Who attends to keys of another layer needs all of them, as transformers' own layers give them.
+    expects = expects and not any(getattr(module, name, False) for name in _SHARED_KEYS)
     if expects:
         _replace_layer(cache, layer_idx)
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None

@@ -284,7 +284,8 @@ def _mask(
 
     In older versions ``cache_position`` stands for ``q_length`` and ``q_offset``. Two other forms: bool
     ``[B, 1, Nq, Nk]`` for layers that attend to a window or chunk, and, under torch.compile, bool ``[B, Nq + Nk]``,
-    which queries and which keys are real, where the place of the queries among the keys is on the device.
+    which queries and which keys are real, where the place of the queries among the keys is on the device. Models of
+    ``config.num_kv_shared_layers`` get ``[B, 1, 1, Nk]`` for ``[B, Nk]``.
     """
     if local_size is not None:
         positions: dict[str, Any] = (
@@ -305,6 +306,39 @@ def _mask(
             **{**kwargs, "allow_is_causal_skip": False},
         )
         return mask
+    made = _key_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        use_vmap,
+        cache_position,
+        device,
+    )
+    # Models whose last layers attend to keys of others cut the rows of masks off that they need no more.
+    return made[:, None, None] if made is not None and _shares_keys(kwargs.get("config")) else made
+
+
+def _shares_keys(config: Any) -> bool:
+    return bool(getattr(config, "num_kv_shared_layers", 0))
+
+
+def _key_mask(
+    batch_size: int,
+    q_length: int | None,
+    kv_length: int,
+    q_offset: int | Tensor | None,
+    kv_offset: int,
+    mask_function: Any,
+    attention_mask: Tensor | None,
+    use_vmap: bool,
+    cache_position: Tensor | None,
+    device: torch.device | str,
+) -> Tensor | None:
+    """The mask of :func:`_mask` for a layer that attends to everything."""
     if torch.compiler.is_compiling() and not use_vmap and mask_function is not masking_utils.causal_mask_function:
         _assert_causal(mask_function, batch_size, kv_length, device)
     elif use_vmap or not _is_causal(mask_function):
@@ -499,6 +533,8 @@ def _attention(
     check_dropout(module, dropout)
     check_names(module, kwargs)
     check_causal(module, kwargs.get("is_causal"))
+    if attention_mask is not None and _shares_keys(getattr(module, "config", None)) and attention_mask.ndim == 4:
+        attention_mask = _forward.remembered(_of_keys, attention_mask)
     _check_mask(module, attention_mask)
     scores = Scores.of_arguments(module, scaling, kwargs)
     settings = _settings_of(module)
@@ -529,6 +565,11 @@ def _attention(
         is_packed = rows is not None and len(rows[0].cu_seqlens) > query.shape[0] + 1
         out = layer.attend(query, *given, attention_mask, settings, scores, attend_to_keys, is_packed)
     return out.transpose(1, 2), None
+
+
+def _of_keys(mask: Tensor) -> Tensor:
+    """``[B, 1, 1, Nk]`` as :func:`_mask` makes it for some models to ``[B, Nk]``; any other as it is."""
+    return mask[:, 0, 0] if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) else mask
 
 
 def _check_mask(module: nn.Module, mask: Any) -> None:

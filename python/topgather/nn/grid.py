@@ -285,27 +285,32 @@ class LearnableFeatureFusion(nn.Module):
         return f"in_channels={self.in_channels}, dim={self.dim}, out_channels={self.out_channels}"
 
 
-# An exported graph serves all sizes, and every comparison of two sizes would halve them. What a comparison would decide
-# is computed there instead, and only in tensors, for torch compares sizes of its own accord.
+# An exported graph serves all sizes, and a compiled one should: every comparison of two sizes would halve those that a
+# graph is good for. What a comparison would decide is computed there instead, and only in tensors, for torch compares
+# sizes of its own accord.
 
 
 def _largest(sides: list[int]) -> int:
-    if not is_exporting():
-        return max(sides)
-    # In this form torch sees that it is at least 1.
-    largest: int = 1 + functools.reduce(torch.sym_max, [side - 1 for side in sides])
+    if is_exporting():
+        # In this form torch sees that it is at least 1.
+        exported: int = 1 + functools.reduce(torch.sym_max, [side - 1 for side in sides])
+        return exported
+    largest = sides[0]
+    for side in sides[1:]:
+        if side > largest:  # the one comparison of compiled graphs: maps keep their order of size
+            largest = side
     return largest
 
 
 def _is_same(side: int, other: int) -> bool:
-    return statically_known_true(side == other) if is_exporting() else side == other
+    return statically_known_true(side == other) if torch.compiler.is_compiling() else side == other
 
 
 def _enlarged_side(side: int, target: int) -> int:
     """``side`` times a whole number where ``side`` is ``target`` divided by it and rounded up; else ``target``."""
     factor = -(-target // side)
     missing = side - -(-target // factor)  # never below 0
-    if not is_exporting():
+    if not torch.compiler.is_compiling():
         return factor * side if missing == 0 else target
     return target + (1 - torch.sym_min(missing, 1)) * (factor * side - target)
 
@@ -320,7 +325,7 @@ def _enlarge(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
 
 def resize(x: Tensor, sides: tuple[int, int], num_rows: int, num_columns: int) -> Tensor:
     """The first rows and columns of ``x [B, channels, rows, columns]`` resized to ``sides``, bilinearly."""
-    if not is_exporting():
+    if not torch.compiler.is_compiling():
         return F.interpolate(x, size=sides, mode="bilinear", align_corners=False)[:, :, :num_rows, :num_columns]
     dtype = x.dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
