@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from torch.compiler import is_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._library import sum_dtype
+
+# Checks of options, by argument: an op that has such an argument checks it (:mod:`topgather.ops._spec`).
+OPTIONS: dict[str, Callable[[Any], None]] = {}
+
+
+def option(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``check_<argument>`` holds of the argument in every op."""
+    OPTIONS[check.__name__.removeprefix("check_")] = check
+    return check
+
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # From here on a choice's padding is looked at.
@@ -40,6 +51,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < least or value > 2**31 - 1:
         raise ValueError(f"{name} must be between {least} and 2**31 - 1, got {value}")
+
+
+OPTIONS |= {
+    name: partial(check_count, name) for name in ("block_size", "page_size", "top_k", "rows_step", "columns_step")
+}
+OPTIONS |= {name: partial(check_count, name, least=0) for name in ("max_seqlen_q", "max_seqlen_k")}
 
 
 def check_slots(top_k: int, leading: Sequence[int], num_blocks: int) -> None:
@@ -77,6 +94,7 @@ def _is_traced(value: Any) -> bool:
     return isinstance(value, torch.SymFloat) or (is_compiling() and isinstance(value, float))
 
 
+@option
 def check_scale(value: Any) -> None:
     """Raise unless ``value`` is None or a finite number."""
     if value is None or _is_traced(value):
@@ -88,6 +106,7 @@ def check_scale(value: Any) -> None:
         raise ValueError(f"scale must be finite, got {value}")
 
 
+@option
 def check_softcap(value: Any) -> None:
     """Raise unless ``value`` is None or a finite number above 0."""
     if value is None or _is_traced(value):
@@ -98,7 +117,14 @@ def check_softcap(value: Any) -> None:
         raise ValueError(f"softcap must be positive and finite, got {value}")
 
 
-def check_sinks(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
+@option
+def check_sinks(value: Any) -> None:
+    """Raise unless ``value`` is None or a tensor."""
+    if value is not None:
+        check_tensor("sinks", value)
+
+
+def check_logit_per_head(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
     """Raise unless ``sinks`` has one logit per query head."""
     check_sum_operand("sinks", sinks, "query", query)
     if tuple(sinks.shape) != (num_query_heads,):

@@ -76,7 +76,6 @@ def _check_sequences(
     page_size: int,
 ) -> None:
     """Lengths and the table of pages, but for what they hold."""
-    checks.check_count("block_size", block_size)
     checks.check_count("page_size", page_size)
     batch_size = new.size(0)
     for name, lengths in (("seq_lens", seq_lens), ("num_tokens", num_tokens)):
@@ -115,7 +114,6 @@ def _check_append(
     num_tokens: Tensor | None,
     block_size: int,
 ) -> None:
-    checks.check_count("block_size", block_size)
     _check_tokens("key", key)
     _check_keys_and_values(key_pages, value_pages, "key", key)
     num_pages, num_kv_heads, page_size, _ = key_pages.shape
@@ -148,9 +146,6 @@ def _check_route(
     page_size: int,
     top_k: int,
 ) -> None:
-    checks.check_count("block_size", block_size)
-    checks.check_count("page_size", page_size)
-    checks.check_count("top_k", top_k)
     _check_tokens("query", query)
     _check_centroids(centroids, page_size, block_size, "query", query)
     _check_heads("query", query.size(1), centroids.size(1))
@@ -168,12 +163,8 @@ def _check_decode(
     page_table: Tensor | None,
     num_tokens: Tensor | None,
     block_size: int,
-    scale: float,
-    softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    checks.check_scale(scale)
-    checks.check_softcap(softcap)
     _check_tokens("query", query)
     _check_keys_and_values(key_pages, value_pages, "query", query)
     num_pages, num_kv_heads, page_size, _ = key_pages.shape
@@ -181,7 +172,7 @@ def _check_decode(
     _check_sequences(query, num_pages, seq_lens, page_table, num_tokens, block_size, page_size)
     _check_integers("block_indices", block_indices, query)
     if sinks is not None:
-        checks.check_sinks(sinks, query.size(1), query)
+        checks.check_logit_per_head(sinks, query.size(1), query)
     leading = list(query.shape[:3])
     if block_indices.ndim != 4 or list(block_indices.shape[:3]) != leading or block_indices.size(3) < 1:
         raise ValueError(f"block_indices must have shape {leading} + [top_k], got {tuple(block_indices.shape)}")

@@ -50,7 +50,6 @@ def _check_product_keys(query: Tensor, keys: Tensor, top_k: int) -> None:
     num_keys = keys.size(2)
     if num_keys < 1 or num_keys > MAX_KEYS:
         raise ValueError(f"keys must have between 1 and {MAX_KEYS} keys a half, got shape {tuple(keys.shape)}")
-    checks.check_count("top_k", top_k)
     if top_k > num_keys * num_keys:
         raise ValueError(f"top_k must be at most num_keys squared, {num_keys * num_keys}, got {top_k}")
     checks.check_contiguous_rows("query", query)
@@ -305,7 +304,7 @@ def _sum_of_tangents(
     return sum(terms[1:], start=terms[0])
 
 
-register(
+memory_lookup = register(
     Op(
         schema="memory_lookup(Tensor values, Tensor indices, Tensor weights, bool sparse_grad=False) -> Tensor out",
         check=_check_lookup,
@@ -321,7 +320,7 @@ register(
         shared="values",
     )
 )
-register(
+memory_dot = register(
     Op(
         schema="memory_dot(Tensor values, Tensor indices, Tensor x, bool sparse_grad=False) -> Tensor out",
         check=_check_dot,
@@ -532,7 +531,7 @@ def _topk_forward(
     return of_halves.view(*indices.shape[:2], 2, -1).sum(2), None
 
 
-register(
+product_key_topk = register(
     Op(
         schema="product_key_topk(Tensor query, Tensor keys, SymInt top_k) -> (Tensor scores, Tensor indices)",
         check=_check_product_keys,

@@ -21,7 +21,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from .. import _native
-from . import _cuda, _sparse, _transforms
+from . import _checks, _cuda, _sparse, _transforms
 from ._library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
 
 Function = Callable[..., Any]
@@ -34,7 +34,8 @@ class Op:
     Args:
         schema: as the dispatcher takes it, every result with a name.
         check: raises for what shapes, strides, dtypes, devices and options can say, and looks at nothing else: a call
-            that differs from an earlier one in none of them is not checked again. Runs in fake kernels too.
+            that differs from an earlier one in none of them is not checked again. Runs in fake kernels too, after the
+            checks that ``_checks.OPTIONS`` has for arguments of the op.
         results: makes the results, not filled in; a tensor, a tuple of them, or None for an op that returns nothing.
         native: name of the native entry points, ``<native>_cpu`` and ``<native>_cuda``; the op's if None.
         fake_results: the same for the fake kernel, where what ``locals`` hold shapes the results.
@@ -48,8 +49,9 @@ class Op:
         zeroed: results that the CPU kernel adds to.
         backward: name of the op, or a function, that makes the gradients. Of its parameters, ``grad_<result>`` is the
             gradient of a result (where nothing depends on it zeros, or None if allowed), ``needs_grad_<argument>``
-            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. A result without such a
-            parameter is not differentiable.
+            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. One with the name of an
+            op is that op, which takes by name what is to differ from what is at hand under its arguments' names. A
+            result without a ``grad_<result>`` is not differentiable.
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
         forward_mode: makes the tangents of the results, of arguments and ``tangent_<argument>`` (None where zero).
         derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so. An op's
@@ -84,6 +86,15 @@ class Op:
     folds: Function | None = None
     shared: str | None = None
 
+
+# What generated functions ask torch about its state, by the names that they use.
+_STATE: dict[str, Function] = {
+    "below_autograd": below_autograd,
+    "in_forward_mode": in_forward_mode,
+    "is_compiling": torch.compiler.is_compiling,
+    "is_grad_enabled": torch.is_grad_enabled,
+    "transforms_active": torch._C._are_functorch_transforms_active,
+}
 
 # Signatures of calls that an op's kernel remembers as checked.
 MAX_ACCEPTED = 1024
@@ -122,8 +133,11 @@ OPS: dict[str, Op] = {}
 CPU_KERNELS: dict[str, Function] = {}
 
 
-def register(op: Op) -> None:
-    """Declare the op, generate its kernels and hand them to the dispatcher."""
+def register(op: Op) -> Function:
+    """Declare the op, generate its kernels and hand them to the dispatcher.
+
+    Returns the function that the package calls it by.
+    """
     library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     generator = _Generator(op)
     name = generator.name
@@ -144,6 +158,7 @@ def register(op: Op) -> None:
     if op.autocast:
         for device_type, key in AUTOCAST_KEYS.items():
             library.impl(name, generator.autocast(device_type, key), key)
+    return generator.caller()
 
 
 class _Source:
@@ -187,6 +202,12 @@ class _Source:
 
 def _tuple_of(names: Iterable[str]) -> str:
     return "(" + "".join(f"{name}, " for name in names) + ")"
+
+
+def _may_be_none(op_name: str) -> dict[str, bool]:
+    """The arguments of an op, and whether each may be None."""
+    schema = getattr(torch.ops.topgather, op_name).default._schema
+    return {argument.name: isinstance(argument.type, torch.OptionalType) for argument in schema.arguments}
 
 
 class _Generator:
@@ -316,12 +337,18 @@ class _Generator:
         source.globals["accepted"] = accepted
         source.line(f"signature = ({', '.join(parts)},)")
         source.line("if signature not in accepted:")
-        source.line(source.call(self.op.check, self.here), 2)
+        self._checks(source, 2)
         source.line(f"if len(accepted) >= {MAX_ACCEPTED}: accepted.clear()", 2)
         source.line("accepted.add(signature)", 2)
 
+    def _checks(self, source: _Source, indent: int) -> None:
+        for name in self.arguments:
+            if name in _checks.OPTIONS:
+                source.line(f"{source.bound(_checks.OPTIONS[name], f'check_{name}')}({name})", indent)
+        source.line(source.call(self.op.check, self.here), indent)
+
     def _is_optional(self, name: str) -> bool:
-        return any(a.name == name and str(a.type) == "Optional[Tensor]" for a in self.overload._schema.arguments)
+        return name in self.tensors and _may_be_none(self.name)[name]
 
     def fake(self) -> Function:
         """What shapes, dtypes and strides the op returns, for tracing and the meta device."""
@@ -329,34 +356,49 @@ class _Generator:
         source.line(f"def fake_kernel({self._signature(source)}):", 0)
         self._refuse_none(source)
         source.line(f"{source.bound(refuse_onnx, 'refuse_onnx')}({self.name!r})")
-        source.line(source.call(self.op.check, self.here))
+        self._checks(source, 1)
         if self.results:
             source.line(f"return {source.call(self.op.fake_results or self.op.results, self.here)}")
         return source.compiled("fake_kernel")
+
+    def caller(self) -> Function:
+        """The op, called past its autograd registration where that would only pass it on.
+
+        That registration is Python: some microseconds a call, and tens of them where its code has left the caches.
+        Under transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
+        """
+        source = self._source()
+        source.globals |= {"op": self.overload, **_STATE}
+        conditions = ["is_compiling()", "transforms_active()", "in_forward_mode()"]
+        op = self.op
+        if op.backward is not None or op.derivative_of is not None or op.not_differentiable is not None:
+            conditions.append(self._records())
+        source.line(f"def {self.name}({self._signature(source)}):", 0)
+        source.line(f"if {' or '.join(conditions)}: return op({self.passed})")
+        source.line("with below_autograd():")
+        source.line(f"return op({self.passed})", 2)
+        return source.compiled(self.name)
+
+    def _records(self) -> str:
+        """Whether a call is to be differentiated in reverse mode."""
+        needs = [
+            f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
+            for name in self.tensors
+        ]
+        return f"(is_grad_enabled() and ({' or '.join(needs)}))"
 
     # --- differentiation --------------------------------------------------------------------------------------------
 
     def autograd(self) -> Function:
         """The kernel of the dispatcher's Autograd key."""
         op, source = self.op, self._source()
-        source.globals |= {
-            "op": self.overload,
-            "below_autograd": below_autograd,
-            "in_forward_mode": in_forward_mode,
-            "is_grad_enabled": torch.is_grad_enabled,
-            "transforms_active": torch._C._are_functorch_transforms_active,
-            "one_level": enable_single_level_autograd_function,
-        }
+        source.globals |= {"op": self.overload, "one_level": enable_single_level_autograd_function, **_STATE}
         source.line(f"def autograd_kernel({self._signature(source)}):", 0)
         self._refuse_none(source)
         arguments = ", ".join(self.arguments)
-        needs = [
-            f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
-            for name in self.tensors
-        ]
         if op.not_differentiable is not None:
             source.globals |= {"message": op.not_differentiable, "has_tangent": _transforms.has_tangent}
-            source.line(f"if is_grad_enabled() and ({' or '.join(needs)}): raise ValueError(message)")
+            source.line(f"if {self._records()}: raise ValueError(message)")
             source.line(f"if in_forward_mode() and has_tangent({', '.join(self.tensors)}):")
             source.line("raise NotImplementedError(f'topgather: forward mode: {message}')", 2)
         if op.backward is not None or op.derivative_of is not None:
@@ -364,7 +406,7 @@ class _Generator:
             source.line("if transforms_active():")
             source.line("with one_level():", 2)
             source.line(f"return OneLevel.apply({arguments})", 3)
-            source.line(f"if in_forward_mode() or (is_grad_enabled() and ({' or '.join(needs)})):")
+            source.line(f"if in_forward_mode() or {self._records()}:")
             source.line(f"return Plain.apply({arguments})", 2)
         source.line("with below_autograd():")
         source.line(f"return op({self.passed})", 2)
@@ -423,13 +465,11 @@ class _Generator:
         return source.compiled("forward")
 
     def _backward_parameters(self) -> tuple[list[str], dict[str, bool], Function]:
-        """Names that the backward asks for, whether each may be None, and what to call."""
+        """The parameters of the backward, the names it asks for with whether each may be None, and what to call."""
         backward = self.op.backward
         if isinstance(backward, str):
-            overload = getattr(torch.ops.topgather, backward).default
-            schema = overload._schema
-            optional = {a.name: str(a.type).startswith("Optional") for a in schema.arguments}
-            return list(optional), optional, overload
+            optional = _may_be_none(backward)
+            return list(optional), optional, getattr(torch.ops.topgather, backward).default
         if backward is None:
             owner = self.op.derivative_of
 
@@ -438,13 +478,15 @@ class _Generator:
 
             parameters = [owner] if owner in self.arguments else []
             return parameters, dict.fromkeys(parameters, False), refuse
+        optional = {}
         signature = inspect.signature(backward).parameters
-        optional = {name: "None" in str(parameter.annotation) for name, parameter in signature.items()}
+        for name, parameter in signature.items():
+            optional |= _may_be_none(name) if name in OPS else {name: "None" in str(parameter.annotation)}
         return list(signature), optional, backward
 
     def _saved(self) -> tuple[list[str], list[str]]:
         """Tensors, and other values, that the backward and the forward mode ask for."""
-        asked = self._backward_parameters()[0]
+        asked = list(self._backward_parameters()[1])
         if self.op.forward_mode is not None:
             asked = [*asked, *inspect.signature(self.op.forward_mode).parameters]
         known = [*self.arguments, *self.results]
@@ -458,8 +500,8 @@ class _Generator:
         return tensors, options
 
     def _differentiable_results(self) -> list[str]:
-        parameters = self._backward_parameters()[0]
-        return [name for name in self.results if f"grad_{name}" in parameters]
+        asked = self._backward_parameters()[1]
+        return [name for name in self.results if f"grad_{name}" in asked]
 
     def _save(self) -> Function:
         source = self._source()
@@ -495,23 +537,28 @@ class _Generator:
         if options:
             source.line(f"{_tuple_of(options)} = ctx.options")
         position = {name: index for index, name in enumerate(self.arguments)}
-        values = []
-        for name in parameters:
+        values = {name: name for name in optional}
+        for name in optional:
             if name.startswith("needs_grad_"):
-                argument = name.removeprefix("needs_grad_")
-                values.append(f"ctx.needs_input_grad[{position[argument]}]")
+                values[name] = f"ctx.needs_input_grad[{position[name.removeprefix('needs_grad_')]}]"
                 continue
             result = name.removeprefix("grad_")
             if result in differentiable and result != name and len(differentiable) > 1 and not optional[name]:
                 source.line(f"if grad_{result} is None: grad_{result} = zeros_like({result})")
             elif not (result in differentiable and result != name) and name not in (*tensors, *options):
                 raise ImportError(f"topgather: {self.name}: its backward asks for {name!r}, which nothing gives")
-            values.append(name)
+        for name in parameters:
+            if name not in values:
+                takes = list(_may_be_none(name))
+                op_called = source.bound(getattr(torch.ops.topgather, name).default, name)
+                defaults = ", ".join(f"{argument}={values[argument]}" for argument in takes)
+                source.line(f"{name} = lambda {defaults}: {op_called}({', '.join(takes)})")
+                values[name] = name
         given = list(op.gradients)
         if isinstance(op.backward, str):
             schema = getattr(torch.ops.topgather, op.backward).default._schema
             given = [result.name.removeprefix("grad_") for result in schema.returns]
-        call = f"function({', '.join(values)})"
+        call = f"function({', '.join(values[name] for name in parameters)})"
         if not given:
             source.line(call)
             source.line(nothing)

@@ -10,10 +10,8 @@ from torch import Tensor
 from . import _checks as checks
 from . import _cuda
 from . import _tensors as tensors
-from ._library import call, sum_dtype
+from ._library import sum_dtype
 from ._spec import Op, register
-
-_ops = torch.ops.topgather
 
 MIN_WIDTH, MAX_WIDTH = 2, 8
 
@@ -65,10 +63,10 @@ def key_conv(
     if cu_seqlens is not None:
         checks.check_tensor("cu_seqlens", cu_seqlens)
     if state is None:
-        out: Tensor = call(_ops.key_conv.default, key, weight, None, cu_seqlens)
+        out: Tensor = _key_conv(key, weight, None, cu_seqlens)
         return out
     checks.check_tensor("state", state)
-    out = call(_ops.key_conv.default, key, weight, state, cu_seqlens)
+    out = _key_conv(key, weight, state, cu_seqlens)
     length, num_tokens = state.size(2), key.size(2)
     if num_tokens >= length:
         return out, key.narrow(2, num_tokens - length, length).clone(memory_format=torch.contiguous_format)
@@ -204,7 +202,7 @@ register(
         folds=_folds,
     )
 )
-register(
+_key_conv = register(
     Op(
         schema="key_conv(Tensor key, Tensor weight, Tensor? state, Tensor? cu_seqlens) -> Tensor out",
         check=_check,

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks as checks
-from . import _cuda
+from . import _cuda, _memory_ops
 from . import _tensors as tensors
-from ._library import AUTOCAST_KEYS, call
+from ._library import AUTOCAST_KEYS
 from ._memory_ops import check_indices, check_table, check_token_rows, check_weights, follow_table
-
-_ops = torch.ops.topgather
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -54,7 +52,7 @@ def product_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, T
     checks.check_tensor("query", query)
     checks.check_tensor("keys", keys)
     checks.check_count("top_k", top_k)
-    scores, indices = call(_ops.product_key_topk.default, query, keys, top_k)
+    scores, indices = _memory_ops.product_key_topk(query, keys, top_k)
     return scores, indices
 
 
@@ -88,7 +86,7 @@ def memory_lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad:
     checks.check_tensor("indices", indices)
     checks.check_tensor("weights", weights)
     checks.check_flag("sparse_grad", sparse_grad)
-    out: Tensor = call(_ops.memory_lookup.default, values, indices, weights, sparse_grad)
+    out: Tensor = _memory_ops.memory_lookup(values, indices, weights, sparse_grad)
     return out
 
 
@@ -135,9 +133,9 @@ def expert_lookup(
         x = follow_table(x, values_in, device_type)
         weights = tensors.autocast_to_sums(weights, values_out, device_type)
     _check_experts(x, values_in, values_out, indices, weights)
-    hidden = call(_ops.memory_dot.default, values_in, indices, x, sparse_grad)
+    hidden = _memory_ops.memory_dot(values_in, indices, x, sparse_grad)
     gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
-    out: Tensor = call(_ops.memory_lookup.default, values_out, indices, gates, sparse_grad)
+    out: Tensor = _memory_ops.memory_lookup(values_out, indices, gates, sparse_grad)
     return out
 
 
