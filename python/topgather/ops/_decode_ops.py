@@ -52,17 +52,8 @@ def _check_keys_and_values(key_pages: Tensor, value_pages: Tensor, new_name: str
         checks.check_size("value_pages", value_pages, dim, key_pages.size(dim), meaning)
 
 
-def _check_heads(name: str, num_heads: int, num_kv_heads: int) -> None:
-    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads != 0:
-        raise ValueError(
-            f"{name} must have a multiple of the cache's heads, at least one, got {num_heads} heads "
-            f"and {num_kv_heads} key heads in the cache"
-        )
-
-
 def _check_integers(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
+    checks.check_dtype(name, tensor, torch.int32)
     checks.check_same_device(name, tensor, "the cache", like)
 
 
@@ -132,7 +123,7 @@ def _check_append(
         (3, value_pages.size(3), "value_dim of the cache"),
     ):
         checks.check_size("value", value, dim, expected, meaning)
-    _check_heads("key", key.size(1), num_kv_heads)
+    checks.check_heads("key", key.size(1), "the cache", num_kv_heads)
     _check_sequences(key, num_pages, seq_lens, page_table, num_tokens, block_size, page_size)
 
 
@@ -148,7 +139,7 @@ def _check_route(
 ) -> None:
     _check_tokens("query", query)
     _check_centroids(centroids, page_size, block_size, "query", query)
-    _check_heads("query", query.size(1), centroids.size(1))
+    checks.check_heads("query", query.size(1), "the cache", centroids.size(1))
     _check_sequences(query, centroids.size(0), seq_lens, page_table, num_tokens, block_size, page_size)
     num_pages = 1 if page_table is None else page_table.size(1)
     checks.check_slots(top_k, query.shape[:3], max(num_pages * centroids.size(2), 1))
@@ -168,7 +159,7 @@ def _check_decode(
     _check_tokens("query", query)
     _check_keys_and_values(key_pages, value_pages, "query", query)
     num_pages, num_kv_heads, page_size, _ = key_pages.shape
-    _check_heads("query", query.size(1), num_kv_heads)
+    checks.check_heads("query", query.size(1), "the cache", num_kv_heads)
     _check_sequences(query, num_pages, seq_lens, page_table, num_tokens, block_size, page_size)
     _check_integers("block_indices", block_indices, query)
     if sinks is not None:

@@ -60,12 +60,7 @@ def _check(
         for dim, meaning in enumerate(("tokens", "heads") if packed else ("batch size", "heads", "tokens")):
             if value.size(dim) != key_shape[dim]:
                 checks.check_size("value", value, dim, key_shape[dim], f"{meaning} of key")
-    num_query_heads, num_kv_heads = query_shape[1], key_shape[1]
-    if num_kv_heads < 1 or num_query_heads < 1 or num_query_heads % num_kv_heads != 0:
-        raise ValueError(
-            f"query must have a multiple of key's heads, at least one, got {num_query_heads} query heads "
-            f"and {num_kv_heads} key heads"
-        )
+    checks.check_heads("query", query_shape[1], "key", key_shape[1])
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         if cu_seqlens_q is None or cu_seqlens_k is None:
             raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together")
@@ -73,11 +68,10 @@ def _check(
         checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "query", query)
         checks.check_size("cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0), "size of cu_seqlens_q")
     if sinks is not None:
-        checks.check_logit_per_head(sinks, num_query_heads, query)
+        checks.check_logit_per_head(sinks, query_shape[1], query)
     if block_indices is None:
         return
-    if block_indices.dtype != torch.int32:
-        raise TypeError(f"block_indices must have dtype torch.int32, got {block_indices.dtype}")
+    checks.check_dtype("block_indices", block_indices, torch.int32)
     checks.check_same_device("block_indices", block_indices, "query", query)
     leading = _per_query(query)
     if block_indices.shape[:-1] != leading:

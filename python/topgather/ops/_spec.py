@@ -152,7 +152,7 @@ def register(op: Op) -> Function:
     library.impl(
         name, autograd if op.shared is None else _sparse.sharing(autograd, op.shared, generator.arguments), "Autograd"
     )
-    torch.library.register_vmap(f"topgather::{name}", generator.vmap(), lib=library)
+    torch.library.register_vmap(f"topgather::{name}", _transforms.batching_rule(generator.overload, op), lib=library)
     if generator.written:
         library.impl(name, generator.count_versions(), "ADInplaceOrView")
     if op.autocast:
@@ -241,9 +241,6 @@ class _Generator:
                 if name not in known:
                     raise ImportError(f"topgather: {self.name}: {part} names {name!r}, which the op does not have")
 
-    def _source(self) -> _Source:
-        return _Source(self.name)
-
     def _signature(self, source: _Source, first: str = "") -> str:
         parts = [first] if first else []
         for argument in self.overload._schema.arguments:
@@ -269,7 +266,7 @@ class _Generator:
 
     def kernel(self, device: str) -> Function:
         """The kernel of the dispatcher's CPU or CUDA key."""
-        op, source = self.op, self._source()
+        op, source = self.op, _Source(self.name)
         source.line(f"def {device}_kernel({self._signature(source)}):", 0)
         names = dict(self.here)
         self._refuse_none(source)
@@ -352,7 +349,7 @@ class _Generator:
 
     def fake(self) -> Function:
         """What shapes, dtypes and strides the op returns, for tracing and the meta device."""
-        source = self._source()
+        source = _Source(self.name)
         source.line(f"def fake_kernel({self._signature(source)}):", 0)
         self._refuse_none(source)
         source.line(f"{source.bound(refuse_onnx, 'refuse_onnx')}({self.name!r})")
@@ -367,7 +364,7 @@ class _Generator:
         That registration is Python: some microseconds a call, and tens of them where its code has left the caches.
         Under transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
         """
-        source = self._source()
+        source = _Source(self.name)
         source.globals |= {"op": self.overload, **_STATE}
         conditions = ["is_compiling()", "transforms_active()", "in_forward_mode()"]
         op = self.op
@@ -391,7 +388,7 @@ class _Generator:
 
     def autograd(self) -> Function:
         """The kernel of the dispatcher's Autograd key."""
-        op, source = self.op, self._source()
+        op, source = self.op, _Source(self.name)
         source.globals |= {"op": self.overload, "one_level": enable_single_level_autograd_function, **_STATE}
         source.line(f"def autograd_kernel({self._signature(source)}):", 0)
         self._refuse_none(source)
@@ -414,7 +411,7 @@ class _Generator:
 
     def count_versions(self) -> Function:
         """The kernel that counts up the versions of what the op writes, as torch's own in-place ops do."""
-        source = self._source()
+        source = _Source(self.name)
         source.globals |= {
             "op": self.overload,
             "below": torch._C._AutoDispatchBelowADInplaceOrView,
@@ -434,12 +431,7 @@ class _Generator:
         The dispatcher calls an Autograd kernel once a level, as it calls torch's own, and what the kernel calls in turn
         goes to the levels below.
         """
-        run, save, backward, forward_mode = self._forward(), self._save(), self._backward(), self._forward_mode()
-
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = run(*inputs)
-            save(ctx, inputs, output)
-            return output
+        forward, backward, forward_mode = self._forward(), self._backward(), self._forward_mode()
 
         def forward_of_level(ctx: Any, *inputs: Any) -> Any:
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -455,14 +447,6 @@ class _Generator:
                 {"forward": staticmethod(forward_of_level), **methods},
             ),
         )
-
-    def _forward(self) -> Function:
-        source = self._source()
-        source.globals |= {"op": self.overload, "below_autograd": below_autograd}
-        source.line(f"def forward({', '.join(self.arguments)}):", 0)
-        source.line("with below_autograd():")
-        source.line(f"return op({self.passed})", 2)
-        return source.compiled("forward")
 
     def _backward_parameters(self) -> tuple[list[str], dict[str, bool], Function]:
         """The parameters of the backward, the names it asks for with whether each may be None, and what to call."""
@@ -503,12 +487,14 @@ class _Generator:
         asked = self._backward_parameters()[1]
         return [name for name in self.results if f"grad_{name}" in asked]
 
-    def _save(self) -> Function:
-        source = self._source()
+    def _forward(self) -> Function:
+        """The op, and what its backward and its forward mode ask for, kept."""
+        source = _Source(self.name)
         tensors, options = self._saved()
-        source.globals["meta_of"] = meta_of
-        source.line("def save(ctx, inputs, output):", 0)
-        source.line(f"{_tuple_of(self.arguments)} = inputs")
+        source.globals |= {"op": self.overload, "below_autograd": below_autograd, "meta_of": meta_of}
+        source.line(f"def forward(ctx, {', '.join(self.arguments)}):", 0)
+        source.line("with below_autograd():")
+        source.line(f"output = op({self.passed})", 2)
         if self.results:
             source.line(f"{self._returned()} = output")
         source.line(f"ctx.save_for_backward({', '.join(tensors)})")
@@ -520,10 +506,11 @@ class _Generator:
         if fixed and self.op.derivative_of is None:
             source.line(f"ctx.mark_non_differentiable({', '.join(fixed)})")
         source.line("ctx.set_materialize_grads(False)")
-        return source.compiled("save")
+        source.line("return output")
+        return source.compiled("forward")
 
     def _backward(self) -> Function:
-        op, source = self.op, self._source()
+        op, source = self.op, _Source(self.name)
         parameters, optional, function = self._backward_parameters()
         tensors, options = self._saved()
         source.globals |= {"zeros_like": torch.zeros_like, "function": function}
@@ -574,7 +561,7 @@ class _Generator:
         return source.compiled("backward")
 
     def _forward_mode(self) -> Function:
-        op, source = self.op, self._source()
+        op, source = self.op, _Source(self.name)
         saved, options = self._saved()
         tangents = [f"tangent_{name}" if name in self.tensors else "_" + name for name in self.arguments]
         if op.forward_mode is None:
@@ -594,13 +581,9 @@ class _Generator:
         source.line(f"return {source.call(op.forward_mode, names)}")
         return source.compiled("forward_mode")
 
-    def vmap(self) -> Function:
-        """The batching rule."""
-        return _transforms.batching_rule(self.overload, self.op)
-
     def autocast(self, device_type: str, key: str) -> Function:
         """The kernel of an autocast key: the op on what the rules make of its arguments."""
-        source = self._source()
+        source = _Source(self.name)
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         source.globals |= {
             "op": self.overload,

@@ -41,8 +41,7 @@ class BlockRouting:
 
     def __post_init__(self) -> None:
         checks.check_tensor("block_indices", self.block_indices)
-        if self.block_indices.dtype != torch.int32:
-            raise TypeError(f"block_indices must have dtype torch.int32, got {self.block_indices.dtype}")
+        checks.check_dtype("block_indices", self.block_indices, torch.int32)
         if self.block_indices.ndim not in (3, 4):
             raise ValueError(
                 "block_indices must have 4 dimensions [B, Hq, Nq, top_k], or 3 for packed sequences, "
