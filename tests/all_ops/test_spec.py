@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tests.common.ops import CASES
 from tests.common.runs import assert_all_equal
-from topgather.ops import _cuda, _library, _spec
-from topgather.ops._spec import OPS, Op
+from topgather._common import cuda as _cuda
+from topgather._common import library as _library
+from topgather._common import spec as _spec
+from topgather._common.spec import OPS, Op
 
 ops = torch.ops.topgather
 

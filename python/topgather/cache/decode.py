@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
+from .._common import checks
 from ..ops import BlockRouting
-from ..ops import _checks as checks
 from ._base import BaseCache
 from ._checks import check_no_gradient
 from .contiguous import MobaCache

@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
-from ._library import sum_dtype
-from ._spec import Op, register
+from .._common import checks, cuda, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 # A query's columns in float32 must fit shared memory, beside little else.
 MAX_CUDA_HEAD_DIM = 8192
@@ -178,7 +176,7 @@ def _cuda_check_key(key: Tensor) -> None:
 
 
 def _check_cuda(name: str, tensor: Tensor) -> None:
-    _cuda.check_dtype(name, tensor)
+    cuda.check_dtype(name, tensor)
     if tensor.size(-1) > MAX_CUDA_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_CUDA_HEAD_DIM} on CUDA, got {tensor.size(-1)}")
 

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda, _sparse
-from . import _tensors as tensors
-from ._library import sum_dtype
-from ._spec import Op, register
+from .._common import checks, cuda, sparse, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 _ops = torch.ops.topgather
 
@@ -121,7 +119,7 @@ def _check_content(values: Tensor, indices: Tensor) -> None:
 
 def _cuda_check(values: Tensor, indices: Tensor) -> None:
     """A kernel follows no index that names no row, so that nothing waits for the device unless that is asked for."""
-    _cuda.check_dtype("values", values)
+    cuda.check_dtype("values", values)
     if os.environ.get(CHECK_INDICES_VARIABLE, "") not in ("", "0"):
         _check_content(values, indices)
 
@@ -162,7 +160,7 @@ def _touched_rows(values: Tensor, sorted_rows: Tensor, is_first: Tensor) -> Tens
 def _sparse_gradients(
     values: Tensor, indices: Tensor, needs_grad_weights: bool, rows: Tensor, grad_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _sparse.keep_coalesced(rows)
+    sparse.keep_coalesced(rows)
     grad_values = torch.sparse_coo_tensor(
         rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
     )
@@ -171,7 +169,7 @@ def _sparse_gradients(
 
 def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
     """With as many rows as there are entries: how many are touched only data can tell, and nobody who traces asks."""
-    _sparse.let_compiler_compare()
+    sparse.let_compiler_compare()
     num_entries = indices.size(0) * indices.size(1)
     rows = indices.new_empty((1, num_entries), dtype=torch.int64)
     grad_values = torch.sparse_coo_tensor(
@@ -535,7 +533,7 @@ product_key_topk = register(
     Op(
         schema="product_key_topk(Tensor query, Tensor keys, SymInt top_k) -> (Tensor scores, Tensor indices)",
         check=_check_product_keys,
-        cuda_check=lambda query: _cuda.check_dtype("query", query),
+        cuda_check=lambda query: cuda.check_dtype("query", query),
         composed_on_cuda=_topk_composed_on_cuda,
         inputs={"query": _halves},
         results=_empty_topk,

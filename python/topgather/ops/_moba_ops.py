@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
-from ._library import sum_dtype
-from ._spec import Meta, Op, register
+from .._common import checks, cuda, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Meta, Op, register
 
 _ops = torch.ops.topgather
 
@@ -140,7 +138,7 @@ def _check_content(
 
 
 def _cuda_check(query: Tensor, value: Tensor | None = None) -> None:
-    _cuda.check_dtype("query", query)
+    cuda.check_dtype("query", query)
     for name, tensor in (("head_dim", query), ("value_dim", value)):
         if tensor is not None and tensor.size(-1) > MAX_HEAD_DIM_ON_CUDA:
             raise ValueError(f"{name} must be at most {MAX_HEAD_DIM_ON_CUDA} on CUDA, got {tensor.size(-1)}")
@@ -233,7 +231,7 @@ block_centroids = register(
     Op(
         schema="block_centroids(Tensor key, SymInt block_size) -> Tensor centroids",
         check=_check_centroids,
-        cuda_check=lambda key: _cuda.check_dtype("key", key),
+        cuda_check=lambda key: cuda.check_dtype("key", key),
         results=_centroids,
         backward=_centroids_backward,
         gradients=("key",),

@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
-from ._library import sum_dtype
-from ._spec import Op, register
+from .._common import checks, cuda, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 Pair = int | tuple[int, int]
 GRID, WINDOW = "grid", "window"
@@ -210,7 +208,7 @@ def _check_backward(
 
 
 def _cuda_check(query: Tensor) -> None:
-    _cuda.check_dtype("query", query)
+    cuda.check_dtype("query", query)
     if query.size(-1) > MAX_CUDA_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_CUDA_HEAD_DIM} on CUDA, got {query.size(-1)}")
 

@@ -7,11 +7,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
-from ._library import sum_dtype
-from ._spec import Op, register
+from .._common import checks, cuda, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 MIN_WIDTH, MAX_WIDTH = 2, 8
 
@@ -124,7 +122,7 @@ def _check_content(key: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def _cuda_check(key: Tensor) -> None:
-    _cuda.check_dtype("key", key)
+    cuda.check_dtype("key", key)
 
 
 def _weight(tensor: Tensor, key: Tensor, on_cuda: bool) -> Tensor:

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda, _memory_ops
-from . import _tensors as tensors
-from ._library import AUTOCAST_KEYS
+from .._common import checks, cuda, tensors
+from .._common.library import AUTOCAST_KEYS
+from . import _memory_ops
 from ._memory_ops import check_indices, check_table, check_token_rows, check_weights, follow_table
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -141,8 +140,8 @@ def expert_lookup(
 
 def _check_experts(x: Tensor, values_in: Tensor, values_out: Tensor, indices: Tensor, weights: Tensor) -> None:
     check_table("values_in", values_in)
-    if _cuda.gets(values_in):
-        _cuda.check_dtype("values_in", values_in)
+    if cuda.gets(values_in):
+        cuda.check_dtype("values_in", values_in)
     check_table("values_out", values_out)
     checks.check_same_dtype("values_out", values_out, "values_in", values_in)
     checks.check_same_device("values_out", values_out, "values_in", values_in)

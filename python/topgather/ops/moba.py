@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda, _moba_ops
+from .._common import checks, cuda
+from . import _moba_ops
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -364,7 +364,7 @@ def _longest(key: Tensor, sequences: _Sequences, top_k: int | None) -> int:
         return key.size(2)
     checks.check_ndim("key", key, 3, "[total_tokens, heads, dim]")
     # On CUDA nobody sees whether a sequence is longer than max_seqlen_k; a top_k counts on no such bound.
-    is_bound_known = top_k is None or not _cuda.gets(key)
+    is_bound_known = top_k is None or not cuda.gets(key)
     longest: int = torch.sym_min(max_seqlen_k, key.size(0)) if is_bound_known else key.size(0)
     return longest
 

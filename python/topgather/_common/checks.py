@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._library import sum_dtype
+from .library import sum_dtype
 
-# Checks of options, by argument: an op that has such an argument checks it (:mod:`topgather.ops._spec`).
+# Checks of options, by argument: an op that has such an argument checks it (:mod:`topgather._common.spec`).
 OPTIONS: dict[str, Callable[[Any], None]] = {}
 
 

@@ -21,8 +21,8 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from .. import _native
-from . import _checks, _cuda, _sparse, _transforms
-from ._library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
+from . import checks, cuda, sparse, transforms
+from .library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
 
 Function = Callable[..., Any]
 
@@ -35,7 +35,7 @@ class Op:
         schema: as the dispatcher takes it, every result with a name.
         check: raises for what shapes, strides, dtypes, devices and options can say, and looks at nothing else: a call
             that differs from an earlier one in none of them is not checked again. Runs in fake kernels too, after the
-            checks that ``_checks.OPTIONS`` has for arguments of the op.
+            checks that ``checks.OPTIONS`` has for arguments of the op.
         results: makes the results, not filled in; a tensor, a tuple of them, or None for an op that returns nothing.
         native: name of the native entry points, ``<native>_cpu`` and ``<native>_cuda``; the op's if None.
         fake_results: the same for the fake kernel, where what ``locals`` hold shapes the results.
@@ -146,13 +146,13 @@ def register(op: Op) -> Function:
     library.impl(name, CPU_KERNELS[name], "CPU")
     cuda_kernel = generator.kernel("cuda")
     library.impl(name, cuda_kernel, "CUDA")
-    _cuda.KERNELS[name] = cuda_kernel
+    cuda.KERNELS[name] = cuda_kernel
     torch.library.register_fake(f"topgather::{name}", generator.fake(), lib=library)
     autograd = generator.autograd()
     library.impl(
-        name, autograd if op.shared is None else _sparse.sharing(autograd, op.shared, generator.arguments), "Autograd"
+        name, autograd if op.shared is None else sparse.sharing(autograd, op.shared, generator.arguments), "Autograd"
     )
-    torch.library.register_vmap(f"topgather::{name}", _transforms.batching_rule(generator.overload, op), lib=library)
+    torch.library.register_vmap(f"topgather::{name}", transforms.batching_rule(generator.overload, op), lib=library)
     if generator.written:
         library.impl(name, generator.count_versions(), "ADInplaceOrView")
     if op.autocast:
@@ -304,7 +304,7 @@ class _Generator:
                     f"argument, result or local of the op"
                 )
         if device == "cuda":
-            align = source.bound(_cuda.aligned, "aligned")
+            align = source.bound(cuda.aligned, "aligned")
             for name in aligned:
                 source.line(f"native_{name} = {align}({given[name]})")
                 given[name] = f"native_{name}"
@@ -316,7 +316,7 @@ class _Generator:
         if device == "cpu":
             source.line(f"{source.bound(getattr(_native, f'{native}_cpu'), native)}({fields_text})")
         else:
-            run = source.bound(_cuda.runner(native), "run")
+            run = source.bound(cuda.runner(native), "run")
             source.line(f"{run}({self.tensors[0]}, {fields_text})")
         source.line(f"return {self._returned()}")
         return source.compiled(f"{device}_kernel")
@@ -340,8 +340,8 @@ class _Generator:
 
     def _checks(self, source: _Source, indent: int) -> None:
         for name in self.arguments:
-            if name in _checks.OPTIONS:
-                source.line(f"{source.bound(_checks.OPTIONS[name], f'check_{name}')}({name})", indent)
+            if name in checks.OPTIONS:
+                source.line(f"{source.bound(checks.OPTIONS[name], f'check_{name}')}({name})", indent)
         source.line(source.call(self.op.check, self.here), indent)
 
     def _is_optional(self, name: str) -> bool:
@@ -394,7 +394,7 @@ class _Generator:
         self._refuse_none(source)
         arguments = ", ".join(self.arguments)
         if op.not_differentiable is not None:
-            source.globals |= {"message": op.not_differentiable, "has_tangent": _transforms.has_tangent}
+            source.globals |= {"message": op.not_differentiable, "has_tangent": transforms.has_tangent}
             source.line(f"if {self._records()}: raise ValueError(message)")
             source.line(f"if in_forward_mode() and has_tangent({', '.join(self.tensors)}):")
             source.line("raise NotImplementedError(f'topgather: forward mode: {message}')", 2)
