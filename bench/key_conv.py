@@ -39,7 +39,7 @@ from _harness import (
     time_interleaved,
 )
 from topgather import _native
-from topgather.ops._library import describe, reads_tensors
+from topgather._common.library import describe, reads_tensors
 
 FORWARD, BOTH = "forward", "forward+backward"
 OURS, TORCH, COPY, CLONE = "topgather", "conv1d + SiLU + add", "copy_", "clone"

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import topgather as tg
 from _harness import describe_run, results_folder, time_interleaved, write_json
-from topgather.ops import _spec
+from topgather._common import spec as _spec
 
 BLOCK_SIZE, TOP_K, SCALE = 8, 2, 0.5
 CALLS_PER_SAMPLE = 100

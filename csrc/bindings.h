@@ -1,4 +1,5 @@
-// What the bindings of an op stand on, and one function an op; module.cpp calls each.
+// What an op adds to the module: a function in <op>_bindings.cpp, and an OpBindings there that names it. Nothing else
+// knows which ops there are.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,10 +12,24 @@
 
 namespace topgather {
 
-void bind_moba(pybind11::module_& module);
-void bind_memory(pybind11::module_& module);
-void bind_grid(pybind11::module_& module);
-void bind_key_conv(pybind11::module_& module);
-void bind_decode(pybind11::module_& module);
+class OpBindings {
+ public:
+  using Bind = void (*)(pybind11::module_& module);
+
+  // While the library is loaded.
+  explicit OpBindings(Bind bind) : bind_(bind), next_(first_) { first_ = this; }
+
+  OpBindings(const OpBindings&) = delete;
+  OpBindings& operator=(const OpBindings&) = delete;
+
+  static void add_all(pybind11::module_& module) {
+    for (const OpBindings* bindings = first_; bindings != nullptr; bindings = bindings->next_) bindings->bind_(module);
+  }
+
+ private:
+  Bind bind_;
+  const OpBindings* next_;
+  static inline const OpBindings* first_ = nullptr;
+};
 
 }  // namespace topgather

@@ -29,9 +29,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_toolkit", &cuda_toolkit);
   module.def("cuda_devices", &cuda_devices);
   add_native_calls(module);
-  bind_moba(module);
-  bind_memory(module);
-  bind_grid(module);
-  bind_key_conv(module);
-  bind_decode(module);
+  OpBindings::add_all(module);
 }

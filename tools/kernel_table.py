@@ -188,9 +188,9 @@ def format_document(build: Build) -> str:
         "thread, by architecture; the largest static shared memory, stack and spills of any architecture.\n\n"
         f"Toolkit {build.toolkit}, architectures {build.architectures}.\n\n"
         f"{format_table(build)}\n"
-        "Thread blocks of the kernels that ask for shared memory at launch. On every architecture at most 101376 B, what\n"
-        "sm_86, sm_89 and sm_120 give, but for kernels of large blocks, which have others in their place there; the\n"
-        "router's with its lists for top_k = 8:\n\n"
+        "Thread blocks of the kernels that ask for shared memory at launch. On every architecture at most 101376 B,\n"
+        "what sm_86, sm_89 and sm_120 give, but for kernels of large blocks, which have others in their place there;\n"
+        "the router's with its lists for top_k = 8:\n\n"
         f"{format_launches(build)}"
     )
 

@@ -4,7 +4,8 @@
 //
 // From the list follow how Python's arguments are read (native_call.h), the names that Python compares with its own
 // when it imports the module, and what the emulator is told of a call's memory. A struct among the fields is read field
-// by field. What is not listed is derived by the op's complete(params), which also asserts what kernels rely on.
+// by field, and so is a struct that this one derives from and calls its `Shared`. What is not listed is derived by the
+// op's complete(params), which also asserts what kernels rely on.
 #pragma once
 
 #include <utility>
@@ -33,6 +34,9 @@ concept HasFields = requires(Params& params) { visit_fields(params, [](const cha
 // Calls visit(name, field) for every field, those of structs among them.
 template <typename Params, typename Visit>
 void visit_all_fields(Params& params, const Visit& visit) {
+  if constexpr (requires { typename Params::Shared; }) {
+    visit_all_fields(static_cast<typename Params::Shared&>(params), visit);
+  }
   visit_fields(params, [&](const char* name, auto& field) {
     if constexpr (HasFields<std::remove_reference_t<decltype(field)>>) {
       visit_all_fields(field, visit);

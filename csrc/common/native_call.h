@@ -1,6 +1,6 @@
 // How Python calls an entry point: one positional argument a field of its parameter struct, in the order of the list
 // that TOPGATHER_FIELDS gives. Python reads that order, by name, when it imports the module
-// (python/topgather/ops/_spec.py), so no call depends on a position that somebody wrote down.
+// (python/topgather/_common/spec.py), so no call depends on a position that somebody wrote down.
 #pragma once
 
 #include <pybind11/pybind11.h>

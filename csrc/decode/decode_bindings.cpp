@@ -91,7 +91,7 @@ void complete(DecodeParams& params) {
   params.problem.scale = params.scale;
 }
 
-void bind_decode(pybind11::module_& module) {
+static void bind(pybind11::module_& module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "moba_cache_append", &DecodeCpuKernels::append, &check_lengths<CacheAppendParams, true>);
   add_cpu_entry(module, "moba_decode_route", &DecodeCpuKernels::route, &check_lengths<DecodeRouteParams, false>);
@@ -104,5 +104,7 @@ void bind_decode(pybind11::module_& module) {
   add_cuda_entry<DecodeParams>(module, "moba_decode", {&moba_decode_cuda, &moba_decode_workspace_bytes});
 #endif
 }
+
+static const OpBindings registered(&bind);
 
 }  // namespace topgather

@@ -13,6 +13,7 @@
 
 #include "../common/array.h"
 #include "../common/fields.h"
+#include "../common/score_options.h"
 
 namespace topgather {
 
@@ -57,19 +58,18 @@ struct DecodeRouteParams {
 };
 TOPGATHER_FIELDS(DecodeRouteParams, problem, query, centroids, page_size, block_indices)
 
-struct DecodeParams {
+struct DecodeParams : ScoreOptions {
+  using Shared = ScoreOptions;
   static constexpr const char* kAlignedOnCuda[] = {"query"};
   DecodeProblem problem;
   Array<const void, 4> query;             // [batch, query head, M, D] dtype
   Array<const void, 4> key_pages;         // [page, kv head, page_size, D] dtype
   Array<const void, 4> value_pages;       // [page, kv head, page_size, V] dtype
   Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
-  double scale;
-  double softcap;              // scaled scores become softcap * tanh(score / softcap); 0: they stay
   Array<const void, 1> sinks;  // [query head] float32, float64 for float64, logits that join a row's sum; or data null
   Array<void, 4> out;          // [batch, query head, M, V] dtype
   Array<void, 3> lse;          // [batch, query head, M] float32, float64 for float64, contiguous
 };
-TOPGATHER_FIELDS(DecodeParams, problem, query, key_pages, value_pages, block_indices, scale, softcap, sinks, out, lse)
+TOPGATHER_FIELDS(DecodeParams, problem, query, key_pages, value_pages, block_indices, sinks, out, lse)
 
 }  // namespace topgather

@@ -33,7 +33,7 @@ void complete_problem(Params& params) {
 void complete(GridForwardParams& params) { complete_problem(params); }
 void complete(GridBackwardParams& params) { complete_problem(params); }
 
-void bind_grid(pybind11::module_& module) {
+static void bind(pybind11::module_& module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "grid_attention", &GridCpuKernels::forward);
   add_cpu_entry(module, "grid_attention_backward", &GridCpuKernels::backward);
@@ -45,5 +45,7 @@ void bind_grid(pybind11::module_& module) {
   add_kernel_facts(module, "grid_cuda_kernel_facts", &grid_cuda_kernel_facts);
 #endif
 }
+
+static const OpBindings registered(&bind);
 
 }  // namespace topgather

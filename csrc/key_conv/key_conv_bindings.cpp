@@ -37,7 +37,7 @@ void complete(KeyConvBackwardParams& params) {
   complete_problem(params, {&params.key, &params.grad_out}, params.grad_key);
 }
 
-void bind_key_conv(pybind11::module_& module) {
+static void bind(pybind11::module_& module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "key_conv", &KeyConvCpuKernels::forward);
   add_cpu_entry(module, "key_conv_backward", &KeyConvCpuKernels::backward);
@@ -48,5 +48,7 @@ void bind_key_conv(pybind11::module_& module) {
                                         {&key_conv_backward_cuda, &key_conv_backward_workspace_bytes});
 #endif
 }
+
+static const OpBindings registered(&bind);
 
 }  // namespace topgather

@@ -51,7 +51,7 @@ void complete(MemoryBackwardParams& params) {
   require(params.num_targets <= INT32_MAX, "num_targets must fit 31 bits");
 }
 
-void bind_memory(pybind11::module_& module) {
+static void bind(pybind11::module_& module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "product_key_topk", &MemoryCpuKernels::product_key_topk);
   add_cpu_entry(module, "memory_lookup", &MemoryCpuKernels::lookup);
@@ -67,5 +67,7 @@ void bind_memory(pybind11::module_& module) {
   add_kernel_facts(module, "memory_cuda_kernel_facts", &memory_cuda_kernel_facts);
 #endif
 }
+
+static const OpBindings registered(&bind);
 
 }  // namespace topgather

@@ -77,7 +77,7 @@ struct BackwardTask {
         padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
 #if TOPGATHER_MATRIX_UNIT
         ,
-        amx(p.problem, p.scale, p.softcap, kTileKeys, scratch)
+        amx(p.problem, p, kTileKeys, scratch)
 #endif
   {
     query_columns = scratch.take<T>(p.problem.head_dim * kTileQueries);

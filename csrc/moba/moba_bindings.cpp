@@ -89,7 +89,7 @@ void throw_routing_fault(bool is_duplicate, int64_t head_idx, int64_t query, int
 }
 #endif
 
-void bind_moba(pybind11::module_& module) {
+static void bind(pybind11::module_& module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "block_centroids", &MobaCpuKernels::centroids);
   add_cpu_entry(module, "moba_route", &MobaCpuKernels::route);
@@ -106,5 +106,7 @@ void bind_moba(pybind11::module_& module) {
   add_kernel_facts(module, "moba_cuda_kernel_facts", &moba_cuda_kernel_facts);
 #endif
 }
+
+static const OpBindings registered(&bind);
 
 }  // namespace topgather

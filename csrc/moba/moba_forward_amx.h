@@ -36,13 +36,13 @@ struct AmxScores {
   float* scores;         // [kTileQueries, tile_keys]
 
   template <typename Cutter>
-  AmxScores(const MobaProblem& problem, double scale, double softcap, int64_t max_keys, Cutter& scratch)
+  AmxScores(const MobaProblem& problem, const ScoreOptions& options, int64_t max_keys, Cutter& scratch)
       : tile_keys(max_keys),
         head_dim(problem.head_dim),
         padded_head_dim(round_up(problem.head_dim, kAmxDepth)),
-        scale_base2(static_cast<float>(scale * kLog2E)),
-        softcap_base2(static_cast<float>(softcap * kLog2E)),
-        score_factor(softcap > 0 ? 1.0f : scale_base2) {
+        scale_base2(static_cast<float>(options.scale * kLog2E)),
+        softcap_base2(static_cast<float>(options.softcap * kLog2E)),
+        score_factor(options.softcap > 0 ? 1.0f : scale_base2) {
     query_rows = scratch.template take<BFloat16>(kTileQueries * padded_head_dim);
     key_pairs = scratch.template take<uint32_t>(padded_head_dim / 2 * tile_keys);
     scores = scratch.template take<float>(kTileQueries * tile_keys);
@@ -101,8 +101,8 @@ struct AmxForwardTile : AmxScores {
   float* out_tile;        // [kTileQueries, padded V]
 
   template <typename Cutter>
-  AmxForwardTile(const MobaProblem& problem, double scale, double softcap, int64_t max_keys, Cutter& scratch)
-      : AmxScores(problem, scale, softcap, max_keys, scratch),
+  AmxForwardTile(const MobaProblem& problem, const ScoreOptions& options, int64_t max_keys, Cutter& scratch)
+      : AmxScores(problem, options, max_keys, scratch),
         value_dim(problem.value_dim),
         padded_value_dim(round_up(problem.value_dim, kAmxPanel)) {
     value_pairs = scratch.template take<uint32_t>(tile_keys / 2 * padded_value_dim);

@@ -148,7 +148,7 @@ struct ForwardTask {
         padded_value_dim(round_up(p.problem.value_dim, kLanes<T>))
 #if TOPGATHER_MATRIX_UNIT
         ,
-        amx(p.problem, p.scale, p.softcap, kTileKeys, scratch)
+        amx(p.problem, p, kTileKeys, scratch)
 #endif
   {
     cursors = scratch.take<int32_t>(num_blocks);

@@ -7,6 +7,7 @@
 
 #include "../common/array.h"
 #include "../common/fields.h"
+#include "../common/score_options.h"
 
 namespace topgather {
 
@@ -51,10 +52,9 @@ struct MobaRouteParams {
 };
 TOPGATHER_FIELDS(MobaRouteParams, problem, query, key, block_indices)
 
-struct MobaForwardParams {
+struct MobaForwardParams : ScoreOptions {
+  using Shared = ScoreOptions;
   MobaProblem problem;
-  double scale;
-  double softcap;                         // scaled scores become softcap * tanh(score / softcap); 0: they stay
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
   Array<const void, 4> value;             // [batch, kv head, key, V] dtype
@@ -65,13 +65,11 @@ struct MobaForwardParams {
   Array<void, 4> softmax_terms;           // [batch, query head, query, 2] sum type, see softmax_terms.h
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value"};
 };
-TOPGATHER_FIELDS(MobaForwardParams, problem, scale, softcap, query, key, value, block_indices, sinks, out, lse,
-                 softmax_terms)
+TOPGATHER_FIELDS(MobaForwardParams, problem, query, key, value, block_indices, sinks, out, lse, softmax_terms)
 
-struct MobaBackwardParams {
+struct MobaBackwardParams : ScoreOptions {
+  using Shared = ScoreOptions;
   MobaProblem problem;
-  double scale;
-  double softcap;                         // as in the forward
   bool deterministic;                     // on CUDA: the same bits every time; the CPU's always are
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
@@ -88,7 +86,7 @@ struct MobaBackwardParams {
   Array<void, 4> grad_value;  // [batch, kv head, key, V] dtype
   static constexpr const char* kAlignedOnCuda[] = {"query", "key", "value", "grad_out"};
 };
-TOPGATHER_FIELDS(MobaBackwardParams, problem, scale, softcap, deterministic, query, key, value, block_indices, out, lse,
-                 grad_out, grad_lse, softmax_terms, grad_query, grad_key, grad_value)
+TOPGATHER_FIELDS(MobaBackwardParams, problem, deterministic, query, key, value, block_indices, out, lse, grad_out,
+                 grad_lse, softmax_terms, grad_query, grad_key, grad_value)
 
 }  // namespace topgather

@@ -1,7 +1,8 @@
 """Compiled kernels.
 
 An entry point, ``<op>_cpu`` or ``<op>_cuda``, takes one positional argument a field of its parameter struct
-(csrc/*/*_params.h), in the order that ``argument_names`` tells, and returns nothing: ops/_spec.py fills them by name.
+(csrc/*/*_params.h), in the order that ``argument_names`` tells, and returns nothing: _common/spec.py fills them by
+name.
 """
 
 from typing import Any

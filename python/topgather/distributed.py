@@ -71,11 +71,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from ._common import checks
+from ._common.library import DTYPE_CODES, sum_dtype
 from .nn._tables import check_number
 from .nn.memory import MemoryPool
-from .ops import _checks as checks
 from .ops import memory_lookup
-from .ops._library import DTYPE_CODES, sum_dtype
 from .ops._memory_ops import check_indices, check_weights
 
 __all__ = ["MemoryColwise", "ShardedMemoryPool", "clip_grad_norm_"]

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tests.common.ops import CASES
 from tests.common.runs import assert_all_equal
-from topgather.ops import _cuda, _library, _spec
-from topgather.ops._spec import OPS, Op
+from topgather._common import cuda as _cuda
+from topgather._common import library as _library
+from topgather._common import spec as _spec
+from topgather._common.spec import OPS, Op
 
 ops = torch.ops.topgather
 
@@ -93,7 +95,8 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(_spec, "_native", module)
     monkeypatch.setattr(_spec, "reads_tensors", True)
     for registry in (_spec.OPS, _spec.CPU_KERNELS, _cuda.KERNELS):
-        monkeypatch.setitem(registry, "doubled", None)  # taken out again afterwards
+        for name in ("doubled", "again"):
+            monkeypatch.setitem(registry, name, None)  # taken out again afterwards
     with torch.library._scoped_library("topgather", "FRAGMENT") as library:
         monkeypatch.setattr(_spec, "library", library)
         yield module
@@ -108,8 +111,57 @@ def test_a_whole_description_works(native: Any) -> None:
     assert OPS["doubled"] is DOUBLED
 
 
+def test_what_registering_returns_is_the_op(native: Any) -> None:
+    """As the package calls it: by place or name, with and without gradients, compiled, under transforms."""
+    doubled = _spec.register(DOUBLED)
+    x = torch.arange(3.0, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(doubled(x, factor=3).sum(), x)[0], x)
+    with torch.no_grad():
+        assert not doubled(x, 3).requires_grad
+    assert not doubled(x.detach(), 3).requires_grad
+    assert torch.equal(torch.compile(doubled, fullgraph=True, backend="eager")(x, 3), 3 * x)
+    assert torch.equal(torch.func.vmap(lambda row: doubled(row, 3))(x.expand(2, 3)), (3 * x).expand(2, 3))
+    assert torch.equal(torch.func.grad(lambda x: doubled(x, 3).sum())(x.detach()), x)
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got NoneType"):
+        ops.doubled(None, 3)
+
+
+def _backward_by_op(doubled: Any, grad_out: Tensor) -> tuple[Tensor]:
+    return (doubled(x=grad_out),)
+
+
+def test_a_backward_gets_an_op_with_the_arguments_at_hand(native: Any) -> None:
+    """The one it names: what it does not change is what the forward was called with."""
+    _spec.register(DOUBLED)
+    native.argument_names["again_cpu"], native.aligned_arguments["again"] = ["x", "factor", "out"], []
+    native.again_cpu = native.doubled_cpu
+    schema = "again(Tensor x, int factor) -> Tensor out"
+    again = _spec.register(replace(DOUBLED, schema=schema, backward=_backward_by_op))
+    x = torch.arange(3.0, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(again(x, 5).sum(), x)[0], torch.full((3,), 5.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "wrong"),
+    [
+        ("block_size", "SymInt", 0),
+        ("top_k", "SymInt", 2**31),
+        ("max_seqlen_k", "SymInt", -1),
+        ("scale", "float", float("nan")),
+        ("softcap", "float?", -1.0),
+    ],
+)
+def test_an_option_is_checked_by_its_name(native: Any, name: str, kind: str, wrong: Any) -> None:
+    """No check of the op asks for it. On the CPU and in fake kernels, every time."""
+    native.argument_names["doubled_cpu"] = ["x", "factor", "out"]
+    _spec.register(replace(DOUBLED, schema=f"doubled(Tensor x, int factor, {kind} {name}) -> Tensor out"))
+    for x in (torch.arange(3.0), torch.arange(3.0), torch.arange(3.0, device="meta")):
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            ops.doubled(x, 2, wrong)
+
+
 def test_nothing_is_left_of_it() -> None:
-    assert not hasattr(ops, "doubled") and "doubled" not in OPS
+    assert not hasattr(ops, "doubled") and not {"doubled", "again"} & set(OPS)
 
 
 @pytest.mark.parametrize("is_aligned", [False, True])

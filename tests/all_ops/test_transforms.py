@@ -12,7 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from tests.common.ops import CASES, DIFFERENTIABLE, Inputs, OpCase, every
 from tests.common.tensors import random_tensor
-from topgather.ops._spec import OPS
+from topgather._common.spec import OPS
 
 CPU = torch.device("cpu")
 SAMPLES = 3

@@ -30,7 +30,7 @@ from tests.common.runs import assert_all_equal
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from topgather import reference
-from topgather.ops import _cuda
+from topgather._common import cuda as _cuda
 
 WAYS = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "atomic"])
 CASE = AttentionCase(batch=2, num_heads=4, num_kv_heads=2, query_len=90, head_dim=24, block_size=8, top_k=4)

@@ -127,6 +127,35 @@ def test_a_sink_of_minus_infinity_is_none(device: torch.device) -> None:
     assert_bitwise_equal("out", tg.moba_attention(*tensors, BLOCK, TOP_K, sinks=sinks), expected)
 
 
+@pytest.mark.parametrize("num_keys", [0, 3])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_gradients_of_a_sink_of_minus_infinity_where_a_query_sees_no_key(
+    packed: bool, num_keys: int, device: torch.device
+) -> None:
+    """Five queries, the last of which stand on the keys; the first see none. Another head's sink is finite."""
+    query, key, value = (random_tensor((1, 2, n, 4), torch.float32, device, n) for n in (5, num_keys, num_keys))
+    sinks = torch.tensor([-torch.inf, 0.5], device=device)
+    oracle = [tensor.double().requires_grad_() for tensor in (query, key, value, sinks)]
+    routing = tg.moba_route(query, key, 2, 2)
+    if packed:
+        query, key, value = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value, sinks)]
+    if packed:
+        bounds = [torch.tensor([0, n], device=device) for n in (5, num_keys)]
+        out = tg.moba_attention_varlen(*leaves[:3], *bounds, 5, num_keys, 2, 2, sinks=sinks).transpose(0, 1)[None]
+    else:
+        out = tg.moba_attention(*leaves[:3], 2, 2, sinks=sinks)
+    expected, _ = reference.moba_attention(*oracle[:3], routing.block_indices, 2, sinks=oracle[3])
+    actual = torch.autograd.grad(out.square().sum(), leaves)
+    wanted = torch.autograd.grad(expected.square().sum(), oracle)
+    assert actual[3][0] == wanted[3][0] == 0
+    for name, gradient, double in zip(("query", "key", "value", "sinks"), actual, wanted, strict=True):
+        double = double[0].transpose(0, 1) if packed and name != "sinks" else double
+        assert double.isfinite().all() and gradient.shape == double.shape
+        if double.numel() > 0:
+            assert_near(f"gradient of {name}", gradient, double, torch.float32)
+
+
 def test_a_cap_bounds_infinite_scores(device: torch.device) -> None:
     """Where an infinite score would make NaN of a row, a capped one is a large number; NaN stays NaN."""
     query, key, value = (tensor.detach().clone() for tensor in make(torch.float32, device, False))

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from topgather.ops import _cuda
-from topgather.ops._library import reads_tensors, use_exchange
+from topgather._common import cuda as _cuda
+from topgather._common.library import reads_tensors, use_exchange
 
 FOLDER = os.environ.get("TOPGATHER_EMULATION") or None
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from topgather.ops._library import DTYPE_CODES
+from topgather._common.library import DTYPE_CODES
 
 ADDRESS = 1 << 20  # aligned, and never followed
 

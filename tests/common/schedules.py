@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from topgather.ops import _cuda
+from topgather._common import cuda as _cuda
 
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -13,7 +13,7 @@ from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal, assert_close, random_tensor
 from tests.common.tolerances import TOLERANCES
 from topgather import reference
-from topgather.ops import _cuda
+from topgather._common import cuda as _cuda
 
 OPS = torch.ops.topgather
 

@@ -9,11 +9,7 @@ namespace {
 void fill(pybind11::module_& module, bool is_checked) {
   topgather::emulation::bind_emulation(module, is_checked);
   topgather::add_native_calls(module);
-  topgather::bind_moba(module);
-  topgather::bind_memory(module);
-  topgather::bind_grid(module);
-  topgather::bind_key_conv(module);
-  topgather::bind_decode(module);
+  topgather::OpBindings::add_all(module);
 }
 
 }  // namespace

@@ -9,7 +9,8 @@ from tests.common.native import described, workspace_bytes
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal
 from tests.grid.helpers import GridCase, check_grid, make_inputs, run_grid
-from topgather.ops import _cuda, grid
+from topgather._common import cuda as _cuda
+from topgather.ops import grid
 
 # Tokens of a group, on both sides of what shares a tile and of what fills one.
 GROUPS = [

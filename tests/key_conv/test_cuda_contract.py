@@ -9,7 +9,7 @@ from tests.common.native import described, workspace_bytes
 from tests.common.schedules import CUDA_DTYPES, over_schedules
 from tests.common.tensors import assert_bitwise_equal
 from tests.key_conv.helpers import Inputs, KeyConvCase, check_key_conv, make_inputs, run_key_conv
-from topgather.ops import _cuda
+from topgather._common import cuda as _cuda
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)

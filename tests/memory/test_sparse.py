@@ -24,7 +24,7 @@ from tests.memory.helpers import (
     run_experts,
     run_lookup,
 )
-from topgather.ops import _sparse
+from topgather._common import sparse as _sparse
 
 pytestmark = pytest.mark.sanitize
 

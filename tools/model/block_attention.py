@@ -305,8 +305,8 @@ BACKWARD = (
         rare=("for (int column = lane; column",), directions=("backward",),
     ),
     KernelModel(
-        "moba_clear_key_sums", "moba_backward_cuda", lambda _: "moba_clear_key_sums", "a warp's 32 keys", clear_key_sums,
-        rare=_NOT_SUMMED, directions=("backward",), head_dims=(128,),
+        "moba_clear_key_sums", "moba_backward_cuda", lambda _: "moba_clear_key_sums", "a warp's 32 keys",
+        clear_key_sums, rare=_NOT_SUMMED, directions=("backward",), head_dims=(128,),
     ),
     _attend_backward_kernel(64),
     _attend_backward_kernel(128),

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..ops import _checks as checks
+from .._common import checks
+from .._common.library import sum_dtype
 from ..ops import _decode_ops  # noqa: F401  registers the ops
-from ..ops._library import sum_dtype
 from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH, key_conv
 from ._checks import check_counts, check_device_dtype, check_no_gradient, check_not_transformed
 

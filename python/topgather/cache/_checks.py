@@ -1,4 +1,4 @@
-"""What caches check beside what every op does (:mod:`topgather.ops._checks`)."""
+"""What caches check beside what every op does (:mod:`topgather._common.checks`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from ..ops import _checks as checks
+from .._common import checks
 
 
 def check_counts(name: str, value: Any, num_sequences: int, allowed: str = "an int or ints") -> list[int]:

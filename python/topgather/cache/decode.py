@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
+from .._common import checks
 from ..ops import BlockRouting
-from ..ops import _checks as checks
 from ._base import BaseCache
 from ._checks import check_no_gradient
 from .contiguous import MobaCache
@@ -101,8 +101,7 @@ def moba_decode(
         raise TypeError(f"cache must be a topgather.MobaCache or PagedMobaCache, got {type(cache).__name__}")
     checks.check_scale(scale)
     checks.check_softcap(softcap)
-    if sinks is not None:
-        checks.check_tensor("sinks", sinks)
+    checks.check_sinks(sinks)
     checks.check_flag("return_lse", return_lse)
     if query.dtype != cache.dtype:
         raise TypeError(f"query must have the cache's dtype, {cache.dtype}, got {query.dtype}")

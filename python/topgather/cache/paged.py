@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import _checks as checks
+from .._common import checks
 from ._base import BaseCache, Commit, Rearrangement, nothing_to_do
 from ._checks import check_counts, check_sizes
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common import checks
 from ..ops import BlockRouting, moba_attention_varlen
-from ..ops import _checks as checks
 
 __all__ = ["flash_moba_attn_varlen_func", "flash_moba_varlen_func", "moba_attn_varlen", "parallel_moba"]
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks as checks
+from .._common import checks
 from ._version import raise_unless_too_old
 
 try:

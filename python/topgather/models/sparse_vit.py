@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._common import checks
 from ..nn._init import TruncatedNormalLinear, reset_modules
 from ..nn._tables import check_number, copy_reference, parameter_to_load
 from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts, is_exporting, resize
-from ..ops import _checks as checks
 from ..ops.grid import GRID, Pair, axis_of
 
 

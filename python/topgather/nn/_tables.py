@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..ops import _checks as checks
+from .._common import checks
 
 
 class _Parametrizations(nn.ModuleDict):

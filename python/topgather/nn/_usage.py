@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks as checks
+from .._common import checks
 
 # Use is counted in whole units of a weight, so that its sums are exact, the same in any order, and left alone where a
 # module is converted to another dtype. What passes a whole weight is carried to a count of its own.

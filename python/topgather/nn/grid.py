@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..ops import _checks as checks
+from .._common import checks
 from ..ops import grid_attention, window_attention
 from ..ops.grid import GRID, WINDOW, Pair, axis_of, grid_step
 from ._init import reset_modules

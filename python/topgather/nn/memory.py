@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _checks as checks
+from .._common import checks
 from ..ops import expert_lookup, memory_lookup, product_key_topk
 from ..ops._bags import check_mode, row_of_padding
 from ..ops._memory_ops import MAX_KEYS

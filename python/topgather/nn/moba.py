@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks as checks
+from .._common import checks
 from ..ops import key_conv, moba_attention
 from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH
 from ._init import reset_modules

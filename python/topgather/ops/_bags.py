@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from ._library import sum_dtype
+from .._common import checks
+from .._common.library import sum_dtype
 from ._memory_ops import check_indices, check_offsets, check_table, tokens_of
 
 MODES = ("sum", "mean")

@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
-from ._library import sum_dtype
-from ._spec import Op, register
+from .._common import checks, cuda, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 # A query's columns in float32 must fit shared memory, beside little else.
 MAX_CUDA_HEAD_DIM = 8192
@@ -52,17 +50,8 @@ def _check_keys_and_values(key_pages: Tensor, value_pages: Tensor, new_name: str
         checks.check_size("value_pages", value_pages, dim, key_pages.size(dim), meaning)
 
 
-def _check_heads(name: str, num_heads: int, num_kv_heads: int) -> None:
-    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads != 0:
-        raise ValueError(
-            f"{name} must have a multiple of the cache's heads, at least one, got {num_heads} heads "
-            f"and {num_kv_heads} key heads in the cache"
-        )
-
-
 def _check_integers(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{name} must have dtype torch.int32, got {tensor.dtype}")
+    checks.check_dtype(name, tensor, torch.int32)
     checks.check_same_device(name, tensor, "the cache", like)
 
 
@@ -76,7 +65,6 @@ def _check_sequences(
     page_size: int,
 ) -> None:
     """Lengths and the table of pages, but for what they hold."""
-    checks.check_count("block_size", block_size)
     checks.check_count("page_size", page_size)
     batch_size = new.size(0)
     for name, lengths in (("seq_lens", seq_lens), ("num_tokens", num_tokens)):
@@ -115,7 +103,6 @@ def _check_append(
     num_tokens: Tensor | None,
     block_size: int,
 ) -> None:
-    checks.check_count("block_size", block_size)
     _check_tokens("key", key)
     _check_keys_and_values(key_pages, value_pages, "key", key)
     num_pages, num_kv_heads, page_size, _ = key_pages.shape
@@ -134,7 +121,7 @@ def _check_append(
         (3, value_pages.size(3), "value_dim of the cache"),
     ):
         checks.check_size("value", value, dim, expected, meaning)
-    _check_heads("key", key.size(1), num_kv_heads)
+    checks.check_heads("key", key.size(1), "the cache", num_kv_heads)
     _check_sequences(key, num_pages, seq_lens, page_table, num_tokens, block_size, page_size)
 
 
@@ -148,12 +135,9 @@ def _check_route(
     page_size: int,
     top_k: int,
 ) -> None:
-    checks.check_count("block_size", block_size)
-    checks.check_count("page_size", page_size)
-    checks.check_count("top_k", top_k)
     _check_tokens("query", query)
     _check_centroids(centroids, page_size, block_size, "query", query)
-    _check_heads("query", query.size(1), centroids.size(1))
+    checks.check_heads("query", query.size(1), "the cache", centroids.size(1))
     _check_sequences(query, centroids.size(0), seq_lens, page_table, num_tokens, block_size, page_size)
     num_pages = 1 if page_table is None else page_table.size(1)
     checks.check_slots(top_k, query.shape[:3], max(num_pages * centroids.size(2), 1))
@@ -168,20 +152,16 @@ def _check_decode(
     page_table: Tensor | None,
     num_tokens: Tensor | None,
     block_size: int,
-    scale: float,
-    softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    checks.check_scale(scale)
-    checks.check_softcap(softcap)
     _check_tokens("query", query)
     _check_keys_and_values(key_pages, value_pages, "query", query)
     num_pages, num_kv_heads, page_size, _ = key_pages.shape
-    _check_heads("query", query.size(1), num_kv_heads)
+    checks.check_heads("query", query.size(1), "the cache", num_kv_heads)
     _check_sequences(query, num_pages, seq_lens, page_table, num_tokens, block_size, page_size)
     _check_integers("block_indices", block_indices, query)
     if sinks is not None:
-        checks.check_sinks(sinks, query.size(1), query)
+        checks.check_logit_per_head(sinks, query.size(1), query)
     leading = list(query.shape[:3])
     if block_indices.ndim != 4 or list(block_indices.shape[:3]) != leading or block_indices.size(3) < 1:
         raise ValueError(f"block_indices must have shape {leading} + [top_k], got {tuple(block_indices.shape)}")
@@ -196,7 +176,7 @@ def _cuda_check_key(key: Tensor) -> None:
 
 
 def _check_cuda(name: str, tensor: Tensor) -> None:
-    _cuda.check_dtype(name, tensor)
+    cuda.check_dtype(name, tensor)
     if tensor.size(-1) > MAX_CUDA_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_CUDA_HEAD_DIM} on CUDA, got {tensor.size(-1)}")
 

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda, _sparse
-from . import _tensors as tensors
-from ._library import sum_dtype
-from ._spec import Op, register
+from .._common import checks, cuda, sparse, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 _ops = torch.ops.topgather
 
@@ -50,7 +48,6 @@ def _check_product_keys(query: Tensor, keys: Tensor, top_k: int) -> None:
     num_keys = keys.size(2)
     if num_keys < 1 or num_keys > MAX_KEYS:
         raise ValueError(f"keys must have between 1 and {MAX_KEYS} keys a half, got shape {tuple(keys.shape)}")
-    checks.check_count("top_k", top_k)
     if top_k > num_keys * num_keys:
         raise ValueError(f"top_k must be at most num_keys squared, {num_keys * num_keys}, got {top_k}")
     checks.check_contiguous_rows("query", query)
@@ -157,7 +154,7 @@ def _check_content(values: Tensor, indices: Tensor, offsets: Tensor | None) -> N
 
 def _cuda_check(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
     """A kernel follows no index that names no row, so that nothing waits for the device unless that is asked for."""
-    _cuda.check_dtype("values", values)
+    cuda.check_dtype("values", values)
     if os.environ.get(CHECK_INDICES_VARIABLE, "") not in ("", "0"):
         _check_content(values, indices, offsets)
 
@@ -221,7 +218,7 @@ def _touched_rows(values: Tensor, sorted_rows: Tensor, is_first: Tensor) -> Tens
 def _sparse_gradients(
     values: Tensor, indices: Tensor, needs_grad_weights: bool, rows: Tensor, grad_rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _sparse.keep_coalesced(rows)
+    sparse.keep_coalesced(rows)
     grad_values = torch.sparse_coo_tensor(
         rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
     )
@@ -230,7 +227,7 @@ def _sparse_gradients(
 
 def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
     """With as many rows as there are entries: how many are touched only data can tell, and nobody who traces asks."""
-    _sparse.let_compiler_compare()
+    sparse.let_compiler_compare()
     num_entries = indices.numel()
     rows = indices.new_empty((1, num_entries), dtype=torch.int64)
     grad_values = torch.sparse_coo_tensor(
@@ -388,7 +385,7 @@ def _bags_of_dots(tensor: Tensor, offsets: Tensor | None) -> Tensor:
     return indices if offsets is None else indices.unsqueeze(1)
 
 
-register(
+memory_lookup = register(
     Op(
         schema=(
             "memory_lookup(Tensor values, Tensor indices, Tensor weights, bool sparse_grad=False, "
@@ -408,7 +405,7 @@ register(
         shared="values",
     )
 )
-register(
+memory_dot = register(
     Op(
         schema=(
             "memory_dot(Tensor values, Tensor indices, Tensor x, bool sparse_grad=False, Tensor? offsets=None) "
@@ -624,11 +621,11 @@ def _topk_forward(
     return of_halves.view(*indices.shape[:2], 2, -1).sum(2), None
 
 
-register(
+product_key_topk = register(
     Op(
         schema="product_key_topk(Tensor query, Tensor keys, SymInt top_k) -> (Tensor scores, Tensor indices)",
         check=_check_product_keys,
-        cuda_check=lambda query: _cuda.check_dtype("query", query),
+        cuda_check=lambda query: cuda.check_dtype("query", query),
         composed_on_cuda=_topk_composed_on_cuda,
         inputs={"query": _halves},
         results=_empty_topk,

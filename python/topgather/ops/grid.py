@@ -7,13 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
-from ._library import call, sum_dtype
-from ._spec import Op, register
-
-_ops = torch.ops.topgather
+from .._common import checks, cuda, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 Pair = int | tuple[int, int]
 GRID, WINDOW = "grid", "window"
@@ -117,9 +113,8 @@ def _attention(
     if scale is None:
         # A head_dim of 0 is refused by the op, in its own words.
         scale = max(query.size(-1), 1) ** -0.5 if query.ndim > 0 else 1.0
-    out, *_ = call(_ops.grid_attention.default, query, key, value, bias, partition, *steps, float(scale))
-    result: Tensor = out
-    return result
+    out: Tensor = _grid_attention(query, key, value, bias, partition, *steps, float(scale))[0]
+    return out
 
 
 # --- the ops --------------------------------------------------------------------------------------------------------
@@ -162,13 +157,9 @@ def _check(
     partition: str,
     rows_step: int,
     columns_step: int,
-    scale: float,
 ) -> None:
     if partition not in (GRID, WINDOW):
         raise ValueError(f"partition must be {GRID!r} or {WINDOW!r}, got {partition!r}")
-    checks.check_count("rows_step", rows_step)
-    checks.check_count("columns_step", columns_step)
-    checks.check_scale(scale)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.check_ndim(name, tensor, 5, "[batch, heads, rows, columns, head_dim]")
         checks.check_floating(name, tensor)
@@ -206,10 +197,9 @@ def _check_backward(
     partition: str,
     rows_step: int,
     columns_step: int,
-    scale: float,
     softmax_terms: Tensor | None,
 ) -> None:
-    _check(query, key, value, bias, partition, rows_step, columns_step, scale)
+    _check(query, key, value, bias, partition, rows_step, columns_step)
     _check_like_query("grad_out", grad_out, query)
     _check_like_query("out", out, query)
     checks.check_per_query("lse", lse, query.shape[:-1], query)
@@ -218,7 +208,7 @@ def _check_backward(
 
 
 def _cuda_check(query: Tensor) -> None:
-    _cuda.check_dtype("query", query)
+    cuda.check_dtype("query", query)
     if query.size(-1) > MAX_CUDA_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_CUDA_HEAD_DIM} on CUDA, got {query.size(-1)}")
 
@@ -289,7 +279,7 @@ register(
         batch=_BATCH,
     )
 )
-register(
+_grid_attention = register(
     Op(
         schema="grid_attention(Tensor query, Tensor key, Tensor value, Tensor? bias, "
         f"{_OPTIONS}) -> (Tensor out, Tensor lse, Tensor softmax_terms)",

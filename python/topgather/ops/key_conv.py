@@ -7,13 +7,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
-from ._library import call, sum_dtype
-from ._spec import Op, register
-
-_ops = torch.ops.topgather
+from .._common import checks, cuda, tensors
+from .._common.library import sum_dtype
+from .._common.spec import Op, register
 
 MIN_WIDTH, MAX_WIDTH = 2, 8
 
@@ -101,10 +97,10 @@ def key_conv(
         checks.check_tensor("bias", bias)
     _check_activation(activation)
     if state is None:
-        out: Tensor = call(_ops.key_conv.default, key, weight, None, cu_seqlens, bias, activation)
+        out: Tensor = _key_conv(key, weight, None, cu_seqlens, bias, activation)
         return out
     checks.check_tensor("state", state)
-    out = call(_ops.key_conv.default, key, weight, state, cu_seqlens, bias, activation)
+    out = _key_conv(key, weight, state, cu_seqlens, bias, activation)
     length, num_tokens = state.size(2), key.size(2)
     if num_tokens >= length:
         return out, key.narrow(2, num_tokens - length, length).clone(memory_format=torch.contiguous_format)
@@ -189,7 +185,7 @@ def _check_content(key: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def _cuda_check(key: Tensor) -> None:
-    _cuda.check_dtype("key", key)
+    cuda.check_dtype("key", key)
 
 
 def _weight(tensor: Tensor, key: Tensor, on_cuda: bool) -> Tensor:
@@ -308,7 +304,7 @@ register(
         folds=_folds,
     )
 )
-register(
+_key_conv = register(
     Op(
         schema="key_conv(Tensor key, Tensor weight, Tensor? state, Tensor? cu_seqlens, Tensor? bias=None, "
         "str? activation='silu') -> Tensor out",

@@ -8,14 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks as checks
-from . import _cuda
-from . import _tensors as tensors
+from .._common import checks, cuda, tensors
+from .._common.library import AUTOCAST_KEYS
+from . import _memory_ops
 from ._bags import make_bags
-from ._library import AUTOCAST_KEYS, call
 from ._memory_ops import check_indices, check_table, check_token_rows, check_weights, follow_table
-
-_ops = torch.ops.topgather
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -55,7 +52,7 @@ def product_key_topk(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, T
     checks.check_tensor("query", query)
     checks.check_tensor("keys", keys)
     checks.check_count("top_k", top_k)
-    scores, indices = call(_ops.product_key_topk.default, query, keys, top_k)
+    scores, indices = _memory_ops.product_key_topk(query, keys, top_k)
     return scores, indices
 
 
@@ -117,7 +114,7 @@ def memory_lookup(
     if not (is_weighted and offsets is None and padding_idx is None and include_last_offset is False):
         bags = make_bags(values, indices, weights, offsets, mode, padding_idx, include_last_offset)
         indices, weights, offsets = bags
-    out: Tensor = call(_ops.memory_lookup.default, values, indices, weights, sparse_grad, offsets)
+    out: Tensor = _memory_ops.memory_lookup(values, indices, weights, sparse_grad, offsets)
     return out
 
 
@@ -164,16 +161,16 @@ def expert_lookup(
         x = follow_table(x, values_in, device_type)
         weights = tensors.autocast_to_sums(weights, values_out, device_type)
     _check_experts(x, values_in, values_out, indices, weights)
-    hidden = call(_ops.memory_dot.default, values_in, indices, x, sparse_grad)
+    hidden = _memory_ops.memory_dot(values_in, indices, x, sparse_grad)
     gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
-    out: Tensor = call(_ops.memory_lookup.default, values_out, indices, gates, sparse_grad)
+    out: Tensor = _memory_ops.memory_lookup(values_out, indices, gates, sparse_grad)
     return out
 
 
 def _check_experts(x: Tensor, values_in: Tensor, values_out: Tensor, indices: Tensor, weights: Tensor) -> None:
     check_table("values_in", values_in)
-    if _cuda.gets(values_in):
-        _cuda.check_dtype("values_in", values_in)
+    if cuda.gets(values_in):
+        cuda.check_dtype("values_in", values_in)
     check_table("values_out", values_out)
     checks.check_same_dtype("values_out", values_out, "values_in", values_in)
     checks.check_same_device("values_out", values_out, "values_in", values_in)

@@ -182,8 +182,8 @@ def moba_attention(
     scores = torch.where(sees_any, scores, 0.0)
     logits = scores
     if sinks is not None:
-        # A row that sees nothing has weights of 0 in any case.
-        logits = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+        # A row that sees nothing has weights of 0 in any case, and a finite stand-in for its sink as well.
+        logits = torch.cat([scores, torch.where(sees_any, sinks.double()[:, None, None], 0.0)], dim=-1)
     weights = torch.where(visible, logits.softmax(dim=-1)[..., : scores.shape[-1]], 0.0)
     out = _weighted_values(weights, value, visible)
     if key.shape[2] == 0:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from topgather import _native
-from topgather.ops._cuda import aligned
-from topgather.ops._library import describe
+from topgather._common.cuda import aligned
+from topgather._common.library import describe
 
 from .replay import FLOAT_TYPES, RecordedLaunch, take_recording
 

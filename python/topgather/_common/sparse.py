@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ._library import library
+from .library import library
 
 # The branch of a traced table that the next call is to have.
 _NEXT = "_topgather_next_branch"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
-    from ._spec import Op
+    from .spec import Op
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import sum_dtype
+from .library import sum_dtype
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:

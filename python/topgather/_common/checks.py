@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,17 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._library import sum_dtype
+from .library import sum_dtype
+
+# Checks of options, by argument: an op that has such an argument checks it (:mod:`topgather._common.spec`).
+OPTIONS: dict[str, Callable[[Any], None]] = {}
+
+
+def option(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``check_<argument>`` holds of the argument in every op."""
+    OPTIONS[check.__name__.removeprefix("check_")] = check
+    return check
+
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # From here on a choice's padding is looked at.
@@ -40,6 +51,21 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
     if value < least or value > 2**31 - 1:
         raise ValueError(f"{name} must be between {least} and 2**31 - 1, got {value}")
+
+
+OPTIONS |= {
+    name: partial(check_count, name) for name in ("block_size", "page_size", "top_k", "rows_step", "columns_step")
+}
+OPTIONS |= {name: partial(check_count, name, least=0) for name in ("max_seqlen", "max_seqlen_q", "max_seqlen_k")}
+
+
+def check_heads(name: str, num_heads: int, other_name: str, num_kv_heads: int) -> None:
+    """Raise unless query heads share key heads evenly."""
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"{name} must have a multiple of {other_name}'s heads, at least one, got {num_heads} heads and "
+            f"{num_kv_heads} key heads"
+        )
 
 
 def check_slots(top_k: int, leading: Sequence[int], num_blocks: int) -> None:
@@ -77,28 +103,36 @@ def _is_traced(value: Any) -> bool:
     return isinstance(value, torch.SymFloat) or (is_compiling() and isinstance(value, float))
 
 
+def _check_number(name: str, value: Any, is_allowed: Callable[[float], bool], allowed: str) -> None:
+    """Raise unless ``value`` is None or an allowed number. Ints may be beyond what floats hold."""
+    if value is None or _is_traced(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or None, got {value!r} of type {type(value).__name__}")
+    if not is_allowed(value):
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+@option
 def check_scale(value: Any) -> None:
     """Raise unless ``value`` is None or a finite number."""
-    if value is None or _is_traced(value):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"scale must be a float or None, got {value!r} of type {type(value).__name__}")
-    # An int may be beyond what floats hold.
-    if not abs(value) <= sys.float_info.max:
-        raise ValueError(f"scale must be finite, got {value}")
+    _check_number("scale", value, lambda scale: abs(scale) <= sys.float_info.max, "finite")
 
 
+@option
 def check_softcap(value: Any) -> None:
     """Raise unless ``value`` is None or a finite number above 0."""
-    if value is None or _is_traced(value):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"softcap must be a float or None, got {value!r} of type {type(value).__name__}")
-    if not 0 < value <= torch.finfo(torch.float32).max:
-        raise ValueError(f"softcap must be positive and finite, got {value}")
+    _check_number("softcap", value, lambda cap: 0 < cap <= torch.finfo(torch.float32).max, "positive and finite")
 
 
-def check_sinks(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
+@option
+def check_sinks(value: Any) -> None:
+    """Raise unless ``value`` is None or a tensor."""
+    if value is not None:
+        check_tensor("sinks", value)
+
+
+def check_logit_per_head(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
     """Raise unless ``sinks`` has one logit per query head."""
     check_sum_operand("sinks", sinks, "query", query)
     if tuple(sinks.shape) != (num_query_heads,):
@@ -107,8 +141,7 @@ def check_sinks(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
 
 def check_per_query(name: str, tensor: Tensor, shape: Sequence[int], query: Tensor) -> None:
     """Raise unless ``tensor``, numbers of a softmax's rows, has this shape, the dtype of sums and query's device."""
-    if tensor.dtype != sum_dtype(query.dtype):
-        raise TypeError(f"{name} must have dtype {sum_dtype(query.dtype)}, got {tensor.dtype}")
+    check_dtype(name, tensor, sum_dtype(query.dtype))
     check_same_device(name, tensor, "query", query)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(tensor.shape)}")
@@ -141,6 +174,12 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in FLOATING_DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raise ``TypeError`` for a dtype that is not among these."""
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} must have dtype {' or '.join(map(str, allowed))}, got {tensor.dtype}")
 
 
 def check_same_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -193,8 +232,7 @@ def check_sum_operand(name: str, tensor: Tensor, like_name: str, like: Tensor) -
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless ``cu_seqlens`` can delimit sequences of ``other``, but for what it holds."""
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must have dtype torch.int32 or torch.int64, got {cu_seqlens.dtype}")
+    check_dtype(name, cu_seqlens, torch.int32, torch.int64)
     if cu_seqlens.ndim != 1 or cu_seqlens.size(0) < 1:
         raise ValueError(f"{name} must have shape [num_sequences + 1], got {tuple(cu_seqlens.shape)}")
     check_same_device(name, cu_seqlens, other_name, other)

@@ -21,8 +21,8 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from .. import _native
-from . import _cuda, _sparse, _transforms
-from ._library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
+from . import checks, cuda, sparse, transforms
+from .library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
 
 Function = Callable[..., Any]
 
@@ -34,7 +34,8 @@ class Op:
     Args:
         schema: as the dispatcher takes it, every result with a name.
         check: raises for what shapes, strides, dtypes, devices and options can say, and looks at nothing else: a call
-            that differs from an earlier one in none of them is not checked again. Runs in fake kernels too.
+            that differs from an earlier one in none of them is not checked again. Runs in fake kernels too, after the
+            checks that ``checks.OPTIONS`` has for arguments of the op.
         results: makes the results, not filled in; a tensor, a tuple of them, or None for an op that returns nothing.
         native: name of the native entry points, ``<native>_cpu`` and ``<native>_cuda``; the op's if None.
         fake_results: the same for the fake kernel, where what ``locals`` hold shapes the results.
@@ -48,8 +49,9 @@ class Op:
         zeroed: results that the CPU kernel adds to.
         backward: name of the op, or a function, that makes the gradients. Of its parameters, ``grad_<result>`` is the
             gradient of a result (where nothing depends on it zeros, or None if allowed), ``needs_grad_<argument>``
-            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. A result without such a
-            parameter is not differentiable.
+            whether a gradient is asked for, ``<argument>_meta`` shape, dtype and device alone. One with the name of an
+            op is that op, which takes by name what is to differ from what is at hand under its arguments' names. A
+            result without a ``grad_<result>`` is not differentiable.
         gradients: the arguments whose gradients ``backward`` returns, in order; an op says it by its results' names.
         forward_mode: makes the tangents of the results, of arguments and ``tangent_<argument>`` (None where zero).
         derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so. An op's
@@ -84,6 +86,15 @@ class Op:
     folds: Function | None = None
     shared: str | None = None
 
+
+# What generated functions ask torch about its state, by the names that they use.
+_STATE: dict[str, Function] = {
+    "below_autograd": below_autograd,
+    "in_forward_mode": in_forward_mode,
+    "is_compiling": torch.compiler.is_compiling,
+    "is_grad_enabled": torch.is_grad_enabled,
+    "transforms_active": torch._C._are_functorch_transforms_active,
+}
 
 # Signatures of calls that an op's kernel remembers as checked.
 MAX_ACCEPTED = 1024
@@ -122,8 +133,11 @@ OPS: dict[str, Op] = {}
 CPU_KERNELS: dict[str, Function] = {}
 
 
-def register(op: Op) -> None:
-    """Declare the op, generate its kernels and hand them to the dispatcher."""
+def register(op: Op) -> Function:
+    """Declare the op, generate its kernels and hand them to the dispatcher.
+
+    Returns the function that the package calls it by.
+    """
     library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     generator = _Generator(op)
     name = generator.name
@@ -132,18 +146,19 @@ def register(op: Op) -> None:
     library.impl(name, CPU_KERNELS[name], "CPU")
     cuda_kernel = generator.kernel("cuda")
     library.impl(name, cuda_kernel, "CUDA")
-    _cuda.KERNELS[name] = cuda_kernel
+    cuda.KERNELS[name] = cuda_kernel
     torch.library.register_fake(f"topgather::{name}", generator.fake(), lib=library)
     autograd = generator.autograd()
     library.impl(
-        name, autograd if op.shared is None else _sparse.sharing(autograd, op.shared, generator.arguments), "Autograd"
+        name, autograd if op.shared is None else sparse.sharing(autograd, op.shared, generator.arguments), "Autograd"
     )
-    torch.library.register_vmap(f"topgather::{name}", generator.vmap(), lib=library)
+    torch.library.register_vmap(f"topgather::{name}", transforms.batching_rule(generator.overload, op), lib=library)
     if generator.written:
         library.impl(name, generator.count_versions(), "ADInplaceOrView")
     if op.autocast:
         for device_type, key in AUTOCAST_KEYS.items():
             library.impl(name, generator.autocast(device_type, key), key)
+    return generator.caller()
 
 
 class _Source:
@@ -189,6 +204,12 @@ def _tuple_of(names: Iterable[str]) -> str:
     return "(" + "".join(f"{name}, " for name in names) + ")"
 
 
+def _may_be_none(op_name: str) -> dict[str, bool]:
+    """The arguments of an op, and whether each may be None."""
+    schema = getattr(torch.ops.topgather, op_name).default._schema
+    return {argument.name: isinstance(argument.type, torch.OptionalType) for argument in schema.arguments}
+
+
 class _Generator:
     def __init__(self, op: Op) -> None:
         self.op = op
@@ -220,9 +241,6 @@ class _Generator:
                 if name not in known:
                     raise ImportError(f"topgather: {self.name}: {part} names {name!r}, which the op does not have")
 
-    def _source(self) -> _Source:
-        return _Source(self.name)
-
     def _signature(self, source: _Source, first: str = "") -> str:
         parts = [first] if first else []
         for argument in self.overload._schema.arguments:
@@ -248,7 +266,7 @@ class _Generator:
 
     def kernel(self, device: str) -> Function:
         """The kernel of the dispatcher's CPU or CUDA key."""
-        op, source = self.op, self._source()
+        op, source = self.op, _Source(self.name)
         source.line(f"def {device}_kernel({self._signature(source)}):", 0)
         names = dict(self.here)
         self._refuse_none(source)
@@ -286,7 +304,7 @@ class _Generator:
                     f"argument, result or local of the op"
                 )
         if device == "cuda":
-            align = source.bound(_cuda.aligned, "aligned")
+            align = source.bound(cuda.aligned, "aligned")
             for name in aligned:
                 source.line(f"native_{name} = {align}({given[name]})")
                 given[name] = f"native_{name}"
@@ -298,7 +316,7 @@ class _Generator:
         if device == "cpu":
             source.line(f"{source.bound(getattr(_native, f'{native}_cpu'), native)}({fields_text})")
         else:
-            run = source.bound(_cuda.runner(native), "run")
+            run = source.bound(cuda.runner(native), "run")
             source.line(f"{run}({self.tensors[0]}, {fields_text})")
         source.line(f"return {self._returned()}")
         return source.compiled(f"{device}_kernel")
@@ -316,47 +334,68 @@ class _Generator:
         source.globals["accepted"] = accepted
         source.line(f"signature = ({', '.join(parts)},)")
         source.line("if signature not in accepted:")
-        source.line(source.call(self.op.check, self.here), 2)
+        self._checks(source, 2)
         source.line(f"if len(accepted) >= {MAX_ACCEPTED}: accepted.clear()", 2)
         source.line("accepted.add(signature)", 2)
 
+    def _checks(self, source: _Source, indent: int) -> None:
+        for name in self.arguments:
+            if name in checks.OPTIONS:
+                source.line(f"{source.bound(checks.OPTIONS[name], f'check_{name}')}({name})", indent)
+        source.line(source.call(self.op.check, self.here), indent)
+
     def _is_optional(self, name: str) -> bool:
-        return any(a.name == name and str(a.type) == "Optional[Tensor]" for a in self.overload._schema.arguments)
+        return name in self.tensors and _may_be_none(self.name)[name]
 
     def fake(self) -> Function:
         """What shapes, dtypes and strides the op returns, for tracing and the meta device."""
-        source = self._source()
+        source = _Source(self.name)
         source.line(f"def fake_kernel({self._signature(source)}):", 0)
         self._refuse_none(source)
         source.line(f"{source.bound(refuse_onnx, 'refuse_onnx')}({self.name!r})")
-        source.line(source.call(self.op.check, self.here))
+        self._checks(source, 1)
         if self.results:
             source.line(f"return {source.call(self.op.fake_results or self.op.results, self.here)}")
         return source.compiled("fake_kernel")
+
+    def caller(self) -> Function:
+        """The op, called past its autograd registration where that would only pass it on.
+
+        That registration is Python: some microseconds a call, and tens of them where its code has left the caches.
+        Under transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
+        """
+        source = _Source(self.name)
+        source.globals |= {"op": self.overload, **_STATE}
+        conditions = ["is_compiling()", "transforms_active()", "in_forward_mode()"]
+        op = self.op
+        if op.backward is not None or op.derivative_of is not None or op.not_differentiable is not None:
+            conditions.append(self._records())
+        source.line(f"def {self.name}({self._signature(source)}):", 0)
+        source.line(f"if {' or '.join(conditions)}: return op({self.passed})")
+        source.line("with below_autograd():")
+        source.line(f"return op({self.passed})", 2)
+        return source.compiled(self.name)
+
+    def _records(self) -> str:
+        """Whether a call is to be differentiated in reverse mode."""
+        needs = [
+            f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
+            for name in self.tensors
+        ]
+        return f"(is_grad_enabled() and ({' or '.join(needs)}))"
 
     # --- differentiation --------------------------------------------------------------------------------------------
 
     def autograd(self) -> Function:
         """The kernel of the dispatcher's Autograd key."""
-        op, source = self.op, self._source()
-        source.globals |= {
-            "op": self.overload,
-            "below_autograd": below_autograd,
-            "in_forward_mode": in_forward_mode,
-            "is_grad_enabled": torch.is_grad_enabled,
-            "transforms_active": torch._C._are_functorch_transforms_active,
-            "one_level": enable_single_level_autograd_function,
-        }
+        op, source = self.op, _Source(self.name)
+        source.globals |= {"op": self.overload, "one_level": enable_single_level_autograd_function, **_STATE}
         source.line(f"def autograd_kernel({self._signature(source)}):", 0)
         self._refuse_none(source)
         arguments = ", ".join(self.arguments)
-        needs = [
-            f"({name} is not None and {name}.requires_grad)" if self._is_optional(name) else f"{name}.requires_grad"
-            for name in self.tensors
-        ]
         if op.not_differentiable is not None:
-            source.globals |= {"message": op.not_differentiable, "has_tangent": _transforms.has_tangent}
-            source.line(f"if is_grad_enabled() and ({' or '.join(needs)}): raise ValueError(message)")
+            source.globals |= {"message": op.not_differentiable, "has_tangent": transforms.has_tangent}
+            source.line(f"if {self._records()}: raise ValueError(message)")
             source.line(f"if in_forward_mode() and has_tangent({', '.join(self.tensors)}):")
             source.line("raise NotImplementedError(f'topgather: forward mode: {message}')", 2)
         if op.backward is not None or op.derivative_of is not None:
@@ -364,7 +403,7 @@ class _Generator:
             source.line("if transforms_active():")
             source.line("with one_level():", 2)
             source.line(f"return OneLevel.apply({arguments})", 3)
-            source.line(f"if in_forward_mode() or (is_grad_enabled() and ({' or '.join(needs)})):")
+            source.line(f"if in_forward_mode() or {self._records()}:")
             source.line(f"return Plain.apply({arguments})", 2)
         source.line("with below_autograd():")
         source.line(f"return op({self.passed})", 2)
@@ -372,7 +411,7 @@ class _Generator:
 
     def count_versions(self) -> Function:
         """The kernel that counts up the versions of what the op writes, as torch's own in-place ops do."""
-        source = self._source()
+        source = _Source(self.name)
         source.globals |= {
             "op": self.overload,
             "below": torch._C._AutoDispatchBelowADInplaceOrView,
@@ -392,12 +431,7 @@ class _Generator:
         The dispatcher calls an Autograd kernel once a level, as it calls torch's own, and what the kernel calls in turn
         goes to the levels below.
         """
-        run, save, backward, forward_mode = self._forward(), self._save(), self._backward(), self._forward_mode()
-
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = run(*inputs)
-            save(ctx, inputs, output)
-            return output
+        forward, backward, forward_mode = self._forward(), self._backward(), self._forward_mode()
 
         def forward_of_level(ctx: Any, *inputs: Any) -> Any:
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -414,22 +448,12 @@ class _Generator:
             ),
         )
 
-    def _forward(self) -> Function:
-        source = self._source()
-        source.globals |= {"op": self.overload, "below_autograd": below_autograd}
-        source.line(f"def forward({', '.join(self.arguments)}):", 0)
-        source.line("with below_autograd():")
-        source.line(f"return op({self.passed})", 2)
-        return source.compiled("forward")
-
     def _backward_parameters(self) -> tuple[list[str], dict[str, bool], Function]:
-        """Names that the backward asks for, whether each may be None, and what to call."""
+        """The parameters of the backward, the names it asks for with whether each may be None, and what to call."""
         backward = self.op.backward
         if isinstance(backward, str):
-            overload = getattr(torch.ops.topgather, backward).default
-            schema = overload._schema
-            optional = {a.name: str(a.type).startswith("Optional") for a in schema.arguments}
-            return list(optional), optional, overload
+            optional = _may_be_none(backward)
+            return list(optional), optional, getattr(torch.ops.topgather, backward).default
         if backward is None:
             owner = self.op.derivative_of
 
@@ -438,13 +462,15 @@ class _Generator:
 
             parameters = [owner] if owner in self.arguments else []
             return parameters, dict.fromkeys(parameters, False), refuse
+        optional = {}
         signature = inspect.signature(backward).parameters
-        optional = {name: "None" in str(parameter.annotation) for name, parameter in signature.items()}
+        for name, parameter in signature.items():
+            optional |= _may_be_none(name) if name in OPS else {name: "None" in str(parameter.annotation)}
         return list(signature), optional, backward
 
     def _saved(self) -> tuple[list[str], list[str]]:
         """Tensors, and other values, that the backward and the forward mode ask for."""
-        asked = self._backward_parameters()[0]
+        asked = list(self._backward_parameters()[1])
         if self.op.forward_mode is not None:
             asked = [*asked, *inspect.signature(self.op.forward_mode).parameters]
         known = [*self.arguments, *self.results]
@@ -458,15 +484,17 @@ class _Generator:
         return tensors, options
 
     def _differentiable_results(self) -> list[str]:
-        parameters = self._backward_parameters()[0]
-        return [name for name in self.results if f"grad_{name}" in parameters]
+        asked = self._backward_parameters()[1]
+        return [name for name in self.results if f"grad_{name}" in asked]
 
-    def _save(self) -> Function:
-        source = self._source()
+    def _forward(self) -> Function:
+        """The op, and what its backward and its forward mode ask for, kept."""
+        source = _Source(self.name)
         tensors, options = self._saved()
-        source.globals["meta_of"] = meta_of
-        source.line("def save(ctx, inputs, output):", 0)
-        source.line(f"{_tuple_of(self.arguments)} = inputs")
+        source.globals |= {"op": self.overload, "below_autograd": below_autograd, "meta_of": meta_of}
+        source.line(f"def forward(ctx, {', '.join(self.arguments)}):", 0)
+        source.line("with below_autograd():")
+        source.line(f"output = op({self.passed})", 2)
         if self.results:
             source.line(f"{self._returned()} = output")
         source.line(f"ctx.save_for_backward({', '.join(tensors)})")
@@ -478,10 +506,11 @@ class _Generator:
         if fixed and self.op.derivative_of is None:
             source.line(f"ctx.mark_non_differentiable({', '.join(fixed)})")
         source.line("ctx.set_materialize_grads(False)")
-        return source.compiled("save")
+        source.line("return output")
+        return source.compiled("forward")
 
     def _backward(self) -> Function:
-        op, source = self.op, self._source()
+        op, source = self.op, _Source(self.name)
         parameters, optional, function = self._backward_parameters()
         tensors, options = self._saved()
         source.globals |= {"zeros_like": torch.zeros_like, "function": function}
@@ -495,23 +524,28 @@ class _Generator:
         if options:
             source.line(f"{_tuple_of(options)} = ctx.options")
         position = {name: index for index, name in enumerate(self.arguments)}
-        values = []
-        for name in parameters:
+        values = {name: name for name in optional}
+        for name in optional:
             if name.startswith("needs_grad_"):
-                argument = name.removeprefix("needs_grad_")
-                values.append(f"ctx.needs_input_grad[{position[argument]}]")
+                values[name] = f"ctx.needs_input_grad[{position[name.removeprefix('needs_grad_')]}]"
                 continue
             result = name.removeprefix("grad_")
             if result in differentiable and result != name and len(differentiable) > 1 and not optional[name]:
                 source.line(f"if grad_{result} is None: grad_{result} = zeros_like({result})")
             elif not (result in differentiable and result != name) and name not in (*tensors, *options):
                 raise ImportError(f"topgather: {self.name}: its backward asks for {name!r}, which nothing gives")
-            values.append(name)
+        for name in parameters:
+            if name not in values:
+                takes = list(_may_be_none(name))
+                op_called = source.bound(getattr(torch.ops.topgather, name).default, name)
+                defaults = ", ".join(f"{argument}={values[argument]}" for argument in takes)
+                source.line(f"{name} = lambda {defaults}: {op_called}({', '.join(takes)})")
+                values[name] = name
         given = list(op.gradients)
         if isinstance(op.backward, str):
             schema = getattr(torch.ops.topgather, op.backward).default._schema
             given = [result.name.removeprefix("grad_") for result in schema.returns]
-        call = f"function({', '.join(values)})"
+        call = f"function({', '.join(values[name] for name in parameters)})"
         if not given:
             source.line(call)
             source.line(nothing)
@@ -527,7 +561,7 @@ class _Generator:
         return source.compiled("backward")
 
     def _forward_mode(self) -> Function:
-        op, source = self.op, self._source()
+        op, source = self.op, _Source(self.name)
         saved, options = self._saved()
         tangents = [f"tangent_{name}" if name in self.tensors else "_" + name for name in self.arguments]
         if op.forward_mode is None:
@@ -547,13 +581,9 @@ class _Generator:
         source.line(f"return {source.call(op.forward_mode, names)}")
         return source.compiled("forward_mode")
 
-    def vmap(self) -> Function:
-        """The batching rule."""
-        return _transforms.batching_rule(self.overload, self.op)
-
     def autocast(self, device_type: str, key: str) -> Function:
         """The kernel of an autocast key: the op on what the rules make of its arguments."""
-        source = self._source()
+        source = _Source(self.name)
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         source.globals |= {
             "op": self.overload,

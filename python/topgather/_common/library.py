@@ -7,13 +7,11 @@ autograd adds to a call (``bench/overhead.py`` measures it; figures in docs/perf
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from .. import _native
 
@@ -30,9 +28,6 @@ DTYPE_CODES = {
 }
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-
-
-_are_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def use_exchange(module: Any) -> bool:
@@ -70,15 +65,6 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def needs_grad(args: Iterable[Any]) -> bool:
-    """Whether a call with these arguments is to be differentiated."""
-    if torch.is_grad_enabled():
-        for arg in args:
-            if isinstance(arg, Tensor) and arg.requires_grad:
-                return True
-    return False
-
-
 def refuse_onnx(name: str) -> None:
     """Raise ``NotImplementedError`` where an op is traced for ``torch.onnx.export``."""
     if torch.onnx.is_in_onnx_export():
@@ -86,21 +72,3 @@ def refuse_onnx(name: str) -> None:
             f"topgather: {name} cannot be exported to ONNX, which has no such operator; torch.export.export takes it, "
             f"for a process that imports topgather"
         )
-
-
-def call(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call an op from Python: ``op(*args)``, past its autograd registration where that would only pass it on.
-
-    That registration is Python: some microseconds a call, and tens of them where its code has left the caches. Under
-    transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
-    """
-    if (
-        is_compiling()
-        or _are_transforms_active()
-        or forward_ad._current_level >= 0
-        or needs_grad(args)
-        or needs_grad(kwargs.values())
-    ):
-        return op(*args, **kwargs)
-    with below_autograd():
-        return op(*args, **kwargs)
