@@ -111,6 +111,15 @@ def test_text_that_is_not_causal_is_refused_by_name(kind: str) -> None:
     run(kind, "eager")
 
 
+def test_a_table_of_attentions_of_its_own_is_refused() -> None:
+    config_class = getattr(transformers, "UnlimitedOcrConfig", None)
+    if config_class is None:
+        pytest.skip("this transformers does not know the model")
+    moba.register(block_size=4, top_k=64)
+    with pytest.raises(ValueError, match=r'UnlimitedOcr\w+ does not work with attn_implementation="moba".*a table of'):
+        AutoModel.from_config(config_class(), attn_implementation="moba")
+
+
 @pytest.mark.parametrize("kind", MIXED)
 def test_causal_text_beside_images_attends_by_blocks(kind: str) -> None:
     expected = run(kind, "eager")

@@ -54,6 +54,7 @@ _REFUSED = {
         ("gemma4_assistant", "gemma4_unified_assistant"),
         "it has no keys of its own, and attends to those of the model that it assists in both directions",
     ),
+    "unlimited_ocr": "its vision tower looks its attention up in a table of its own, which does not know it",
 }
 
 
