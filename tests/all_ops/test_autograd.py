@@ -95,7 +95,8 @@ def test_backward_twice_needs_retain_graph(case: OpCase, device: torch.device) -
     results = case.run(inputs)
     first = gradients_of(case, results, inputs, retain_graph=True)
     assert_all_equal(gradients_of(case, results, inputs), first)
-    if case.function.__name__.startswith("block_centroids"):  # linear: nothing is kept for the backward pass
+    # Linear: nothing is kept for the backward pass but where packed sequences start.
+    if case.function.__name__.startswith("block_centroids") and "packed" not in case.name:
         assert_all_equal(gradients_of(case, results, inputs), first)
     else:
         with pytest.raises(RuntimeError, match="second time"):

@@ -483,6 +483,15 @@ class _Generator:
         ]
         return tensors, options
 
+    def _may_save_nothing(self, tensors: list[str]) -> bool:
+        """Whether a call may leave out all of them: then its backward may be repeated."""
+        return bool(tensors) and all(name in self.arguments and self._is_optional(name) for name in tensors)
+
+    def _saved_tensors(self, tensors: list[str]) -> str:
+        if not self._may_save_nothing(tensors):
+            return "ctx.saved_tensors"
+        return f"ctx.saved_tensors if ctx.has_saved else {_tuple_of(['None'] * len(tensors))}"
+
     def _differentiable_results(self) -> list[str]:
         asked = self._backward_parameters()[1]
         return [name for name in self.results if f"grad_{name}" in asked]
@@ -497,9 +506,14 @@ class _Generator:
         source.line(f"output = op({self.passed})", 2)
         if self.results:
             source.line(f"{self._returned()} = output")
-        source.line(f"ctx.save_for_backward({', '.join(tensors)})")
+        saving = [f"ctx.save_for_backward({', '.join(tensors)})"]
         if self.op.forward_mode is not None:
-            source.line(f"ctx.save_for_forward({', '.join(tensors)})")
+            saving.append(f"ctx.save_for_forward({', '.join(tensors)})")
+        if self._may_save_nothing(tensors):
+            source.line(f"ctx.has_saved = {' or '.join(f'{name} is not None' for name in tensors)}")
+            saving = [f"if ctx.has_saved: {line}" for line in saving]
+        for line in saving:
+            source.line(line)
         values = [f"meta_of({name.removesuffix('_meta')})" if name.endswith("_meta") else name for name in options]
         source.line(f"ctx.options = {_tuple_of(values)}")
         fixed = [name for name in self.results if name not in self._differentiable_results()]
@@ -520,7 +534,7 @@ class _Generator:
         if differentiable:
             source.line(f"if {' and '.join(f'grad_{name} is None' for name in differentiable)}: {nothing}")
         if tensors:
-            source.line(f"{_tuple_of(tensors)} = ctx.saved_tensors")
+            source.line(f"{_tuple_of(tensors)} = {self._saved_tensors(tensors)}")
         if options:
             source.line(f"{_tuple_of(options)} = ctx.options")
         position = {name: index for index, name in enumerate(self.arguments)}
@@ -574,7 +588,7 @@ class _Generator:
             source.line(f"raise NotImplementedError('topgather: ' + {name} + {source.bound(message, 'message')})")
             return source.compiled("forward_mode")
         source.line(f"def forward_mode(ctx, {', '.join(tangents)}):", 0)
-        source.line(f"{_tuple_of(saved)} = ctx.saved_tensors")
+        source.line(f"{_tuple_of(saved)} = {self._saved_tensors(saved)}")
         if options:
             source.line(f"{_tuple_of(options)} = ctx.options")
         names = {name: name for name in (*saved, *options, *tangents)}
