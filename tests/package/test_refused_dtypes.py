@@ -17,7 +17,8 @@ def arguments_of(module: nn.Module) -> dict[str, Tensor | list[Tensor]]:
     """What its forward takes, by name."""
     name = type(module).__name__
     if name == "MemoryPool":
-        return {"indices": torch.zeros(3, 2, dtype=torch.int64), "weights": torch.ones(3, 2)}
+        indices, offsets = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 2, 4])
+        return {"indices": indices, "weights": torch.ones(6), "offsets": offsets}
     if name == "LearnableFeatureFusion":
         return {"maps": [torch.randn(1, 64, 8, 8), torch.randn(1, 128, 4, 4)]}
     return {"x": torch.randn(IMAGES.get(name, (2, 4, 128)))}

@@ -28,7 +28,7 @@ class Kernels:
 
     def entry(self, name: str, argument: str = "") -> str:
         """The mangled name of ``name<argument>``."""
-        template = {"": "ENS0_", "float": "IfE", "true": "ILb1EE", "false": "ILb0EE"}.get(argument)
+        template = {"": "ENS0_", "float": "IfE", "uint4": "I5uint4E", "true": "ILb1EE", "false": "ILb0EE"}.get(argument)
         suffix = template or f"INS_{len(argument)}{argument}E"
         found = [entry for entry in self._module.entries if f"ptx{len(name)}{name}{suffix}" in entry]
         assert len(found) == 1, (name, argument, self._module.entries)
