@@ -409,7 +409,7 @@ ARITHMETIC = [
     PlantedBug("forward: hidden keys from one too late", FORWARD,
                "+ e >= num_visible)", "+ e > num_visible)", "small", WRONG_OUT),
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
-               "running.out[m][n][e] *= rescale[m][e / 2];", "", "large blocks", WRONG_OUT),
+               "running.out[m][n][e] *= rescale[m][e / 2];", ";", "large blocks", WRONG_OUT),
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
                "running.sum[m][h] * rescale[m][h] + sum", "running.sum[m][h] + sum", "large blocks", WRONG_OUT),
     PlantedBug("forward: hidden values that are not finite", FORWARD,
