@@ -95,7 +95,7 @@ def key_conv(
         checks.check_tensor("cu_seqlens", cu_seqlens)
     if bias is not None:
         checks.check_tensor("bias", bias)
-    _check_activation(activation)
+    check_activation(activation)
     if state is None:
         out: Tensor = _key_conv(key, weight, None, cu_seqlens, bias, activation)
         return out
@@ -110,7 +110,9 @@ def key_conv(
 # --- the ops --------------------------------------------------------------------------------------------------------
 
 
-def _check_activation(activation: Any) -> None:
+@checks.option
+def check_activation(activation: Any) -> None:
+    """Raise unless it is the name of an activation that kernels have, or None."""
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"activation must be a str or None, got {activation!r} of type {type(activation).__name__}")
     if activation not in (None, "silu"):
@@ -123,7 +125,6 @@ def _check(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     bias: Tensor | None,
-    activation: str | None,
 ) -> None:
     packed = cu_seqlens is not None
     layout = "[total_tokens, heads, head_dim]" if packed else "[batch, heads, tokens, head_dim]"
@@ -145,7 +146,6 @@ def _check(
             raise ValueError(
                 f"bias must have shape {[key.size(1), key.size(-1)]} [heads, head_dim], got {tuple(bias.shape)}"
             )
-    _check_activation(activation)
     if cu_seqlens is not None:
         checks.check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
     if state is None:
@@ -170,9 +170,8 @@ def _check_backward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     bias: Tensor | None,
-    activation: str | None,
 ) -> None:
-    _check(key, weight, state, cu_seqlens, bias, activation)
+    _check(key, weight, state, cu_seqlens, bias)
     checks.check_same_dtype("grad_out", grad_out, "key", key)
     checks.check_same_device("grad_out", grad_out, "key", key)
     if grad_out.shape != key.shape:
