@@ -118,7 +118,7 @@ def test_workspace_is_small(cuda_device: torch.device) -> None:
         keys = described(batch, heads, tokens, dim, dtype=torch.bfloat16)
         weight = described(heads, dim, width, dtype=torch.float32)
         given = {**dict.fromkeys(("grad_out", "key", "grad_key"), keys), "weight": weight}
-        given |= dict.fromkeys(("cu_seqlens", "state", "grad_state"))
+        given |= {"has_silu": True, **dict.fromkeys(("cu_seqlens", "bias", "state", "grad_bias", "grad_state"))}
         native = _cuda.native_module()
         assert 0 < workspace_bytes(native, "key_conv_backward", **given, grad_weight=weight) <= 64 << 20
         assert workspace_bytes(native, "key_conv_backward", **given, grad_weight=None) == 0
