@@ -46,7 +46,7 @@ class BareCentroids(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (*centroids_backward(grad, ctx.key, ctx.block_size), None)
+        return (*centroids_backward(grad, ctx.key, ctx.block_size, None), None)
 
 
 @torch.library.custom_op("topgather_bench::block_centroids", mutates_args=())
@@ -59,36 +59,42 @@ def _centroids_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 custom_centroids.register_autograd(
-    lambda ctx, grad: (*centroids_backward(grad, ctx.key, ctx.block_size), None),
+    lambda ctx, grad: (*centroids_backward(grad, ctx.key, ctx.block_size, None), None),
     setup_context=_centroids_setup,
 )
 
 # --- Alternatives: moba_attention with given blocks ---------------------------------------------------------
 
 
-def attention_kernel(query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor]:
+Attended = tuple[Tensor, Tensor, Tensor]  # out, lse, softmax_terms
+
+
+def attention_kernel(query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor) -> Attended:
     return _spec.CPU_KERNELS["moba_attention"](query, key, value, block_indices, BLOCK_SIZE, True, SCALE)
 
 
 def attention_backward(grad_out: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _spec.CPU_KERNELS["moba_attention_backward"](grad_out, None, *saved, BLOCK_SIZE, True, SCALE)
+    *forward, softmax_terms = saved
+    return _spec.CPU_KERNELS["moba_attention_backward"](
+        grad_out, None, *forward, BLOCK_SIZE, True, SCALE, softmax_terms=softmax_terms
+    )
 
 
 class BareAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attention_kernel(query, key, value, block_indices)
-        ctx.save_for_backward(query, key, value, out, lse, block_indices)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor) -> Attended:
+        out, lse, softmax_terms = attention_kernel(query, key, value, block_indices)
+        ctx.save_for_backward(query, key, value, out, lse, block_indices, softmax_terms)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return out, lse, softmax_terms
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         return (*attention_backward(grad_out, *ctx.saved_tensors), None)
 
 
 @torch.library.custom_op("topgather_bench::moba_attention", mutates_args=())
-def custom_attention(query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor]:
+def custom_attention(query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor) -> Attended:
     return attention_kernel(query, key, value, block_indices)
 
 
@@ -101,18 +107,20 @@ def custom_attention_backward(
     out: Tensor,
     lse: Tensor,
     block_indices: Tensor,
+    softmax_terms: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_backward(grad_out, query, key, value, out, lse, block_indices)
+    return attention_backward(grad_out, query, key, value, out, lse, block_indices, softmax_terms)
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _attention_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Attended) -> None:
     query, key, value, block_indices = inputs
-    ctx.save_for_backward(query, key, value, *output, block_indices)
+    out, lse, softmax_terms = output
+    ctx.save_for_backward(query, key, value, out, lse, block_indices, softmax_terms)
     ctx.set_materialize_grads(False)
 
 
 custom_attention.register_autograd(
-    lambda ctx, grad_out, grad_lse: (*custom_attention_backward(grad_out, *ctx.saved_tensors), None),
+    lambda ctx, grad_out, *_: (*custom_attention_backward(grad_out, *ctx.saved_tensors), None),
     setup_context=_attention_setup,
 )
 
