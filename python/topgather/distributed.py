@@ -73,12 +73,13 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ._common import checks
 from ._common.library import DTYPE_CODES, sum_dtype
+from ._context_parallel import moba_attention, shard_sequence
 from .nn._tables import check_number
 from .nn.memory import MemoryPool
 from .ops import memory_lookup
 from .ops._memory_ops import check_indices, check_weights
 
-__all__ = ["MemoryColwise", "ShardedMemoryPool", "clip_grad_norm_"]
+__all__ = ["MemoryColwise", "ShardedMemoryPool", "clip_grad_norm_", "moba_attention", "shard_sequence"]
 
 # The newer name of the same.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

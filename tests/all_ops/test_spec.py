@@ -94,7 +94,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     )
     monkeypatch.setattr(_spec, "_native", module)
     monkeypatch.setattr(_spec, "reads_tensors", True)
-    for registry in (_spec.OPS, _spec.CPU_KERNELS, _cuda.KERNELS):
+    for registry in (_spec.OPS, _spec.CPU_KERNELS, _spec.CALLERS, _cuda.KERNELS):
         for name in ("doubled", "again"):
             monkeypatch.setitem(registry, name, None)  # taken out again afterwards
     with torch.library._scoped_library("topgather", "FRAGMENT") as library:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from topgather._common import cuda as _cuda
+from topgather._common.direct import through_dispatcher
 from topgather._common.library import reads_tensors, use_exchange
 
 FOLDER = os.environ.get("TOPGATHER_EMULATION") or None
@@ -53,7 +54,8 @@ def emulated_cuda(checked: bool = True, **options: Any) -> Iterator[Any]:
             warnings.simplefilter("ignore")  # replacing a kernel is the point
             for name, kernel in _cuda.KERNELS.items():
                 overrides.impl(name, kernel, "CPU", allow_override=True)
-        yield module
+        with through_dispatcher():
+            yield module
     finally:
         overrides._destroy()
         for name, value in replaced.items():

@@ -21,7 +21,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from .. import _native
-from . import checks, cuda, sparse, transforms
+from . import checks, cuda, direct, sparse, transforms
 from .library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
 
 Function = Callable[..., Any]
@@ -131,6 +131,8 @@ def refuse_none(**tensors: Tensor | None) -> None:
 OPS: dict[str, Op] = {}
 # Every kernel of the dispatcher's CPU key, by op: the benchmark of call overhead registers them in other ways.
 CPU_KERNELS: dict[str, Function] = {}
+# What the package calls every op by.
+CALLERS: dict[str, Function] = {}
 
 
 def register(op: Op) -> Function:
@@ -158,7 +160,8 @@ def register(op: Op) -> Function:
     if op.autocast:
         for device_type, key in AUTOCAST_KEYS.items():
             library.impl(name, generator.autocast(device_type, key), key)
-    return generator.caller()
+    CALLERS[name] = generator.caller()
+    return CALLERS[name]
 
 
 class _Source:
@@ -359,7 +362,7 @@ class _Generator:
         return source.compiled("fake_kernel")
 
     def caller(self) -> Function:
-        """The op, called past its autograd registration where that would only pass it on.
+        """The op: its CPU kernel where nothing stands between, else past its autograd registration or through it.
 
         That registration is Python: some microseconds a call, and tens of them where its code has left the caches.
         Under transforms of torch.func a wrapped tensor does not tell what the tensor inside requires.
@@ -372,6 +375,10 @@ class _Generator:
             conditions.append(self._records())
         source.line(f"def {self.name}({self._signature(source)}):", 0)
         source.line(f"if {' or '.join(conditions)}: return op({self.passed})")
+        is_direct = None if self.written else direct.condition(self.overload._schema.arguments, self.tensors)
+        if is_direct is not None:
+            source.globals |= {"kernel": CPU_KERNELS[self.name], **direct.NAMES}
+            source.line(f"if {is_direct}: return kernel({self.passed})")
         source.line("with below_autograd():")
         source.line(f"return op({self.passed})", 2)
         return source.compiled(self.name)

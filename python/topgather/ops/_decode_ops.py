@@ -185,12 +185,12 @@ def _check_cuda(name: str, tensor: Tensor) -> None:
 
 
 def _choices(query: Tensor, top_k: int) -> Tensor:
-    return query.new_empty((*query.shape[:3], top_k), dtype=torch.int32)
+    return tensors.empty(query, (*query.shape[:3], top_k), torch.int32)
 
 
 def _results(query: Tensor, value_pages: Tensor) -> tuple[Tensor, Tensor]:
     out = tensors.empty_like_rows(query, value_pages.size(3))
-    return out, query.new_empty(query.shape[:3], dtype=sum_dtype(query.dtype))
+    return out, tensors.empty(query, query.shape[:3], sum_dtype(query.dtype))
 
 
 _LENGTHS = "Tensor seq_lens, Tensor? page_table, Tensor? num_tokens, SymInt block_size"

@@ -210,8 +210,8 @@ def _centroids_forward_mode(tangent_key: Tensor, block_size: int, cu_seqlens: Te
 
 
 def _attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = sum_dtype(query.dtype)
-    lse, softmax_terms = (query.new_empty(_per_query(query, *last), dtype=dtype) for last in ((), (2,)))
+    dtype, rows = sum_dtype(query.dtype), _per_query(query)
+    lse, softmax_terms = tensors.empty(query, rows, dtype), tensors.empty(query, (*rows, 2), dtype)
     return tensors.empty_like_rows(query, value.size(-1)), lse, softmax_terms
 
 
@@ -292,7 +292,7 @@ moba_route = register(
         check_content=_check_content,
         cuda_check=_cuda_check,
         inputs=_BOUNDARIES,
-        results=lambda query, top_k: query.new_empty(_per_query(query, top_k), dtype=torch.int32),
+        results=lambda query, top_k: tensors.empty(query, _per_query(query, top_k), torch.int32),
         autocast=dict.fromkeys(("query", "key"), tensors.autocast),
         batch=_BATCH,
         folds=_folds,
