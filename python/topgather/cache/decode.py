@@ -74,8 +74,8 @@ def moba_decode(
         num_tokens: how many of the ``M`` queries each sequence has, ints or an integer tensor ``[B]``; if None, what
             the last append brought.
         return_lse: also return the log-sum-exp of each query's scaled scores.
-        routing: a choice of blocks to use instead of making one, with ``block_indices [B, Hq, M, k]``; ``top_k`` is
-            then not looked at.
+        routing: a choice of blocks to use instead of making one, with ``block_indices [B, H, M, k]``, ``H`` of
+            query heads, key heads or 1; ``top_k`` is then not looked at.
         softcap: if given, scaled scores become ``softcap * tanh(score / softcap)``, as in :func:`moba_attention`.
         sinks: ``[Hq]``, a logit per head that joins each row's softmax, as in :func:`moba_attention`.
 

@@ -26,9 +26,11 @@ class BlockRouting:
     Made by :func:`moba_route`, or by hand to bring another pattern.
 
     Args:
-        block_indices: int32 ``[B, Hq, Nq, top_k]`` (packed: ``[Hq, total_q, top_k]``, blocks counted from each
-            sequence's first key). ``-1`` marks an unused slot. :func:`moba_route` returns rows in ascending order,
-            padded at the end; attention takes any order, but no block twice in a row.
+        block_indices: int32 ``[B, H, Nq, top_k]`` (packed: ``[H, total_q, top_k]``, blocks counted from each
+            sequence's first key). ``H`` is the number of query heads, of key heads, where the query heads of a key head
+            share a choice, or 1, where all do; nothing is expanded. ``-1`` marks an unused slot. :func:`moba_route`
+            returns one choice a query head, rows in ascending order and padded at the end; attention takes any order,
+            but no block twice in a row.
         block_size: keys per block, the one the numbers refer to.
 
     Raises:
@@ -44,7 +46,7 @@ class BlockRouting:
         checks.check_dtype("block_indices", self.block_indices, torch.int32)
         if self.block_indices.ndim not in (3, 4):
             raise ValueError(
-                "block_indices must have 4 dimensions [B, Hq, Nq, top_k], or 3 for packed sequences, "
+                "block_indices must have 4 dimensions [B, heads, Nq, top_k], or 3 for packed sequences, "
                 f"got shape {tuple(self.block_indices.shape)}"
             )
         checks.check_count("block_size", self.block_size)
@@ -224,8 +226,8 @@ def moba_attention(
         is_causal: whether query ``i``, at position ``i + Nk - Nq``, sees only keys up to its own position.
         scale: factor on the scores; ``D ** -0.5`` if None.
         return_lse: also return the log-sum-exp of each query's scaled scores.
-        routing: a choice of blocks to use instead of making one. Under ``is_causal`` later keys stay hidden whatever
-            it names.
+        routing: a choice of blocks to use instead of making one, for each query head, each key head or all heads.
+            Under ``is_causal`` later keys stay hidden whatever it names.
         deterministic: whether gradients are the same bits every time. On CUDA gradients are otherwise summed by atomic
             additions, in whatever order they come; the deterministic way moves more memory. None follows
             ``torch.use_deterministic_algorithms``. The CPU is always deterministic.
@@ -243,7 +245,7 @@ def moba_attention(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, stride, device or option; ``top_k`` and ``routing`` given and not agreeing;
-            ``routing`` naming a block twice for a query.
+            ``routing`` with other heads than query's, key's or 1, or naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
 
     On CUDA what a tensor holds is not waited for: a query whose ``routing`` names a block that does not exist, or one
@@ -307,7 +309,8 @@ def moba_attention_varlen(
         max_seqlen_k: at least the longest sequence's keys, in tokens.
         block_size, top_k, is_causal, scale, return_lse: as in :func:`moba_attention`. Blocks start afresh in every
             sequence.
-        routing: as in :func:`moba_attention`, with ``block_indices [Hq, total_q, top_k]``.
+        routing: as in :func:`moba_attention`, with ``block_indices [H, total_q, top_k]``, ``H`` of query heads, key
+            heads or 1.
         deterministic, softcap, sinks: as in :func:`moba_attention`.
 
     Returns:
