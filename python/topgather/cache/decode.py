@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._common import checks
-from ..ops import BlockRouting
+from ..ops import BlockRouting, replay
 from ._base import BaseCache
 from ._checks import check_no_gradient
 from .contiguous import MobaCache
@@ -121,10 +121,18 @@ def moba_decode(
     if routing is None:
         if top_k is not None:
             checks.check_count("top_k", top_k)
-        block_indices = torch.ops.topgather.moba_decode_route.default(
+        arguments = (
             query, cache.centroids, cache.seq_lens, cache.page_table, count_tensor, cache.block_size, cache.page_size,
             num_blocks if top_k is None else min(top_k, num_blocks),
         )  # fmt: skip
+        route = torch.ops.topgather.moba_decode_route.default
+        if top_k is not None and replay.state.is_watched:
+            num_keys = None if lengths is None else longest
+            per_query, num_kv_heads = tuple(query.shape[:3]), cache.key_pages.size(1)
+            call = replay.Call(per_query, num_kv_heads, num_keys, cache.block_size, top_k, query.device)
+            block_indices = replay.choose(route, arguments, call)
+        else:
+            block_indices = route(*arguments)
     else:
         block_indices = _choice_of(routing, cache)
     factor = cache.head_dim**-0.5 if scale is None else float(scale)

@@ -6,55 +6,17 @@ Sources: MoBA, arXiv 2502.13189, section 2.2 (block choice by mean-pooled keys, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from .._common import checks, cuda
-from . import _moba_ops
+from . import _moba_ops, replay
+from .routing import BlockRouting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True)
-class BlockRouting:
-    """Which key blocks each query attends to.
-
-    Made by :func:`moba_route`, or by hand to bring another pattern.
-
-    Args:
-        block_indices: int32 ``[B, H, Nq, top_k]`` (packed: ``[H, total_q, top_k]``, blocks counted from each
-            sequence's first key). ``H`` is the number of query heads, of key heads, where the query heads of a key head
-            share a choice, or 1, where all do; nothing is expanded. ``-1`` marks an unused slot. :func:`moba_route`
-            returns one choice a query head, rows in ascending order and padded at the end; attention takes any order,
-            but no block twice in a row.
-        block_size: keys per block, the one the numbers refer to.
-
-    Raises:
-        TypeError: ``block_indices`` is not an int32 tensor, or ``block_size`` not an int.
-        ValueError: ``block_indices`` has not 3 or 4 dimensions, or ``block_size`` is below 1.
-    """
-
-    block_indices: Tensor
-    block_size: int
-
-    def __post_init__(self) -> None:
-        checks.check_tensor("block_indices", self.block_indices)
-        checks.check_dtype("block_indices", self.block_indices, torch.int32)
-        if self.block_indices.ndim not in (3, 4):
-            raise ValueError(
-                "block_indices must have 4 dimensions [B, heads, Nq, top_k], or 3 for packed sequences, "
-                f"got shape {tuple(self.block_indices.shape)}"
-            )
-        checks.check_count("block_size", self.block_size)
-
-    @property
-    def top_k(self) -> int:
-        """Slots per query."""
-        return self.block_indices.size(-1)
 
 
 def block_centroids(
@@ -363,7 +325,12 @@ def _attend(
         if top_k is not None:
             checks.check_count("top_k", top_k)
         slots = _moba_ops.num_slots(top_k, _longest(key, sequences, top_k), block_size)
-        block_indices = _moba_ops.moba_route(query, key, block_size, slots, is_causal, *sequences)
+        arguments = (query, key, block_size, slots, is_causal, *sequences)
+        if top_k is not None and replay.state.is_watched:
+            call = replay.Call(_moba_ops.per_query(query), key.size(1), key.size(-2), block_size, top_k, query.device)
+            block_indices = replay.choose(_moba_ops.moba_route, arguments, call)
+        else:
+            block_indices = _moba_ops.moba_route(*arguments)
     else:
         _check_routing(routing, block_size, top_k)
         block_indices = routing.block_indices
