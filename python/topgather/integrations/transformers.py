@@ -43,6 +43,7 @@ from ._attend import (
     sequence_starts,
 )
 from ._cache import MobaLayer
+from ._indexed import choice_of, choice_within_sequences, has_indexed_layers
 from ._models import hook_attention, is_local, layer_of, watch_models
 
 __all__ = ["make_cache", "register", "set_moba"]
@@ -238,7 +239,8 @@ def _settings_of(module: nn.Module) -> Settings:
     layer_idx, num_layers = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
     if dense_layers and layer_idx in [idx + (num_layers or 0) if idx < 0 else idx for idx in dense_layers]:
         return Settings(block_size, None)
-    return Settings(block_size, top_k)
+    # Beside layers that choose by an indexer the others are dense, as the model was trained.
+    return Settings(block_size, None if has_indexed_layers(config) else top_k)
 
 
 def settings_of_config(config: Any) -> tuple[int, int, tuple[int, ...]]:
@@ -553,11 +555,16 @@ def _attention(
     if layer is not None and attention_mask is not None and key.shape[2] < attention_mask.shape[1]:
         newest = attention_mask[:, -key.shape[2] :]
     rows = _packed_rows(query, key, newest, kwargs)
+    routing = None
+    if kwargs.get("block_indices") is not None:
+        routing = choice_of(module, kwargs["block_indices"])
+        if rows is not None:
+            routing = choice_within_sequences(module, *rows, key.shape[2])
 
     def attend_to_keys() -> Tensor:
         if rows is None:
-            return attend(query, key, value, settings, scores)
-        return attend_packed(query, key, value, *rows, settings, scores)
+            return attend(query, key, value, settings, scores, routing)
+        return attend_packed(query, key, value, *rows, settings, scores, routing)
 
     if layer is None:
         out = attend_to_keys()
