@@ -514,6 +514,26 @@ def test_threads_have_records_of_their_own() -> None:
     assert_bitwise_equal("out", found["plain"], model(x))
 
 
+def test_one_context_in_several_threads() -> None:
+    model, x = Model(), tokens()
+    expected, record = recorded(model, x)
+    context, barrier, found = tg.replay_routing(record), threading.Barrier(2), []
+
+    def replay() -> None:
+        with context:
+            barrier.wait()
+            found.append(model(x))
+            barrier.wait()
+
+    threads = [threading.Thread(target=replay) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_tensors(found, [expected, expected])
+    assert not tg.ops.replay.state.is_watched
+
+
 def test_under_transforms() -> None:
     model, x = Model(), tokens()
     with pytest.raises(ValueError, match="record_routing cannot record what is under a transform"):

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar, Token
+from itertools import count
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, finalize
@@ -43,24 +44,33 @@ class _State:
     """``is_watched`` is read by compiled code as well, which is compiled anew where it changes."""
 
     is_watched = False
-    num_contexts = 0
-    num_checkpoints = 0  # that remember choices
+
+    def __init__(self) -> None:
+        self._watchers: set[int] = set()  # of contexts, and of checkpoints that remember
+        # One that the thread holding it may take again: a checkpoint may be collected at any point of any thread.
+        self._lock = threading.RLock()
+
+    def add(self, watcher: int) -> None:
+        with self._lock:
+            self._watchers.add(watcher)
+            self.is_watched = True
+
+    def discard(self, watcher: int) -> None:
+        with self._lock:
+            self._watchers.discard(watcher)
+            self.is_watched = bool(self._watchers)
 
 
 state = _State()
-_lock = threading.Lock()
+_watchers = count()
 _active: ContextVar[_Recording | _Replaying | None] = ContextVar("topgather_routing", default=None)
 
 
-def _count(contexts: int = 0, checkpoints: int = 0) -> None:
-    with _lock:
-        state.num_contexts += contexts
-        state.num_checkpoints += checkpoints
-        state.is_watched = state.num_contexts + state.num_checkpoints > 0
-
-
 class _Recording:
+    token: Token[Any] | None = None
+
     def __init__(self, share_every: int) -> None:
+        self.watcher = next(_watchers)
         self.record = RoutingRecord((), share_every)
         self.last: Call | None = None
 
@@ -84,7 +94,10 @@ class _Recording:
 
 
 class _Replaying:
+    token: Token[Any] | None = None
+
     def __init__(self, record: RoutingRecord) -> None:
+        self.watcher = next(_watchers)
         self.record = record
         self.num_calls = 0
 
@@ -142,19 +155,19 @@ def choose(route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call)
 class _Context:
     """What both contexts do."""
 
-    _token: Token[Any] | None = None
-
     def _enter(self, active: _Recording | _Replaying) -> None:
         if _active.get() is not None:
             raise ValueError(f"{type(self).__name__} must not stand within record_routing or replay_routing")
-        self._token = _active.set(active)
-        _count(contexts=1)
+        active.token = _active.set(active)
+        state.add(active.watcher)
 
-    def _exit(self) -> None:
-        assert self._token is not None
-        _active.reset(self._token)
-        self._token = None
-        _count(contexts=-1)
+    def _exit(self) -> Any:
+        active = _active.get()
+        assert active is not None and active.token is not None
+        _active.reset(active.token)
+        active.token = None
+        state.discard(active.watcher)
+        return active
 
 
 class record_routing(_Context):
@@ -232,17 +245,15 @@ class replay_routing(_Context):
         self.record = record
 
     def __enter__(self) -> None:
-        self._replaying = _Replaying(self.record)
-        self._enter(self._replaying)
+        self._enter(_Replaying(self.record))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._exit()
-        if kind is None and self._replaying.num_calls != self.record.num_calls:
+        num_calls = self._exit().num_calls
+        if kind is None and num_calls != self.record.num_calls:
             raise ValueError(
-                f"record must be of as many calls as replay it, {self._replaying.num_calls}, got one of "
-                f"{self.record.num_calls}"
+                f"record must be of as many calls as replay it, {num_calls}, got one of {self.record.num_calls}"
             )
 
 
@@ -253,6 +264,7 @@ class _Memory:
     """What the first pass of a checkpoint chose."""
 
     def __init__(self) -> None:
+        self.watcher = next(_watchers)
         self.choices: list[Tensor] = []
         self.repetition: Any = None
         self.num_calls = 0  # of the repetition
@@ -278,8 +290,8 @@ def _remember(checkpoint: Any, block_indices: Tensor) -> None:
     memory = _memories.get(checkpoint)
     if memory is None:
         memory = _memories[checkpoint] = _Memory()
-        _count(checkpoints=1)
-        finalize(checkpoint, _count, checkpoints=-1).atexit = False
+        state.add(memory.watcher)
+        finalize(checkpoint, state.discard, memory.watcher).atexit = False
     memory.choices.append(block_indices)
 
 
