@@ -20,7 +20,7 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VL
 import topgather as tg
 from tests.transformers.test_integration import VOCABULARY, greedy, padded, positions_of, tokens
 from topgather.integrations import transformers as moba
-from topgather.integrations._cache import MobaLayer
+from topgather.integrations._cache import IndexedMobaLayer, MobaLayer
 
 LAYERS = {
     "mixed": ["full_attention", "minimax_m3_sparse", "full_attention", "minimax_m3_sparse"],
@@ -195,12 +195,15 @@ def test_generation_of_left_padded_prompts() -> None:
         assert torch.equal(generated[ids.shape[1] :], greedy(ours, prompt)[0, prompt.shape[1] :])
 
 
-@pytest.mark.parametrize("made", ["ours", "theirs", "static"])
+@pytest.mark.parametrize("made", ["ours", "paged", "replaced", "theirs", "static"])
 def test_caches(made: str) -> None:
     """A prompt in chunks, then single tokens: logits of one pass, whichever cache keeps the index keys."""
+    moba.register(block_size=4, top_k=1, replace_cache=made != "theirs")
     ours, ids = model(), tokens(2, 45)
     make = {
         "ours": lambda: moba.make_cache(ours, max_seq_len=64),
+        "paged": lambda: moba.make_cache(ours, max_seq_len=64, paged=True),
+        "replaced": lambda: DynamicCache(config=ours.config),
         "theirs": lambda: DynamicCache(config=ours.config),
         "static": lambda: StaticCache(config=ours.config, max_cache_len=64),
     }[made]
@@ -210,8 +213,54 @@ def test_caches(made: str) -> None:
         for part in ids.split([20, 13, 1, 1, 10], dim=1):
             parts.append(ours(part, cache=cache, use_cache=True).logits)
     assert_close(torch.cat(parts, dim=1), expected)
-    if made == "ours":
-        assert isinstance(cache.layers[0], MobaLayer)
+    if made in ("ours", "paged", "replaced"):
+        assert type(cache.layers[0]) is MobaLayer and type(cache.layers[1]) is IndexedMobaLayer
+        assert all(layer.moba_cache is not None and layer.keys is None for layer in cache.layers)
+    else:
+        assert not any(isinstance(layer, MobaLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("made", ["replaced", "paged", "theirs"])
+def test_what_generation_does_to_a_cache(made: str) -> None:
+    """Beams of padded prompts reorder it, rejected tokens of assisted generation are cut off."""
+    moba.register(block_size=4, top_k=1, replace_cache=made != "theirs")
+    ours, (ids, mask) = model(), padded([30, 17], "left")
+    options: dict[str, Any] = {"num_beams": 3}
+
+    def cache() -> dict[str, Any]:
+        return {"cache": moba.make_cache(ours, max_seq_len=128, paged=True)} if made == "paged" else {}
+
+    beams = greedy(ours, ids, attention_mask=mask, **cache(), **options)
+    for row, real, generated in zip(ids, mask, beams, strict=True):
+        prompt = row[real.bool()][None]
+        assert torch.equal(generated[ids.shape[1] :], greedy(ours, prompt, **options)[0, prompt.shape[1] :])
+    prompt = ids[:1].repeat(1, 2)
+    assert torch.equal(greedy(ours, prompt, prompt_lookup_num_tokens=3, **cache()), greedy(ours, prompt))
+
+
+def test_another_implementation_in_the_middle_of_a_conversation() -> None:
+    ours, (ids, mask) = model(), padded([30, 17], "right")
+    mask[:] = 1
+    with torch.no_grad():
+        expected = ours(ids, use_cache=False).logits
+        cache, parts = DynamicCache(config=ours.config), []
+        for number, part in enumerate(ids.split([20, 4, 3, 3], dim=1)):
+            moba.set_moba(ours, enabled=number % 2 == 0)
+            parts.append(ours(part, cache=cache, use_cache=True).logits)
+    assert_close(torch.cat(parts, dim=1), expected)
+
+
+def test_a_forward_that_fails_takes_nothing() -> None:
+    ours, ids = model(), tokens(2, 30)
+    with torch.no_grad():
+        expected = ours(ids, use_cache=False).logits
+        cache = DynamicCache(config=ours.config)
+        ours(ids[:, :20], cache=cache, use_cache=True)
+        hook = ours.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ours(ids[:, 20:], cache=cache, use_cache=True)
+        hook.remove()
+        assert_close(ours(ids[:, 20:], cache=cache, use_cache=True).logits, expected[:, 20:])
 
 
 def test_chunked_prefill_and_a_copied_prompt() -> None:

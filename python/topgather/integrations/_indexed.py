@@ -33,6 +33,11 @@ def has_indexed_layers(config: Any) -> bool:
     return not INDEXED.isdisjoint(getattr(config, "layer_types", None) or ())
 
 
+def keeps_index(layer: Any) -> bool:
+    """Whether a cache layer is transformers' own for such layers, which keeps index keys."""
+    return getattr(type(layer), "_layer_type", None) in INDEXED
+
+
 def hook_indexer(module: nn.Module) -> None:
     """Have the indexer of an attention module, if it has one, note what it is given."""
     indexer = getattr(module, "indexer", None)
@@ -86,6 +91,12 @@ def choice_within_sequences(module: nn.Module, queries: PackedRows, keys: Packed
     slots = max(each.shape[2] for each in chosen)
     padded = [pad(each, (0, slots - each.shape[2]), value=-1) for each in chosen]
     return BlockRouting(torch.cat(padded, dim=1), indexer.block_size)
+
+
+def of_columns(routing: BlockRouting, queries: PackedRows, batch_size: int, num_queries: int) -> BlockRouting:
+    """The choice of packed sequences put back in the columns of a batch, ``[B, H, M, k]``."""
+    packed = routing.block_indices.transpose(0, 1)
+    return BlockRouting(queries.scatter(packed, batch_size, num_queries), routing.block_size)
 
 
 def _lengths(rows: PackedRows) -> list[int]:

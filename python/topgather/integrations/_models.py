@@ -26,8 +26,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from . import _forward
 from ._arguments import IMPLEMENTATION
-from ._cache import MobaLayer
-from ._indexed import INDEXED, hook_indexer
+from ._cache import IndexedMobaLayer, MobaLayer
+from ._indexed import INDEXED, hook_indexer, keeps_index
 
 _logger = logging.getLogger(__name__)
 
@@ -323,3 +323,5 @@ def _replace_layer(cache: Cache, layer_idx: int) -> None:
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, DynamicLayer) and type(layer) is DynamicLayer:
         cache.layers[layer_idx] = MobaLayer.of(layer)
+    elif isinstance(layer, DynamicLayer) and not isinstance(layer, MobaLayer) and keeps_index(layer):
+        cache.layers[layer_idx] = IndexedMobaLayer.of(layer)

@@ -42,8 +42,8 @@ from ._attend import (
     attend_packed,
     sequence_starts,
 )
-from ._cache import MobaLayer
-from ._indexed import choice_of, choice_within_sequences, has_indexed_layers
+from ._cache import IndexedMobaLayer, MobaLayer
+from ._indexed import choice_of, choice_within_sequences, has_indexed_layers, keeps_index, of_columns
 from ._models import hook_attention, is_local, layer_of, watch_models
 
 __all__ = ["make_cache", "register", "set_moba"]
@@ -209,9 +209,11 @@ def make_cache(
             raise ValueError(f"num_pages must be None unless paged is True, got {num_pages}")
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    return Cache(
-        layers=[MobaLayer(max_seq_len, paged, num_pages) if type(layer) is DynamicLayer else layer for layer in layers]
-    )
+    for layer_idx, layer in enumerate(layers):
+        kind = MobaLayer if type(layer) is DynamicLayer else IndexedMobaLayer if keeps_index(layer) else None
+        if kind is not None:
+            layers[layer_idx] = kind(max_seq_len, paged, num_pages)
+    return Cache(layers=layers)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -555,11 +557,17 @@ def _attention(
     if layer is not None and attention_mask is not None and key.shape[2] < attention_mask.shape[1]:
         newest = attention_mask[:, -key.shape[2] :]
     rows = _packed_rows(query, key, newest, kwargs)
-    routing = None
+    routing = routing_of_new = None
     if kwargs.get("block_indices") is not None:
-        routing = choice_of(module, kwargs["block_indices"])
+        routing = routing_of_new = choice_of(module, kwargs["block_indices"])
+        settings = Settings(routing.block_size, routing.top_k)
         if rows is not None:
-            routing = choice_within_sequences(module, *rows, key.shape[2])
+            of_all, num_columns = rows, key.shape[2]
+            if attention_mask is not None and newest is not attention_mask:
+                num_columns = attention_mask.shape[1]
+                of_all = _rows_of_newest(attention_mask, num_queries), PackedRows.of_mask(attention_mask)
+            routing = choice_within_sequences(module, *of_all, num_columns)
+            routing_of_new = of_columns(routing, of_all[0], query.shape[0], num_queries)
 
     def attend_to_keys() -> Tensor:
         if rows is None:
@@ -570,7 +578,7 @@ def _attention(
         out = attend_to_keys()
     else:
         is_packed = rows is not None and len(rows[0].cu_seqlens) > query.shape[0] + 1
-        out = layer.attend(query, *given, attention_mask, settings, scores, attend_to_keys, is_packed)
+        out = layer.attend(query, *given, attention_mask, settings, scores, attend_to_keys, is_packed, routing_of_new)
     return out.transpose(1, 2), None
 
 
