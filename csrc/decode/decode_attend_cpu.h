@@ -174,9 +174,7 @@ struct AttendTask {
     };
     return build_block_lists(
         num_listed, num_blocks, first_slot, last_slot,
-        [&](int64_t row) {
-          return rows.params.block_indices.template at<int32_t>(sequence, head_of(row), token_of(row));
-        },
+        [&](int64_t row) { return choices_of_query(rows.params, sequence, head_of(row), token_of(row)); },
         [&](int64_t row) { return block_of(position_of(row), problem.block_size); }, fault, cursors, lists);
   }
 

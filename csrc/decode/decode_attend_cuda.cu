@@ -68,7 +68,7 @@ struct DecodeAttendArguments {
   Array<const void, 4> query;             // [batch, query head, M, D] dtype
   Array<const void, 4> key_pages;         // [page, kv head, page_size, D] dtype
   Array<const void, 4> value_pages;       // [page, kv head, page_size, V] dtype
-  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, M, K]
   DecodeSplitState* states;               // [unit of the wave, row, split]
   float* partial_out;  // [unit of the wave, row, split, V] float32; unwritten where the split saw no key
 };
@@ -97,7 +97,7 @@ __device__ __forceinline__ bool find_keys(const DecodeAttendArguments& args, con
                                           const SplitKeys& keys) {
   const DecodeGeometry& geometry = args.geometry;
   const DecodeSplits& splits = args.splits;
-  const int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
+  const int32_t* choices = choices_of_query(geometry, args.block_indices, row);
   const int first_slot = split / splits.per_slot * splits.slots;
   const int first_key = split % splits.per_slot * splits.keys_of_slot;
   bool sees_any = false;
@@ -272,7 +272,7 @@ struct DecodeMergeArguments {
   DecodeGeometry geometry;
   DecodeWave wave;
   int32_t num_splits;
-  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, M, K]
   Array<const void, 1> sinks;             // [query head] float32, or data null
   const DecodeSplitState* states;         // [unit of the wave, row, split]
   const float* partial_out;               // [unit of the wave, row, split, V] float32
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const Deco
   const DecodeRow row = decode_row(geometry, args.wave, blockIdx.x);
   Element* out = args.out.at<Element>(row.sequence, row.head, row.token);
   float* lse = args.lse.at<float>(row.sequence, row.head, row.token);
-  const int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
+  const int32_t* choices = choices_of_query(geometry, args.block_indices, row);
   const bool is_faulty = row.is_faulty || (row.position >= 0 && are_choices_faulty(row, choices, geometry.top_k));
   if (is_faulty || row.position < 0) {
     const float nothing = is_faulty ? not_a_number() : 0.0f;

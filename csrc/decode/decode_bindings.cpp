@@ -23,6 +23,7 @@ void complete_problem(DecodeProblem& problem, const Tokens& tokens, const Pages&
   problem.pages_per_sequence = problem.page_table.data == nullptr ? 1 : problem.page_table.sizes[1];
   problem.scale = 1.0;
   problem.top_k = 1;
+  problem.heads_per_choice = 1;
   require(problem.head_dim >= 1, "head_dim must be at least 1");
   require(
       problem.num_kv_heads >= 1 && problem.num_query_heads >= 1 && problem.num_query_heads % problem.num_kv_heads == 0,
@@ -89,6 +90,10 @@ void complete(DecodeParams& params) {
   params.problem.value_dim = params.value_pages.sizes[3];
   params.problem.top_k = params.block_indices.sizes[3];
   params.problem.scale = params.scale;
+  const int64_t num_choice_heads = params.block_indices.sizes[1];
+  require(num_choice_heads >= 1 && params.problem.num_query_heads % num_choice_heads == 0,
+          "num_query_heads must be a multiple of the heads of block_indices");
+  params.problem.heads_per_choice = params.problem.num_query_heads / num_choice_heads;
 }
 
 static void bind(pybind11::module_& module) {

@@ -26,6 +26,7 @@ struct DecodeGeometry {
   int32_t num_pages;
   int32_t pages_per_sequence;
   int32_t top_k;
+  int32_t heads_per_choice;   // query heads that share a choice
   int64_t capacity;           // tokens that a sequence has room for
   const int32_t* seq_lens;    // [batch] int32
   const int32_t* num_tokens;  // [batch] int32, or null
@@ -50,6 +51,7 @@ inline DecodeGeometry decode_geometry(const DecodeProblem& problem) {
           small(problem.num_pages),
           small(problem.pages_per_sequence),
           small(problem.top_k),
+          small(problem.heads_per_choice),
           problem.pages_per_sequence * problem.page_size,
           problem.seq_lens.data,
           problem.num_tokens.data,
@@ -161,6 +163,14 @@ __device__ __forceinline__ DecodeRow decode_row(const DecodeGeometry& geometry, 
   result.num_blocks = tokens.num_blocks;
   result.is_faulty = tokens.is_faulty;
   return result;
+}
+
+// What a query attends to: [top_k] int32.
+__device__ __forceinline__ const int32_t* choices_of_query(const DecodeGeometry& geometry,
+                                                           const Array<const int32_t, 4>& block_indices,
+                                                           const DecodeRow& row) {
+  const uint32_t choice_head = static_cast<uint32_t>(row.head) / static_cast<uint32_t>(geometry.heads_per_choice);
+  return block_indices.at<int32_t>(row.sequence, choice_head, row.token);
 }
 
 // The page of a token, and its row there.

@@ -35,6 +35,7 @@ struct DecodeProblem {
   int64_t num_pages;
   int64_t pages_per_sequence;  // columns of page_table, 1 without one
   int64_t top_k;
+  int64_t heads_per_choice;  // query heads that share a choice
   double scale;
 };
 TOPGATHER_FIELDS(DecodeProblem, seq_lens, num_tokens, page_table, block_size, num_threads)
@@ -65,7 +66,7 @@ struct DecodeParams : ScoreOptions {
   Array<const void, 4> query;             // [batch, query head, M, D] dtype
   Array<const void, 4> key_pages;         // [page, kv head, page_size, D] dtype
   Array<const void, 4> value_pages;       // [page, kv head, page_size, V] dtype
-  Array<const int32_t, 4> block_indices;  // [batch, query head, M, K]
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, M, K]: of a query head, a key head or all heads
   Array<const void, 1> sinks;  // [query head] float32, float64 for float64, logits that join a row's sum; or data null
   Array<void, 4> out;          // [batch, query head, M, V] dtype
   Array<void, 3> lse;          // [batch, query head, M] float32, float64 for float64, contiguous

@@ -226,7 +226,7 @@ RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& r
     }
     delta[i] = sum;
   }
-  const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, head, first_row);
+  const int32_t* choices = choices_of_query(params, sequence.batch_idx, head, first_row);
   return build_range_lists(params.problem, range, choices, params.block_indices.strides[2], cursors, lists);
 }
 

@@ -39,7 +39,7 @@ struct RowArguments {
   bool has_vector_rows;  // whether rows of out and grad_out are whole chunks of 16 bytes, on their boundaries
   float d_score_scale;   // on row_shift
   float gradient_scale;  // on grad_query
-  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, query, K] int32
   Array<const void, 4> out;               // [batch, query head, query, V] dtype
   Array<const void, 4> grad_out;          // [batch, query head, query, V] dtype
   Array<const void, 3> grad_lse;          // [batch, query head, query] float32; data null when absent
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) moba_write_grad_query(const Ro
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(geometry, args.wave, unit, row);
   const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-  const int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query);
+  const int32_t* choices = choices_of_query(geometry, args.block_indices, unit, place);
   const int64_t row_of_wave = blockIdx.y * args.num_rows + row;
   const bool is_valid = args.is_row_valid[row_of_wave] != 0;
   Element* grad_query = args.grad_query.at<Element>(unit.batch_idx, place.head, place.query);

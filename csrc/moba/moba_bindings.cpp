@@ -29,9 +29,13 @@ void complete_problem(Params& params) {
   problem.head_dim = params.query.sizes[3];
   if constexpr (requires { params.value; }) problem.value_dim = params.value.sizes[3];
   problem.top_k = params.block_indices.sizes[3];
+  const int64_t num_choice_heads = params.block_indices.sizes[1];
   require(
       problem.num_kv_heads >= 1 && problem.num_query_heads >= 1 && problem.num_query_heads % problem.num_kv_heads == 0,
       "num_query_heads must be a multiple of num_kv_heads");
+  require(num_choice_heads >= 1 && problem.num_query_heads % num_choice_heads == 0,
+          "num_query_heads must be a multiple of the heads of block_indices");
+  problem.heads_per_choice = problem.num_query_heads / num_choice_heads;
   require(problem.block_size >= 1, "block_size must be at least 1");
   require(problem.top_k >= 1, "top_k must be at least 1");
   require(problem.cu_seqlens_q.sizes[0] == problem.cu_seqlens_k.sizes[0], "cu_seqlens must come in pairs");
@@ -57,6 +61,7 @@ void complete(CentroidParams& params) {
   problem.query_len = is_packed ? problem.key_len : 0;
   problem.head_dim = params.key.sizes[3];
   problem.top_k = 1;
+  problem.heads_per_choice = 1;
   require(problem.block_size >= 1, "block_size must be at least 1");
   require(problem.num_threads >= 1, "num_threads must be at least 1");
 }

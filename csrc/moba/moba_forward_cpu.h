@@ -269,7 +269,7 @@ struct ForwardTask {
     const MobaProblem& problem = params.problem;
     const Sequence& sequence = range.sequence;
     const int64_t row = sequence.query_start + range.first_query + query;
-    const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, range.head_idx, row);
+    const int32_t* choices = choices_of_query(params, sequence.batch_idx, range.head_idx, row);
     const int64_t position = range.first_query + query + sequence.position_offset;
     const int64_t end = problem.is_causal ? min64(position + 1, sequence.key_len) : sequence.key_len;
     for (int64_t slot = 0; slot < problem.top_k; ++slot) {
@@ -315,7 +315,7 @@ struct ForwardTask {
     const Sequence& sequence = range.sequence;
     const int64_t first_row = sequence.query_start + range.first_query;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
-    const int32_t* choices = params.block_indices.at<int32_t>(sequence.batch_idx, range.head_idx, first_row);
+    const int32_t* choices = choices_of_query(params, sequence.batch_idx, range.head_idx, first_row);
     const RoutingFault fault =
         build_range_lists(problem, range, choices, params.block_indices.strides[2], cursors, lists);
     if (fault.kind != RoutingFault::kNone) return fault;

@@ -27,7 +27,7 @@ struct MergeArguments {
   int64_t num_rows;  // of a unit
   int32_t value_dim;
   int32_t partial_elements;
-  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, query, K] int32
   Array<const void, 1> sinks;             // [query head] float32, or data null
   const uint16_t* is_row_valid;           // [unit, row] uint16
   const void* partial_out;                // [unit, entry, partial_elements] dtype
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kMergeWarps* cuda::kLanes, 1) moba_merge_slots
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const WaveRow place = wave_row(geometry, args.wave, unit, row);
   const SequenceOnDevice sequence = sequence_of_query(geometry, place.query);
-  const int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query);
+  const int32_t* choices = choices_of_query(geometry, args.block_indices, unit, place);
   const int64_t row_of_wave = blockIdx.y * args.num_rows + row;
   const int64_t first_entry = row_of_wave * geometry.top_k;
   const bool is_valid = args.is_row_valid[row_of_wave] != 0;

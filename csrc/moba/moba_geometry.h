@@ -35,6 +35,12 @@ inline Sequence sequence_at(const MobaProblem& problem, int64_t sequence_idx) {
 // The block that a position lies in, -1 before the first.
 inline int64_t block_of(int64_t position, int64_t block_size) { return position < 0 ? -1 : position / block_size; }
 
+// What a query attends to: top_k numbers of blocks.
+template <typename Params>
+inline const int32_t* choices_of_query(const Params& params, int64_t batch_idx, int64_t head_idx, int64_t row) {
+  return params.block_indices.template at<int32_t>(batch_idx, head_idx / params.problem.heads_per_choice, row);
+}
+
 // A consecutive piece of one head's queries: the unit of work of the forward, and what owns a gradient of query.
 struct QueryRange {
   Sequence sequence;

@@ -25,6 +25,7 @@ struct MobaGeometry {
   int32_t block_size;
   int32_t top_k;
   cuda::Divisor by_top_k;
+  cuda::Divisor by_heads_per_choice;  // a query head's quotient is its head in block_indices
   bool is_causal;
   const int64_t* query_starts;  // [num_sequences + 1] int64, ascending; null for a dense problem
   const int64_t* key_starts;    // [num_sequences + 1] int64, ascending; null for a dense problem

@@ -120,6 +120,7 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
   geometry.block_size = static_cast<int32_t>(problem.block_size);
   geometry.top_k = static_cast<int32_t>(problem.top_k);
   geometry.by_top_k = cuda::Divisor(problem.top_k);
+  geometry.by_heads_per_choice = cuda::Divisor(problem.heads_per_choice);
   geometry.is_causal = problem.is_causal;
   if (!is_packed(problem)) return geometry;
   int64_t* starts[4];
@@ -171,7 +172,7 @@ struct RowChoices {
 __device__ __forceinline__ RowChoices row_choices(const LayoutArguments& args, const Unit& unit, int64_t row) {
   const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
   return {place.query, sequence_of_query(args.geometry, place.query),
-          args.block_indices.at<int32_t>(unit.batch_idx, place.head, place.query)};
+          choices_of_query(args.geometry, args.block_indices, unit, place)};
 }
 
 }  // namespace

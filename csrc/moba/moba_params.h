@@ -27,6 +27,7 @@ struct MobaProblem {
   int64_t head_dim;
   int64_t value_dim;  // 0 where there are no values
   int64_t top_k;
+  int64_t heads_per_choice;  // query heads that share a choice: head h goes by row h / heads_per_choice
 };
 TOPGATHER_FIELDS(MobaProblem, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, num_threads)
 
@@ -42,7 +43,7 @@ struct CentroidParams {
 TOPGATHER_FIELDS(CentroidParams, key, block_size, cu_seqlens, num_threads, centroids)
 
 // Shapes are those of dense problems. Packed ones: query, key, value, out and their gradients are [token, head, dim],
-// block_indices [head, token, K], lse and grad_lse [head, token].
+// block_indices [head, token, K], lse and grad_lse [head, token]. A choice head is a query head, a key head or all heads.
 struct MobaRouteParams {
   MobaProblem problem;
   Array<const void, 4> query;       // [batch, query head, query, D] dtype
@@ -58,7 +59,7 @@ struct MobaForwardParams : ScoreOptions {
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
   Array<const void, 4> value;             // [batch, kv head, key, V] dtype
-  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, query, K] int32
   Array<const void, 1> sinks;             // [query head] sum type, logits that join a row's sum; or data null
   Array<void, 4> out;                     // [batch, query head, query, V] dtype
   Array<void, 3> lse;                     // [batch, query head, query] sum type
@@ -74,7 +75,7 @@ struct MobaBackwardParams : ScoreOptions {
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
   Array<const void, 4> value;             // [batch, kv head, key, V] dtype
-  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, query, K] int32
   Array<const void, 4> out;               // [batch, query head, query, V] dtype
   Array<const void, 3> lse;               // [batch, query head, query] sum type
   Array<const void, 4> grad_out;          // [batch, query head, query, V] dtype

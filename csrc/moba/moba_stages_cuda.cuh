@@ -37,7 +37,7 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
 struct LayoutArguments {
   MobaGeometry geometry;
   Wave wave;
-  Array<const int32_t, 4> block_indices;  // [batch, query head, query, K] int32
+  Array<const int32_t, 4> block_indices;  // [batch, choice head, query, K] int32
   BlockListsOnDevice lists;
   bool are_cursors_shared = false;  // decided by build_block_lists
 };
@@ -81,7 +81,7 @@ struct CentroidArguments {
 };
 void launch_centroids(Dtype dtype, const CentroidArguments& arguments, int64_t num_units, cudaStream_t stream);
 
-// The row of block_indices that belongs to row `row` of a unit of a wave, and the query's own place.
+// The query that row `row` of a unit of a wave is.
 struct WaveRow {
   int64_t query;  // row in the tensors
   int64_t head;   // query head
@@ -92,6 +92,14 @@ __device__ __forceinline__ WaveRow wave_row(const MobaGeometry& geometry, const 
   const uint32_t head_in_group = wave.by_num_queries.quotient(static_cast<uint32_t>(row));
   const uint32_t query = static_cast<uint32_t>(row) - head_in_group * static_cast<uint32_t>(wave.num_queries);
   return {wave.first_query + query, unit.kv_head * geometry.group + head_in_group};
+}
+
+// What a query attends to: [top_k] int32.
+__device__ __forceinline__ const int32_t* choices_of_query(const MobaGeometry& geometry,
+                                                           const Array<const int32_t, 4>& block_indices,
+                                                           const Unit& unit, const WaveRow& place) {
+  const uint32_t choice_head = geometry.by_heads_per_choice.quotient(static_cast<uint32_t>(place.head));
+  return block_indices.at<int32_t>(unit.batch_idx, choice_head, place.query);
 }
 
 // The row that an entry of a list is of.

@@ -16,6 +16,7 @@ from tests.block_attention.helpers import (
     make_inputs,
     run_attention,
 )
+from tests.block_attention.test_shared_choices import shared_choice_case
 from tests.block_attention.test_softcap_and_sinks import (
     test_against_reference,
     test_decoding_gives_the_rows_of_attention,
@@ -187,6 +188,7 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "long list": lambda: check_attention(LONG_LIST, BFLOAT16, CPU),
     "small waves": small_waves_case,
     "routed": routed_case,
+    "shared choices": shared_choice_case,
     "nonfinite": nonfinite_case,
     "named twice": named_twice_case,
     "unchosen blocks": unchosen_blocks_case,
@@ -365,6 +367,13 @@ LISTS = [
                "small", WRONG_OUT),
     PlantedBug("stages: every wave takes the first queries", STAGES,
                "wave.first_query + query,", "query + 0 * wave.first_query,", "small waves", WRONG_OUT),
+    PlantedBug("stages: a choice for every query head", STAGES,
+               "geometry.by_heads_per_choice.quotient(static_cast<uint32_t>(place.head));",
+               "static_cast<uint32_t>(place.head);", "shared choices", f"{READ_OUT_OF_BOUNDS}|{WRONG_OUT}"),
+    PlantedBug("stages: the choice of another group", STAGES,
+               "geometry.by_heads_per_choice.quotient(static_cast<uint32_t>(place.head));",
+               "geometry.by_heads_per_choice.quotient(geometry.num_query_heads - 1 - place.head);",
+               "shared choices", WRONG_OUT),
     PlantedBug("geometry: a query sees one key after its own", GEOMETRY,
                "query + block.visible_offset + 1;", "query + block.visible_offset + 2;", "small", WRONG_OUT),
     PlantedBug("geometry: queries stand at the first keys", GEOMETRY,

@@ -159,13 +159,24 @@ def _scores(num_heads: int, dtype: torch.dtype, device: torch.device, seed: int)
     return {"softcap": 1.5, "sinks": random_tensor((num_heads,), accumulation_dtype(dtype), device, seed + 6)}
 
 
-def _attention(case: AttentionCase, is_packed: bool, is_routed: bool) -> Callable[..., Inputs]:
+def _shared_routing(case: AttentionCase, heads: Inputs, bounds: Inputs, num_choice_heads: int) -> Tensor:
+    """The choices of the first query head of each group."""
+    step = case.num_heads // num_choice_heads
+    firsts = heads["query"][..., ::step, :] if bounds else heads["query"][:, ::step]
+    keys = heads["key"][..., :num_choice_heads, :] if bounds else heads["key"][:, :num_choice_heads]
+    return _routing(case, {"query": firsts, "key": keys}, bounds)
+
+
+def _attention(
+    case: AttentionCase, is_packed: bool, is_routed: bool, num_choice_heads: int | None = None
+) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         heads = _heads(case, dtype, device, seed, is_packed)
         bounds = _bounds(device) if is_packed else {}
         inputs = {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
         if is_routed:
-            routing = tg.BlockRouting(_routing(case, heads, bounds), case.block_size)
+            choice = _shared_routing(case, heads, bounds, num_choice_heads or case.num_heads)
+            routing = tg.BlockRouting(choice, case.block_size)
             inputs |= {"top_k": None, "routing": routing, **_scores(case.num_heads, dtype, device, seed)}
         return {**inputs, "scale": 0.3, "return_lse": True, "deterministic": True}
 
@@ -241,6 +252,18 @@ BLOCK_ATTENTION = [
     OpCase(
         "moba_attention(routing)", tg.moba_attention, _attention(SMALL, False, True), **_gives(HEADS_AND_SINKS, OUT_LSE)
     ),
+    OpCase(
+        "moba_attention(choice of key heads)",
+        tg.moba_attention,
+        _attention(SMALL, False, True, 2),
+        **_gives(HEADS_AND_SINKS, OUT_LSE),
+    ),
+    OpCase(
+        "moba_attention_varlen(one choice)",
+        tg.moba_attention_varlen,
+        _attention(SMALL, True, True, 1),
+        **_gives(HEADS_AND_SINKS, OUT_LSE),
+    ),
     OpCase("moba_attention_varlen", tg.moba_attention_varlen, _attention(SMALL, True, False), **_gives(HEADS, OUT_LSE)),
     OpCase(
         "moba_attention_varlen(routing)",
@@ -292,16 +315,17 @@ def _cache(case: DecodeCase, pages: int, dtype: torch.dtype, device: torch.devic
     return cache
 
 
-def _decode(case: DecodeCase, pages: int, is_routed: bool = False) -> Callable[..., Inputs]:
+def _decode(case: DecodeCase, pages: int, num_choice_heads: int = 0) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         cache = _cache(case, pages, dtype, device, seed)
         counts = torch.tensor(case.steps[-1], dtype=torch.int32, device=device)
         shape = (case.batch, case.num_heads, max(case.steps[-1]), case.head_dim)
         inputs = {"query": random_tensor(shape, dtype, device, seed), "cache": cache, "top_k": case.top_k}
         inputs |= {"scale": 0.3, "num_tokens": counts, "return_lse": True}
-        if is_routed:
+        if num_choice_heads:
             tail = (cache.seq_lens, cache.page_table, counts, cache.block_size, cache.page_size, case.slots)
-            choice = ops.moba_decode_route(inputs["query"], cache.centroids, *tail)
+            firsts = inputs["query"][:, :: case.num_heads // num_choice_heads]
+            choice = ops.moba_decode_route(firsts, cache.centroids, *tail)
             inputs |= {"top_k": None, "routing": tg.BlockRouting(choice, cache.block_size)}
             inputs |= _scores(case.num_heads, dtype, device, seed)
         return inputs
@@ -344,7 +368,8 @@ DECODE_OPS: dict[str, dict[str, Any]] = {
 }
 DECODES = [
     *(OpCase(f"moba_decode{suffix}", tg.moba_decode, _decode(DECODING, pages), OUT_LSE) for pages, suffix in CACHES),
-    OpCase("moba_decode(routing)", tg.moba_decode, _decode(DECODING, 0, True), OUT_LSE),
+    OpCase("moba_decode(routing)", tg.moba_decode, _decode(DECODING, 0, DECODING.num_heads), OUT_LSE),
+    OpCase("moba_decode(choice of key heads)", tg.moba_decode, _decode(DECODING, 1, DECODING.num_kv_heads), OUT_LSE),
     *(
         OpCase(f"ops.{name}{suffix}", getattr(ops, name).default, _decode_op(name, DECODING, pages), **options)
         for name, options in DECODE_OPS.items()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.block_attention.test_shared_choices import test_decoding
 from tests.cuda.planted_bug import (
     OUT_OF_BOUNDS,
     OVERWRITTEN,
@@ -68,6 +69,7 @@ DECODE_CASES: dict[str, Callable[[], Any]] = {
     "decode twice": on_cpu(contract.test_choices_that_cannot_be, "twice apart"),
     "decode unseen": on_cpu(contract.test_values_that_are_not_seen_have_no_influence),
     "decode minus infinity": on_cpu(contract.test_one_split_at_minus_infinity),
+    "decode shared choices": lambda: test_decoding(((40, 3), (1, 1)), 1, BFLOAT16, CPU),
     "decode waves": on_cpu(contract.test_many_small_waves, 300),
 }
 
@@ -90,6 +92,9 @@ DECODE_BUGS = [
                "return {count, length - count,", "return {count, length - count - 1,", "decode", WRONG),
     PlantedBug("decode: lengths past the room", PAGES,
                "length > geometry.capacity ||", "", "decode lengths", f"{WRONG}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("decode: a choice for every query head", PAGES,
+               "static_cast<uint32_t>(row.head) / static_cast<uint32_t>(geometry.heads_per_choice);",
+               "static_cast<uint32_t>(row.head);", "decode shared choices", f"{WRONG}|{READ_OUT_OF_BOUNDS}"),
     PlantedBug("decode: more tokens than there are", PAGES,
                "count < 0 || count > geometry.query_len)", "count < 0)", "decode lengths", WRONG),
     PlantedBug("decode: a page past the last", PAGES,

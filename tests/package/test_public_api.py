@@ -55,7 +55,8 @@ PUBLIC = dict(public_objects())
 
 
 def test_names_promised() -> None:
-    for name in [*FUNCTIONS, "BlockRouting", "MobaCache", "PagedMobaCache", "compat", "nn", "reference"]:
+    classes = ["BlockRouting", "RoutingRecord", "record_routing", "replay_routing", "MobaCache", "PagedMobaCache"]
+    for name in [*FUNCTIONS, *classes, "compat", "nn", "reference"]:
         assert name in tg.__all__, name
         assert hasattr(tg, name)
     assert set(tg.__all__) <= set(dir(tg))

@@ -147,6 +147,23 @@ def check_per_query(name: str, tensor: Tensor, shape: Sequence[int], query: Tens
         raise ValueError(f"{name} must have shape {list(shape)}, got {tuple(tensor.shape)}")
 
 
+def check_choices(block_indices: Tensor, per_query: Sequence[int], num_kv_heads: int) -> None:
+    """Raise unless ``block_indices`` has choices for ``per_query``, ``[.., query heads, queries]``.
+
+    In place of query heads it may have key heads, whose groups share a choice, or a single one.
+    """
+    shape = block_indices.shape
+    *leading, num_heads, num_queries = per_query
+    wrong = len(shape) != len(per_query) + 1 or list(shape[: len(leading)]) != leading or shape[-2] != num_queries
+    if wrong or shape[-3] not in (num_heads, num_kv_heads, 1):
+        raise ValueError(
+            f"block_indices must have shape {[*leading, 'heads', num_queries, 'top_k']} with heads those of query "
+            f"({num_heads}), those of key ({num_kv_heads}) or 1, got {tuple(shape)}"
+        )
+    if shape[-1] < 1:
+        raise ValueError("block_indices must have at least one slot per query, got a last dimension of 0")
+
+
 def is_other_shape(shape: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether two shapes differ, as far as it is known: in a graph of any size an op's own call tells the rest.
 

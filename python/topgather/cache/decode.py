@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._common import checks
-from ..ops import BlockRouting
+from ..ops import BlockRouting, replay
 from ._base import BaseCache
 from ._checks import check_no_gradient
 from .contiguous import MobaCache
@@ -74,8 +74,8 @@ def moba_decode(
         num_tokens: how many of the ``M`` queries each sequence has, ints or an integer tensor ``[B]``; if None, what
             the last append brought.
         return_lse: also return the log-sum-exp of each query's scaled scores.
-        routing: a choice of blocks to use instead of making one, with ``block_indices [B, Hq, M, k]``; ``top_k`` is
-            then not looked at.
+        routing: a choice of blocks to use instead of making one, with ``block_indices [B, H, M, k]``, ``H`` of
+            query heads, key heads or 1; ``top_k`` is then not looked at.
         softcap: if given, scaled scores become ``softcap * tanh(score / softcap)``, as in :func:`moba_attention`.
         sinks: ``[Hq]``, a logit per head that joins each row's softmax, as in :func:`moba_attention`.
 
@@ -121,10 +121,18 @@ def moba_decode(
     if routing is None:
         if top_k is not None:
             checks.check_count("top_k", top_k)
-        block_indices = torch.ops.topgather.moba_decode_route.default(
+        arguments = (
             query, cache.centroids, cache.seq_lens, cache.page_table, count_tensor, cache.block_size, cache.page_size,
             num_blocks if top_k is None else min(top_k, num_blocks),
         )  # fmt: skip
+        route = torch.ops.topgather.moba_decode_route.default
+        if top_k is not None and replay.state.is_watched:
+            num_keys = None if lengths is None else longest
+            per_query, num_kv_heads = tuple(query.shape[:3]), cache.key_pages.size(1)
+            call = replay.Call(per_query, num_kv_heads, num_keys, cache.block_size, top_k, query.device)
+            block_indices = replay.choose(route, arguments, call)
+        else:
+            block_indices = route(*arguments)
     else:
         block_indices = _choice_of(routing, cache)
     factor = cache.head_dim**-0.5 if scale is None else float(scale)

@@ -29,6 +29,7 @@ USED = frozenset(
         "softcap",
         "s_aux",
         "sinks",
+        "block_indices",
     }
 )
 
@@ -56,7 +57,6 @@ REFUSED = {
     "position_bias": "a bias of the scores",
     "head_mask": "a mask of heads",
     "block_table": "pages of a continuous batch",
-    "block_indices": "the model's own choice of blocks",
     "indices": "the model's own choice of keys",
     "deterministic": "a choice of kernels that block attention makes with torch.use_deterministic_algorithms",
     "output_attentions": (

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from ..ops import moba_attention, moba_attention_varlen
+from ..ops import BlockRouting, moba_attention, moba_attention_varlen
 from ._arguments import Scores
 
 
@@ -126,8 +126,20 @@ def sequence_starts(position_ids: Tensor, mask: Tensor | None) -> Tensor:
     return mask & (previous >= 0) & (step != 1) & (step != columns - previous)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, settings: Settings, scores: Scores) -> Tensor:
-    """Causal attention, query ``i`` at position ``i + Nk - Nq``: ``[B, Hq, Nq, Dv]``, differentiable."""
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: Settings,
+    scores: Scores,
+    routing: BlockRouting | None = None,
+) -> Tensor:
+    """Causal attention, query ``i`` at position ``i + Nk - Nq``: ``[B, Hq, Nq, Dv]``, differentiable.
+
+    ``routing`` is a choice of blocks, in place of one by ``settings``.
+    """
+    if routing is not None:
+        return moba_attention(query, key, value, routing.block_size, routing=routing, **scores.of_op)
     top_k = _num_blocks(settings, scores, key.shape[2])
     if top_k is not None:
         return moba_attention(query, key, value, settings.block_size, top_k, **scores.of_op)
@@ -168,12 +180,14 @@ def attend_packed(
     keys: PackedRows,
     settings: Settings,
     scores: Scores,
+    routing: BlockRouting | None = None,
 ) -> Tensor:
-    """The same within each packed sequence; 0 for rows of no sequence."""
+    """The same within each packed sequence, ``routing`` of packed sequences; 0 for rows of no sequence."""
     batch_size, _, num_tokens, _ = query.shape
     packed = queries.gather(query), keys.gather(key), keys.gather(value)
-    top_k = _num_blocks(settings, scores, keys.max_seqlen)
-    if top_k is None:
+    block_size = settings.block_size if routing is None else routing.block_size
+    top_k = None if routing is not None else _num_blocks(settings, scores, keys.max_seqlen)
+    if top_k is None and routing is None:
         out = _attend_densely_to_packed(*packed, queries, keys, settings, scores)
     else:
         out = moba_attention_varlen(
@@ -182,8 +196,9 @@ def attend_packed(
             keys.cu_seqlens,
             queries.max_seqlen,
             keys.max_seqlen,
-            settings.block_size,
+            block_size,
             top_k,
+            routing=routing,
             **scores.of_op,
         )
     return queries.scatter(out, batch_size, num_tokens)

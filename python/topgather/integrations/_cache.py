@@ -17,6 +17,7 @@ small, stay beside them. From blocks to columns it goes when a module asks that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..cache import MobaCache, PagedMobaCache, moba_decode
+from ..ops import BlockRouting
 from ._arguments import Scores
 from ._attend import NewTokens, Settings, as_autocast
 from ._forward import note_part, remembered
@@ -159,7 +161,7 @@ class MobaLayer(DynamicLayer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MobaLayer:
         """A layer of its own: how a prompt's cache is used several times."""
-        other = MobaLayer(self.max_seq_len, self.paged, self.num_pages)
+        other = type(self)(self.max_seq_len, self.paged, self.num_pages)
         memo[id(self)] = other
         # Columns and masks are replaced and never written to.
         other.__dict__.update(self._fields(), _is_expected=False, _updated=None)
@@ -200,12 +202,13 @@ class MobaLayer(DynamicLayer):
         scores: Scores,
         attend_to_keys: Callable[[], Tensor],
         is_packed: bool,
+        routing: BlockRouting | None = None,
     ) -> Tensor:
         """Attend with ``query [B, Hq, M, D]`` to all tokens, and keep ``key``, ``value``: ``[B, Hq, M, Dv]``.
 
         ``mask`` is bool ``[B, columns]`` or None. ``attend_to_keys`` attends to ``key`` and ``value`` alone, which
         are all tokens or, where blocks hold the others, the new ones. ``is_packed``: whether they are several sequences
-        in a row.
+        in a row. ``routing``: a choice of blocks for the new tokens, ``[B, H, M, k]``, in place of one by ``settings``.
         """
         assert self._updated is not None
         if key.shape[2] != self._updated[0].shape[2]:
@@ -230,9 +233,11 @@ class MobaLayer(DynamicLayer):
         new = self._append(key, value, mask, settings)
         assert self.moba_cache is not None
         dtype, query = query.dtype, query.to(self.moba_cache.dtype)
-        if new is None:
-            return moba_decode(query, self.moba_cache, settings.top_k, **scores.of_op).to(dtype)
-        return new.scatter(moba_decode(new.gather(query), self.moba_cache, settings.top_k, **scores.of_op)).to(dtype)
+        if new is not None:
+            query = new.gather(query)
+            routing = None if routing is None else replace(routing, block_indices=new.gather(routing.block_indices))
+        out = moba_decode(query, self.moba_cache, settings.top_k, routing=routing, **scores.of_op).to(dtype)
+        return out if new is None else new.scatter(out)
 
     def _append(self, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> NewTokens | None:
         """Store the columns of ``key [B, Hkv, M, D]`` in blocks; of ``mask [B, columns]`` the last M count."""
@@ -343,6 +348,38 @@ class MobaLayer(DynamicLayer):
         if self.mask is not None:
             self.mask = self.mask.index_select(0, indices.to(self.mask.device))
         self._change_columns(lambda columns: columns.index_select(0, indices.to(columns.device)))
+
+
+class IndexedMobaLayer(MobaLayer):
+    """The same for a layer that chooses its blocks by an indexer, whose keys ``[B, 1, columns, D]`` stand beside it."""
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> MobaLayer:
+        """A layer with the columns of transformers' own, and its index keys."""
+        taker = super().of(layer)
+        taker.__dict__["idx_keys"] = vars(layer)["idx_keys"]
+        return taker
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.idx_keys: Tensor | None = None
+
+    def update_index(self, idx_k: Tensor) -> Tensor:
+        """Take the index keys of the new tokens, ``[B, 1, M, D]``; returns those of all columns."""
+        self.idx_keys = idx_k if self.idx_keys is None else torch.cat([self.idx_keys, idx_k], dim=2)
+        return self.idx_keys
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last columns, as :meth:`MobaLayer.crop` does."""
+        super().crop(tokens_to_remove)
+        if self.idx_keys is not None:
+            self.idx_keys = self.idx_keys[:, :, : self.num_columns]
+
+    def _select(self, indices: Tensor) -> None:
+        super()._select(indices)
+        if self.idx_keys is not None:
+            self.idx_keys = self.idx_keys.index_select(0, indices.to(self.idx_keys.device))
 
 
 def _new_tokens(mask: Tensor, num_new: int) -> NewTokens | None:

@@ -18,6 +18,7 @@ class _State(threading.local):
     memo: dict[Any, Any] | None = None  # of the forward in progress; None outside of one
     num_calls = 0  # of the attention function so far
     asking: tuple[ref[nn.Module], ref[MobaLayer]] | None = None
+    indexed: tuple[ref[nn.Module], dict[str, Any]] | None = None  # an indexer, and what it was given
 
     def __init__(self) -> None:
         self.in_progress: list[tuple[nn.Module, Any]] = []  # models, and what they began with
@@ -38,6 +39,7 @@ def begin(model: nn.Module, note: Any) -> None:
 def end(model: nn.Module) -> Any:
     """It is over, and ``begin``'s note returned. What was remembered is forgotten: its tensors may be refilled."""
     _state.memo = None
+    _state.indexed = None
     _state.parts.clear()
     return _drop(model)
 
@@ -88,6 +90,17 @@ def layer_asked_by(module: nn.Module) -> MobaLayer | None:
     if _state.asking is None or _state.asking[0]() is not module:
         return None
     return _state.asking[1]()
+
+
+def note_indexed(indexer: nn.Module, given: dict[str, Any]) -> None:
+    """``indexer`` is about to choose blocks by what it is ``given``."""
+    _state.indexed = ref(indexer), given
+
+
+def noted_of(indexer: nn.Module) -> dict[str, Any] | None:
+    """What ``indexer`` was given, if it was the last to choose. It is forgotten."""
+    noted, _state.indexed = _state.indexed, None
+    return noted[1] if noted is not None and noted[0]() is indexer else None
 
 
 def note_part(key: Tensor) -> None:

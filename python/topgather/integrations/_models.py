@@ -26,7 +26,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 
 from . import _forward
 from ._arguments import IMPLEMENTATION
-from ._cache import MobaLayer
+from ._cache import IndexedMobaLayer, MobaLayer
+from ._indexed import INDEXED, hook_indexer, keeps_index
 
 _logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _check_model(model: PreTrainedModel) -> None:
     kind: Any = type(model)  # hashable, which types of modules do not say
     if not _asks_interface(kind):
         _refuse(model, "it computes its attention itself, and does not go through transformers' attention interface")
-    known = _FULL | _LOCAL | _WITHOUT_ATTENTION
+    known = _FULL | _LOCAL | _WITHOUT_ATTENTION | INDEXED
     unknown = sorted(set(getattr(model.config, "layer_types", None) or ()) - known)
     if unknown:
         _refuse(model, f"config.layer_types has {', '.join(unknown)}, layers that choose their keys in their own way")
@@ -205,6 +206,7 @@ def hook_attention(module: nn.Module) -> None:
     """Have an attention module say, before it runs, which cache layer it will ask."""
     if not module.__dict__.get(_HOOKED):
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        hook_indexer(module)
         module.__dict__[_HOOKED] = True
 
 
@@ -321,3 +323,5 @@ def _replace_layer(cache: Cache, layer_idx: int) -> None:
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, DynamicLayer) and type(layer) is DynamicLayer:
         cache.layers[layer_idx] = MobaLayer.of(layer)
+    elif isinstance(layer, DynamicLayer) and not isinstance(layer, MobaLayer) and keeps_index(layer):
+        cache.layers[layer_idx] = IndexedMobaLayer.of(layer)

@@ -42,7 +42,8 @@ from ._attend import (
     attend_packed,
     sequence_starts,
 )
-from ._cache import MobaLayer
+from ._cache import IndexedMobaLayer, MobaLayer
+from ._indexed import choice_of, choice_within_sequences, has_indexed_layers, keeps_index, of_columns
 from ._models import hook_attention, is_local, layer_of, watch_models
 
 __all__ = ["make_cache", "register", "set_moba"]
@@ -208,9 +209,11 @@ def make_cache(
             raise ValueError(f"num_pages must be None unless paged is True, got {num_pages}")
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    return Cache(
-        layers=[MobaLayer(max_seq_len, paged, num_pages) if type(layer) is DynamicLayer else layer for layer in layers]
-    )
+    for layer_idx, layer in enumerate(layers):
+        kind = MobaLayer if type(layer) is DynamicLayer else IndexedMobaLayer if keeps_index(layer) else None
+        if kind is not None:
+            layers[layer_idx] = kind(max_seq_len, paged, num_pages)
+    return Cache(layers=layers)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -238,7 +241,8 @@ def _settings_of(module: nn.Module) -> Settings:
     layer_idx, num_layers = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
     if dense_layers and layer_idx in [idx + (num_layers or 0) if idx < 0 else idx for idx in dense_layers]:
         return Settings(block_size, None)
-    return Settings(block_size, top_k)
+    # Beside layers that choose by an indexer the others are dense, as the model was trained.
+    return Settings(block_size, None if has_indexed_layers(config) else top_k)
 
 
 def settings_of_config(config: Any) -> tuple[int, int, tuple[int, ...]]:
@@ -553,17 +557,28 @@ def _attention(
     if layer is not None and attention_mask is not None and key.shape[2] < attention_mask.shape[1]:
         newest = attention_mask[:, -key.shape[2] :]
     rows = _packed_rows(query, key, newest, kwargs)
+    routing = routing_of_new = None
+    if kwargs.get("block_indices") is not None:
+        routing = routing_of_new = choice_of(module, kwargs["block_indices"])
+        settings = Settings(routing.block_size, routing.top_k)
+        if rows is not None:
+            of_all, num_columns = rows, key.shape[2]
+            if attention_mask is not None and newest is not attention_mask:
+                num_columns = attention_mask.shape[1]
+                of_all = _rows_of_newest(attention_mask, num_queries), PackedRows.of_mask(attention_mask)
+            routing = choice_within_sequences(module, *of_all, num_columns)
+            routing_of_new = of_columns(routing, of_all[0], query.shape[0], num_queries)
 
     def attend_to_keys() -> Tensor:
         if rows is None:
-            return attend(query, key, value, settings, scores)
-        return attend_packed(query, key, value, *rows, settings, scores)
+            return attend(query, key, value, settings, scores, routing)
+        return attend_packed(query, key, value, *rows, settings, scores, routing)
 
     if layer is None:
         out = attend_to_keys()
     else:
         is_packed = rows is not None and len(rows[0].cu_seqlens) > query.shape[0] + 1
-        out = layer.attend(query, *given, attention_mask, settings, scores, attend_to_keys, is_packed)
+        out = layer.attend(query, *given, attention_mask, settings, scores, attend_to_keys, is_packed, routing_of_new)
     return out.transpose(1, 2), None
 
 

@@ -7,16 +7,18 @@ from .grid import grid_attention, window_attention
 from .key_conv import key_conv
 from .memory import expert_lookup, memory_lookup, product_key_topk
 from .moba import (
-    BlockRouting,
     block_centroids,
     moba_attention,
     moba_attention_varlen,
     moba_route,
     moba_route_varlen,
 )
+from .replay import record_routing, replay_routing
+from .routing import BlockRouting, RoutingRecord
 
 __all__ = [
     "BlockRouting",
+    "RoutingRecord",
     "block_centroids",
     "expert_lookup",
     "grid_attention",
@@ -27,5 +29,7 @@ __all__ = [
     "moba_route",
     "moba_route_varlen",
     "product_key_topk",
+    "record_routing",
+    "replay_routing",
     "window_attention",
 ]

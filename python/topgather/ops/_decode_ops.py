@@ -162,9 +162,7 @@ def _check_decode(
     _check_integers("block_indices", block_indices, query)
     if sinks is not None:
         checks.check_logit_per_head(sinks, query.size(1), query)
-    leading = list(query.shape[:3])
-    if block_indices.ndim != 4 or list(block_indices.shape[:3]) != leading or block_indices.size(3) < 1:
-        raise ValueError(f"block_indices must have shape {leading} + [top_k], got {tuple(block_indices.shape)}")
+    checks.check_choices(block_indices, query.shape[:3], num_kv_heads)
 
 
 def _cuda_check_query(query: Tensor) -> None:

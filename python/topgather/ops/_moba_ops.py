@@ -71,11 +71,7 @@ def _check(
         return
     checks.check_dtype("block_indices", block_indices, torch.int32)
     checks.check_same_device("block_indices", block_indices, "query", query)
-    leading = _per_query(query)
-    if block_indices.shape[:-1] != leading:
-        raise ValueError(f"block_indices must have shape {list(leading)} + [top_k], got {tuple(block_indices.shape)}")
-    if block_indices.size(-1) < 1:
-        raise ValueError("block_indices must have at least one slot per query, got a last dimension of 0")
+    checks.check_choices(block_indices, per_query(query), key_shape[1])
 
 
 def _check_route(
@@ -88,7 +84,7 @@ def _check_route(
 ) -> None:
     _check(query, key, cu_seqlens_q, cu_seqlens_k)
     num_keys = key.size(2) if cu_seqlens_k is None else key.size(0)
-    checks.check_slots(top_k, _per_query(query), num_slots(None, num_keys, block_size))
+    checks.check_slots(top_k, per_query(query), num_slots(None, num_keys, block_size))
 
 
 def _check_backward(
@@ -115,7 +111,7 @@ def _check_backward(
             )
     for name, numbers, last in (("lse", lse, ()), ("grad_lse", grad_lse, ()), ("softmax_terms", softmax_terms, (2,))):
         if numbers is not None:
-            checks.check_per_query(name, numbers, _per_query(query, *last), query)
+            checks.check_per_query(name, numbers, per_query(query, *last), query)
 
 
 def _check_centroids(key: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -153,7 +149,7 @@ def _cuda_check(query: Tensor, value: Tensor | None = None) -> None:
             raise ValueError(f"{name} must be at most {MAX_HEAD_DIM_ON_CUDA} on CUDA, got {tensor.size(-1)}")
 
 
-def _per_query(query: Tensor, *last: int) -> tuple[int, ...]:
+def per_query(query: Tensor, *last: int) -> tuple[int, ...]:
     """Shape of what stands once a head and query: ``[B, Hq, Nq]``, packed ``[Hq, total_q]``, and ``last``."""
     shape = query.shape
     return (shape[1], shape[0], *last) if len(shape) == 3 else (*shape[:-1], *last)
@@ -210,7 +206,7 @@ def _centroids_forward_mode(tangent_key: Tensor, block_size: int, cu_seqlens: Te
 
 
 def _attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, rows = sum_dtype(query.dtype), _per_query(query)
+    dtype, rows = sum_dtype(query.dtype), per_query(query)
     lse, softmax_terms = tensors.empty(query, rows, dtype), tensors.empty(query, (*rows, 2), dtype)
     return tensors.empty_like_rows(query, value.size(-1)), lse, softmax_terms
 
@@ -292,7 +288,7 @@ moba_route = register(
         check_content=_check_content,
         cuda_check=_cuda_check,
         inputs=_BOUNDARIES,
-        results=lambda query, top_k: tensors.empty(query, _per_query(query, top_k), torch.int32),
+        results=lambda query, top_k: tensors.empty(query, per_query(query, top_k), torch.int32),
         autocast=dict.fromkeys(("query", "key"), tensors.autocast),
         batch=_BATCH,
         folds=_folds,

@@ -6,53 +6,17 @@ Sources: MoBA, arXiv 2502.13189, section 2.2 (block choice by mean-pooled keys, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from .._common import checks, cuda
-from . import _moba_ops
+from . import _moba_ops, replay
+from .routing import BlockRouting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True)
-class BlockRouting:
-    """Which key blocks each query attends to.
-
-    Made by :func:`moba_route`, or by hand to bring another pattern.
-
-    Args:
-        block_indices: int32 ``[B, Hq, Nq, top_k]`` (packed: ``[Hq, total_q, top_k]``, blocks counted from each
-            sequence's first key). ``-1`` marks an unused slot. :func:`moba_route` returns rows in ascending order,
-            padded at the end; attention takes any order, but no block twice in a row.
-        block_size: keys per block, the one the numbers refer to.
-
-    Raises:
-        TypeError: ``block_indices`` is not an int32 tensor, or ``block_size`` not an int.
-        ValueError: ``block_indices`` has not 3 or 4 dimensions, or ``block_size`` is below 1.
-    """
-
-    block_indices: Tensor
-    block_size: int
-
-    def __post_init__(self) -> None:
-        checks.check_tensor("block_indices", self.block_indices)
-        checks.check_dtype("block_indices", self.block_indices, torch.int32)
-        if self.block_indices.ndim not in (3, 4):
-            raise ValueError(
-                "block_indices must have 4 dimensions [B, Hq, Nq, top_k], or 3 for packed sequences, "
-                f"got shape {tuple(self.block_indices.shape)}"
-            )
-        checks.check_count("block_size", self.block_size)
-
-    @property
-    def top_k(self) -> int:
-        """Slots per query."""
-        return self.block_indices.size(-1)
 
 
 def block_centroids(
@@ -224,8 +188,8 @@ def moba_attention(
         is_causal: whether query ``i``, at position ``i + Nk - Nq``, sees only keys up to its own position.
         scale: factor on the scores; ``D ** -0.5`` if None.
         return_lse: also return the log-sum-exp of each query's scaled scores.
-        routing: a choice of blocks to use instead of making one. Under ``is_causal`` later keys stay hidden whatever
-            it names.
+        routing: a choice of blocks to use instead of making one, for each query head, each key head or all heads.
+            Under ``is_causal`` later keys stay hidden whatever it names.
         deterministic: whether gradients are the same bits every time. On CUDA gradients are otherwise summed by atomic
             additions, in whatever order they come; the deterministic way moves more memory. None follows
             ``torch.use_deterministic_algorithms``. The CPU is always deterministic.
@@ -243,7 +207,7 @@ def moba_attention(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, stride, device or option; ``top_k`` and ``routing`` given and not agreeing;
-            ``routing`` naming a block twice for a query.
+            ``routing`` with other heads than query's, key's or 1, or naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
 
     On CUDA what a tensor holds is not waited for: a query whose ``routing`` names a block that does not exist, or one
@@ -307,7 +271,8 @@ def moba_attention_varlen(
         max_seqlen_k: at least the longest sequence's keys, in tokens.
         block_size, top_k, is_causal, scale, return_lse: as in :func:`moba_attention`. Blocks start afresh in every
             sequence.
-        routing: as in :func:`moba_attention`, with ``block_indices [Hq, total_q, top_k]``.
+        routing: as in :func:`moba_attention`, with ``block_indices [H, total_q, top_k]``, ``H`` of query heads, key
+            heads or 1.
         deterministic, softcap, sinks: as in :func:`moba_attention`.
 
     Returns:
@@ -360,7 +325,12 @@ def _attend(
         if top_k is not None:
             checks.check_count("top_k", top_k)
         slots = _moba_ops.num_slots(top_k, _longest(key, sequences, top_k), block_size)
-        block_indices = _moba_ops.moba_route(query, key, block_size, slots, is_causal, *sequences)
+        arguments = (query, key, block_size, slots, is_causal, *sequences)
+        if top_k is not None and replay.state.is_watched:
+            call = replay.Call(_moba_ops.per_query(query), key.size(1), key.size(-2), block_size, top_k, query.device)
+            block_indices = replay.choose(_moba_ops.moba_route, arguments, call)
+        else:
+            block_indices = _moba_ops.moba_route(*arguments)
     else:
         _check_routing(routing, block_size, top_k)
         block_indices = routing.block_indices

@@ -59,7 +59,7 @@ def moba_decode(
         query: ``[B, Hq, M, D]``, any floating dtype; the new tokens of each sequence, padded at the end.
         key: ``[B, Hkv, N, D]``, whole sequences, padded at the end.
         value: ``[B, Hkv, N, Dv]``.
-        block_indices: ``[B, Hq, M, k]``, integer, in any order, -1 for an unused slot.
+        block_indices: ``[B, H, M, k]``, integer, in any order, -1 for an unused slot.
         seq_lens: ``[B]``, integer, tokens of each sequence, the new ones included.
         block_size: tokens in a block, at least 1.
         num_tokens: ``[B]``, integer, how many of the M queries each sequence has; None for all.

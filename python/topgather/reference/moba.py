@@ -150,7 +150,8 @@ def moba_attention(
         query: ``[B, Hq, Nq, D]``, any floating dtype.
         key: ``[B, Hkv, Nk, D]``.
         value: ``[B, Hkv, Nk, Dv]``.
-        block_indices: ``[B, Hq, Nq, k]``, integer, in any order, -1 for an unused slot.
+        block_indices: ``[B, H, Nq, k]``, integer, in any order, -1 for an unused slot. H divides Hq; query head h goes
+            by the choices of head ``h // (Hq // H)``.
         block_size: tokens in a block, at least 1.
         is_causal: whether a query sees only keys at or before its position.
         scale: factor on the scores, any finite float; None means ``D ** -0.5``.
@@ -171,7 +172,7 @@ def moba_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
 
-    visible = visible_keys(block_indices, key.shape[2], block_size, is_causal)
+    visible = visible_keys(_expand_heads(block_indices, num_heads), key.shape[2], block_size, is_causal)
     sees_any = visible.any(dim=-1, keepdim=True)
 
     scores = _scores(query, key, visible) * scale
