@@ -141,6 +141,30 @@ def test_tangents_are_refused() -> None:
             run()
 
 
+@pytest.mark.parametrize("num_queries", [1, 64])
+def test_sinks_are_refused_as_queries_are(num_queries: int) -> None:
+    """However many queries there are: many of them go through moba_attention, which has gradients."""
+    cache = make(tg.MobaCache)
+    cache.append(tokens(num_queries), tokens(num_queries))
+    sinks, query = torch.zeros(2), tokens(num_queries)
+
+    def decode(sinks: Tensor) -> Tensor:
+        return tg.moba_decode(query, cache, top_k=2, sinks=sinks)
+
+    with pytest.raises(ValueError, match="sinks must not require grad: moba_decode has no gradient"):
+        decode(sinks.requires_grad_())
+    with pytest.raises(NotImplementedError, match="sinks must not have a tangent"):
+        torch.func.jvp(decode, (sinks.detach(),), (sinks.detach(),))
+
+
+def test_registered_ops_name_what_requires_a_gradient() -> None:
+    arguments = list(append_arguments())
+    for position, name in enumerate(("key", "value", "key_pages", "value_pages", "centroids")):
+        wrong = [*arguments[:position], arguments[position].clone().requires_grad_(), *arguments[position + 1 :]]
+        with pytest.raises(ValueError, match=f"^{name} must not require grad: a cache records no gradients"):
+            ops.moba_cache_append(*wrong)
+
+
 # --- writes that autograd must see ------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,28 @@ def test_stored_sparse_gradient_is_coalesced(experts: bool, device: torch.device
         assert torch.equal(table.grad.indices()[0], lookup.indices.unique())
 
 
+@pytest.mark.parametrize("from_the_start", [False, True])
+def test_a_gradient_is_marked_when_nobody_works_on_it_any_more(from_the_start: bool, device: torch.device) -> None:
+    """DistributedDataParallel's threads coalesce gradients until a callback that it queues when all are there, or, with
+    ``static_graph``, in a callback that it queues when the backward starts.
+    """
+    lookup = make_lookup(CASE, torch.float32, device)
+    table = lookup.values
+    queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+    seen: list[bool] = []
+
+    def note() -> None:
+        seen.append(table.grad.is_coalesced())
+
+    out = tg.memory_lookup(table, lookup.indices, lookup.weights, True)
+    if from_the_start:
+        out.register_hook(lambda grad: queue_callback(lambda: queue_callback(note)))
+    else:
+        table.register_post_accumulate_grad_hook(lambda table: queue_callback(note))
+    out.backward(lookup.grad_out)
+    assert seen == [False] and table.grad.is_coalesced()
+
+
 def test_a_backward_leaves_nothing_behind(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for a gradient, of the table or of others: no hook, and not the touched rows."""
     lookup = make_lookup(CASE, torch.float32, device)

@@ -16,8 +16,8 @@ from topgather.nn._tables import TableModule, table_parameters
 DIM = 8
 
 
-def memory(**options: Any) -> nn.Module:
-    return tg.nn.ProductKeyMemory(DIM, tg.nn.MemoryPool(4, 8), 2, 4, 8, **options)
+def memory(sparse_grad: bool = False, **options: Any) -> nn.Module:
+    return tg.nn.ProductKeyMemory(DIM, tg.nn.MemoryPool(4, 8, sparse_grad), 2, 4, 8, **options)
 
 
 def peer(**options: Any) -> nn.Module:
@@ -87,6 +87,31 @@ def test_changed_tables(make: Callable[..., nn.Module], index: int, how: str) ->
     assert model.load_state_dict(model.state_dict())
     repr(model)
     module.reset_parameters()
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("make, index", TABLES)
+def test_computed_tables_have_dense_gradients(make: Callable[..., nn.Module], index: int, how: str) -> None:
+    """With ``sparse_grad`` too: most of what computes a table knows no sparse gradients, and it is whole anyway."""
+    x = torch.randn(6, DIM)
+    gradients = []
+    for sparse_grad in (False, True):
+        torch.manual_seed(0)
+        model = make(sparse_grad=sparse_grad)
+        module, name, group = tables_of(model)[index]
+        change_table(how, module, name)
+        model(x).square().sum().backward()
+        computed = dict(module.named_parameters())
+        own = {
+            path for path, parameter in computed.items() if any(parameter is p for p in table_parameters(module, name))
+        }
+        assert own and not any(computed[path].grad.is_sparse for path in own)
+        if sparse_grad and group == "values":  # what DistributedDataParallel goes by
+            bags = [part for part in model.modules() if isinstance(part, nn.EmbeddingBag)]
+            assert not any(bag.sparse for bag in bags)
+        gradients.append([parameter.grad.to_dense() for parameter in model.parameters()])
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right)
 
 
 @pytest.mark.parametrize("make, index", TABLES)

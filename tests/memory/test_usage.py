@@ -166,3 +166,21 @@ def test_counting_begun_in_inference_mode_goes_on_outside(kind: str, how: str) -
     assert layer.usage().num_lookups == (3 if how == "turned on" else 2) * 6 * 8
     layer.reset_usage()
     assert layer.usage().num_lookups == 0
+
+
+@KINDS
+def test_transforms_are_refused(kind: str) -> None:
+    """Counters are written to in place, which torch refuses in words of its own."""
+    layer, x = make(kind), torch.randn(3, 5, DIM)
+    transforms = {
+        "vmap": lambda: torch.vmap(layer)(x),
+        "grad": lambda: torch.func.grad(lambda x: layer(x).sum())(x),
+        "jvp": lambda: torch.func.jvp(layer, (x,), (x,)),
+    }
+    for run in transforms.values():
+        with pytest.raises(NotImplementedError, match=r"track_usage must be False under torch\.vmap"):
+            run()
+    assert layer.usage().num_lookups == 0
+    layer.track_usage = False
+    for run in transforms.values():
+        run()

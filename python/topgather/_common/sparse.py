@@ -22,6 +22,9 @@ def keep_coalesced(rows: Tensor) -> None:
     torch stores a sparse gradient without its mark, and an optimizer would sort and copy all of it again. The mark is
     set at the end of this backward, and nothing of it is left afterwards. Holding on to ``rows`` until then makes sure
     that no other gradient's indices can lie at their address.
+
+    The end is behind what others have queued for the end: DistributedDataParallel, whose threads coalesce the gradient
+    meanwhile, and assert that nobody else does, waits for them there.
     """
     node = torch._C._current_autograd_node()
     if node is None:
@@ -37,7 +40,8 @@ def keep_coalesced(rows: Tensor) -> None:
             if grad._indices().data_ptr() == rows.data_ptr():
                 grad._coalesced_(True)
 
-    torch.autograd.Variable._execution_engine.queue_callback(mark)
+    queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+    queue_callback(lambda: queue_callback(mark))
 
 
 def let_compiler_compare() -> None:

@@ -56,7 +56,8 @@ class Op:
         forward_mode: makes the tangents of the results, of arguments and ``tangent_<argument>`` (None where zero).
         derivative_of: for an op that makes gradients, whose: it cannot be differentiated again, and says so. An op's
             name, or the argument that says it.
-        not_differentiable: for an op without gradients, what is said where one would be recorded.
+        not_differentiable: for an op without gradients, what is said where one would be recorded, after the name of
+            the argument that requires it.
         autocast: by argument, in order, what it becomes where autocast is on: a function of ``tensor``,
             ``device_type`` and of arguments.
         batch: dimension, by argument and result, along which problems do not depend on each other: vmap folds its own
@@ -401,10 +402,14 @@ class _Generator:
         self._refuse_none(source)
         arguments = ", ".join(self.arguments)
         if op.not_differentiable is not None:
-            source.globals |= {"message": op.not_differentiable, "has_tangent": transforms.has_tangent}
-            source.line(f"if {self._records()}: raise ValueError(message)")
-            source.line(f"if in_forward_mode() and has_tangent({', '.join(self.tensors)}):")
-            source.line("raise NotImplementedError(f'topgather: forward mode: {message}')", 2)
+            source.globals |= {
+                "advice": op.not_differentiable,
+                "refuse_gradient": transforms.refuse_gradient,
+                "refuse_tangent": transforms.refuse_tangent,
+            }
+            named = ", ".join(f"{name}={name}" for name in self.tensors)
+            source.line(f"if {self._records()}: refuse_gradient(advice, {named})")
+            source.line(f"if in_forward_mode(): refuse_tangent(advice, {named})")
         if op.backward is not None or op.derivative_of is not None:
             source.globals |= dict(zip(("Plain", "OneLevel"), self._functions(), strict=True))
             source.line("if transforms_active():")

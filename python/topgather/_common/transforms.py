@@ -14,9 +14,18 @@ if TYPE_CHECKING:
     from .spec import Op
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether one of them is a dual number."""
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+def refuse_gradient(advice: str, **tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` that names the first tensor that requires grad."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require grad: {advice}")
+
+
+def refuse_tangent(advice: str, **tensors: Tensor | None) -> None:
+    """Raise ``NotImplementedError`` that names the first tensor that is a dual number."""
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"topgather: {name} must not have a tangent (forward mode): {advice}")
 
 
 def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:

@@ -111,7 +111,9 @@ def moba_decode(
         raise ValueError(
             f"query must have shape [{cache.batch_size}, heads, tokens, {cache.head_dim}], got {tuple(query.shape)}"
         )
-    check_no_gradient("query", query, "moba_decode has no gradient; use torch.no_grad(), or moba_attention")
+    for name, tensor in (("query", query), ("sinks", sinks)):
+        if tensor is not None:
+            check_no_gradient(name, tensor, "moba_decode has no gradient; use torch.no_grad(), or moba_attention")
     query_len = query.size(2)
     counts, count_tensor = _counts_of(cache, num_tokens, query_len)
     lengths = cache.lengths_on_host

@@ -42,6 +42,10 @@ class TableModule(nn.Module):
             value = _Parametrizations(dict(value.items()))
         super().__setattr__(name, value)
 
+    def _are_parameters(self, *names: str) -> bool:
+        """Whether these tables are parameters themselves, not computed from others by a parametrisation or pruning."""
+        return all(self._parameters.get(name) is not None for name in names)
+
 
 def table_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters that the table ``name`` of ``module`` is, or is computed from where it is parametrised or pruned.

@@ -72,6 +72,11 @@ class UsageCounters(nn.Module):
         if self.usage_units is None or _is_recomputing():
             return
         if not torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    "track_usage must be False under torch.vmap and other transforms of torch.func: counters are "
+                    "written to in place"
+                )
             self._make_ordinary()
         assert self.usage_weights is not None
         assert self.usage_lookups is not None and self.usage_lookups_carried is not None
@@ -103,8 +108,8 @@ class UsageCounters(nn.Module):
         checkpointing repeats what was counted before. A weight above 1024 counts as 1024. The counts are right up to
         2^60 tokens times heads. They are no part of the ``state_dict``, and of each process alone; but
         ``DistributedDataParallel`` hands rank 0's to all ranks, as all buffers, unless it is told
-        ``broadcast_buffers=False``.
-        Waits for the device; counting itself does not.
+        ``broadcast_buffers=False``. A forward under a transform of ``torch.func`` is refused with
+        ``NotImplementedError`` while usage is tracked. Waits for the device; counting itself does not.
 
         Raises:
             RuntimeError: ``track_usage`` is off.

@@ -34,7 +34,8 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         num_keys: keys of a half; the table has ``num_keys ** 2`` rows, one for each pair. From 1 to 46340.
         value_dim: channels of a row.
         sparse_grad: whether ``values`` gets a sparse gradient, over the touched rows alone, for
-            ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table.
+            ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table. A table that
+            a parametrisation or pruning computes, whole at every call, has dense gradients all the same.
         device: where the table is created; torch's default if None.
         dtype: of the table; torch's default if None.
         mode: ``"sum"``, or ``"mean"`` for lookups without weights: see :func:`topgather.memory_lookup`. A layer takes
@@ -103,8 +104,8 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
 
     @property
     def sparse(self) -> bool:  # type: ignore[override]
-        """``sparse_grad``, under the name that it has in an ``nn.EmbeddingBag``."""
-        return self.sparse_grad
+        """Whether gradients are sparse, under the name that it has in an ``nn.EmbeddingBag``."""
+        return self.sparse_grad and self._are_parameters("values")
 
     @property
     def num_embeddings(self) -> int:  # type: ignore[override]
@@ -128,7 +129,7 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         """
         includes_last = self.include_last_offset and offsets is not None
         return memory_lookup(
-            self.values, indices, weights, self.sparse_grad, offsets, self.mode, self.padding_idx, includes_last
+            self.values, indices, weights, self.sparse, offsets, self.mode, self.padding_idx, includes_last
         )
 
     def extra_repr(self) -> str:
@@ -452,7 +453,7 @@ class _SparseTables(nn.EmbeddingBag):
     def __init__(self, layer: PeerMemory) -> None:
         nn.Module.__init__(self)
         for name in ("values_in", "values_out"):
-            self.register_parameter(name, layer._parameters.get(name))
+            self.register_parameter(name, layer._parameters[name])
 
     def reset_parameters(self) -> None:
         """Nothing: the layer draws its tables."""
@@ -482,7 +483,8 @@ class PeerMemory(_ProductKeyLayer):
         key_norm: whether each half key is scaled to length 1: see :class:`ProductKeyMemory`.
         value_dropout: probability with which a channel of the output is dropped in training.
         bias: whether the queries' projection adds a bias.
-        sparse_grad: whether both tables get sparse gradients: see :class:`MemoryPool`.
+        sparse_grad: whether both tables get sparse gradients: see :class:`MemoryPool`. Where one of them is computed,
+            both get dense ones.
         track_usage: whether lookups are counted for :meth:`usage`. An attribute too, to be switched at any time.
         query_dropout: probability with which a channel of a query is dropped in training.
         score_activation: ``"softmax"``, or ``"relu"``, with which the rows of a head do not compete: each weight is
@@ -564,9 +566,13 @@ class PeerMemory(_ProductKeyLayer):
             prefix: put before every name. Default: empty.
             remove_duplicate: whether a module that stands in several places comes once. Default: ``True``.
         """
-        if self.sparse_grad and (memo is None or self not in memo):
+        if self._gives_sparse and (memo is None or self not in memo):
             yield prefix, _SparseTables(self)
         yield from super().named_modules(memo, prefix, remove_duplicate)
+
+    @property
+    def _gives_sparse(self) -> bool:
+        return self.sparse_grad and self._are_parameters("values_in", "values_out")
 
     def _reset_retrieval(self) -> None:
         super()._reset_retrieval()
@@ -588,7 +594,7 @@ class PeerMemory(_ProductKeyLayer):
         tokens = self._tokens(x)
         indices, weights = self._choose(tokens)
         out = expert_lookup(
-            tokens, self.values_in, self.values_out, indices, weights, self.activation, self.sparse_grad
+            tokens, self.values_in, self.values_out, indices, weights, self.activation, self._gives_sparse
         ).to(x.dtype)
         return F.dropout(out, self.value_dropout, self.training).view(x.shape)
 

@@ -204,8 +204,7 @@ register(
         cuda_check=_cuda_check_key,
         inputs=_CONTIGUOUS,
         results=lambda: None,
-        not_differentiable="key, value and a cache's tensors must not require grad: a cache records no gradients; use "
-        "torch.no_grad()",
+        not_differentiable="a cache records no gradients; use torch.no_grad()",
     )
 )
 register(
@@ -226,7 +225,6 @@ register(
         cuda_check=_cuda_check_query,
         inputs={**_CONTIGUOUS, "block_indices": tensors.contiguous_rows, "sinks": tensors.sums_like_query},
         results=_results,
-        not_differentiable="query must not require grad: moba_decode has no gradient; use torch.no_grad(), or "
-        "moba_attention",
+        not_differentiable="moba_decode has no gradient; use torch.no_grad(), or moba_attention",
     )
 )
