@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.paths import Passes
-from model.problems import Case, Launch, of_one_size
+from model.problems import Case, KernelModel, Launch, of_one_size
 
 NUM_HEADS, SIDE, HEAD_DIM = 5 * 32, 128, 64
 NUM_TOKENS = NUM_HEADS * SIDE * SIDE
@@ -15,26 +15,31 @@ def _tiles(grid_size: int) -> int:
     return -(-grid_size * grid_size // TILE)
 
 
-def _copies(line: str = "for (int i = threadIdx.x; i < kTokens * used_chunks") -> Passes:
-    return Passes(line, TILE * HEAD_DIM / 8 / 128)
-
-
 def _forward(grid_size: int) -> Launch:
     passes = (
         Passes("for (uint32_t key_tile = 0", _tiles(grid_size)),
         Passes("for (int key = first; key < end", 2),
-        _copies(),
-        Passes("for (int i = lane_id(); i < cuda::kBlockRows * pieces", 4),
+        Passes("if (is_first) return", 0.5 / _tiles(grid_size)),
+        Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )
     return Launch(NUM_TOKENS / TILE, passes, 4 * TENSOR_BYTES + 12 * NUM_TOKENS)
 
 
-_RARE = ("bias += ", "score = fmaf(bias[", "*target = tile.at(row, column)")
-FORWARD = of_one_size(
-    "grid_attend", "grid_forward_cuda", "grid_attendINS_8BFloat16ELi64E", "a warp's 16 queries x 64 keys", _forward(8),
-    HEAD_DIM, tile="for (uint32_t key_tile = 0",
-    rare=_RARE,
-)  # fmt: skip
+_RARE = ("bias += ", "score = fmaf(bias[", "reinterpret_cast<Element*>(data + offsets[row])[column]")
+
+
+def _forward_kernel(grid_size: int, *, has_bias: bool = False) -> KernelModel:
+    unit = f"a warp's 16 queries x 64 keys, grid {grid_size}{', bias' if has_bias else ''}"
+    return of_one_size(
+        "grid_attend", "grid_forward_cuda", f"grid_attendINS_8BFloat16ELi64ELb{int(has_bias)}E", unit,
+        _forward(grid_size), HEAD_DIM, tile="for (uint32_t key_tile = 0",
+        variant=", one tile" if grid_size == 8 else "",
+        rare=("if ((mine >> (n * 8 + e % 2)", "reinterpret_cast<Element*>(data + offsets[row])[column]"),
+    )  # fmt: skip
+
+
+FORWARD = {size: _forward_kernel(size) for size in (8, 16)}
+FORWARD_WITH_BIAS = _forward_kernel(8, has_bias=True)
 
 
 def _terms() -> Launch:
@@ -51,8 +56,7 @@ def _gradients(grid_size: int, num_written: int) -> Launch:
     passes = (
         Passes("for (uint32_t column_tile = 0", _tiles(grid_size)),
         Passes("for (int column = columns.first; has_work", 2),
-        _copies(),
-        Passes("for (int i = lane_id(); i < cuda::kBlockRows * pieces", 4),
+        Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )
     return Launch(NUM_TOKENS / TILE, passes, (4 + num_written) * TENSOR_BYTES + 12 * NUM_TOKENS)
 
@@ -73,7 +77,6 @@ def _bias() -> Launch:
     images = 32 * (SIDE // 8) ** 2
     passes = (
         Passes("for (uint32_t first_image = first_piece", images / BIAS_PIECES),
-        _copies(),
         Passes("for (int k = 0; k < TileA::kColumns / 16", HEAD_DIM / 64),
     )
     return Launch(5 * BIAS_PIECES, passes, 4 * TENSOR_BYTES + 12 * NUM_TOKENS)
@@ -92,13 +95,13 @@ SUM = of_one_size(
     tile="for (int piece = 0; piece < args.num_pieces",
 )  # fmt: skip
 
-KERNELS = (FORWARD, ROW_TERMS, KEY_GRADIENTS, QUERY_GRADIENTS, BIAS, SUM)
+KERNELS = (*FORWARD.values(), FORWARD_WITH_BIAS, ROW_TERMS, KEY_GRADIENTS, QUERY_GRADIENTS, BIAS, SUM)
 _SIZE = "32 images of 5 heads, 128 x 128, D 64, grid"
 CASES = tuple(
     case
     for size in (8, 16)
     for case in (
-        Case(f"`grid_attention`, {_SIZE} {size}", ((FORWARD, _forward(size)),), 4 * TENSOR_BYTES),
+        Case(f"`grid_attention`, {_SIZE} {size}", ((FORWARD[size], _forward(size)),), 4 * TENSOR_BYTES),
         Case(
             "its gradients",
             (
@@ -109,4 +112,7 @@ CASES = tuple(
             8 * TENSOR_BYTES,
         ),
     )
-) + (Case("the gradient of a bias, grid 8", ((BIAS, _bias()), (SUM, _SUM))),)
+) + (
+    Case("with a bias, grid 8", ((FORWARD_WITH_BIAS, _forward(8)),), 4 * TENSOR_BYTES),
+    Case("the gradient of a bias, grid 8", ((BIAS, _bias()), (SUM, _SUM))),
+)
