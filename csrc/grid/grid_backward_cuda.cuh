@@ -58,6 +58,17 @@ struct GridBackwardArguments {
   float* bias_sums;            // [num_pieces, head, G, G] float32
 };
 
+// Where the tokens of a tile lie, and their rows of the two tensors that are loaded and of their gradients.
+template <int kTokens>
+struct GridPlaces {
+  grid::RowOffsets<kTokens> first;
+  grid::RowOffsets<kTokens> second;
+  int64_t numbers[kTokens];    // where a token's lse stands
+  uint32_t bias_row[kTokens];  // of the token in its head's bias
+  uint32_t head[kTokens];
+  uint32_t there[kTokens / kLanes];  // a bit a token
+};
+
 template <typename Element, int kHeadDim>
 struct GridBackwardSharedMemory {
   using Tiles = GridTiles<Element, kHeadDim>;
@@ -70,8 +81,10 @@ struct GridBackwardSharedMemory {
   cuda::SharedTile<Element, kTokens, kHeadDim> column_second;  // grad_out or value
   // float32 multiplies weights from here; the 16-bit types multiply them from registers.
   cuda::SharedTile<float, Tiles::kIsFloat ? kTokens : 1, Tiles::kBackwardStep> weights;
-  TilePlaces<kTokens> row_places;
-  TilePlaces<kTokens> column_places;
+  GridPlaces<kTokens> row_places;
+  GridPlaces<kTokens> column_places;
+  grid::RowOffsets<kTokens> grad_first;
+  grid::RowOffsets<kTokens> grad_second;
   // Of the side that is queries:
   float largest[kTokens];  // of softmax terms
   float factor[kTokens];   // of softmax terms
@@ -80,14 +93,26 @@ struct GridBackwardSharedMemory {
 
 namespace grid {
 
+// What a thread notes of a token whose rows of two tensors will be gathered.
+template <int kTokens>
+__device__ __forceinline__ void note_token(const GridGeometry& geometry, GridPlaces<kTokens>& places, int i,
+                                           const Token& token, const ConstImage& first, const ConstImage& second,
+                                           int element_bytes) {
+  places.first[i] = row_offset(first, token, element_bytes);
+  places.second[i] = row_offset(second, token, element_bytes);
+  places.numbers[i] = number_offset(geometry, token);
+  places.bias_row[i] = token.number;
+  places.head[i] = token.head;
+}
+
 // Step 2's numbers, a thread a token.
 template <typename Shared>
 __device__ __forceinline__ void load_query_terms(const GridBackwardArguments& args,
-                                                 const TilePlaces<Shared::kTokens>& places, Shared& shared) {
+                                                 const GridPlaces<Shared::kTokens>& places, Shared& shared) {
   const int i = static_cast<int>(threadIdx.x);
   if (i >= Shared::kTokens) return;
-  const bool is_there = is_token_there(places, i);
-  const int64_t offset = is_there ? number_offset(args.geometry, places, i) : 0;
+  const bool is_there = is_token_there(places.there, i);
+  const int64_t offset = places.numbers[i];
   const float* given_terms = args.softmax_terms == nullptr ? nullptr : args.softmax_terms + 2 * offset;
   const SoftmaxTerms<float> terms =
       is_there ? read_softmax_terms(given_terms, args.lse[offset]) : SoftmaxTerms<float>{0.0f, 0.0f};
@@ -105,16 +130,17 @@ __device__ __forceinline__ void differentiate(const GridBackwardArguments& args,
   const int count = kLanes - __clz(static_cast<int>(there)), head_dim = args.geometry.head_dim;
   cuda::fill(weights, 0.0f);
   cuda::fill(d_scores, 0.0f);
-  cuda::multiply_by_rows(weights, shared.row_first, first_row, shared.column_first, first_column, count, head_dim);
-  cuda::multiply_by_rows(d_scores, shared.row_second, first_row, shared.column_second, first_column, count, head_dim);
+  multiply_rows(weights, shared.row_first, first_row, shared.column_first, first_column, count, head_dim);
+  multiply_rows(d_scores, shared.row_second, first_row, shared.column_second, first_column, count, head_dim);
   const int64_t group = args.geometry.max_tokens;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = first_row + h * 8 + g;
-    const bool is_row_there = is_token_there(shared.row_places, row);
+    const bool is_row_there = is_token_there(shared.row_places.there, row);
     const float* bias = args.bias;
     if (bias != nullptr) {
-      bias += shared.row_places.head[row] * group * group + shared.row_places.number[row] * (kAreRowsKeys ? 1 : group);
+      bias +=
+          shared.row_places.head[row] * group * group + shared.row_places.bias_row[row] * (kAreRowsKeys ? 1 : group);
     }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
@@ -131,7 +157,7 @@ __device__ __forceinline__ void differentiate(const GridBackwardArguments& args,
         }
         float score = cuda::scale_score(weight, args.score_scale);
         if (bias != nullptr) {
-          score = fmaf(bias[shared.column_places.number[column] * (kAreRowsKeys ? group : 1)], kLog2E, score);
+          score = fmaf(bias[shared.column_places.bias_row[column] * (kAreRowsKeys ? group : 1)], kLog2E, score);
         }
         weight = cuda::exp2_approximate(score - shared.largest[query]) * shared.factor[query];
         d_score = weight * (d_score - shared.shift[query]);
@@ -159,22 +185,32 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
   using Shared = GridBackwardSharedMemory<Element, kHeadDim>;
   constexpr uint32_t kTokens = Shared::kTokens;
   constexpr int kStep = Shared::Tiles::kBackwardStep;
+  constexpr int kBytes = sizeof(Element);
   Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
   const GridGeometry& geometry = args.geometry;
   const int head_dim = geometry.head_dim;
   const uint32_t block = blockIdx.x / geometry.num_tiles, tile = blockIdx.x - block * geometry.num_tiles;
   const uint32_t first_unit = block * (kTokens / static_cast<uint32_t>(geometry.slot_tokens));
   const auto unit_of = [first_unit](uint32_t slot) { return first_unit + slot; };
+  const ConstImage& row_first = kAreRowsKeys ? args.key : args.query;
+  const ConstImage& row_second = kAreRowsKeys ? args.value : args.grad_out;
+  const ConstImage& column_first = kAreRowsKeys ? args.query : args.key;
+  const ConstImage& column_second = kAreRowsKeys ? args.grad_out : args.value;
   // Step 1. Tiles of short groups may be empty: such thread blocks return as a whole.
-  if (!grid::place_tokens(geometry, unit_of, tile * kTokens, shared.row_places)) return;
-  grid::gather_rows_async(shared.row_first, kAreRowsKeys ? args.key : args.query, shared.row_places, head_dim);
-  grid::gather_rows_async(shared.row_second, kAreRowsKeys ? args.value : args.grad_out, shared.row_places, head_dim);
+  const auto note_row = [&](int i, const grid::Token& token) {
+    grid::note_token(geometry, shared.row_places, i, token, row_first, row_second, kBytes);
+    shared.grad_first[i] = grid::row_offset(args.grad_first, token, kBytes);
+    if constexpr (kAreRowsKeys) shared.grad_second[i] = grid::row_offset(args.grad_second, token, kBytes);
+  };
+  if (!grid::place_tokens<kTokens>(geometry, unit_of, tile * kTokens, shared.row_places.there, note_row)) return;
+  grid::gather_rows_async<Shared::kThreads>(shared.row_first, row_first, shared.row_places.first, head_dim);
+  grid::gather_rows_async<Shared::kThreads>(shared.row_second, row_second, shared.row_places.second, head_dim);
   cuda::copy_async_commit();
   if constexpr (!kAreRowsKeys) grid::load_query_terms(args, shared.row_places, shared);
 
   const int first_row = warp_id() * cuda::kBlockRows;
   const grid::Columns columns = grid::columns_of(geometry, first_row);
-  const bool has_work = grid::tokens_there<16>(shared.row_places, first_row, Shared::kTokens) != 0;
+  const bool has_work = grid::tokens_there<16>(shared.row_places.there, first_row, Shared::kTokens) != 0;
   float grad_first[1][kHeadDim / 8][4];
   float grad_second[1][kAreRowsKeys ? kHeadDim / 8 : 1][4];
   cuda::fill(grad_first, 0.0f);
@@ -182,10 +218,16 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
 #pragma unroll 1
   for (uint32_t column_tile = 0; column_tile < geometry.num_tiles; ++column_tile) {
     // Step 2.
-    if (!grid::place_tokens(geometry, unit_of, column_tile * kTokens, shared.column_places)) continue;
-    grid::gather_rows_async(shared.column_first, kAreRowsKeys ? args.query : args.key, shared.column_places, head_dim);
-    grid::gather_rows_async(shared.column_second, kAreRowsKeys ? args.grad_out : args.value, shared.column_places,
-                            head_dim);
+    const auto note_column = [&](int i, const grid::Token& token) {
+      grid::note_token(geometry, shared.column_places, i, token, column_first, column_second, kBytes);
+    };
+    if (!grid::place_tokens<kTokens>(geometry, unit_of, column_tile * kTokens, shared.column_places.there,
+                                     note_column)) {
+      continue;
+    }
+    grid::gather_rows_async<Shared::kThreads>(shared.column_first, column_first, shared.column_places.first, head_dim);
+    grid::gather_rows_async<Shared::kThreads>(shared.column_second, column_second, shared.column_places.second,
+                                              head_dim);
     cuda::copy_async_commit();
     if constexpr (kAreRowsKeys) grid::load_query_terms(args, shared.column_places, shared);
     cuda::copy_async_wait<0>();
@@ -193,7 +235,7 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
     __syncthreads();
 #pragma unroll 1
     for (int column = columns.first; has_work && column < columns.end; column += kStep) {
-      const uint32_t there = grid::tokens_there<kStep>(shared.column_places, column, columns.end);
+      const uint32_t there = grid::tokens_there<kStep>(shared.column_places.there, column, columns.end);
       if (there == 0) continue;
       const int count = kLanes - __clz(static_cast<int>(there));
       float weights[1][kStep / 8][4], d_scores[1][kStep / 8][4];
@@ -217,11 +259,11 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kHeadDim>::k
   if (!has_work) return;
   const float factors[2] = {args.gradient_scale, args.gradient_scale};
   grid::write_rows(grad_first, factors, shared.row_first, first_row, args.grad_first, args.is_first_aligned,
-                   shared.row_places, head_dim);
+                   shared.grad_first, head_dim);
   if constexpr (kAreRowsKeys) {
     const float ones[2] = {1.0f, 1.0f};
     grid::write_rows(grad_second, ones, shared.row_second, first_row, args.grad_second, args.is_second_aligned,
-                     shared.row_places, head_dim);
+                     shared.grad_second, head_dim);
   }
 }
 
@@ -251,24 +293,33 @@ __global__ void __launch_bounds__(GridBackwardSharedMemory<Element, kGridBiasHea
       return image < geometry.num_images ? image * geometry.num_heads + blockIdx.y : geometry.num_units();
     };
     // Steps 1 and 2. Where a short group has nothing for the tiles, there is nothing to add.
-    const bool has_rows = grid::place_tokens(geometry, unit_of, row_tile * kTokens, shared.row_places);
-    const bool has_columns = grid::place_tokens(geometry, unit_of, column_tile * kTokens, shared.column_places);
+    const auto note_row = [&](int i, const grid::Token& token) {
+      grid::note_token(geometry, shared.row_places, i, token, args.query, args.grad_out, sizeof(Element));
+    };
+    const auto note_column = [&](int i, const grid::Token& token) {
+      grid::note_token(geometry, shared.column_places, i, token, args.key, args.value, sizeof(Element));
+    };
+    const bool has_rows =
+        grid::place_tokens<kTokens>(geometry, unit_of, row_tile * kTokens, shared.row_places.there, note_row);
+    const bool has_columns =
+        grid::place_tokens<kTokens>(geometry, unit_of, column_tile * kTokens, shared.column_places.there, note_column);
     if (!has_rows || !has_columns) continue;
-    grid::gather_rows_async(shared.row_first, args.query, shared.row_places, head_dim);
-    grid::gather_rows_async(shared.row_second, args.grad_out, shared.row_places, head_dim);
-    grid::gather_rows_async(shared.column_first, args.key, shared.column_places, head_dim);
-    grid::gather_rows_async(shared.column_second, args.value, shared.column_places, head_dim);
+    constexpr int kThreads = Shared::kThreads;
+    grid::gather_rows_async<kThreads>(shared.row_first, args.query, shared.row_places.first, head_dim);
+    grid::gather_rows_async<kThreads>(shared.row_second, args.grad_out, shared.row_places.second, head_dim);
+    grid::gather_rows_async<kThreads>(shared.column_first, args.key, shared.column_places.first, head_dim);
+    grid::gather_rows_async<kThreads>(shared.column_second, args.value, shared.column_places.second, head_dim);
     cuda::copy_async_commit();
     grid::load_query_terms(args, shared.row_places, shared);
     cuda::copy_async_wait<0>();
     // Publishes rows and numbers to all warps.
     __syncthreads();
-    const bool has_work = grid::tokens_there<16>(shared.row_places, first_row, Shared::kTokens) != 0;
+    const bool has_work = grid::tokens_there<16>(shared.row_places.there, first_row, Shared::kTokens) != 0;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int column = columns.first + step * kStep;
       if (!has_work || column >= columns.end) continue;
-      const uint32_t there = grid::tokens_there<kStep>(shared.column_places, column, columns.end);
+      const uint32_t there = grid::tokens_there<kStep>(shared.column_places.there, column, columns.end);
       if (there == 0) continue;
       float weights[1][kStep / 8][4], d_scores[1][kStep / 8][4];
       grid::differentiate<false>(args, shared, first_row, column, there, weights, d_scores);

@@ -16,8 +16,8 @@
 //   6. divide, round, write out, lse and softmax terms.
 // Bytes: query and out once, keys and values once per tile of queries, from the second-level cache but for the first; a
 // bias is read by every group, from there too. Operations: 4 G D a token, G / 2 a byte of 16-bit memory: bandwidth
-// bounds windows and grids of 49 or 64 tokens by far. Tiles of keys are not fetched ahead; the thread blocks of a
-// multiprocessor hide each other's waits.
+// bounds windows and grids of 49 or 64 tokens by far. Of several tiles of keys the next is fetched while one is attended
+// to; groups of one tile leave it to the thread blocks of a multiprocessor to hide each other's waits.
 // Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
 // values. A row all of whose scores are -inf, or with one of +inf or NaN: NaN, as plain softmax. There is no empty row:
 // a token is in its own group.
@@ -41,19 +41,36 @@ struct GridForwardArguments {
   float* softmax_terms;  // [batch, head, row, column, 2] float32
 };
 
+// A tile of keys and values, and where its rows lie.
+template <typename Element, int kTokens, int kHeadDim>
+struct GridKeyStage {
+  cuda::SharedTile<Element, kTokens, kHeadDim> key;
+  cuda::SharedTile<Element, kTokens, kHeadDim> value;
+  grid::RowOffsets<kTokens> key_rows;
+  grid::RowOffsets<kTokens> value_rows;
+  uint32_t there[kTokens / kLanes];  // a bit a key
+};
+
 template <typename Element, int kHeadDim>
 struct GridForwardSharedMemory {
   using Tiles = GridTiles<Element, kHeadDim>;
   static constexpr int kTokens = Tiles::kTokens;
   static constexpr int kThreads = Tiles::kWarps * kLanes;
+  using Stage = GridKeyStage<Element, kTokens, kHeadDim>;
 
   cuda::SharedTile<Element, kTokens, kHeadDim> query;
-  cuda::SharedTile<Element, kTokens, kHeadDim> key;
-  cuda::SharedTile<Element, kTokens, kHeadDim> value;
   // float32 multiplies weights from here; the 16-bit types multiply them from registers.
   cuda::SharedTile<float, Tiles::kIsFloat ? kTokens : 1, Tiles::kForwardStep> weights;
-  TilePlaces<kTokens> query_places;
-  TilePlaces<kTokens> key_places;
+  grid::RowOffsets<kTokens> query_rows;
+  grid::RowOffsets<kTokens> out_rows;
+  int64_t numbers[kTokens];          // where a query's lse stands
+  int64_t bias_rows[kTokens];        // where a query's row of the bias starts
+  uint32_t there[kTokens / kLanes];  // a bit a query
+  // One is attended to while the other is filled. Groups of one tile have the first alone.
+  Stage stages[2];
+  static constexpr size_t bytes(bool is_single) {
+    return sizeof(GridForwardSharedMemory) - (is_single ? sizeof(Stage) : 0);
+  }
 };
 
 namespace grid {
@@ -72,38 +89,44 @@ struct Running {
   }
 };
 
-// Step 3, from products to scores. `there` has a bit a key.
-template <typename Shared, int kBlocks>
+// Step 3, from products to scores. `there` has a bit a key; first_number: the first key's in its group.
+template <bool kHasBias, typename Shared, int kBlocks>
 __device__ __forceinline__ void finish_scores(const GridForwardArguments& args, const Shared& shared, int first_row,
-                                              int first_key, uint32_t there, float (&scores)[1][kBlocks][4]) {
+                                              uint32_t first_number, uint32_t there, float (&scores)[1][kBlocks][4]) {
+  constexpr uint32_t kAll = 0xffffffffu >> (32 - kBlocks * 8);
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const int64_t group = args.geometry.max_tokens;
+  const uint32_t mine = there >> 2 * t;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int row = first_row + h * 8 + g;
-    const float* bias = args.bias;
-    if (bias != nullptr) {
-      bias += (shared.query_places.head[row] * group + shared.query_places.number[row]) * group;
-    }
+    const float* bias = nullptr;
+    if constexpr (kHasBias) bias = args.bias + shared.bias_rows[first_row + h * 8 + g] + first_number + 2 * t;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int key = n * 8 + 2 * t + e;
         float& score = scores[0][n][2 * h + e];
         score = cuda::scale_score(score, args.score_scale);
-        if (bias != nullptr && (there >> key & 1u) != 0) {
-          score = fmaf(bias[shared.key_places.number[first_key + key]], kLog2E, score);
+        if constexpr (kHasBias) {
+          if ((mine >> (n * 8 + e) & 1u) != 0) score = fmaf(bias[n * 8 + e], kLog2E, score);
         }
-        if ((there >> key & 1u) == 0) score = -INFINITY;
       }
+    }
+  }
+  if (there == kAll) return;
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if ((mine >> (n * 8 + e % 2) & 1u) == 0) scores[0][n][e] = -INFINITY;
     }
   }
 }
 
-// Step 4: scores become weights.
+// Step 4: scores become weights. is_first: there are no outputs yet.
 template <int kBlocks, int kColumns>
-__device__ __forceinline__ void online_softmax(float (&scores)[1][kBlocks][4], Running<kColumns>& running) {
+__device__ __forceinline__ void online_softmax(float (&scores)[1][kBlocks][4], Running<kColumns>& running,
+                                               bool is_first) {
+  float rescale[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float maximum = scores[0][0][2 * h];
@@ -114,7 +137,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[1][kBlocks][4], R
     maximum = cuda::max_or_nan(running.maximum[h], cuda::max_of_row(maximum));
     // Only scores of -inf so far: any finite base keeps -inf - base from being NaN.
     const float base = maximum == -INFINITY ? 0.0f : maximum;
-    const float rescale = cuda::exp2_approximate(running.maximum[h] - base);
+    rescale[h] = cuda::exp2_approximate(running.maximum[h] - base);
     running.maximum[h] = maximum;
     float sum = 0.0f;
 #pragma unroll
@@ -126,34 +149,36 @@ __device__ __forceinline__ void online_softmax(float (&scores)[1][kBlocks][4], R
         sum += score;
       }
     }
-    running.sum[h] = running.sum[h] * rescale + sum;
+    running.sum[h] = running.sum[h] * rescale[h] + sum;
+  }
+  if (is_first) return;
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      running.out[0][n][2 * h] *= rescale;
-      running.out[0][n][2 * h + 1] *= rescale;
-    }
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) running.out[0][n][e] *= rescale[e / 2];
   }
 }
 
-// Steps 3 to 5 of a warp for the keys in shared memory, as far as they belong to its slot.
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void attend(const GridForwardArguments& args,
-                                       GridForwardSharedMemory<Element, kHeadDim>& shared, int first_row,
-                                       Running<kHeadDim>& running) {
-  constexpr int kStep = GridTiles<Element, kHeadDim>::kForwardStep;
+// Steps 3 to 5 of a warp for the keys in shared memory, as far as they belong to its slot. `there`: a bit a key.
+template <bool kHasBias, typename Shared, typename Stage, int kColumns>
+__device__ __forceinline__ void attend(const GridForwardArguments& args, Shared& shared, Stage& stage,
+                                       const uint32_t* there_of_keys, uint32_t key_tile, int first_row,
+                                       Running<kColumns>& running) {
+  constexpr int kStep = Shared::Tiles::kForwardStep;
   const int slot_tokens = args.geometry.slot_tokens, head_dim = args.geometry.head_dim;
-  const int first = first_row / slot_tokens * slot_tokens, end = first + slot_tokens;
+  const int first = first_row & -slot_tokens, end = first + slot_tokens;
 #pragma unroll 1
   for (int key = first; key < end; key += kStep) {
-    const uint32_t there = tokens_there<kStep>(shared.key_places, key, end);
+    const uint32_t there = tokens_there<kStep>(there_of_keys, key, end);
     if (there == 0) continue;
     const int count = kLanes - __clz(static_cast<int>(there));
     float scores[1][kStep / 8][4];
     cuda::fill(scores, 0.0f);
-    cuda::multiply_by_rows(scores, shared.query, first_row, shared.key, key, count, head_dim);
-    finish_scores(args, shared, first_row, key, there, scores);
-    online_softmax(scores, running);
-    add_weighted_rows(running.out, scores, shared.value, key, count, head_dim, shared.weights, first_row);
+    multiply_rows(scores, shared.query, first_row, stage.key, key, count, head_dim);
+    const uint32_t first_number = key_tile * Shared::kTokens + static_cast<uint32_t>(key - first);
+    finish_scores<kHasBias>(args, shared, first_row, first_number, there, scores);
+    online_softmax(scores, running, key_tile == 0 && key == first);
+    add_weighted_rows(running.out, scores, stage.value, key, count, head_dim, shared.weights, first_row);
   }
 }
 
@@ -169,50 +194,75 @@ __device__ __forceinline__ void write_outputs(const GridForwardArguments& args,
     const int row = first_row + h * 8 + g;
     const float sum = cuda::sum_of_row(running.sum[h]);
     factors[h] = 1.0f / sum;
-    if (t == 0 && is_token_there(shared.query_places, row)) {
-      const int64_t offset = number_offset(args.geometry, shared.query_places, row);
+    if (t == 0 && is_token_there(shared.there, row)) {
+      const int64_t offset = shared.numbers[row];
       args.lse[offset] = (running.maximum[h] + log2f(sum)) * kLn2;
       write_softmax_terms(running.maximum[h], sum, args.softmax_terms + 2 * offset);
     }
   }
-  write_rows(running.out, factors, shared.query, first_row, args.out, args.is_out_aligned, shared.query_places,
+  write_rows(running.out, factors, shared.query, first_row, args.out, args.is_out_aligned, shared.out_rows,
              args.geometry.head_dim);
 }
 
 }  // namespace grid
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kHasBias>
 __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kThreads,
                                   GridTiles<Element, kHeadDim>::kForwardBlocksPerProcessor)
     grid_attend(const GridForwardArguments args) {
   using Shared = GridForwardSharedMemory<Element, kHeadDim>;
   constexpr uint32_t kTokens = Shared::kTokens;
+  constexpr int kBytes = sizeof(Element);
   Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
   const GridGeometry& geometry = args.geometry;
   const uint32_t block = blockIdx.x / geometry.num_tiles, tile = blockIdx.x - block * geometry.num_tiles;
   const uint32_t first_unit = block * (kTokens / static_cast<uint32_t>(geometry.slot_tokens));
   const auto unit_of = [first_unit](uint32_t slot) { return first_unit + slot; };
+  const bool is_single = geometry.num_tiles == 1;
+  const auto place_key = [&](typename Shared::Stage& stage, int i, const grid::Token& token) {
+    stage.key_rows[i] = grid::row_offset(args.key, token, kBytes);
+    stage.value_rows[i] = grid::row_offset(args.value, token, kBytes);
+  };
+  const auto gather_keys = [&](typename Shared::Stage& stage) {
+    grid::gather_rows_async<Shared::kThreads>(stage.key, args.key, stage.key_rows, geometry.head_dim);
+    grid::gather_rows_async<Shared::kThreads>(stage.value, args.value, stage.value_rows, geometry.head_dim);
+    cuda::copy_async_commit();
+  };
+  const auto place_keys = [&](typename Shared::Stage& stage, uint32_t key_tile) {
+    return grid::place_tokens<kTokens>(geometry, unit_of, key_tile * kTokens, stage.there,
+                                       [&](int i, const grid::Token& token) { place_key(stage, i, token); });
+  };
   // Step 1. Tiles of short groups may be empty: such thread blocks return as a whole.
-  if (!grid::place_tokens(geometry, unit_of, tile * kTokens, shared.query_places)) return;
-  grid::gather_rows_async(shared.query, args.query, shared.query_places, geometry.head_dim);
-  cuda::copy_async_commit();
+  const auto place_query = [&](int i, const grid::Token& token) {
+    shared.query_rows[i] = grid::row_offset(args.query, token, kBytes);
+    shared.out_rows[i] = grid::row_offset(args.out, token, kBytes);
+    shared.numbers[i] = grid::number_offset(geometry, token);
+    const int64_t group = geometry.max_tokens;
+    if constexpr (kHasBias) shared.bias_rows[i] = (token.head * group + token.number) * group;
+    if (is_single) place_key(shared.stages[0], i, token);
+  };
+  if (!grid::place_tokens<kTokens>(geometry, unit_of, tile * kTokens, shared.there, place_query)) return;
+  grid::gather_rows_async<Shared::kThreads>(shared.query, args.query, shared.query_rows, geometry.head_dim);
+  // Step 2. The first tile of a group that has tokens is not empty.
+  if (!is_single) place_keys(shared.stages[0], 0);
+  gather_keys(shared.stages[0]);
   const int first_row = warp_id() * cuda::kBlockRows;
-  const bool has_work = grid::tokens_there<16>(shared.query_places, first_row, Shared::kTokens) != 0;
+  const bool has_work = grid::tokens_there<16>(shared.there, first_row, Shared::kTokens) != 0;
   grid::Running<kHeadDim> running;
   running.reset();
 #pragma unroll 1
   for (uint32_t key_tile = 0; key_tile < geometry.num_tiles; ++key_tile) {
-    // Step 2.
-    if (!grid::place_tokens(geometry, unit_of, key_tile * kTokens, shared.key_places)) continue;
-    grid::gather_rows_async(shared.key, args.key, shared.key_places, geometry.head_dim);
-    grid::gather_rows_async(shared.value, args.value, shared.key_places, geometry.head_dim);
-    cuda::copy_async_commit();
+    typename Shared::Stage& stage = shared.stages[key_tile % 2];
     cuda::copy_async_wait<0>();
-    // Publishes keys and values, and the first time queries, to all warps.
+    // Publishes keys and values, and the first time queries, to all warps; tells all threads that the tile before has
+    // been used and the next one may overwrite it.
     __syncthreads();
-    if (has_work) grid::attend<Element, kHeadDim>(args, shared, first_row, running);
-    // Tells all threads that the tile has been used and the next one may overwrite it.
-    __syncthreads();
+    if (key_tile + 1 < geometry.num_tiles) {
+      typename Shared::Stage& next = shared.stages[(key_tile + 1) % 2];
+      if (place_keys(next, key_tile + 1)) gather_keys(next);
+    }
+    const uint32_t* there = is_single ? shared.there : stage.there;
+    if (has_work) grid::attend<kHasBias>(args, shared, stage, there, key_tile, first_row, running);
   }
   if (has_work) grid::write_outputs<Element, kHeadDim>(args, shared, first_row, running);
 }
@@ -224,7 +274,8 @@ struct GridForwardKernel {
   int64_t max_head_dim;
   int64_t tokens;
   int64_t threads;
-  int64_t shared_bytes;
+  int64_t shared_bytes;         // of groups of more than one tile
+  int64_t single_shared_bytes;  // of groups of one tile
   void (*launch)(const GridForwardArguments& args, const cuda::LaunchShape& shape);
 };
 
@@ -236,9 +287,14 @@ constexpr GridForwardKernel forward_kernel() {
           kHeadDim,
           Shared::kTokens,
           Shared::kThreads,
-          sizeof(Shared),
+          Shared::bytes(false),
+          Shared::bytes(true),
           [](const GridForwardArguments& args, const cuda::LaunchShape& shape) {
-            cuda::launch(grid_attend<Element, kHeadDim>, shape, args);
+            if (args.bias != nullptr) {
+              cuda::launch(grid_attend<Element, kHeadDim, true>, shape, args);
+            } else {
+              cuda::launch(grid_attend<Element, kHeadDim, false>, shape, args);
+            }
           }};
 }
 
@@ -265,12 +321,15 @@ void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace&, co
   args.out = params.out;
   args.lse = params.lse.at<float>();
   args.softmax_terms = params.softmax_terms.at<float>();
+  const int64_t shared_bytes = args.geometry.num_tiles == 1 ? kernel.single_shared_bytes : kernel.shared_bytes;
   kernel.launch(args, {grid::blocks_for(args.geometry, kernel.tokens), dim3(static_cast<unsigned>(kernel.threads)),
-                       static_cast<size_t>(kernel.shared_bytes), static_cast<cudaStream_t>(place.stream)});
+                       static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(place.stream)});
 }
 
 void grid::add_forward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridForwardKernel& kernel : kForwardKernels) {
+    facts.push_back(
+        {"grid_attend, one tile", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.single_shared_bytes});
     facts.push_back({"grid_attend", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
   }
 }

@@ -11,9 +11,10 @@
 
 #include "../common/checks.h"
 #include "../cuda/dispatch.h"
+#include "../cuda/divisor.h"
 #include "../cuda/launch.cuh"
 #include "../cuda/rounding.h"
-#include "../cuda/tile_math.cuh"
+#include "../cuda/tile_products.cuh"
 #include "grid_config_cuda.h"
 #include "grid_cuda.h"
 
@@ -43,30 +44,50 @@ struct GridGeometry {
   uint32_t max_tokens;  // of a group
   uint32_t max_columns;
   uint32_t num_tiles;  // of a unit
+  cuda::Divisor by_heads;
+  cuda::Divisor by_groups;
+  cuda::Divisor by_column_groups;
+  cuda::Divisor by_max_columns;
   int32_t slot_tokens;
   int32_t head_dim;
 
   __host__ __device__ uint32_t num_units() const { return num_images * num_heads; }
 };
 
-// Where the tokens of a tile lie.
-template <int kTokens>
-struct TilePlaces {
-  uint32_t batch[kTokens];
-  uint32_t head[kTokens];
-  uint32_t row[kTokens];
-  uint32_t column[kTokens];
-  uint32_t number[kTokens];      // of the token in its group; 0 where it is not there
-  uint32_t there[kTokens / 32];  // a bit a token
-};
-
 namespace grid {
 
-// Fills places with tokens first_number.. of the units unit_of(slot); a unit past the last is not there. False, to all
-// threads, if no token is. Called by all threads; a barrier that publishes the places to all of them.
-template <int kTokens, typename UnitOf>
+// A token as the thread that finds its place knows it; one that is not there is the first of all.
+struct Token {
+  bool is_there;
+  uint32_t batch;
+  uint32_t head;
+  uint32_t row;
+  uint32_t column;
+  uint32_t number;  // in its group
+};
+
+// Where the rows of a tile's tokens start in an image, in bytes; kNotThere for a token that is not there.
+constexpr int64_t kNotThere = -1;
+template <int kTokens>
+using RowOffsets = int64_t[kTokens];
+
+template <typename Image>
+__device__ __forceinline__ int64_t row_offset(const Image& image, const Token& token, int element_bytes) {
+  return token.is_there ? image.offset(token.batch, token.head, token.row, token.column) * element_bytes : kNotThere;
+}
+
+// The same of one number a token, laid out [batch, head, row, column]; 0 for one that is not there.
+__device__ __forceinline__ int64_t number_offset(const GridGeometry& geometry, const Token& token) {
+  const int64_t rows = static_cast<int64_t>(token.batch * geometry.num_heads + token.head) * geometry.rows.size;
+  return (rows + token.row) * geometry.columns.size + token.column;
+}
+
+// Finds tokens first_number.. of the units unit_of(slot), a thread a token: sets a bit of `there` for each that is
+// there, and calls on_token(token's place in the tile, token). A unit past the last is not there. False, to all threads,
+// if no token is. Called by all threads; a barrier that publishes what was set and what on_token wrote to all of them.
+template <int kTokens, typename UnitOf, typename OnToken>
 __device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const UnitOf& unit_of, uint32_t first_number,
-                                             TilePlaces<kTokens>& places) {
+                                             uint32_t (&there)[kTokens / 32], const OnToken& on_token) {
   bool is_there = false;
   const int i = static_cast<int>(threadIdx.x);
   if (i < kTokens) {
@@ -74,67 +95,53 @@ __device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const
     const uint32_t number =
         first_number + static_cast<uint32_t>(i) - slot * static_cast<uint32_t>(geometry.slot_tokens);
     const uint32_t unit = unit_of(slot);
-    const uint32_t image = unit / geometry.num_heads, head = unit - image * geometry.num_heads;
-    const uint32_t batch = image / geometry.num_groups, group = image - batch * geometry.num_groups;
-    const uint32_t row_group = group / geometry.columns.num_groups;
+    const uint32_t image = geometry.by_heads.quotient(unit), head = unit - image * geometry.num_heads;
+    const uint32_t batch = geometry.by_groups.quotient(image), group = image - batch * geometry.num_groups;
+    const uint32_t row_group = geometry.by_column_groups.quotient(group);
     const uint32_t column_group = group - row_group * geometry.columns.num_groups;
-    const uint32_t token_row = number / geometry.max_columns, token_column = number - token_row * geometry.max_columns;
+    const uint32_t token_row = geometry.by_max_columns.quotient(number);
+    const uint32_t token_column = number - token_row * geometry.max_columns;
     const uint32_t row = row_group * geometry.rows.group_step + token_row * geometry.rows.token_step;
     const uint32_t column = column_group * geometry.columns.group_step + token_column * geometry.columns.token_step;
     is_there = unit < geometry.num_units() && number < geometry.max_tokens && row < geometry.rows.size &&
                column < geometry.columns.size;
-    places.batch[i] = is_there ? batch : 0;
-    places.head[i] = is_there ? head : 0;
-    places.row[i] = is_there ? row : 0;
-    places.column[i] = is_there ? column : 0;
-    places.number[i] = is_there ? number : 0;
-    const uint32_t there = __ballot_sync(kAllLanes, is_there);
-    if (lane_id() == 0) places.there[i / kLanes] = there;
+    on_token(i, is_there ? Token{true, batch, head, row, column, number} : Token{});
+    const uint32_t of_warp = __ballot_sync(kAllLanes, is_there);
+    if (lane_id() == 0) there[i / kLanes] = of_warp;
   }
   return __syncthreads_or(is_there ? 1 : 0) != 0;
 }
 
-template <int kTokens>
-__device__ __forceinline__ bool is_token_there(const TilePlaces<kTokens>& places, int token) {
-  return (places.there[token / kLanes] >> (token % kLanes) & 1u) != 0;
+template <int kWords>
+__device__ __forceinline__ bool is_token_there(const uint32_t (&there)[kWords], int token) {
+  return (there[token / kLanes] >> (token % kLanes) & 1u) != 0;
 }
 
 // A bit for each of the kCount tokens from `first` on, which is a multiple of kCount, as far as they lie below `end`.
-template <int kCount, int kTokens>
-__device__ __forceinline__ uint32_t tokens_there(const TilePlaces<kTokens>& places, int first, int end) {
+template <int kCount>
+__device__ __forceinline__ uint32_t tokens_there(const uint32_t* there, int first, int end) {
   static_assert(kCount == 16 || kCount == 32, "within a word");
-  return places.there[first / kLanes] >> (first % kLanes) & (0xffffffffu >> (32 - min(kCount, end - first)));
+  return there[first / kLanes] >> (first % kLanes) & (0xffffffffu >> (32 - min(kCount, end - first)));
 }
 
-template <typename Image, int kTokens>
-__device__ __forceinline__ int64_t offset_in(const Image& image, const TilePlaces<kTokens>& places, int token) {
-  return image.offset(places.batch[token], places.head[token], places.row[token], places.column[token]);
-}
-
-// The same for one number a token, laid out [batch, head, row, column].
-template <int kTokens>
-__device__ __forceinline__ int64_t number_offset(const GridGeometry& geometry, const TilePlaces<kTokens>& places,
-                                                 int token) {
-  const int64_t rows =
-      static_cast<int64_t>(places.batch[token] * geometry.num_heads + places.head[token]) * geometry.rows.size +
-      places.row[token];
-  return rows * geometry.columns.size + places.column[token];
-}
-
-// Starts the copies of a tile's rows; those of tokens that are not there become zeros, whatever lies beside.
-template <typename Tile, int kTokens>
+// Starts the copies of a tile's rows, all columns of it; those past head_dim and those of tokens that are not there
+// become zeros, whatever lies beside.
+template <int kThreads, typename Tile, int kTokens>
 __device__ __forceinline__ void gather_rows_async(Tile& tile, const ConstImage& image,
-                                                  const TilePlaces<kTokens>& places, int head_dim) {
-  using Element = std::remove_reference_t<decltype(tile.elements[0])>;
+                                                  const RowOffsets<kTokens>& offsets, int head_dim) {
   static_assert(Tile::kRows == kTokens, "a row a token");
-  const auto* data = static_cast<const Element*>(image.data);
-  const int row_chunks = (head_dim + Tile::kPerChunk - 1) / Tile::kPerChunk;
-  const int used_chunks = (head_dim + 15) / 16 * 16 / Tile::kPerChunk;
-  for (int i = threadIdx.x; i < kTokens * used_chunks; i += static_cast<int>(blockDim.x)) {
-    const int row = i / used_chunks, chunk = i % used_chunks;
-    const bool is_there = is_token_there(places, row);
-    cuda::copy_chunk_async(tile, row, chunk, is_there ? data + offset_in(image, places, row) : data, row_chunks,
-                           is_there);
+  constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
+  static_assert(kThreads % Tile::kChunks == 0 && kTokens % kRowsAtOnce == 0, "as many copies for every thread");
+  const int chunk = static_cast<int>(threadIdx.x) % Tile::kChunks,
+            first = static_cast<int>(threadIdx.x) / Tile::kChunks;
+  const bool is_column = chunk * Tile::kPerChunk < head_dim;
+  const char* data = static_cast<const char*>(image.data);
+#pragma unroll
+  for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
+    const int row = first + i * kRowsAtOnce;
+    const int64_t offset = offsets[row];
+    const bool is_copied = is_column && offset >= 0;
+    cuda::copy_async_16(tile.chunk(row, chunk), is_copied ? data + offset + chunk * 16 : data, is_copied);
   }
 }
 
@@ -142,14 +149,13 @@ __device__ __forceinline__ void gather_rows_async(Tile& tile, const ConstImage& 
 template <typename Tile, int kTokens, int kN>
 __device__ __forceinline__ void write_rows(const float (&sums)[1][kN][4], const float (&factors)[2], Tile& tile,
                                            int first_row, const MutableImage& image, bool is_aligned,
-                                           const TilePlaces<kTokens>& places, int head_dim) {
+                                           const RowOffsets<kTokens>& offsets, int head_dim) {
   using Element = std::remove_reference_t<decltype(tile.elements[0])>;
   const int g = lane_id() / 4, t = lane_id() % 4;
   // Tells the warp's lanes that the rows have been used and may be overwritten.
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
-    if (n * 8 >= head_dim) continue;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       cuda::store_pair(tile, first_row + h * 8 + g, n * 8 + 2 * t, sums[0][n][2 * h] * factors[h],
@@ -158,18 +164,52 @@ __device__ __forceinline__ void write_rows(const float (&sums)[1][kN][4], const 
   }
   // Publishes the warp's results to its lanes.
   __syncwarp();
-  auto* data = static_cast<Element*>(image.data);
-  const int per_piece = is_aligned ? Tile::kPerChunk : 1;
-  const int pieces = head_dim / per_piece;
+  char* data = static_cast<char*>(image.data);
+  if (is_aligned) {
+    constexpr int kRowsAtOnce = kLanes / Tile::kChunks;
+    const int chunk = lane_id() % Tile::kChunks;
+#pragma unroll
+    for (int i = 0; i < cuda::kBlockRows / kRowsAtOnce; ++i) {
+      const int row = first_row + lane_id() / Tile::kChunks + i * kRowsAtOnce;
+      if (offsets[row] == kNotThere || chunk * Tile::kPerChunk >= head_dim) continue;
+      *reinterpret_cast<uint4*>(data + offsets[row] + chunk * 16) =
+          *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
+    }
+    return;
+  }
 #pragma unroll 1
-  for (int i = lane_id(); i < cuda::kBlockRows * pieces; i += kLanes) {
-    const int row = first_row + i / pieces, column = i % pieces * per_piece;
-    if (!is_token_there(places, row)) continue;
-    Element* target = data + offset_in(image, places, row) + column;
-    if (is_aligned) {
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(&tile.at(row, column));
-    } else {
-      *target = tile.at(row, column);
+  for (int i = lane_id(); i < cuda::kBlockRows * head_dim; i += kLanes) {
+    const int row = first_row + i / head_dim, column = i % head_dim;
+    if (offsets[row] == kNotThere) continue;
+    reinterpret_cast<Element*>(data + offsets[row])[column] = tile.at(row, column);
+  }
+}
+
+// sums += left x right^T of 16 rows and rows first.. of `right`, `count` of which count. 16-bit types take the left rows
+// to registers, and then sixteen of the right ones at a time, over all columns of the tiles.
+template <typename TileA, typename TileB, int kN>
+__device__ __forceinline__ void multiply_rows(float (&sums)[1][kN][4], TileA& left, int first_row, TileB& right,
+                                              int first, int count, int head_dim) {
+  using Element = std::remove_reference_t<decltype(left.elements[0])>;
+  if constexpr (std::is_same_v<Element, float>) {
+    cuda::multiply_by_rows(sums, left, first_row, right, first, count, head_dim);
+  } else {
+    constexpr int kSteps = TileA::kColumns / 16;
+    const cuda::SharedRow first_left = cuda::left_operand(left, first_row);
+    const cuda::SharedRow first_right = cuda::right_operand_by_rows(right, first);
+    uint32_t operands[kSteps][4];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) cuda::load_matrix_x4(operands[k], TileA::further(first_left, k * 2, 0));
+#pragma unroll
+    for (int n = 0; n < kN / 2; ++n) {
+      if (n * 16 >= count) break;
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        uint32_t of_right[4];
+        cuda::load_matrix_x4(of_right, TileB::further(first_right, k * 2, n * 16));
+        cuda::multiply_accumulate<Element>(sums[0][2 * n], operands[k], of_right[0], of_right[1]);
+        cuda::multiply_accumulate<Element>(sums[0][2 * n + 1], operands[k], of_right[2], of_right[3]);
+      }
     }
   }
 }
@@ -203,7 +243,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[1][kN][4], const
     // Tells the lanes that the weights have been used and may be overwritten.
     __syncwarp();
   } else {
-    cuda::multiply_registers<Element>(sums, weights, rows, first, head_dim, count);
+    cuda::multiply_registers<Element>(sums, weights, rows, first, Tile::kColumns, count);
   }
 }
 
@@ -233,6 +273,10 @@ inline GridGeometry geometry_of(const GridProblem& problem, int64_t tile_tokens)
   geometry.max_tokens = narrow(max_tokens);
   geometry.max_columns = narrow(problem.columns.max_tokens);
   geometry.num_tiles = narrow(divide_up(max_tokens, tile_tokens));
+  geometry.by_heads = cuda::Divisor(problem.num_heads);
+  geometry.by_groups = cuda::Divisor(problem.num_groups());
+  geometry.by_column_groups = cuda::Divisor(problem.columns.num_groups);
+  geometry.by_max_columns = cuda::Divisor(problem.columns.max_tokens);
   const int64_t slot_tokens = max_tokens <= 16 ? 16 : (max_tokens <= 32 ? 32 : tile_tokens);
   geometry.slot_tokens = static_cast<int32_t>(slot_tokens);
   geometry.head_dim = static_cast<int32_t>(problem.head_dim);

@@ -216,19 +216,37 @@ def test_a_planted_instruction_in_a_loop_is_noticed(model: ModuleType) -> None:
 def test_the_counts_cover_what_the_document_says(model: ModuleType) -> None:
     document = (ROOT / "docs" / "kernels.md").read_text()
     part = document.partition(model.report.HEADING)[2]
-    for described in model.block_attention.KERNELS:
+    for described in model.report.KERNELS:
         assert f"| `{described.name}` |" in part
+    for case in model.report.CASES:
+        assert f"| {case.name} |" in part
 
 
 def test_every_trip_count_names_a_line_of_the_sources(model: ModuleType) -> None:
     lines = {line.strip() for file in model.paths.Sources.of(ROOT / "csrc").lines.values() for line in file}
-    for described in model.block_attention.KERNELS:
+    of_cases = {id(described): launch for case in model.report.CASES for described, launch in case.launches}
+    for described in model.report.KERNELS:
         for problem in model.problems.PROBLEMS:
-            for launch in described.launches(problem, described.directions[0]):
-                for entry in launch.passes:
-                    assert any(line.startswith(entry.line) for line in lines), entry
+            launches = described.launches(problem, described.directions[0])
+            launches += [of_cases[id(described)]] if id(described) in of_cases else []
+            for entry in (entry for launch in launches for entry in launch.passes):
+                assert any(line.startswith(entry.line) for line in lines), entry
         for name in described.rare:
             assert any(line.startswith(name) or f" {name}(" in line for line in lines), name
+
+
+def test_a_case_takes_the_longer_of_instructions_and_bytes(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    (subject,) = subjects(model, EXCERPT)
+    passes = (model.paths.Passes(LOOP, 4, unrolled=4),)
+    little, much = model.problems.Launch(1, passes, 3e3), model.problems.Launch(1, passes, 3e9, launches=2)
+    case = model.problems.Case("rows", ((subject.model, little), (subject.model, much)), 1.5e9)
+    monkeypatch.setattr(model.report, "CASES", (case,))
+    rows = [line.strip("|").split("|") for line in model.report.format_cases([subject]).splitlines()[2:]]
+    cycles = subject.cycles(little, 1)[0]
+    issue = cycles / model.processor.CLOCK * 1e3
+    assert [float(row[-2]) for row in rows[1:]] == pytest.approx([issue + 0.003, 1 + 0.006], abs=6e-4)
+    assert float(rows[0][-2]) == pytest.approx(1 + 0.009 + issue, abs=6e-4)
+    assert rows[0][-1].strip() == "49 %"
 
 
 def test_insertions_of_random_scores(model: ModuleType) -> None:

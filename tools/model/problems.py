@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from model.paths import Passes
 
@@ -73,7 +74,8 @@ class KernelModel:
     ``unit``: what one pass of the hot loop does, in words. ``launches``: what a problem launches of it in a direction,
     "forward" or "backward". ``tile``: the beginning of the source line of the hot loop; empty: the whole kernel is one.
     ``threads``: of a thread block, where docs/kernels.md does not say. ``variant``: what follows the name there.
-    ``block_sizes``: of the problems that take this kernel; empty: all do.
+    ``block_sizes``: of the problems that take this kernel; empty: all do. ``shared_bytes``: dynamic shared memory,
+    where docs/kernels.md does not say.
     """
 
     name: str
@@ -88,14 +90,41 @@ class KernelModel:
     head_dims: tuple[int, ...] = (64, 128)
     variant: str = ""
     block_sizes: tuple[int, ...] = ()
+    shared_bytes: int = 0
 
     def counted(self, head_dim: int) -> Problem:
         """The problem whose hot loop is counted."""
-        problem = COUNTED[head_dim]
+        problem = COUNTED.get(head_dim, COUNTED[128])
         return replace(problem, block_size=self.block_sizes[0]) if self.block_sizes else problem
 
     def takes(self, problem: Problem) -> bool:
         return not self.block_sizes or problem.block_size in self.block_sizes
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem of an op other than block attention, bfloat16.
+
+    ``launches``: of every kernel, in order. ``copied``: bytes that have to be read and written, each once: what a copy
+    of as many bytes is compared with; 0: no copy is.
+    """
+
+    name: str
+    launches: Sequence[tuple[KernelModel, Launch]]
+    copied: float = 0.0
+
+
+OTHER = "other ops"
+"""The direction of the kernels of a :class:`Case`."""
+
+
+def of_one_size(
+    name: str, source: str, symbol: str, unit: str, counted: Launch, size: int = 0, **more: Any
+) -> KernelModel:
+    """A kernel of which one problem's hot loop is counted. ``size``: its head_dim in the table of thread blocks."""
+    return KernelModel(
+        name, source, lambda _: symbol, unit, lambda *_: [counted], directions=(OTHER,), head_dims=(size,), **more
+    )
 
 
 PROBLEMS = tuple(

@@ -51,6 +51,8 @@ SCHEDULERS = 4
 PROCESSORS = 132
 CLOCK = 1.755e9
 DEVICE_BYTES_PER_SECOND = 3.35e12
+COPY_BYTES_PER_SECOND = 3.0e12
+"""What a copy was measured to reach, the bound of what does little but move bytes."""
 LAUNCH_SECONDS = 3e-6
 """From one kernel's end to the next one's first instruction."""
 REGISTERS, SHARED_BYTES, WARPS, THREAD_BLOCKS = 65536, 227 * 1024, 64, 32

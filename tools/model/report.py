@@ -25,11 +25,12 @@ from pathlib import Path
 import find_cuda_packages
 import kernel_table
 
-from model.block_attention import KERNELS
+from model import block_attention, decode, grid, key_conv, memory
 from model.paths import Passes, Sources, Walker, WalkError
-from model.problems import PROBLEMS, PROFILED, KernelModel, Launch, Problem
+from model.problems import PROBLEMS, PROFILED, Case, KernelModel, Launch, Problem
 from model.processor import (
     CLOCK,
+    COPY_BYTES_PER_SECOND,
     DEVICE_BYTES_PER_SECOND,
     LAUNCH_SECONDS,
     PROCESSORS,
@@ -67,6 +68,9 @@ CLASSES = {
     ),
 }
 """Opcodes by what they take; whatever is not here is counted as integer: addresses, indices, predicates, moves."""
+OPS = (block_attention, memory, grid, key_conv, decode)
+KERNELS: tuple[KernelModel, ...] = tuple(kernel for op in OPS for kernel in op.KERNELS)
+CASES: tuple[Case, ...] = (*memory.CASES, *grid.CASES, *key_conv.CASES, *decode.CASES)
 HEADING = kernel_table.MODEL_HEADING
 COUNTS_END = "<!-- what follows is predicted, not counted -->"
 
@@ -215,14 +219,18 @@ class Subject:
         of_pass = (found[1] - found[0]) / 2
         return max(found[0] + of_pass * (tile.passes - 1), 0.0), of_pass
 
+    def issue_seconds(self, launch: Launch) -> float:
+        """What a launch's instructions take, with the latencies of what they load."""
+        together = max(1, min(self.resident, -(-int(launch.thread_blocks) // PROCESSORS)))
+        cycles, _ = self.cycles(launch, together)
+        rounds = max(1.0, launch.thread_blocks / (PROCESSORS * together))
+        return launch.launches * rounds * cycles / CLOCK
+
     def seconds(self, problem: Problem, direction: str) -> tuple[float, float]:
         """The predicted time of a problem's launches, and the bytes they move."""
         total, moved = 0.0, 0.0
         for launch in self.model.launches(problem, direction):
-            together = max(1, min(self.resident, -(-int(launch.thread_blocks) // PROCESSORS)))
-            cycles, _ = self.cycles(launch, together)
-            rounds = max(1.0, launch.thread_blocks / (PROCESSORS * together))
-            issue = launch.launches * rounds * cycles / CLOCK
+            issue = self.issue_seconds(launch)
             total += max(issue, launch.bytes / DEVICE_BYTES_PER_SECOND) + launch.launches * LAUNCH_SECONDS
             moved += launch.bytes
         return total, moved
@@ -243,7 +251,10 @@ def find_subjects(models: Iterable[KernelModel], code_of: dict[str, Code], sourc
             name = next((name for name in code.kernels if model.symbol(head_dim) in name), None)
             if name is None:
                 raise WalkError(f"{model.source} has no kernel {model.symbol(head_dim)}")
-            threads, dynamic = dynamic_shared(document, model.name + model.variant, head_dim) or (model.threads, 0)
+            threads, dynamic = dynamic_shared(document, model.name + model.variant, head_dim) or (
+                model.threads,
+                model.shared_bytes,
+            )
             shared = code.static_shared.get(name, 0) + dynamic
             subjects.append(
                 Subject(model, head_dim, code.kernels[name], code.registers[name], shared, threads, sources)
@@ -304,12 +315,37 @@ def format_times(subjects: Sequence[Subject], direction: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def format_cases(subjects: Sequence[Subject]) -> str:
+    """Predicted milliseconds of the other ops' problems, a line a kernel."""
+    lines = [
+        "| problem | kernel | launches | thread blocks | by instructions, ms | by bytes, ms | predicted, ms "
+        "| share of a copy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    of_model = {id(subject.model): subject for subject in subjects}
+    for case in CASES:
+        total, launches = 0.0, 0.0
+        rows = []
+        for model, launch in case.launches:
+            issue = of_model[id(model)].issue_seconds(launch) * 1e3
+            by_bytes = launch.bytes / COPY_BYTES_PER_SECOND * 1e3
+            predicted = max(issue, by_bytes) + launch.launches * LAUNCH_SECONDS * 1e3
+            rows.append(
+                f"| | `{model.name}` | {launch.launches:.0f} | {launch.thread_blocks:.0f} | {issue:.3f} "
+                f"| {by_bytes:.3f} | {predicted:.3f} | |"
+            )
+            total, launches = total + predicted, launches + launch.launches
+        share = f"{case.copied / COPY_BYTES_PER_SECOND * 1e5 / total:.0f} %" if case.copied else "-"
+        lines += [f"| {case.name} | | {launches:.0f} | | | | {total:.3f} | {share} |", *rows]
+    return "\n".join(lines) + "\n"
+
+
 INTRODUCTION = f"""{HEADING}
 
 Written by `make model` from the sm_90 code of the build; CI fails where a count is out of date, so that no change makes
 a hot loop longer unnoticed. Instructions of one pass of a kernel's hot loop, as a warp executes it, by what they take.
-bfloat16, causal, block 128, 64K tokens; the router's count holds the insertions that random scores cause. `tools/model`
-has the trip counts and what is called rare.
+bfloat16; block attention causal, block 128, 64K tokens; the router's count holds the insertions that random scores
+cause. `tools/model` has the trip counts and what is called rare.
 
 """
 GAPS = """
@@ -321,6 +357,13 @@ banks, no contention in L2 or of device memory, latencies out of tables; thread 
 average trip counts; choices are random; masks of the diagonal and centroids are left out. The error is guessed at 30 %.
 
 """
+OTHERS = """
+The other ops, bfloat16, at the sizes of their benchmarks. "By bytes" is at 3.0 TB/s, what a copy was measured to reach
+on an H100; a kernel takes the longer of the two, and 3 us. "Share of a copy": of a copy of what has to be read and
+written. Reads that the second-level cache answers take no bytes here: rows of `grad_out` in the memory layers'
+backward, keys and values of a group that several thread blocks read, the keys of `product_key_topk`.
+
+"""
 
 
 def format_part(subjects: Sequence[Subject]) -> str:
@@ -328,6 +371,7 @@ def format_part(subjects: Sequence[Subject]) -> str:
     return (
         f"{INTRODUCTION}{format_counts(subjects)}\n{COUNTS_END}\n{GAPS}"
         f"{format_cycles(subjects)}\n{format_times(subjects, 'forward')}\n{format_times(subjects, 'backward')}"
+        f"{OTHERS}{format_cases(subjects)}"
     )
 
 
