@@ -73,7 +73,8 @@ class KernelModel:
     ``unit``: what one pass of the hot loop does, in words. ``launches``: what a problem launches of it in a direction,
     "forward" or "backward". ``tile``: the beginning of the source line of the hot loop; empty: the whole kernel is one.
     ``threads``: of a thread block, where docs/kernels.md does not say. ``variant``: what follows the name there.
-    ``block_sizes``: of the problems that take this kernel; empty: all do.
+    ``block_sizes``: of the problems that take this kernel; empty: all do. ``counted_tokens``: of the problem whose hot
+    loop is counted.
     """
 
     name: str
@@ -88,10 +89,11 @@ class KernelModel:
     head_dims: tuple[int, ...] = (64, 128)
     variant: str = ""
     block_sizes: tuple[int, ...] = ()
+    counted_tokens: int = 64 * 1024
 
     def counted(self, head_dim: int) -> Problem:
         """The problem whose hot loop is counted."""
-        problem = COUNTED[head_dim]
+        problem = Problem(self.counted_tokens, head_dim, 128)
         return replace(problem, block_size=self.block_sizes[0]) if self.block_sizes else problem
 
     def takes(self, problem: Problem) -> bool:
@@ -106,8 +108,6 @@ PROBLEMS = tuple(
 )
 PROFILED = Problem(32 * 1024, 128, 128, batch_size=1, num_heads=4)
 """What `make gpu` measures: bench/gpu/profile_cases.py."""
-COUNTED = {head_dim: Problem(64 * 1024, head_dim, 128) for head_dim in (64, 128)}
-"""The problems whose hot loops are counted."""
 
 
 @lru_cache
