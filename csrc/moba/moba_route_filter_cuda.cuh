@@ -288,8 +288,6 @@ __device__ __forceinline__ uint32_t choose_entries(const RouteArguments& args, S
   auto* queue = reinterpret_cast<OpenBlock*>(shared.scores[warp_id() * Shared::kRowsPerWarp]);
   static_assert(sizeof(OpenBlock) * kLanes * kFilterList <= sizeof(float) * kLanes * Shared::kScoreStride);
   OpenBlock* mine = queue + (through - num_open);
-  // Every lane has read its upper bounds.
-  __syncwarp();
   int place = 0;
 #pragma unroll
   for (int r = 0; r < kFilterList; ++r) {

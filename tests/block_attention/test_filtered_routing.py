@@ -82,21 +82,27 @@ def keys_of(scores: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:
     return keys.flatten(0, 1)[None, None]
 
 
+def check_exact_scores(
+    name: str, dtype: torch.dtype, device: torch.device, scale: float, top_k: int, is_causal: bool
+) -> None:
+    """One column alone counts, so that every score is exact: the choice is the reference's to the last tie."""
+    key = (keys_of(SCORES[name](dtype), dtype, 64) * scale).to(dtype)
+    query = torch.zeros(1, 1, 12, 64, dtype=dtype)
+    query[..., 5] = torch.tensor(
+        [1.0, -1.0, 0.5, -2.0, 0.0, 1.0, 3.0, -(2.0**-10), 2.0**-10, torch.inf, torch.nan, 1.0]
+    )
+    chosen = tg.moba_route(query.to(device), key.to(device), KEYS_OF_BLOCK, top_k, is_causal).block_indices
+    expected = reference.moba_route(query, key, KEYS_OF_BLOCK, top_k, is_causal)
+    assert torch.equal(chosen.cpu(), expected), f"block_indices: {name}, times {scale}, top_k {top_k}"
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("name", SCORES)
 def test_exact_scores(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """One column alone counts, so that every score is exact: the choice is the reference's to the last tie."""
-    head_dim = 64
-    keys = keys_of(SCORES[name](dtype), dtype, head_dim)
-    query = torch.zeros(1, 1, 12, head_dim)
-    query[..., 5] = torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 1.0, 3.0, -(2.0**-10), 2.0**-10, torch.inf, torch.nan, 1.0])
+    for top_k, is_causal in ((2, False), (2, True), (8, True)):
+        check_exact_scores(name, dtype, device, 1.0, top_k, is_causal)
     for scale in SCALES[dtype]:
-        key = (keys * scale).to(dtype).to(device)
-        for top_k in (2, 8):
-            for is_causal in (True, False):
-                chosen = tg.moba_route(query.to(dtype).to(device), key, KEYS_OF_BLOCK, top_k, is_causal).block_indices
-                expected = reference.moba_route(query.to(dtype), key.cpu(), KEYS_OF_BLOCK, top_k, is_causal)
-                assert torch.equal(chosen.cpu(), expected), f"block_indices: {name}, times {scale}, top_k {top_k}"
+        check_exact_scores(name, dtype, device, scale, 8, False)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)

@@ -74,6 +74,7 @@ ROUTE = KernelModel(
     counted_tokens=8 * 1024,
 )
 
+
 def route_filter(problem: Problem, direction: str) -> list[Launch]:
     if problem.num_blocks < MIN_FILTERED_BLOCKS:
         return []
@@ -263,9 +264,7 @@ LAYOUT = (
         "moba_scan_chunks", "a warp's 32 blocks x 16 chunks", scan_chunks, tile="for (int64_t first = 0; first < lists"
     ),
     _layout_kernel("moba_scan_blocks", "a warp's 32 of 256 blocks", scan_blocks, tile="for (int64_t first = 0"),
-    _layout_kernel(
-        "moba_fill_lists", "a warp's 16 rows of 8 choices", fill_lists, 128, "while (step_row < end)"
-    ),
+    _layout_kernel("moba_fill_lists", "a warp's 16 rows of 8 choices", fill_lists, 128, "while (step_row < end)"),
 )
 
 # --- backward ---------------------------------------------------------------------------------------------------------
