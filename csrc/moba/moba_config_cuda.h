@@ -34,10 +34,23 @@ struct MobaCentroidConfig {
 
 template <typename Element, int kHeadDim>
 struct MobaRouteTiles {
+  // Registers are bounded so that this many thread blocks share a multiprocessor.
+  static constexpr int kBlocksPerProcessor = !std::is_same_v<Element, float> && kHeadDim <= 64 ? 4 : 1;
+  static constexpr int kFilterBlocksPerProcessor = kHeadDim <= 64 ? 4 : 3;
+  static constexpr int kHeldSteps = kHeadDim <= 64 ? 0 : 3;  // of queries' depth, kept in the filter's registers
   static constexpr bool kIsFloat = std::is_same_v<Element, float>;
   static constexpr int kWarps = kIsFloat && kHeadDim > 128 ? 2 : 4;
   static constexpr int kRowBlocks = kIsFloat || kHeadDim > 128 ? 1 : 2;  // of 16 queries, a warp
   static constexpr int kCentroids = 32;
+};
+
+// The choice by upper bounds, where there are many blocks.
+struct MobaRouteFilterConfig {
+  static constexpr int kListLength = 16;          // entries a row keeps
+  static constexpr int kMaxChosen = 9;            // of them; the others tell apart what bounds leave open
+  static constexpr int64_t kMinBlocks = 256;      // of a sequence, on average
+  static constexpr int64_t kMaxBlocks = 1 << 14;  // more take bits of the bounds that tell blocks apart
+  static constexpr uint32_t kTilesPerRerun = 32;  // of queries, that a thread block looks through for failed rows
 };
 
 template <typename Element, int kHeadDim>

@@ -12,7 +12,7 @@
 //      and notes each item's block;
 //   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor
 //      per block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the
-//      order of entries. Choices are read and judged several rows at a time.
+//      order of entries. Choices are read and judged several rows at a time, and entries written once all have a place.
 // Numerics: integers.
 // Determinism: counts are sums of ones, everything else has a fixed order.
 #include <algorithm>
@@ -33,7 +33,8 @@ namespace {
 constexpr int kThreads = MobaLayoutConfig::kThreads;
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kRowsPerChunk = MobaLayoutConfig::kRowsPerChunk;
-constexpr int kFillWarps = MobaLayoutConfig::kChunksPerThreadBlock;
+constexpr int kFillWarps = MobaLayoutConfig::kChunksPerThreadBlock;  // fewer where cursors are many
+constexpr int kFillRounds = 4;                                       // steps whose choices are on their way at once
 }  // namespace
 
 // --- packed sequences -----------------------------------------------------------------------------------------------
@@ -345,7 +346,8 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
 __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const LayoutArguments args) {
   const MobaGeometry& geometry = args.geometry;
   const BlockListsOnDevice& lists = args.lists;
-  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kFillWarps + warp_id();
+  constexpr int kRounds = kFillRounds;
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + warp_id();
   if (chunk >= lists.num_chunks) return;  // whole warps, and no block-wide barrier follows
   const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
   const int32_t* list_starts = lists.list_starts + blockIdx.y * (geometry.num_blocks + 1);
@@ -353,7 +355,8 @@ __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const L
   int32_t* cursors = args.are_cursors_shared
                          ? reinterpret_cast<int32_t*>(cuda::dynamic_shared_memory()) + warp_id() * geometry.num_blocks
                          : counts;
-  for (int64_t block = lane_id(); block < geometry.num_blocks; block += kLanes) {
+#pragma unroll 8
+  for (int32_t block = lane_id(); block < static_cast<int32_t>(geometry.num_blocks); block += kLanes) {
     cursors[block] = counts[block] + list_starts[block];
   }
   // Publishes the cursors to the warp's lanes.
@@ -361,29 +364,56 @@ __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const L
   int32_t* entries = lists.entries + blockIdx.y * lists.num_rows * geometry.top_k;
   const uint16_t* is_row_valid = lists.is_row_valid + blockIdx.y * lists.num_rows;
   const LaneRows lanes = lane_rows(geometry);
-  const int64_t first_of_chunk = chunk * kRowsPerChunk;
-  const int64_t end = first_of_chunk + kRowsPerChunk < lists.num_rows ? first_of_chunk + kRowsPerChunk : lists.num_rows;
-  for (int64_t first_row = first_of_chunk; first_row < end; first_row += lanes.rows_per_warp) {
-    const int64_t row = first_row + lanes.row;
-    const bool is_there = lanes.is_used && row < end && is_row_valid[row] != 0;
-    RowChoices mine{};
-    if (is_there) mine = row_choices(args, unit, row);
-    for (int round = 0; round < geometry.top_k; round += kLanes) {
-      const int slot = round + lanes.first_slot;
-      int64_t block = -1;
-      if (is_there && slot < geometry.top_k) {
-        const int32_t choice = mine.choices[slot];
-        if (num_visible_keys(geometry, mine.sequence, mine.query, choice) > 0) {
-          block = mine.sequence.first_block + choice;
-        }
+  const int64_t end_of_chunk = (chunk + 1) * kRowsPerChunk;
+  const int64_t end = end_of_chunk < lists.num_rows ? end_of_chunk : lists.num_rows;
+  // A step is as many rows as the warp's lanes have choices of, or 32 choices of a row with more. What several steps read
+  // is on its way at once, whether their rows are valid or not.
+  int64_t step_row = chunk * kRowsPerChunk;
+  int32_t step_slot = 0;
+  while (step_row < end) {
+    RowChoices rows[kRounds];
+    int32_t choices[kRounds], entry[kRounds], place[kRounds], row_of_round[kRounds];
+    uint16_t is_valid[kRounds];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int64_t row = step_row + lanes.row;
+      const int32_t slot = step_slot + lanes.first_slot;
+      const bool is_there = lanes.is_used && row < end && slot < geometry.top_k;
+      rows[round] = row_choices(args, unit, is_there ? row : 0);
+      rows[round].choices += is_there ? slot : 0;
+      row_of_round[round] = static_cast<int32_t>(is_there ? row : 0);
+      entry[round] = is_there ? static_cast<int32_t>(row * geometry.top_k + slot) : -1;
+      step_slot += kLanes;
+      if (step_slot >= geometry.top_k) {
+        step_slot = 0;
+        step_row += lanes.rows_per_warp;
       }
+    }
+    // No branch lies between these loads, so that none waits for another.
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      choices[round] = *rows[round].choices;
+      is_valid[round] = is_row_valid[row_of_round[round]];
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      // The choice first: what is asked for only if another load says so is loaded behind it.
+      const bool is_seen = num_visible_keys(geometry, rows[round].sequence, rows[round].query, choices[round]) > 0 &&
+                           is_valid[round] != 0 && entry[round] >= 0;
+      int32_t* cursor = cursors + (is_seen ? rows[round].sequence.first_block + choices[round] : 0);
+      place[round] = -1;
       for (int turn = 0; turn < lanes.rows_per_warp; ++turn) {
-        if (block >= 0 && lanes.row == turn) {
-          entries[cursors[block]++] = static_cast<int32_t>(row * geometry.top_k + slot);
+        if (is_seen && lanes.row == turn) {
+          place[round] = *cursor;
+          *cursor = place[round] + 1;
         }
         // Publishes the cursors moved by this row's lanes to the next row's.
         __syncwarp();
       }
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      if (place[round] >= 0) entries[place[round]] = entry[round];
     }
   }
 }
@@ -434,12 +464,16 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
     cuda::launch(moba_scan_chunks, {dim3(grid(num_blocks, kThreads), num_units), dim3(kThreads), 0, stream}, args);
   }
   cuda::launch(moba_scan_blocks, {dim3(num_units), dim3(kThreads), sizeof(ScanSharedMemory), stream}, args);
+  // The more blocks, the fewer warps whose cursors shared memory holds.
   LayoutArguments fill = args;
-  const int64_t cursor_bytes = kFillWarps * num_blocks * static_cast<int64_t>(sizeof(int32_t));
-  fill.are_cursors_shared = cursor_bytes <= MobaLayoutConfig::kMaxCursorBytes;
+  const int64_t warp_bytes = num_blocks * static_cast<int64_t>(sizeof(int32_t));
+  int64_t warps = kFillWarps;
+  while (warps > 1 && warps * warp_bytes > MobaLayoutConfig::kMaxCursorBytes) warps /= 2;
+  fill.are_cursors_shared = warps * warp_bytes <= MobaLayoutConfig::kMaxCursorBytes;
+  if (!fill.are_cursors_shared) warps = kFillWarps;
   cuda::launch(moba_fill_lists,
-               {dim3(grid(lists.num_chunks, kFillWarps), num_units), dim3(kFillWarps * kLanes),
-                fill.are_cursors_shared ? static_cast<size_t>(cursor_bytes) : 0, stream},
+               {dim3(grid(lists.num_chunks, warps), num_units), dim3(static_cast<unsigned>(warps * kLanes)),
+                fill.are_cursors_shared ? static_cast<size_t>(warps * warp_bytes) : 0, stream},
                fill);
 }
 

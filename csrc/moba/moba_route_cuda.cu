@@ -4,10 +4,11 @@
 // Units are taken in steps, so that their centroids fit a bounded workspace. Steps, per unit step:
 //   1. centroids in float32 (moba_block_centroids);
 //   2. moba_split_centroids: each centroid as a sum of kCentroidParts numbers of the element type;
-//   3. moba_route.
+//   3. moba_route; where there are many blocks moba_route_filter, and moba_route for the rows it could not tell.
 // float16 reaches from 6e-8 to 65504 only: centroids are scaled by a power of two that brings the unit's largest to the
 // top of that range. Scores of a unit all scale alike, so that their order stays.
 #include <algorithm>
+#include <bit>
 
 #include "moba_route_cuda.cuh"
 
@@ -16,6 +17,7 @@ namespace topgather {
 namespace {
 
 constexpr int kSplitThreads = 256;
+constexpr int kSplitWarps = kSplitThreads / kLanes;
 constexpr int64_t kMaxThreadBlocks = 2048;  // of the router where lists lie in global memory
 
 struct RouteWorkspace {
@@ -24,6 +26,8 @@ struct RouteWorkspace {
   uint32_t* largest;     // [unit] bits of the largest finite magnitude; float16 only
   float* list_scores;    // [thread block, row, list_length] float32; where lists do not fit shared memory
   int32_t* list_blocks;  // [thread block, row, list_length] int32
+  float* bounds;         // [unit, block] float32; of moba_route_filter, as what follows
+  uint32_t* failed;      // [work, warp] uint32
 };
 
 }  // namespace
@@ -32,17 +36,16 @@ struct SplitArguments {
   MobaGeometry geometry;
   const float* centroids;   // [unit, block, row_elements] float32
   void* parts;              // [unit, block, part, row_elements] dtype
+  float* bounds;            // [unit, block] float32, or null
   const uint32_t* largest;  // [unit]; null for no scaling
-  int64_t row_elements;
-  int64_t unit_elements;  // of a unit's centroids
+  int32_t row_elements;
 };
 
+// A warp takes a centroid.
 template <typename Element>
 __global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const SplitArguments args) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSplitThreads + threadIdx.x;
-  // Blocks and columns number less than 2^31 each; a unit's elements may be more.
-  const int64_t row = i / args.row_elements, column = i - row * args.row_elements;
-  if (row >= existing_blocks(args.geometry)) return;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSplitWarps + warp_id();
+  if (row >= existing_blocks(args.geometry)) return;  // whole warps
   constexpr int kParts = kCentroidParts<Element>;
   float scale = 1.0f;
   if (args.largest != nullptr) {
@@ -51,16 +54,26 @@ __global__ void __launch_bounds__(kSplitThreads) moba_split_centroids(const Spli
     const int shift = 14 - exponent;
     scale = __uint_as_float(static_cast<uint32_t>((shift > 127 ? 127 : (shift < -126 ? -126 : shift)) + 127) << 23);
   }
-  float rest = args.centroids[blockIdx.y * args.unit_elements + i] * scale;
-  Element* part =
-      static_cast<Element*>(args.parts) + (blockIdx.y * args.unit_elements + row * args.row_elements) * kParts + column;
+  const int64_t row_of_units = blockIdx.y * args.geometry.num_blocks + row;
+  const float* centroid = args.centroids + row_of_units * args.row_elements;
+  Element* part = static_cast<Element*>(args.parts) + row_of_units * args.row_elements * kParts;
+  float squares = 0.0f, squares_of_rest = 0.0f;
+  for (int column = lane_id(); column < args.row_elements; column += kLanes) {
+    float rest = centroid[column] * scale;
+    squares = fmaf(rest, rest, squares);
 #pragma unroll
-  for (int p = 0; p < kParts; ++p) {
-    const Element head = cuda::from_float<Element>(rest);
-    part[p * args.row_elements] = head;
-    // inf less inf would be NaN: the first part says it all.
-    rest = fabsf(cuda::to_float(head)) < INFINITY ? rest - cuda::to_float(head) : 0.0f;
+    for (int p = 0; p < kParts; ++p) {
+      const Element head = cuda::from_float<Element>(rest);
+      part[p * args.row_elements + column] = head;
+      // inf less inf would be NaN: the first part says it all.
+      rest = fabsf(cuda::to_float(head)) < INFINITY ? rest - cuda::to_float(head) : 0.0f;
+      if (p == 0) squares_of_rest = fmaf(rest, rest, squares_of_rest);
+    }
   }
+  if (args.bounds == nullptr) return;
+  const float norm = sqrtf(cuda::sum_over_lanes(squares)), norm_of_rest = sqrtf(cuda::sum_over_lanes(squares_of_rest));
+  const float bound = fmaf(norm_of_rest, route::kNormSlack, fmaf(norm, route::kSumError, route::kTinyNorm));
+  if (lane_id() == 0) args.bounds[row_of_units] = norm < route::kLargeNorm ? bound : INFINITY;
 }
 
 namespace {
@@ -98,7 +111,18 @@ struct RoutePlan {
   int64_t thread_blocks;  // of one launch
   size_t shared_bytes;
   bool are_lists_shared;
+  bool is_filtered;
 };
+
+// Whether moba_route_filter pays, and can: moba_route_filter_cuda.cuh.
+bool takes_filter(const MobaProblem& problem, const RouteKernel& kernel, int64_t list_length) {
+  using Config = MobaRouteFilterConfig;
+  const int64_t num_sequences = is_packed(problem) ? std::max<int64_t>(problem.batch_size, 1) : 1;
+  const int64_t num_blocks = blocks_per_unit(problem);
+  return kernel.launch_filter != nullptr && problem.head_dim == kernel.max_head_dim && list_length > 0 &&
+         list_length <= Config::kMaxChosen && num_blocks / num_sequences >= Config::kMinBlocks &&
+         num_blocks <= Config::kMaxBlocks;
+}
 
 RoutePlan plan_route(const MobaProblem& problem) {
   RoutePlan plan{};
@@ -122,6 +146,7 @@ RoutePlan plan_route(const MobaProblem& problem) {
     const int64_t max_blocks = std::clamp<int64_t>((budget / 2) / list_bytes, 1, kMaxThreadBlocks);
     plan.thread_blocks = std::min(work, max_blocks);
   }
+  plan.is_filtered = plan.are_lists_shared && takes_filter(problem, *plan.kernel, plan.list_length);
   return plan;
 }
 
@@ -139,16 +164,22 @@ RouteWorkspace take_workspace(const MobaProblem& problem, const RoutePlan& plan,
     workspace.list_scores = cutter.take<float>(entries);
     workspace.list_blocks = cutter.take<int32_t>(entries);
   }
+  if (plan.is_filtered) {
+    workspace.bounds = cutter.take<float>(plan.units_per_step * blocks_per_unit(problem));
+    workspace.failed = cutter.take<uint32_t>(plan.thread_blocks * (plan.kernel->threads / kLanes));
+  }
   return workspace;
 }
 
 template <typename Element>
 void split(const SplitArguments& args, int64_t num_units, cudaStream_t stream) {
-  const auto grid_x = static_cast<unsigned>(divide_up(args.unit_elements, kSplitThreads));
+  const int64_t unit_elements = args.geometry.num_blocks * args.row_elements;
+  const auto grid_x = static_cast<unsigned>(divide_up(args.geometry.num_blocks, kSplitWarps));
   for (int64_t done = 0; done < num_units; done += MobaWaveConfig::kMaxUnits) {
     SplitArguments part = args;
-    part.centroids += done * args.unit_elements;
-    part.parts = static_cast<Element*>(args.parts) + done * args.unit_elements * kCentroidParts<Element>;
+    part.centroids += done * unit_elements;
+    part.parts = static_cast<Element*>(args.parts) + done * unit_elements * kCentroidParts<Element>;
+    if (args.bounds != nullptr) part.bounds += done * args.geometry.num_blocks;
     if (args.largest != nullptr) part.largest += done;
     const auto count = static_cast<unsigned>(std::min(num_units - done, MobaWaveConfig::kMaxUnits));
     cuda::launch(moba_split_centroids<Element>, {dim3(grid_x, count), dim3(kSplitThreads), 0, stream}, part);
@@ -173,8 +204,8 @@ void prepare_centroids(const MobaRouteParams& params, const MobaGeometry& geomet
   centroids.largest = workspace.largest;
   centroids.is_by_unit = true;
   launch_centroids(params.problem.dtype, centroids, num_units, stream);
-  const SplitArguments args{geometry,          workspace.centroids, workspace.parts,
-                            workspace.largest, plan.row_elements,   geometry.num_blocks * plan.row_elements};
+  const SplitArguments args{geometry,         workspace.centroids, workspace.parts,
+                            workspace.bounds, workspace.largest,   static_cast<int32_t>(plan.row_elements)};
   with_element(params.problem.dtype, [&](auto element) {
     using Element = decltype(element);
     if constexpr (!std::is_same_v<Element, float>) split<Element>(args, num_units, stream);
@@ -232,7 +263,15 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
     args.list_scores = workspace.list_scores;
     args.list_blocks = workspace.list_blocks;
     args.block_indices = params.block_indices;
-    plan.kernel->launch(args, std::min<int64_t>(plan.thread_blocks, args.num_work), plan.shared_bytes, stream);
+    int64_t thread_blocks = std::min<int64_t>(plan.thread_blocks, args.num_work);
+    if (plan.is_filtered) {
+      args.bounds = workspace.bounds;
+      args.failed = workspace.failed;
+      args.block_mask = std::bit_ceil(static_cast<uint32_t>(geometry.num_blocks)) - 1;
+      plan.kernel->launch_filter(args, stream);
+      thread_blocks = divide_up(args.num_work, MobaRouteFilterConfig::kTilesPerRerun);
+    }
+    plan.kernel->launch(args, thread_blocks, plan.shared_bytes, stream);
   }
 }
 

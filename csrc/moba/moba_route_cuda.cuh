@@ -24,38 +24,10 @@
 #pragma once
 
 #include "../common/checks.h"
-#include "../cuda/launch.cuh"
 #include "../cuda/limits.h"
-#include "moba_cuda.h"
-#include "moba_stages_cuda.cuh"
+#include "moba_route_filter_cuda.cuh"
 
 namespace topgather {
-
-// Centroid cut into this many numbers of the element type.
-template <typename Element>
-inline constexpr int kCentroidParts = 1;
-template <>
-inline constexpr int kCentroidParts<BFloat16> = 3;
-template <>
-inline constexpr int kCentroidParts<Float16> = 2;
-
-struct RouteArguments {
-  MobaGeometry geometry;
-  int64_t first_unit;
-  uint32_t num_tiles;  // of a head; packed: a bound
-  uint32_t num_work;   // num_tiles x query heads of the units
-  int32_t list_length;
-  bool has_lane_lists;  // step 3 by a lane a row
-  int32_t head_dim;
-  int32_t row_elements;             // of a centroid row in memory, zeros past head_dim
-  bool are_lists_shared;            // lists in shared memory, else in list_scores and list_blocks
-  Array<const void, 4> query;       // [batch, query head, query, D] dtype
-  const void* parts;                // [unit, block, part, row_elements] dtype; float32: the centroids themselves
-  const float* centroids;           // [unit, block, row_elements] float32
-  float* list_scores;               // [thread block, row, list_length] float32
-  int32_t* list_blocks;             // [thread block, row, list_length] int32
-  Array<int32_t, 4> block_indices;  // [batch, query head, query, K] int32
-};
 
 template <typename Element, int kHeadDim>
 struct RouteSharedMemory {
@@ -78,19 +50,10 @@ struct RouteSharedMemory {
 
 namespace route {
 
-using cuda::kAllLanes;
-using cuda::kLanes;
-using cuda::lane_id;
-using cuda::warp_id;
-
-constexpr int32_t kNoBlock = INT32_MAX;
 constexpr int32_t kMaxLaneList = 16;
+constexpr uint32_t kTilesPerRerun = MobaRouteFilterConfig::kTilesPerRerun;
 // Lanes that share a row while they write its choices.
 constexpr int kWriters = 8;
-
-__device__ __forceinline__ bool beats(float score, int32_t block, float other_score, int32_t other_block) {
-  return score > other_score || (score == other_score && block < other_block);
-}
 
 struct Lists {
   float* scores;    // [row, length] float32, descending
@@ -104,50 +67,6 @@ struct LaneLists {
   int32_t* blocks;  // [length, row] int32
   int32_t length;
 };
-
-// Positions number less than 2^31. 64-bit division is a call, and calls spill.
-__device__ __forceinline__ int32_t block_of_position(const MobaGeometry& geometry, int64_t position) {
-  return static_cast<int32_t>(static_cast<uint32_t>(position) / static_cast<uint32_t>(geometry.block_size));
-}
-
-// What the rows of a tile of queries may see. True if any row must choose by score.
-template <typename Shared>
-__device__ __forceinline__ int32_t place_rows(const MobaGeometry& geometry, const SequenceOnDevice& sequence,
-                                              int64_t first_query, Shared& shared) {
-  for (int row = threadIdx.x; row < Shared::kQueries; row += Shared::kThreads) {
-    const int64_t query = first_query + row;
-    int64_t own = -1, visible = -1;
-    if (query < sequence.num_queries) {
-      const int64_t position = query + sequence.position_offset;
-      own = geometry.is_causal && position >= 0 ? block_of_position(geometry, position) : -1;
-      visible = geometry.is_causal ? (own > 0 ? own : 0) : sequence.num_blocks;
-    }
-    shared.own_block[row] = static_cast<int32_t>(own);
-    shared.num_visible[row] = static_cast<int32_t>(visible);
-  }
-  // Queries see the more the later they stand.
-  const int64_t last = first_query + Shared::kQueries < sequence.num_queries ? first_query + Shared::kQueries - 1
-                                                                             : sequence.num_queries - 1;
-  if (!geometry.is_causal) return static_cast<int32_t>(sequence.num_blocks);
-  const int64_t position = last + sequence.position_offset;
-  return position < 0 ? 0 : block_of_position(geometry, position);
-}
-
-// Copies `count` rows of `rows` to kRows consecutive rows of the tile from first_row on, zeros after them. A thread keeps
-// to one column of chunks, so that no division is left.
-template <int kRows, int kThreads, typename Tile, typename Element>
-__device__ __forceinline__ void copy_rows(Tile& tile, int first_row, const Element* rows, int64_t row_stride,
-                                          int64_t count, int used_chunks, int row_chunks) {
-  constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
-  static_assert(kThreads % Tile::kChunks == 0 && kRows % kRowsAtOnce == 0, "whole rows at a time");
-  const int chunk = static_cast<int>(threadIdx.x) % Tile::kChunks;
-  if (chunk >= used_chunks) return;
-#pragma unroll 8
-  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-    const int row = i * kRowsAtOnce + static_cast<int>(threadIdx.x) / Tile::kChunks;
-    cuda::copy_chunk_async(tile, first_row + row, chunk, rows + row * row_stride, row_chunks, row < count);
-  }
-}
 
 // Step 2.
 template <typename Element, int kHeadDim>
@@ -328,22 +247,26 @@ template <int kKept, typename Shared>
 __device__ __forceinline__ void write_choices_by_lane(const Shared& shared, const LaneLists& lists, int row,
                                                       int32_t top_k, int32_t* choices) {
   int32_t blocks[kKept];
-  int32_t num_kept = 0;
 #pragma unroll
   for (int r = 0; r < kKept; ++r) {
     blocks[r] = r < lists.length ? lists.blocks[r * Shared::kQueries + row] : kNoBlock;
-    num_kept += blocks[r] != kNoBlock ? 1 : 0;
   }
-#pragma unroll
-  for (int r = 0; r < kKept; ++r) {
-    int32_t position = 0;
-#pragma unroll
-    for (int other = 0; other < kKept; ++other) position += blocks[other] < blocks[r] ? 1 : 0;
-    if (blocks[r] != kNoBlock) choices[position] = blocks[r];
+  write_blocks(blocks, shared.own_block[row], top_k, choices);
+}
+
+// Whether a row of a tile failed before moba_route_filter.
+__device__ __forceinline__ bool has_failed(const uint32_t* words, int num_words) {
+  uint32_t all = 0;
+  for (int i = 0; i < num_words; ++i) all |= words[i];
+  return all != 0;
+}
+
+// Rows that did not fail have been done.
+template <typename Shared>
+__device__ __forceinline__ void hide_rows_but(const uint32_t* failed, Shared& shared) {
+  for (int row = threadIdx.x; row < Shared::kQueries; row += Shared::kThreads) {  // as place_rows goes
+    if ((failed[row / kLanes] >> (row % kLanes) & 1) == 0) shared.num_visible[row] = -1;
   }
-  const int32_t own_block = shared.own_block[row];
-  if (own_block >= 0) choices[num_kept++] = own_block;
-  for (int slot = num_kept; slot < top_k; ++slot) choices[slot] = -1;
 }
 
 // Step 4 where a row may choose all it sees: there is nothing to score.
@@ -357,7 +280,8 @@ __device__ __forceinline__ void write_all(int32_t num_visible, int member, int32
 }  // namespace route
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads, 1)
+__global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads,
+                                  MobaRouteTiles<Element, kHeadDim>::kBlocksPerProcessor)
     moba_route(const RouteArguments args) {
   using Shared = RouteSharedMemory<Element, kHeadDim>;
   Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
@@ -374,26 +298,30 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
   const int row_chunks = static_cast<int>(divide_up(args.head_dim, kPerChunk));
   const int used_chunks = static_cast<int>(divide_up(args.head_dim, 16)) * 16 / kPerChunk;
 
-  for (uint32_t work = blockIdx.x; work < args.num_work; work += gridDim.x) {
-    const uint32_t head_of_units = work / args.num_tiles;
-    const uint32_t unit_in_step = head_of_units / static_cast<uint32_t>(geometry.group);
-    const Unit unit = unit_at(geometry, args.first_unit + unit_in_step);
-    const int64_t head = unit.kv_head * geometry.group + head_of_units % static_cast<uint32_t>(geometry.group);
-    int64_t tile = work % args.num_tiles;
-    int64_t sequence_idx = 0;
-    if (geometry.is_packed()) {
-      sequence_idx = last_start_up_to(geometry.tile_starts, geometry.num_sequences + 1, tile);
-      if (sequence_idx >= geometry.num_sequences) continue;  // past the last tile: the grid is a bound
-      tile -= geometry.tile_starts[sequence_idx];
-    }
-    const SequenceOnDevice sequence = sequence_on_device(geometry, sequence_idx);
-    const int64_t first_query = tile * Shared::kQueries;
-    const Element* query_rows = args.query.at<Element>(unit.batch_idx, head, sequence.first_query + first_query);
+  // A rerun looks through kTilesPerRerun neighbouring tiles for rows that failed, most often in vain.
+  const bool is_rerun = args.failed != nullptr;
+  const uint32_t first_work = is_rerun ? blockIdx.x * route::kTilesPerRerun : blockIdx.x;
+  const uint32_t end_work = is_rerun ? min(args.num_work, first_work + route::kTilesPerRerun) : args.num_work;
+  if (is_rerun) {
+    const uint32_t* words = args.failed + first_work * Shared::Tiles::kWarps;
+    const int num_words = static_cast<int>(end_work - first_work) * Shared::Tiles::kWarps;
+    bool found = false;
+    for (int i = static_cast<int>(threadIdx.x); i < num_words; i += Shared::kThreads) found = found || words[i] != 0;
+    if (__syncthreads_or(found ? 1 : 0) == 0) return;  // the whole thread block
+  }
+  for (uint32_t work = first_work; work < end_work; work += is_rerun ? 1 : gridDim.x) {
+    if (is_rerun && !route::has_failed(args.failed + work * Shared::Tiles::kWarps, Shared::Tiles::kWarps)) continue;
+    const route::TileOfQueries tile = route::tile_of_queries(args, work, Shared::kQueries);
+    if (!tile.exists) continue;
+    const SequenceOnDevice& sequence = tile.sequence;
+    const int64_t first_query = tile.first_query, head = tile.head;
+    const Element* query_rows = args.query.at<Element>(tile.batch_idx, head, sequence.first_query + first_query);
 
     const int32_t max_visible = route::place_rows(geometry, sequence, first_query, shared);
+    if (is_rerun) route::hide_rows_but(args.failed + work * Shared::Tiles::kWarps, shared);
     const bool needs_scores = args.list_length > 0 && max_visible > args.list_length;
     if (needs_scores) {
-      const int64_t unit_block = unit_in_step * geometry.num_blocks + sequence.first_block;
+      const int64_t unit_block = tile.unit_in_step * geometry.num_blocks + sequence.first_block;
       // Step 1: part by part, each part's rows together.
       const auto copy_centroids = [&](int32_t first_block) {
         const Element* parts =
@@ -445,7 +373,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       const int row = cuda::warp_id() * Shared::kRowsPerWarp + first + cuda::lane_id() / route::kWriters;
       const int32_t visible = shared.num_visible[row];
       if (visible < 0) continue;
-      int32_t* choices = args.block_indices.at<int32_t>(unit.batch_idx, head, sequence.first_query + first_query + row);
+      int32_t* choices = args.block_indices.at<int32_t>(tile.batch_idx, head, sequence.first_query + first_query + row);
       if (needs_scores) {
         route::write_choices(lists, row, member, shared.own_block[row], geometry.top_k, choices);
       } else {
@@ -457,7 +385,7 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       const int row = cuda::warp_id() * Shared::kRowsPerWarp + cuda::lane_id();
       if (shared.num_visible[row] >= 0) {
         int32_t* choices =
-            args.block_indices.at<int32_t>(unit.batch_idx, head, sequence.first_query + first_query + row);
+            args.block_indices.at<int32_t>(tile.batch_idx, head, sequence.first_query + first_query + row);
         if (args.list_length <= 8) {
           route::write_choices_by_lane<8>(shared, lane_lists, row, geometry.top_k, choices);
         } else {
@@ -478,7 +406,22 @@ struct RouteKernel {
   int64_t queries_per_tile;
   size_t (*shared_bytes)(int64_t list_length);
   void (*launch)(const RouteArguments& args, int64_t num_thread_blocks, size_t shared_bytes, cudaStream_t stream);
+  void (*launch_filter)(const RouteArguments& args, cudaStream_t stream);  // null: there is none
+  int64_t filter_shared_bytes;
 };
+
+template <typename Element, int kHeadDim>
+constexpr void (*filter_launcher())(const RouteArguments& args, cudaStream_t stream) {
+  if constexpr (route::kHasFilter<Element, kHeadDim>) {
+    return [](const RouteArguments& args, cudaStream_t stream) {
+      using Shared = RouteFilterSharedMemory<Element, kHeadDim>;
+      cuda::launch(moba_route_filter<Element, kHeadDim>,
+                   {dim3(args.num_work), dim3(Shared::kThreads), sizeof(Shared), stream}, args);
+    };
+  } else {
+    return nullptr;
+  }
+}
 
 template <typename Element, int kHeadDim>
 constexpr RouteKernel route_kernel() {
@@ -492,7 +435,9 @@ constexpr RouteKernel route_kernel() {
             cuda::launch(moba_route<Element, kHeadDim>,
                          {dim3(static_cast<unsigned>(num_thread_blocks)), dim3(Shared::kThreads), shared_bytes, stream},
                          args);
-          }};
+          },
+          filter_launcher<Element, kHeadDim>(),
+          route::kHasFilter<Element, kHeadDim> ? int64_t{sizeof(RouteFilterSharedMemory<Element, kHeadDim>)} : 0};
 }
 
 using RouteKernels = RouteKernel[3];

@@ -16,6 +16,7 @@ from tests.block_attention.helpers import (
     make_inputs,
     run_attention,
 )
+from tests.block_attention.test_filtered_routing import check_exact_scores
 from tests.block_attention.test_shared_choices import shared_choice_case
 from tests.block_attention.test_softcap_and_sinks import (
     test_against_reference,
@@ -54,6 +55,8 @@ LARGE_BLOCKS = AttentionCase(num_heads=1, query_len=150, key_len=430, head_dim=3
 MANY_BLOCKS = AttentionCase(num_heads=1, query_len=10, key_len=260, head_dim=16, block_size=1, top_k=2)
 # More queries of one block than one work item holds.
 LONG_LIST = AttentionCase(num_heads=1, query_len=4200, key_len=8, head_dim=16, block_size=8, top_k=1, is_causal=False)
+# So many blocks that their scores are bounded first.
+FILTERED = AttentionCase(num_heads=1, query_len=40, key_len=560, head_dim=64, block_size=2, top_k=8, is_causal=False)
 
 
 def small_waves_case() -> None:
@@ -202,6 +205,9 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "routing ties": lambda: check_ties(8, 3),
     "routing ties by warps": lambda: check_ties(2, 20),
     "routing minus infinity": routing_minus_infinity_case,
+    "routing filtered": lambda: check_routing(FILTERED),
+    "routing filtered steps": lambda: check_exact_scores("in any order", BFLOAT16, CPU, 1.0, 8, False),
+    "routing filtered equal": lambda: check_exact_scores("equal", BFLOAT16, CPU, 1.0, 8, False),
     "centroids": centroids_case,
     "centroids packed": packed_centroids_case,
     "softcap and sinks": lambda: test_against_reference(BFLOAT16, {"softcap": 1.5, "has_sinks": True}, True, CPU),
@@ -225,6 +231,8 @@ BACKWARD = "moba/moba_backward_cuda.cuh"
 DECODE_ATTEND = "decode/decode_attend_cuda.cu"
 BACKWARD_STEPS = "moba/moba_backward_cuda.cu"
 ROUTE = "moba/moba_route_cuda.cuh"
+ROUTE_ROWS = "moba/moba_route_rows_cuda.cuh"
+FILTER = "moba/moba_route_filter_cuda.cuh"
 ROUTE_STEPS = "moba/moba_route_cuda.cu"
 CENTROIDS = "moba/moba_centroids_cuda.cu"
 STAGES = "moba/moba_stages_cuda.cuh"
@@ -238,6 +246,8 @@ BLOCK_ATTENTION_UNITS = {
     FORWARD: ["moba_forward_bfloat16_cuda.cu"],
     BACKWARD: ["moba_backward_bfloat16_cuda.cu"],
     ROUTE: ["moba_route_bfloat16_cuda.cu"],
+    ROUTE_ROWS: ["moba_route_bfloat16_cuda.cu"],
+    FILTER: ["moba_route_bfloat16_cuda.cu"],
     STAGES: ["moba_layout_cuda.cu", "moba_forward_cuda.cu", "moba_forward_bfloat16_cuda.cu"],
     GEOMETRY: ["moba_layout_cuda.cu", "moba_forward_cuda.cu", "moba_forward_bfloat16_cuda.cu"],
     TILE_MATH: ["moba_forward_bfloat16_cuda.cu"],
@@ -308,6 +318,23 @@ BARRIERS = [
                "Publishes what the rows see to all warps. __syncthreads();", "", "many queries", UNPUBLISHED),
     PlantedBug("route: lists overwritten by the next tile of queries", ROUTE,
                "and may be overwritten by the next tile's. __syncthreads();", "", "routing long lists", RACE),
+    PlantedBug("filter: centroids not published", FILTER,
+               "and tells that all have used the tile before. __syncthreads();", "",
+               "routing filtered", f"{UNPUBLISHED}|{OVERWRITTEN}"),
+    PlantedBug("filter: centroids overwritten while read", FILTER,
+               "copy_next_centroids(num_left, buffer ^ 1);", "copy_next_centroids(num_left, buffer);",
+               "routing filtered", f"{OVERWRITTEN}|{UNINITIALIZED}"),
+    PlantedBug("filter: upper bounds not published", FILTER,
+               "Publishes the warp's upper bounds to its lanes. __syncwarp();", "", "routing filtered", UNPUBLISHED),
+    PlantedBug("filter: upper bounds overwritten while read", FILTER,
+               "Tells the warp that the upper bounds have been read. __syncwarp();", "",
+               "routing filtered", OVERWRITTEN),
+    PlantedBug("filter: open blocks not published", FILTER,
+               "Publishes the queue to the warp. __syncwarp();", "", "routing filtered", UNPUBLISHED),
+    PlantedBug("filter: open blocks overwritten while read", FILTER,
+               "the next ones stand elsewhere. __syncwarp();", "", "routing filtered", OVERWRITTEN),
+    PlantedBug("filter: scores not published", FILTER,
+               "Publishes the scores to the rows' lanes. __syncwarp();", "", "routing filtered", UNPUBLISHED),
     PlantedBug("centroids: sums not published", CENTROIDS,
                "Step 2: publishes every group's sums to the first group. __syncthreads();", "",
                "centroids", UNPUBLISHED),
@@ -322,6 +349,9 @@ COPIES_AND_ATOMICS = [
                "many queries", BEFORE_WAIT),
     PlantedBug("backward: copies not waited for", BACKWARD,
                "cuda::copy_async_wait<0>();", "", "small", BEFORE_WAIT),
+    PlantedBug("filter: copies not waited for", FILTER,
+               "cuda::copy_async_wait<0>(); // Publishes centroids", "// Publishes centroids",
+               "routing filtered", BEFORE_WAIT),
     PlantedBug("route: copies not waited for", ROUTE,
                "cuda::copy_async_wait<0>();", "", "routing", BEFORE_WAIT),
     PlantedBug("layout: lost atomic in the counts", LAYOUT,
@@ -354,10 +384,13 @@ LISTS = [
                "small", UNINITIALIZED),
     PlantedBug("layout: a block named twice by a row counted twice", LAYOUT,
                "return result && choice >= 0;", "return false;", "named twice", f"{RACE}|AssertionError: out"),
+    PlantedBug("layout: cursors of one warp for several", LAYOUT,
+               "static_cast<size_t>(warps * warp_bytes) : 0", "static_cast<size_t>(warp_bytes) : 0",
+               "long list", OUT_OF_BOUNDS),
     PlantedBug("layout: unused slots counted", LAYOUT,
                "choice) > 0) { cuda::add_atomic(", "choice) >= 0) { cuda::add_atomic(", "small", OUT_OF_BOUNDS),
     PlantedBug("layout: choices past the causal limit listed", LAYOUT,
-               "choice) > 0) { block =", "choice) > 0 || choice >= 0) { block =",
+               "choices[round]) > 0 && is_valid", "choices[round]) >= 0 && choices[round] >= 0 && is_valid",
                "routed", f"{RACE}|{UNINITIALIZED}|{OUT_OF_BOUNDS}"),
     PlantedBug("layout: blocks of packed sequences numbered one short", LAYOUT,
                "args.block_starts[i] = num_blocks + blocks;",
@@ -474,17 +507,17 @@ ARITHMETIC = [
 ]
 
 CHOICES = [
-    PlantedBug("route: own block dropped", ROUTE,
+    PlantedBug("route: own block dropped", ROUTE_ROWS,
                "choices[num_kept++] = own_block;", "choices[num_kept++] = -1;", "routing", WRONG_CHOICE),
     PlantedBug("route: own block dropped, long lists", ROUTE,
                "choices[num_kept] = own_block;", "choices[num_kept] = -1;", "routing by warps", WRONG_CHOICE),
-    PlantedBug("route: own block ranked with those before it", ROUTE,
+    PlantedBug("route: own block ranked with those before it", ROUTE_ROWS,
                "geometry.is_causal ? (own > 0 ? own : 0)", "geometry.is_causal ? own + 1", "routing", WRONG_CHOICE),
     PlantedBug("route: ties go to the later block", ROUTE,
                "beats_this = !(score <= scores[r]), beats_one_before = !(score <= scores[r - 1]);",
                "beats_this = !(score < scores[r]), beats_one_before = !(score < scores[r - 1]);",
                "routing ties", WRONG_CHOICE),
-    PlantedBug("route: ties go to the later block, long lists", ROUTE,
+    PlantedBug("route: ties go to the later block, long lists", ROUTE_ROWS,
                "block < other_block)", "block > other_block)", "routing ties by warps", WRONG_CHOICE),
     PlantedBug("route: a moved entry leaves its block behind", ROUTE,
                "blocks[r] = beats_one_before ? blocks[r - 1] :", "blocks[r] = beats_one_before ? blocks[r] :",
@@ -499,10 +532,29 @@ CHOICES = [
     PlantedBug("route: a tile of centroids ends one early, long lists", ROUTE,
                "column < count && block < shared", "column + 1 < count && block < shared",
                "routing by warps", WRONG_CHOICE),
-    PlantedBug("route: query heads interleaved over key heads", ROUTE,
+    PlantedBug("route: query heads interleaved over key heads", ROUTE_ROWS,
                "unit.kv_head * geometry.group + head_of_units % static_cast<uint32_t>(geometry.group)",
                "unit.kv_head + head_of_units % static_cast<uint32_t>(geometry.group) * geometry.num_kv_heads",
                "small", WRONG_CHOICE),
+    PlantedBug("filter: bounds halved", ROUTE_STEPS,
+               "norm < route::kLargeNorm ? bound :", "norm < route::kLargeNorm ? 0.5f * bound :",
+               "routing filtered steps", WRONG_CHOICE),
+    PlantedBug("filter: bounds zeroed", FILTER,
+               "norms[2 * m + e / 2] * (e % 2 == 0 ? bound.x : bound.y)", "0.0f",
+               "routing filtered steps", WRONG_CHOICE),
+    PlantedBug("filter: the last tile of centroids left out", FILTER,
+               "first_block < max_visible; first_block += Shared::kCentroids, buffer ^= 1)",
+               "first_block + Shared::kCentroids < max_visible; first_block += Shared::kCentroids, buffer ^= 1)",
+               "routing filtered", f"{WRONG_CHOICE}|{UNINITIALIZED}|{OUT_OF_BOUNDS}|{READ_OUT_OF_BOUNDS}"),
+    PlantedBug("filter: blocks left out not asked for", FILTER,
+               "fails || (num_visible > kFilterList && (open >> (kFilterList - 1) & 1) != 0)", "fails",
+               "routing filtered equal", WRONG_CHOICE),
+    PlantedBug("filter: open blocks by their bounds", FILTER,
+               "if (num_better < num_missing) chosen |= bit;", "if (i < num_missing) chosen |= bit;",
+               "routing filtered steps", WRONG_CHOICE),
+    PlantedBug("filter: rows that failed not done again", FILTER,
+               "if (lane_id() == 0) *failed = failing;", "if (lane_id() == 0) *failed = 0;",
+               "routing filtered equal", f"{WRONG_CHOICE}|{UNINITIALIZED}"),
     PlantedBug("centroids: packed blocks of the sequence before", CENTROIDS,
                "args.centroids.at<float>(sequence_idx, unit.kv_head, block_of_sequence)",
                "args.centroids.at<float>(sequence_idx > 0 ? sequence_idx - 1 : 0, unit.kv_head, block_of_sequence)",

@@ -29,16 +29,24 @@ def depth(head_dim: int, unrolled: int = 4) -> Passes:
 # --- route ------------------------------------------------------------------------------------------------------------
 
 
+MIN_FILTERED_BLOCKS, FILTER_LIST = 256, 16
+OPEN_BLOCKS, MOST_OPEN_BLOCKS = 1.5, 5
+"""Blocks that a row's bounds leave open, on average, and the most of a warp's rows: drawn for random scores, D 128."""
+
+
 def route(problem: Problem, direction: str) -> list[Launch]:
+    if problem.num_blocks >= MIN_FILTERED_BLOCKS:
+        return []
     tiles = max(1.0, problem.num_blocks / 32)
     list_length = problem.top_k - 1
     passes = (
-        Passes("for (uint32_t work = blockIdx.x", 1),
+        Passes("for (uint32_t work = first_work", 1),
         Passes("for (int32_t first_block = 0", (tiles + 1) / 2),
         Passes("for (int row = threadIdx.x; row < Shared::kQueries", 1),
         Passes("for (int i = 0; i < kRows / kRowsAtOnce", problem.head_dim / 8, unrolled=8),
         Passes("for (int64_t i = threadIdx.x; i < num_list_entries", list_length, unrolled=4),
         Passes(DEPTH_LOOP, problem.head_dim / 64),
+        Passes("for (int i = static_cast<int>(threadIdx.x); i < num_words", 0),
         Passes("if (head_dim == kHeadDim)", 0),  # the compiler lays the product without branches last
         Passes("} else if (args.list_length <= 8)", 0),
         Passes("while (marked != 0)", insertions(problem.num_blocks, list_length)),
@@ -58,10 +66,44 @@ ROUTE = KernelModel(
     threads=128,
     rare=(
         *("last_start_up_to", "plain_score", "score = plain_score", "write_all", "write_choices", "select_by_warp"),
+        *("if (is_rerun)", "const bool found = ", "has_failed", "hide_rows_but", "bool found = false"),
         *("route::write_all(", "route::select_by_warp", "route::select_by_lane<route::kMaxLaneList>"),
         "route::write_choices_by_lane<route::kMaxLaneList>",
         "for (int first = 0; !are_written_by_lanes",
     ),
+    counted_tokens=8 * 1024,
+)
+
+
+def route_filter(problem: Problem, direction: str) -> list[Launch]:
+    if problem.num_blocks < MIN_FILTERED_BLOCKS:
+        return []
+    tiles = max(1.0, problem.num_blocks / 32)
+    passes = (
+        Passes("for (int32_t first_block = 0", (tiles + 1) / 2),
+        Passes("for (int row = threadIdx.x; row < Shared::kQueries", 1),
+        Passes("for (int i = 0; i < kRows / kRowsAtOnce", problem.head_dim / 8, unrolled=8),
+        Passes("for (int chunk = 0; chunk < Tile::kChunks; ++chunk", problem.head_dim / 8, unrolled=4),
+        Passes("} while (!is_last)", insertions(problem.num_blocks, FILTER_LIST)),
+        Passes("for (int first = 0; first < num_open", round(32 * OPEN_BLOCKS / 4)),
+        Passes("for (int i = 0; i < num_open", MOST_OPEN_BLOCKS),
+        Passes("for (int other = 0; other < num_open", MOST_OPEN_BLOCKS),
+        Passes("for (int slot = num_kept", 0),
+    )
+    bytes_moved = problem.num_rows * (problem.row_bytes + 4 * problem.top_k)
+    # The second launch is moba_route's, for rows that failed: there are none.
+    return [Launch(problem.num_rows / 128, passes, bytes_moved), Launch(0, passes, 0)]
+
+
+ROUTE_FILTER = KernelModel(
+    "moba_route_filter",
+    "moba_route_bfloat16_cuda",
+    bfloat16("moba_route_filter"),
+    "a warp's 32 queries x 32 centroids",
+    route_filter,
+    tile="for (int32_t first_block = 0",
+    threads=128,
+    rare=("last_start_up_to",),
 )
 
 # --- attend -----------------------------------------------------------------------------------------------------------
@@ -197,11 +239,14 @@ def scan_blocks(problem: Problem, direction: str) -> list[Launch]:
     )  # fmt: skip
 
 
+FILL_ROUNDS = 4
+
+
 def fill_lists(problem: Problem, direction: str) -> list[Launch]:
     return _layout(
         problem, direction, lambda rows, units: rows / 1024, 8 * problem.top_k + 2,
-        Passes("for (int64_t block = lane_id()", problem.num_blocks // 32, unrolled=4),
-        Passes("for (int64_t first_row = first_of_chunk", 64), Passes("for (int round = 0; round < geometry.top_k", 1),
+        Passes("for (int32_t block = lane_id()", problem.num_blocks // 32, unrolled=8),
+        Passes("while (step_row < end)", 64 / FILL_ROUNDS),
         Passes("for (int turn = 0", 4, unrolled=4),
     )  # fmt: skip
 
@@ -219,9 +264,7 @@ LAYOUT = (
         "moba_scan_chunks", "a warp's 32 blocks x 16 chunks", scan_chunks, tile="for (int64_t first = 0; first < lists"
     ),
     _layout_kernel("moba_scan_blocks", "a warp's 32 of 256 blocks", scan_blocks, tile="for (int64_t first = 0"),
-    _layout_kernel(
-        "moba_fill_lists", "a warp's 4 rows of 8 choices", fill_lists, 128, "for (int64_t first_row = first_of_chunk"
-    ),
+    _layout_kernel("moba_fill_lists", "a warp's 16 rows of 8 choices", fill_lists, 128, "while (step_row < end)"),
 )
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -320,4 +363,4 @@ BACKWARD = (
     ),
 )  # fmt: skip
 
-KERNELS = (ROUTE, *LAYOUT, ATTEND, MERGE, *BACKWARD)
+KERNELS = (ROUTE, ROUTE_FILTER, *LAYOUT, ATTEND, MERGE, *BACKWARD)

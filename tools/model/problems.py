@@ -75,7 +75,8 @@ class KernelModel:
     "forward" or "backward". ``tile``: the beginning of the source line of the hot loop; empty: the whole kernel is one.
     ``threads``: of a thread block, where docs/kernels.md does not say. ``variant``: what follows the name there.
     ``block_sizes``: of the problems that take this kernel; empty: all do. ``shared_bytes``: dynamic shared memory,
-    where docs/kernels.md does not say.
+    where docs/kernels.md does not say. ``counted_tokens``: of the problem whose hot loop is counted, where it is not
+    the usual one.
     """
 
     name: str
@@ -91,10 +92,13 @@ class KernelModel:
     variant: str = ""
     block_sizes: tuple[int, ...] = ()
     shared_bytes: int = 0
+    counted_tokens: int = 0
 
     def counted(self, head_dim: int) -> Problem:
         """The problem whose hot loop is counted."""
         problem = COUNTED.get(head_dim, COUNTED[128])
+        if self.counted_tokens:
+            problem = Problem(self.counted_tokens, head_dim, 128)
         return replace(problem, block_size=self.block_sizes[0]) if self.block_sizes else problem
 
     def takes(self, problem: Problem) -> bool:
@@ -135,8 +139,6 @@ PROBLEMS = tuple(
 )
 PROFILED = Problem(32 * 1024, 128, 128, batch_size=1, num_heads=4)
 """What `make gpu` measures: bench/gpu/profile_cases.py."""
-COUNTED = {head_dim: Problem(64 * 1024, head_dim, 128) for head_dim in (64, 128)}
-"""The problems whose hot loops are counted."""
 
 
 @lru_cache

@@ -344,8 +344,8 @@ INTRODUCTION = f"""{HEADING}
 
 Written by `make model` from the sm_90 code of the build; CI fails where a count is out of date, so that no change makes
 a hot loop longer unnoticed. Instructions of one pass of a kernel's hot loop, as a warp executes it, by what they take.
-bfloat16; block attention causal, block 128, 64K tokens; the router's count holds the insertions that random scores
-cause. `tools/model` has the trip counts and what is called rare.
+bfloat16; block attention causal, block 128, 64K tokens (`moba_route`: 8K; longer ones take `moba_route_filter`); the
+router's count holds the insertions that random scores cause. `tools/model` has the trip counts and what is called rare.
 
 """
 GAPS = """

@@ -123,6 +123,37 @@ class MobaCase:
 
 
 @dataclass(frozen=True)
+class FilteredRouteCase:
+    """Routing over so many blocks that scores are bounded first; some rows fail and are done again."""
+
+    dtype: torch.dtype
+    head_dim: int = 64
+    num_queries: int = 20
+    num_keys: int = 300
+
+    least_launches = 4
+
+    def __str__(self) -> str:
+        return f"{FLOAT_TYPES[self.dtype]}-{self.head_dim}-filtered"
+
+    def run(self, recorder: Recorder) -> None:
+        """Every seventh block is the same one."""
+        query = recorder.random(1, 1, self.num_queries, self.head_dim, dtype=self.dtype)
+        key = recorder.random(1, 1, self.num_keys, self.head_dim, dtype=self.dtype)
+        key[:, :, ::7] = query[:, :, 3:4]
+        recorder.call(
+            "moba_route",
+            block_size=1,
+            is_causal=False,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+            query=query,
+            key=key,
+            block_indices=recorder.zeros(1, 1, self.num_queries, 8, dtype=torch.int32),
+        )
+
+
+@dataclass(frozen=True)
 class ProductKeyCase:
     """The best pairs of product keys. ``half_dim`` fills rows of whole multiples of 16 bytes."""
 
@@ -379,7 +410,7 @@ class KeyConvCase:
         )
 
 
-Case = MobaCase | ProductKeyCase | MemoryCase | GridCase | DecodeCase | KeyConvCase
+Case = MobaCase | FilteredRouteCase | ProductKeyCase | MemoryCase | GridCase | DecodeCase | KeyConvCase
 
 
 def record(module: ModuleType, case: Case) -> Recorder:
