@@ -139,6 +139,8 @@ PROBLEMS = tuple(
 )
 PROFILED = Problem(32 * 1024, 128, 128, batch_size=1, num_heads=4)
 """What `make gpu` measures: bench/gpu/profile_cases.py."""
+COUNTED = {head_dim: Problem(64 * 1024, head_dim, 128) for head_dim in (64, 128)}
+"""The problems whose hot loops are counted."""
 
 
 @lru_cache
