@@ -159,6 +159,15 @@ def test_bad_attention(arguments: tuple[Any, ...], error: type[Exception], messa
         tg.nn.SparseSelfAttention2d(*arguments)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("option", ["grid_size", "window_size"])
+def test_a_table_that_fits_no_memory_is_refused_in_words(option: str, device: str) -> None:
+    options: dict[str, Any] = {option: (2**31 - 1, 2**31 - 1), "device": device}
+    with pytest.raises(ValueError, match=rf"{option} must be such that.*\(2147483647, 2147483647\) makes it"):
+        tg.nn.SparseSelfAttention2d(16, 2, relative_position_bias=True, **options)
+    tg.nn.SparseSelfAttention2d(16, 2, **options)
+
+
 def test_bad_images() -> None:
     layer = tg.nn.SparseSelfAttention2d(16, 2, grid_size=2)
     with pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):

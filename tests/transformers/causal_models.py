@@ -107,7 +107,7 @@ def _reason(kind: str, message: str) -> str:
     named = [name for name in re.findall(r"\w+", message) if name in classes]
     assert named, f"{kind}: a refusal must name the model or its module: {message}"
     for name in named:
-        message = re.sub(rf"\b{name} does not work with .*?: | in {name}\b", "", message)
+        message = re.sub(rf"\b{name} does not work with .*?: | (in|of) {name}\b", "", message)
     return message.split(", got ")[0]
 
 

@@ -82,6 +82,33 @@ def test_attention_weights_are_refused_with_what_to_use_instead() -> None:
         model(torch.arange(12)[None], output_attentions=True)
 
 
+@pytest.mark.parametrize("how", ["alone", "beside a mask"])
+def test_boundaries_of_keys_alone_are_refused(how: str) -> None:
+    """Nobody would read them."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="moba"))
+    mask = None if how == "alone" else (torch.arange(12) < 10)[None].long()
+    with pytest.raises(ValueError, match=r"cu_seq_lens_k needs cu_seq_lens_q .* LlamaAttention of LlamaForCausalLM"):
+        model(torch.arange(12)[None], attention_mask=mask, cu_seq_lens_k=torch.tensor([0, 6, 12]), use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "message"),
+    [
+        ([0, 6, 12], [0, 5, 12], "cu_seq_lens_k must be cu_seq_lens_q"),
+        ([0, 6, 12], [0, 12], "cu_seq_lens_k must be cu_seq_lens_q"),
+        ([0, 6, 10], [0, 6, 10], "cu_seq_lens_q must end with the number of tokens, 12, got 10"),
+        ([0, 6, 14], [0, 6, 14], "cu_seq_lens_q must end with the number of tokens, 12, got 14"),
+    ],
+)
+def test_boundaries_that_a_mask_does_not_go_with(queries: list[int], keys: list[int], message: str) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="moba"))
+    boundaries = {"cu_seq_lens_q": torch.tensor(queries), "cu_seq_lens_k": torch.tensor(keys)}
+    with pytest.raises(ValueError, match=message):
+        model(
+            torch.arange(12)[None], attention_mask=(torch.arange(12) < 10)[None].long(), use_cache=False, **boundaries
+        )
+
+
 def test_dropout_names_the_models_own_field() -> None:
     options = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**options, attn_pdrop=0.1, attn_implementation="moba")).train()

@@ -398,6 +398,10 @@ def test_a_prompt_used_several_times() -> None:
         out = greedy(model, ids, 10, past_key_values=copy.deepcopy(cache))
         assert torch.equal(out, recomputed(model, ids, 10))
     assert cache.get_seq_length() == 30
+    layer = cache.layers[0]
+    shallow = copy.copy(layer)
+    shallow.crop(-20)
+    assert shallow.moba_cache.lengths == [10] and layer.moba_cache.lengths == [30]
 
 
 @pytest.mark.parametrize("lengths", [[30, 30], [30, 12]], ids=str)

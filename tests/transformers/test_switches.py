@@ -13,7 +13,14 @@ if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 import transformers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from topgather.integrations import transformers as moba
 from topgather.integrations._cache import MobaLayer
@@ -165,6 +172,28 @@ def test_a_forward_that_failed_changes_nothing(family: Any, failing: int, before
     handle.remove()
     actual = step(model, ids, mask, before, 20, cache)
     expected = step(family("eager"), ids, mask, 0, 20, None)[:, before:]
+    real = mask[:, before:].bool()
+    torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("before", [0, 7], ids=["empty", "filled"])
+def test_a_static_cache_forgets_a_forward_that_failed(before: int) -> None:
+    ids, mask = padded()
+    model = llama()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    if before:
+        step(model, ids, mask, 0, before, cache)
+
+    def fail(*_: Any) -> None:
+        raise _Fault
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(_Fault):
+        step(model, ids, mask, before, 15, cache)
+    handle.remove()
+    assert cache.get_seq_length() == before
+    actual = step(model, ids, mask, before, 20, cache)
+    expected = step(llama("eager"), ids, mask, 0, 20, None)[:, before:]
     real = mask[:, before:].bool()
     torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-4)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import _forward
+
 IMPLEMENTATION = "moba"
 
 # Read by the attention function.
@@ -87,8 +89,10 @@ class Scores:
 
 
 def by_us(module: nn.Module) -> str:
-    """Who refuses, and whom, for messages."""
-    return f'by attn_implementation="{IMPLEMENTATION}" in {type(module).__name__}'
+    """Who refuses, and whom, for messages: the module, and the model whose forward it is called in."""
+    model = _forward.name_of_model()
+    of_model = "" if model is None else f" of {model}"
+    return f'by attn_implementation="{IMPLEMENTATION}" in {type(module).__name__}{of_model}'
 
 
 def _shown(value: Any) -> str:

@@ -168,6 +168,10 @@ class MobaLayer(DynamicLayer):
         other.moba_cache = None if self.moba_cache is None else self.moba_cache.copy()
         return other
 
+    def __copy__(self) -> MobaLayer:
+        """The same: a layer of transformers replaces its tensors, so that its copies are their own too."""
+        return self.__deepcopy__({})
+
     # ----------------------------------------------------------------------------------- forwards that are taken back
 
     def snapshot(self) -> _Fields:

@@ -44,9 +44,15 @@ def end(model: nn.Module) -> Any:
     return _drop(model)
 
 
-def name_of_model() -> str:
-    """The class of the model whose forward is in progress, for messages."""
-    return type(_state.in_progress[-1][0]).__name__ if _state.in_progress else "the model"
+def name_of_model() -> str | None:
+    """The class of the model whose forward was called, for messages."""
+    return type(_state.in_progress[0][0]).__name__ if _state.in_progress else None
+
+
+def name_of_part() -> str:
+    """The class of the model whose forward is in progress, and that of the one that it is a part of."""
+    names = dict.fromkeys(type(model).__name__ for model, _ in (_state.in_progress[-1:] + _state.in_progress[:1]))
+    return " of ".join(names) or "the model"
 
 
 def _drop(model: nn.Module) -> Any:

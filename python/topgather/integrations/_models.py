@@ -257,14 +257,30 @@ class _Taken:
         for cache, layers, snapshots in self.caches:
             cache.layers[:] = layers
             for layer, snapshot in zip(layers, snapshots, strict=True):
-                layer.restore(snapshot) if isinstance(layer, MobaLayer) else layer.__dict__.update(snapshot)
+                _restore(layer, snapshot)
+
+
+_COUNTS = "_topgather_counts"
 
 
 def _snapshot(layer: Any) -> dict[str, Any]:
     if isinstance(layer, MobaLayer):
         return layer.snapshot()
-    # transformers' growing layers replace their tensors; their lists of states hold some.
-    return {name: list(value) if isinstance(value, list) else value for name, value in vars(layer).items()}
+    # transformers' growing layers replace their tensors; their lists of states hold some. Static layers count in place,
+    # and forget with the count what they have written behind it.
+    fields = {name: list(value) if isinstance(value, list) else value for name, value in vars(layer).items()}
+    counts = [(value, value.clone()) for value in fields.values() if isinstance(value, torch.Tensor) and not value.ndim]
+    return {**fields, _COUNTS: counts}
+
+
+def _restore(layer: Any, snapshot: dict[str, Any]) -> None:
+    if isinstance(layer, MobaLayer):
+        layer.restore(snapshot)
+        return
+    fields = dict(snapshot)
+    for tensor, count in fields.pop(_COUNTS):
+        tensor.copy_(count)
+    layer.__dict__.update(fields)
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -440,6 +440,7 @@ def _segments(mask: Tensor | None, batch_size: int, num_tokens: int, arguments: 
     boundaries, seq_idx, position_ids = (arguments.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
     if boundaries is not None:
         _check_one_row(batch_size)
+        _check_boundaries(boundaries, arguments.get("cu_seq_lens_k"), num_tokens)
         rows = torch.arange(num_tokens, device=boundaries.device)
         return torch.bucketize(rows, boundaries[1:].contiguous(), right=True), len(boundaries) - 1
     if seq_idx is not None and seq_idx.shape[-1] == num_tokens:
@@ -465,6 +466,24 @@ def _segments(mask: Tensor | None, batch_size: int, num_tokens: int, arguments: 
 def _check_one_row(batch_size: int) -> None:
     if batch_size != 1:
         raise ValueError(f"cu_seq_lens_q needs a batch of one row that holds all sequences, got {batch_size} rows")
+
+
+def _check_boundaries(queries: Tensor, keys: Tensor | None, num_tokens: int) -> None:
+    """Raise ``ValueError`` unless queries and keys are cut alike, to the last token."""
+    is_same = keys is None or keys is queries or keys.shape == queries.shape
+    if torch.compiler.is_compiling():
+        torch._assert_async(queries[-1] == num_tokens, "cu_seq_lens_q must end with the number of tokens")
+        if is_same and keys is not None:
+            torch._assert_async((keys == queries).all(), "cu_seq_lens_k must be cu_seq_lens_q beside a mask")
+    elif int(queries[-1]) != num_tokens:
+        raise ValueError(f"cu_seq_lens_q must end with the number of tokens, {num_tokens}, got {int(queries[-1])}")
+    elif is_same and keys is not None:
+        is_same = bool((keys == queries).all())
+    if not is_same:
+        raise ValueError(
+            "cu_seq_lens_k must be cu_seq_lens_q where attention_mask leaves tokens out or layers attend to a window, "
+            "got another"
+        )
 
 
 def _packed_rows(
@@ -512,7 +531,7 @@ def _segments_once(mask: Tensor | None, batch_size: int, num_tokens: int, argume
     return make(named[0][1])
 
 
-_PACKING = ("cu_seq_lens_q", "seq_idx", "position_ids")
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_ids")
 
 
 # ----------------------------------------------------------------------------------------------- the attention function
@@ -532,6 +551,8 @@ def _attention(
     if not torch.compiler.is_compiling():
         _forward.count_call()
         hook_attention(module)
+    if kwargs.get("cu_seq_lens_k") is not None and kwargs.get("cu_seq_lens_q") is None:
+        raise ValueError(f"cu_seq_lens_k needs cu_seq_lens_q beside it {by_us(module)}, got None")
     if is_local(module, kwargs.get("sliding_window")):
         return _attend_locally(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     check_dropout(module, dropout)
@@ -616,7 +637,7 @@ def _attend_locally(
     if mask is None or mask.ndim != 4:
         raise ValueError(
             f"sliding_window and chunks need an attention_mask [batch, 1, queries, keys], which transformers' "
-            f"masking_utils make, in {type(module).__name__}, got {None if mask is None else tuple(mask.shape)}"
+            f"masking_utils make for causal models, {by_us(module)}, got {None if mask is None else tuple(mask.shape)}"
         )
     batch_size, num_queries, num_keys = query.shape[0], query.shape[2], key.shape[2]
     if mask.dtype == torch.bool and num_queries > 1 and num_queries == num_keys:
@@ -632,7 +653,7 @@ def _attend_locally(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         check_names(module, kwargs)
-        raise ValueError(f"{type(module).__name__} needs attention of its own for {sorted(own.keys() - _OF_SDPA)}")
+        raise ValueError(f"{sorted(own.keys() - _OF_SDPA)} need an attention that is not to be found {by_us(module)}")
     if mask.dtype == torch.bool:
         hidden = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -107,9 +108,8 @@ class SparseSelfAttention2d(nn.Module):
         self.out_proj = self._linear(dim, dim, bias=bias, device=device, dtype=dtype)
         self.relative_position_table = None
         if relative_position_bias:
-            ((rows, columns),) = given.values()
-            table = torch.empty(num_heads, 2 * rows - 1, 2 * columns - 1, device=device, dtype=dtype)
-            self.relative_position_table = nn.Parameter(table)
+            ((name, size),) = given.items()
+            self.relative_position_table = nn.Parameter(_make_table(name, size, num_heads, device, dtype))
         self._reset_own()
 
     def _reset_own(self) -> None:
@@ -172,6 +172,22 @@ class SparseSelfAttention2d(nn.Module):
         sizes = {"grid_size": self.grid_size, "stride": self.stride, "window_size": self.window_size}
         given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
         return f"dim={self.dim}, num_heads={self.num_heads}, {given}, layout={self.layout}"
+
+
+def _make_table(
+    name: str, size: tuple[int, int], num_heads: int, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Tensor:
+    """A table of relative positions for groups of ``size``, not filled in; ``name`` is the option that says so."""
+    shape = (num_heads, 2 * size[0] - 1, 2 * size[1] - 1)
+    try:
+        return torch.empty(shape, device=device, dtype=dtype)
+    except torch.OutOfMemoryError:  # the type by which programs know that they may try again with less
+        raise
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"{name} must be such that relative_position_bias has a table that fits memory: {size} makes it "
+            f"{list(shape)}, {math.prod(shape)} numbers"
+        ) from error
 
 
 def _relative_bias_of_any_size(table: Tensor, most: tuple[int, int], rows: int, columns: int) -> Tensor:

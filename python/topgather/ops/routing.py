@@ -10,19 +10,21 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._common import checks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockRouting:
     """Which key blocks each query attends to.
 
-    Made by :func:`moba_route`, or by hand to bring another pattern.
+    Made by :func:`moba_route`, or by hand to bring another pattern. A pytree of its tensor, so that compiled, exported
+    and mapped functions take and return it; ``==`` says whether it is the same object.
 
     Args:
         block_indices: int32 ``[B, H, Nq, top_k]`` (packed: ``[H, total_q, top_k]``, blocks counted from each
@@ -54,6 +56,33 @@ class BlockRouting:
     def top_k(self) -> int:
         """Slots per query."""
         return self.block_indices.size(-1)
+
+
+def _flatten_routing(routing: BlockRouting) -> tuple[list[Any], int]:
+    return [routing.block_indices], routing.block_size
+
+
+def _unflatten_routing(leaves: Iterable[Any], block_size: int) -> BlockRouting:
+    """Nothing is checked: transforms put in other things than tensors."""
+    routing = object.__new__(BlockRouting)
+    (block_indices,) = leaves
+    object.__setattr__(routing, "block_indices", block_indices)
+    object.__setattr__(routing, "block_size", block_size)
+    return routing
+
+
+pytree.register_pytree_node(
+    BlockRouting,
+    _flatten_routing,
+    _unflatten_routing,
+    serialized_type_name="topgather.BlockRouting",
+    flatten_with_keys_fn=lambda routing: (
+        [(pytree.GetAttrKey("block_indices"), routing.block_indices)],
+        routing.block_size,
+    ),
+)
+# As an example input of an exported program that is loaded.
+torch.serialization.add_safe_globals([BlockRouting])
 
 
 _FORMAT = "topgather.RoutingRecord"
