@@ -4,6 +4,7 @@
 //   1. grid_row_terms: eight lanes take a token's row, shift = dot(grad_out, out);
 //   2. grid_token_gradients with keys as rows;
 //   3. grid_token_gradients with queries as rows;
+//   or, of groups of one tile and 16-bit types, both at once: grid_group_gradients;
 //   where the gradient of a bias is wanted:
 //   4. grid_bias_gradients: sums of pieces of the images and groups;
 //   5. grid_sum_bias: a thread adds the pieces of one element in order.
@@ -12,7 +13,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "grid_backward_cuda.cuh"
+#include "grid_backward_groups_cuda.cuh"
 
 namespace topgather {
 
@@ -84,23 +85,42 @@ struct GridBackwardKernel {
   int64_t shared_bytes;
   void (*launch_keys)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
   void (*launch_queries)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
+  int64_t group_shared_bytes;  // of the kernel that takes groups of one tile; 0 where there is none
+  void (*launch_groups)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
 };
+
+// The kernel for groups of one tile, where there is one.
+template <typename Element, int kHeadDim>
+constexpr void add_group_kernel(GridBackwardKernel& kernel) {
+  if constexpr (!std::is_same_v<Element, float>) {
+    using Shared = GridGroupSharedMemory<Element, kHeadDim>;
+    static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
+    kernel.group_shared_bytes = sizeof(Shared);
+    kernel.launch_groups = [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
+      cuda::launch(grid_group_gradients<Element, kHeadDim>, shape, args);
+    };
+  }
+}
 
 template <typename Element, int kHeadDim>
 constexpr GridBackwardKernel backward_kernel() {
   using Shared = GridBackwardSharedMemory<Element, kHeadDim>;
   static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  return {kDtypeOf<Element>,
-          kHeadDim,
-          Shared::kTokens,
-          Shared::kThreads,
-          sizeof(Shared),
-          [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
-            cuda::launch(grid_token_gradients<Element, kHeadDim, true>, shape, args);
-          },
-          [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
-            cuda::launch(grid_token_gradients<Element, kHeadDim, false>, shape, args);
-          }};
+  GridBackwardKernel kernel{kDtypeOf<Element>,
+                            kHeadDim,
+                            Shared::kTokens,
+                            Shared::kThreads,
+                            sizeof(Shared),
+                            [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
+                              cuda::launch(grid_token_gradients<Element, kHeadDim, true>, shape, args);
+                            },
+                            [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
+                              cuda::launch(grid_token_gradients<Element, kHeadDim, false>, shape, args);
+                            },
+                            0,
+                            nullptr};
+  add_group_kernel<Element, kHeadDim>(kernel);
+  return kernel;
 }
 
 constexpr GridBackwardKernel kBackwardKernels[] = {backward_kernel<BFloat16, 64>(), backward_kernel<BFloat16, 128>(),
@@ -222,17 +242,24 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   args.lse = params.lse.at<float>();
   args.softmax_terms = params.softmax_terms.at<float>();
   args.shift = shift;
+  const bool are_groups_tiles = kernel.group_shared_bytes > 0 && args.geometry.num_tiles == 1;
+  const int64_t shared_bytes = are_groups_tiles ? kernel.group_shared_bytes : kernel.shared_bytes;
   const cuda::LaunchShape shape{grid::blocks_for(args.geometry, kernel.tokens),
-                                dim3(static_cast<unsigned>(kernel.threads)), static_cast<size_t>(kernel.shared_bytes),
-                                stream};
+                                dim3(static_cast<unsigned>(kernel.threads)), static_cast<size_t>(shared_bytes), stream};
   args.grad_first = params.grad_key;
   args.grad_second = params.grad_value;
   args.is_first_aligned = grid::has_whole_chunks(params.grad_key);
   args.is_second_aligned = grid::has_whole_chunks(params.grad_value);
-  kernel.launch_keys(args, shape);
-  args.grad_first = params.grad_query;
-  args.is_first_aligned = grid::has_whole_chunks(params.grad_query);
-  kernel.launch_queries(args, shape);
+  args.grad_query = params.grad_query;
+  args.is_query_aligned = grid::has_whole_chunks(params.grad_query);
+  if (are_groups_tiles) {
+    kernel.launch_groups(args, shape);
+  } else {
+    kernel.launch_keys(args, shape);
+    args.grad_first = params.grad_query;
+    args.is_first_aligned = args.is_query_aligned;
+    kernel.launch_queries(args, shape);
+  }
   if (needs_grad_bias) {
     auto* pieces = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace.data) + shift_bytes_of(problem));
     launch_bias_gradients(params, args, pieces, stream);
@@ -242,6 +269,9 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
 void grid::add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridBackwardKernel& kernel : kBackwardKernels) {
     facts.push_back({"grid_token_gradients", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
+    if (kernel.group_shared_bytes == 0) continue;
+    facts.push_back(
+        {"grid_group_gradients", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.group_shared_bytes});
   }
   for (const Dtype dtype : kCudaDtypes) {
     with_element(dtype, [&](auto element) {

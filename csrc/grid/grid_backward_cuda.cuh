@@ -45,6 +45,7 @@ struct GridBackwardArguments {
   uint32_t num_pieces;   // of images and groups; a bias' gradient only
   bool is_first_aligned;
   bool is_second_aligned;
+  bool is_query_aligned;
   ConstImage query;            // [batch, head, row, column, D] dtype
   ConstImage key;              // [batch, head, row, column, D] dtype
   ConstImage value;            // [batch, head, row, column, D] dtype
@@ -55,6 +56,7 @@ struct GridBackwardArguments {
   const float* shift;          // [batch, head, row, column] float32
   MutableImage grad_first;     // of query or key, dtype
   MutableImage grad_second;    // of value, dtype; where keys are rows
+  MutableImage grad_query;     // dtype; of groups of one tile, which have keys as rows
   float* bias_sums;            // [num_pieces, head, G, G] float32
 };
 
@@ -83,6 +85,8 @@ struct GridBackwardSharedMemory {
   cuda::SharedTile<float, Tiles::kIsFloat ? kTokens : 1, Tiles::kBackwardStep> weights;
   GridPlaces<kTokens> row_places;
   GridPlaces<kTokens> column_places;
+  __device__ __forceinline__ const GridPlaces<kTokens>& rows() const { return row_places; }
+  __device__ __forceinline__ const GridPlaces<kTokens>& columns() const { return column_places; }
   grid::RowOffsets<kTokens> grad_first;
   grid::RowOffsets<kTokens> grad_second;
   // Of the side that is queries:
@@ -105,14 +109,10 @@ __device__ __forceinline__ void note_token(const GridGeometry& geometry, GridPla
   places.head[i] = token.head;
 }
 
-// Step 2's numbers, a thread a token.
+// Softmax terms and shift of a token, by the thread that has it; the token is weighed with 0 where it is not there.
 template <typename Shared>
-__device__ __forceinline__ void load_query_terms(const GridBackwardArguments& args,
-                                                 const GridPlaces<Shared::kTokens>& places, Shared& shared) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= Shared::kTokens) return;
-  const bool is_there = is_token_there(places.there, i);
-  const int64_t offset = places.numbers[i];
+__device__ __forceinline__ void load_terms_of(const GridBackwardArguments& args, bool is_there, int64_t offset,
+                                              Shared& shared, int i) {
   const float* given_terms = args.softmax_terms == nullptr ? nullptr : args.softmax_terms + 2 * offset;
   const SoftmaxTerms<float> terms =
       is_there ? read_softmax_terms(given_terms, args.lse[offset]) : SoftmaxTerms<float>{0.0f, 0.0f};
@@ -121,47 +121,80 @@ __device__ __forceinline__ void load_query_terms(const GridBackwardArguments& ar
   shared.shift[i] = is_there ? args.shift[offset] : 0.0f;
 }
 
+// Step 2's numbers, a thread a token.
+template <typename Shared>
+__device__ __forceinline__ void load_query_terms(const GridBackwardArguments& args,
+                                                 const GridPlaces<Shared::kTokens>& places, Shared& shared) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= Shared::kTokens) return;
+  load_terms_of(args, is_token_there(places.there, i), places.numbers[i], shared, i);
+}
+
+// Step 3's part that a bias has: scores in base 2 of the tokens that are there, plus bias.
+template <bool kAreRowsKeys, typename Shared, int kBlocks>
+__device__ __forceinline__ void add_bias(const GridBackwardArguments& args, const Shared& shared, int first_row,
+                                         int first_column, uint32_t there, float (&scores)[1][kBlocks][4]) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int64_t group = args.geometry.max_tokens;
+  const auto& rows = shared.rows();
+  const auto& columns = shared.columns();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + h * 8 + g;
+    const uint32_t mine = is_token_there(rows.there, row) ? there >> 2 * t : 0u;
+    const float* bias = args.bias + rows.head[row] * group * group + rows.bias_row[row] * (kAreRowsKeys ? 1 : group);
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = scores[0][n][2 * h + e];
+        if ((mine >> (n * 8 + e) & 1u) != 0) {
+          const int64_t number = columns.bias_row[first_column + n * 8 + 2 * t + e];
+          score = fmaf(bias[number * (kAreRowsKeys ? group : 1)], kLog2E, score);
+        }
+      }
+    }
+  }
+}
+
 // Step 3 for the warp's rows and columns first_column.., `there` a bit a column. d_scores come without any scale.
 template <bool kAreRowsKeys, typename Shared, int kBlocks>
 __device__ __forceinline__ void differentiate(const GridBackwardArguments& args, Shared& shared, int first_row,
                                               int first_column, uint32_t there, float (&weights)[1][kBlocks][4],
                                               float (&d_scores)[1][kBlocks][4]) {
+  constexpr uint32_t kAll = 0xffffffffu >> (32 - kBlocks * 8);
   const int g = lane_id() / 4, t = lane_id() % 4;
   const int count = kLanes - __clz(static_cast<int>(there)), head_dim = args.geometry.head_dim;
   cuda::fill(weights, 0.0f);
   cuda::fill(d_scores, 0.0f);
   multiply_rows(weights, shared.row_first, first_row, shared.column_first, first_column, count, head_dim);
   multiply_rows(d_scores, shared.row_second, first_row, shared.column_second, first_column, count, head_dim);
-  const int64_t group = args.geometry.max_tokens;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = first_row + h * 8 + g;
-    const bool is_row_there = is_token_there(shared.row_places.there, row);
-    const float* bias = args.bias;
-    if (bias != nullptr) {
-      bias +=
-          shared.row_places.head[row] * group * group + shared.row_places.bias_row[row] * (kAreRowsKeys ? 1 : group);
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) weights[0][n][e] = cuda::scale_score(weights[0][n][e], args.score_scale);
+  }
+  if (args.bias != nullptr) add_bias<kAreRowsKeys>(args, shared, first_row, first_column, there, weights);
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    if (n % 2 == 0 && n * 8 >= count) break;  // zeros, maybe past the tile
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int query = kAreRowsKeys ? first_column + n * 8 + 2 * t + e % 2 : first_row + e / 2 * 8 + g;
+      float& weight = weights[0][n][e];
+      weight = cuda::exp2_approximate(weight - shared.largest[query]) * shared.factor[query];
+      d_scores[0][n][e] = weight * (d_scores[0][n][e] - shared.shift[query]);
     }
+  }
+  const uint32_t rows_there = tokens_there<16>(shared.rows().there, first_row, Shared::kTokens);
+  if (there == kAll && rows_there == 0xffffu) return;
+  const uint32_t mine = there >> 2 * t;
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int bit = n * 8 + 2 * t + e, column = first_column + bit;
-        const int query = kAreRowsKeys ? column : row;
-        const bool is_there = is_row_there && (there >> bit & 1u) != 0;
-        float& weight = weights[0][n][2 * h + e];
-        float& d_score = d_scores[0][n][2 * h + e];
-        if (!is_there) {
-          weight = d_score = 0.0f;
-          continue;
-        }
-        float score = cuda::scale_score(weight, args.score_scale);
-        if (bias != nullptr) {
-          score = fmaf(bias[shared.column_places.bias_row[column] * (kAreRowsKeys ? group : 1)], kLog2E, score);
-        }
-        weight = cuda::exp2_approximate(score - shared.largest[query]) * shared.factor[query];
-        d_score = weight * (d_score - shared.shift[query]);
-      }
+    for (int e = 0; e < 4; ++e) {
+      const bool is_there = (mine >> (n * 8 + e % 2) & 1u) != 0 && (rows_there >> (g + e / 2 * 8) & 1u) != 0;
+      if (!is_there) weights[0][n][e] = d_scores[0][n][e] = 0.0f;
     }
   }
 }

@@ -90,23 +90,26 @@ struct Running {
 };
 
 // Step 3, from products to scores. `there` has a bit a key; first_number: the first key's in its group.
-template <bool kHasBias, typename Shared, int kBlocks>
+template <typename Shared, int kBlocks>
 __device__ __forceinline__ void finish_scores(const GridForwardArguments& args, const Shared& shared, int first_row,
                                               uint32_t first_number, uint32_t there, float (&scores)[1][kBlocks][4]) {
   constexpr uint32_t kAll = 0xffffffffu >> (32 - kBlocks * 8);
   const int g = lane_id() / 4, t = lane_id() % 4;
   const uint32_t mine = there >> 2 * t;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float* bias = nullptr;
-    if constexpr (kHasBias) bias = args.bias + shared.bias_rows[first_row + h * 8 + g] + first_number + 2 * t;
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+    for (int e = 0; e < 4; ++e) scores[0][n][e] = cuda::scale_score(scores[0][n][e], args.score_scale);
+  }
+  if (args.bias != nullptr) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& score = scores[0][n][2 * h + e];
-        score = cuda::scale_score(score, args.score_scale);
-        if constexpr (kHasBias) {
+    for (int h = 0; h < 2; ++h) {
+      const float* bias = args.bias + shared.bias_rows[first_row + h * 8 + g] + first_number + 2 * t;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = scores[0][n][2 * h + e];
           if ((mine >> (n * 8 + e) & 1u) != 0) score = fmaf(bias[n * 8 + e], kLog2E, score);
         }
       }
@@ -160,7 +163,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[1][kBlocks][4], R
 }
 
 // Steps 3 to 5 of a warp for the keys in shared memory, as far as they belong to its slot. `there`: a bit a key.
-template <bool kHasBias, typename Shared, typename Stage, int kColumns>
+template <typename Shared, typename Stage, int kColumns>
 __device__ __forceinline__ void attend(const GridForwardArguments& args, Shared& shared, Stage& stage,
                                        const uint32_t* there_of_keys, uint32_t key_tile, int first_row,
                                        Running<kColumns>& running) {
@@ -176,7 +179,7 @@ __device__ __forceinline__ void attend(const GridForwardArguments& args, Shared&
     cuda::fill(scores, 0.0f);
     multiply_rows(scores, shared.query, first_row, stage.key, key, count, head_dim);
     const uint32_t first_number = key_tile * Shared::kTokens + static_cast<uint32_t>(key - first);
-    finish_scores<kHasBias>(args, shared, first_row, first_number, there, scores);
+    finish_scores(args, shared, first_row, first_number, there, scores);
     online_softmax(scores, running, key_tile == 0 && key == first);
     add_weighted_rows(running.out, scores, stage.value, key, count, head_dim, shared.weights, first_row);
   }
@@ -206,7 +209,7 @@ __device__ __forceinline__ void write_outputs(const GridForwardArguments& args,
 
 }  // namespace grid
 
-template <typename Element, int kHeadDim, bool kHasBias>
+template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kThreads,
                                   GridTiles<Element, kHeadDim>::kForwardBlocksPerProcessor)
     grid_attend(const GridForwardArguments args) {
@@ -238,7 +241,7 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
     shared.out_rows[i] = grid::row_offset(args.out, token, kBytes);
     shared.numbers[i] = grid::number_offset(geometry, token);
     const int64_t group = geometry.max_tokens;
-    if constexpr (kHasBias) shared.bias_rows[i] = (token.head * group + token.number) * group;
+    shared.bias_rows[i] = (token.head * group + token.number) * group;
     if (is_single) place_key(shared.stages[0], i, token);
   };
   if (!grid::place_tokens<kTokens>(geometry, unit_of, tile * kTokens, shared.there, place_query)) return;
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
       if (place_keys(next, key_tile + 1)) gather_keys(next);
     }
     const uint32_t* there = is_single ? shared.there : stage.there;
-    if (has_work) grid::attend<kHasBias>(args, shared, stage, there, key_tile, first_row, running);
+    if (has_work) grid::attend(args, shared, stage, there, key_tile, first_row, running);
   }
   if (has_work) grid::write_outputs<Element, kHeadDim>(args, shared, first_row, running);
 }
@@ -290,11 +293,7 @@ constexpr GridForwardKernel forward_kernel() {
           Shared::bytes(false),
           Shared::bytes(true),
           [](const GridForwardArguments& args, const cuda::LaunchShape& shape) {
-            if (args.bias != nullptr) {
-              cuda::launch(grid_attend<Element, kHeadDim, true>, shape, args);
-            } else {
-              cuda::launch(grid_attend<Element, kHeadDim, false>, shape, args);
-            }
+            cuda::launch(grid_attend<Element, kHeadDim>, shape, args);
           }};
 }
 

@@ -28,6 +28,9 @@ GRID = GridCase(rows=7, columns=9, step=(2, 2), head_dim=24, has_bias=True)
 WINDOWS = GridCase(batch=1, num_heads=3, rows=7, columns=9, step=(3, 4), head_dim=24, partition="window", has_bias=True)
 # One group of more than two tiles.
 LARGE = GridCase(rows=13, columns=11, step=(1, 1), head_dim=24, has_bias=True)
+# A group whose tokens of one row, of two, are followed by a block of none.
+HOLES = GridCase(batch=1, num_heads=1, rows=2, columns=38, step=(2, 32), head_dim=72, partition="window", has_bias=True)
+SCALED = GridCase(rows=7, columns=9, step=(2, 2), head_dim=24, has_bias=True, scale=2.5)
 # More groups of one head than its bias' gradient is summed in pieces.
 MANY_GROUPS = GridCase(batch=1, num_heads=33, rows=13, columns=10, step=(13, 5), head_dim=8, has_bias=True)
 
@@ -53,6 +56,8 @@ GRID_CASES: dict[str, Callable[[], Any]] = {
     "grid large": lambda: check_grid(LARGE, BFLOAT16, CPU),
     "grid large float32": lambda: check_grid(LARGE, torch.float32, CPU),
     "grid many groups": lambda: check_grid(MANY_GROUPS, BFLOAT16, CPU),
+    "grid holes": lambda: check_grid(HOLES, BFLOAT16, CPU),
+    "grid scaled": lambda: check_grid(SCALED, BFLOAT16, CPU),
     "grid nonfinite": nonfinite_case,
     "grid empty": empty_case,
 }
@@ -66,8 +71,13 @@ WRONG_BIAS = "AssertionError: d_bias"
 GEOMETRY = "grid/grid_geometry_cuda.cuh"
 FORWARD = "grid/grid_forward_cuda.cu"
 BACKWARD = "grid/grid_backward_cuda.cuh"
+GROUPS = "grid/grid_backward_groups_cuda.cuh"
 BACKWARD_STEPS = "grid/grid_backward_cuda.cu"
-GRID_UNITS = {GEOMETRY: ["grid_forward_cuda.cu"], BACKWARD: ["grid_backward_cuda.cu"]}
+GRID_UNITS = {
+    GEOMETRY: ["grid_forward_cuda.cu"],
+    BACKWARD: ["grid_backward_cuda.cu"],
+    GROUPS: ["grid_backward_cuda.cu"],
+}
 
 # fmt: off
 GRID_BUGS = [
@@ -145,23 +155,54 @@ GRID_BUGS = [
     PlantedBug("grid forward: copies not waited for", FORWARD,
                "cuda::copy_async_wait<0>();", "", "grid", f"{BEFORE_WAIT}|{UNPUBLISHED}"),
     PlantedBug("grid backward: tokens that are not there weigh", BACKWARD,
-               "if (!is_there) {", "if (false) {", "grid", f"{WRONG_GRADIENT}|{READ_OUT_OF_BOUNDS}"),
+               "if (!is_there) weights[0][n][e] =", "if (false) weights[0][n][e] =", "grid", WRONG_GRADIENT),
+    PlantedBug("grid backward: tiles of some rows taken for whole ones", BACKWARD,
+               "if (there == kAll && rows_there == 0xffffu) return;", "if (there == kAll) return;",
+               "grid large", WRONG_GRADIENT),
+    PlantedBug("grid backward: terms of columns past the tile", BACKWARD,
+               "if (n % 2 == 0 && n * 8 >= count) break;", "", "grid windows", UNINITIALIZED),
     PlantedBug("grid backward: bias dropped", BACKWARD,
-               "if (bias != nullptr) { score = fmaf(", "if (false) { score = fmaf(", "grid", WRONG_GRADIENT),
+               "if (args.bias != nullptr) add_bias", "if (false) add_bias", "grid", WRONG_GRADIENT),
     PlantedBug("grid backward: bias turned where keys are rows", BACKWARD,
-               "shared.row_places.bias_row[row] * (kAreRowsKeys ? 1 : group);",
-               "shared.row_places.bias_row[row] * (kAreRowsKeys ? group : 1);", "grid windows",
+               "rows.bias_row[row] * (kAreRowsKeys ? 1 : group);",
+               "rows.bias_row[row] * (kAreRowsKeys ? group : 1);", "grid windows",
                f"{WRONG_GRADIENT}|{READ_OUT_OF_BOUNDS}"),
     PlantedBug("grid backward: shift dropped", BACKWARD,
-               "(d_score - shared.shift[query]);", "d_score;", "grid", WRONG_GRADIENT),
+               "(d_scores[0][n][e] - shared.shift[query]);", "d_scores[0][n][e];", "grid", WRONG_GRADIENT),
     PlantedBug("grid backward: gradient of values zeroed", BACKWARD,
                "const float ones[2] = {1.0f, 1.0f};", "const float ones[2] = {0.0f, 0.0f};",
-               "grid", "AssertionError: d_value"),
+               "grid large", "AssertionError: d_value"),
     PlantedBug("grid backward: scale dropped", BACKWARD,
                "factors[2] = {args.gradient_scale, args.gradient_scale};", "factors[2] = {1.0f, 1.0f};",
-               "grid", WRONG_GRADIENT),
+               "grid large", WRONG_GRADIENT),
     PlantedBug("grid backward: columns not published", BACKWARD,
-               "and the first time those of the rows, to all warps. __syncthreads();", "", "grid", UNPUBLISHED),
+               "and the first time those of the rows, to all warps. __syncthreads();", "", "grid large", UNPUBLISHED),
+    PlantedBug("grid backward, small groups: rows not published", GROUPS,
+               "Publishes rows to all warps. __syncthreads();", "", "grid", f"{UNPUBLISHED}|{BEFORE_WAIT}"),
+    PlantedBug("grid backward, small groups: rows not waited for", GROUPS,
+               "cuda::copy_async_wait<0>();", "", "grid", f"{BEFORE_WAIT}|{UNPUBLISHED}"),
+    PlantedBug("grid backward, small groups: d_scores not published", GROUPS,
+               "Publishes d_scores to all warps. __syncthreads();", "", "grid", f"{UNPUBLISHED}|{UNINITIALIZED}"),
+    PlantedBug("grid backward, small groups: d_scores of another slot", GROUPS,
+               "if (k * 16 >= slot_tokens) break;", "", "grid windows", f"{WRONG_GRADIENT}|{UNINITIALIZED}"),
+    PlantedBug("grid backward, small groups: d_scores not turned", GROUPS,
+               "cuda::load_matrix_x4_transposed(of_queries, Scores", "cuda::load_matrix_x4(of_queries, Scores",
+               "grid", "AssertionError: d_query"),
+    PlantedBug("grid backward, small groups: scale left out of d_scores", GROUPS,
+               "d_scores[0][n][e] *= args.d_score_scale;", "", "grid scaled", WRONG_GRADIENT),
+    PlantedBug("grid backward, small groups: d_scores of absent keys", GROUPS,
+               "if (tokens_there<16>(shared.places.there, first_key + k * 16, Shared::kTokens) == 0) continue;", "",
+               "grid holes", UNINITIALIZED),
+    PlantedBug("grid backward, small groups: gradient of queries unscaled", GROUPS,
+               "grad_query); const float factors[2] = {args.gradient_scale, args.gradient_scale};",
+               "grad_query); const float factors[2] = {1.0f, 1.0f};", "grid", "AssertionError: d_query"),
+    PlantedBug("grid backward, small groups: keys behind a hole left out", GROUPS,
+               "first_key + k * 16, Shared::kTokens) == 0) continue;",
+               "first_key + k * 16, Shared::kTokens) == 0) break;",
+               "grid holes", "AssertionError: d_query"),
+    PlantedBug("grid backward, small groups: queries behind a hole left out", GROUPS,
+               "if (there == 0) continue;", "if (there == 0) break;",
+               "grid holes", f"{WRONG_GRADIENT}|{UNINITIALIZED}"),
     PlantedBug("grid backward: columns overwritten while read", BACKWARD,
                "the tile has been used and the next one may overwrite it. __syncthreads();", "",
                "grid large", OVERWRITTEN),

@@ -61,6 +61,8 @@ LARGE_GROUPS = [
     GridCase(batch=1, rows=26, columns=31, step=(2, 2), head_dim=33, has_bias=True),
     GridCase(batch=1, num_heads=1, rows=17, columns=25, step=(14, 20), partition="window", has_bias=True),
     GridCase(batch=1, num_heads=1, rows=33, columns=9, step=(1, 1), head_dim=64, has_bias=True),
+    # Groups of 64 numbers of which a block in the middle has no token.
+    GridCase(batch=1, num_heads=1, rows=2, columns=38, step=(2, 32), head_dim=72, partition="window", has_bias=True),
     GridCase(batch=1, num_heads=1, rows=32, columns=32, step=(1, 1), head_dim=8),
 ]
 # So many groups that a thread takes several at a time, some of them short.

@@ -20,21 +20,32 @@ def _forward(grid_size: int) -> Launch:
         Passes("for (uint32_t key_tile = 0", _tiles(grid_size)),
         Passes("for (int key = first; key < end", 2),
         Passes("if (is_first) return", 0.5 / _tiles(grid_size)),
+        Passes("if (key_tile + 1 < geometry.num_tiles)", 1 - 1 / _tiles(grid_size)),
+        Passes("if (!is_single) place_keys", min(1, _tiles(grid_size) - 1)),
+        Passes("if (is_single) place_key", 2 - min(2, _tiles(grid_size))),
         Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )
     return Launch(NUM_TOKENS / TILE, passes, 4 * TENSOR_BYTES + 12 * NUM_TOKENS)
 
 
-_RARE = ("bias += ", "score = fmaf(bias[", "reinterpret_cast<Element*>(data + offsets[row])[column]")
+_RARE = (
+    "if (args.bias != nullptr) add_bias", "add_bias", "const bool is_there = (mine >>", "if (!is_there) weights",
+    "reinterpret_cast<Element*>(data + offsets[row])[column]",
+)  # fmt: skip
 
 
 def _forward_kernel(grid_size: int, *, has_bias: bool = False) -> KernelModel:
-    unit = f"a warp's 16 queries x 64 keys, grid {grid_size}{', bias' if has_bias else ''}"
+    is_single = _tiles(grid_size) == 1
+    keys = "all" if is_single else "64 of 256"
+    unit = f"a warp's 16 queries x {keys} keys, grid {grid_size}{', bias' if has_bias else ''}"
     return of_one_size(
-        "grid_attend", "grid_forward_cuda", f"grid_attendINS_8BFloat16ELi64ELb{int(has_bias)}E", unit,
-        _forward(grid_size), HEAD_DIM, tile="for (uint32_t key_tile = 0",
-        variant=", one tile" if grid_size == 8 else "",
-        rare=("if ((mine >> (n * 8 + e % 2)", "reinterpret_cast<Element*>(data + offsets[row])[column]"),
+        "grid_attend", "grid_forward_cuda", "grid_attendINS_8BFloat16ELi64E", unit,
+        _forward(grid_size), HEAD_DIM, tile="" if is_single else "for (uint32_t key_tile = 0",
+        variant=", one tile" if is_single else "",
+        rare=(
+            "if ((mine >> (n * 8 + e % 2)", "reinterpret_cast<Element*>(data + offsets[row])[column]",
+            *(() if has_bias else ("const float* bias = args.bias", "if ((mine >> (n * 8 + e) & 1u)")),
+        ),
     )  # fmt: skip
 
 
@@ -63,13 +74,27 @@ def _gradients(grid_size: int, num_written: int) -> Launch:
 
 KEY_GRADIENTS = of_one_size(
     "grid_token_gradients", "grid_backward_cuda", "grid_token_gradientsINS_8BFloat16ELi64ELb1E",
-    "a warp's 16 keys x 64 queries", _gradients(8, 2), HEAD_DIM, tile="for (uint32_t column_tile = 0", rare=_RARE,
+    "a warp's 16 keys x 64 queries", _gradients(16, 2), HEAD_DIM, tile="for (uint32_t column_tile = 0", rare=_RARE,
 )  # fmt: skip
 QUERY_GRADIENTS = of_one_size(
     "grid_token_gradients", "grid_backward_cuda", "grid_token_gradientsINS_8BFloat16ELi64ELb0E",
-    "a warp's 16 queries x 64 keys", _gradients(8, 1), HEAD_DIM, tile="for (uint32_t column_tile = 0", rare=_RARE,
+    "a warp's 16 queries x 64 keys", _gradients(16, 1), HEAD_DIM, tile="for (uint32_t column_tile = 0", rare=_RARE,
 )  # fmt: skip
 
+
+def _group_gradients() -> Launch:
+    passes = (
+        Passes("for (int query = first; query < end", 2),
+        Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
+    )
+    return Launch(NUM_TOKENS / TILE, passes, 7 * TENSOR_BYTES + 16 * NUM_TOKENS)
+
+
+GROUP_GRADIENTS = of_one_size(
+    "grid_group_gradients", "grid_backward_cuda", "grid_group_gradientsINS_8BFloat16ELi64E",
+    "a warp's 16 keys x 32 queries", _group_gradients(), HEAD_DIM, tile="for (int query = first; query < end",
+    rare=_RARE,
+)  # fmt: skip
 BIAS_PIECES = -(-528 // 5)
 
 
@@ -95,24 +120,18 @@ SUM = of_one_size(
     tile="for (int piece = 0; piece < args.num_pieces",
 )  # fmt: skip
 
-KERNELS = (*FORWARD.values(), FORWARD_WITH_BIAS, ROW_TERMS, KEY_GRADIENTS, QUERY_GRADIENTS, BIAS, SUM)
+KERNELS = (*FORWARD.values(), FORWARD_WITH_BIAS, ROW_TERMS, KEY_GRADIENTS, QUERY_GRADIENTS, GROUP_GRADIENTS, BIAS, SUM)
 _SIZE = "32 images of 5 heads, 128 x 128, D 64, grid"
-CASES = tuple(
-    case
-    for size in (8, 16)
-    for case in (
-        Case(f"`grid_attention`, {_SIZE} {size}", ((FORWARD[size], _forward(size)),), 4 * TENSOR_BYTES),
-        Case(
-            "its gradients",
-            (
-                (ROW_TERMS, _terms()),
-                (KEY_GRADIENTS, _gradients(size, 2)),
-                (QUERY_GRADIENTS, _gradients(size, 1)),
-            ),
-            8 * TENSOR_BYTES,
-        ),
-    )
-) + (
-    Case("with a bias, grid 8", ((FORWARD_WITH_BIAS, _forward(8)),), 4 * TENSOR_BYTES),
+_LOADS = 4 * TENSOR_BYTES
+CASES = (
+    Case(f"`grid_attention`, {_SIZE} 8", ((FORWARD[8], _forward(8)),), _LOADS),
+    Case("its gradients", ((ROW_TERMS, _terms()), (GROUP_GRADIENTS, _group_gradients())), 2 * _LOADS),
+    Case("with a bias, grid 8", ((FORWARD_WITH_BIAS, _forward(8)),), _LOADS),
     Case("the gradient of a bias, grid 8", ((BIAS, _bias()), (SUM, _SUM))),
+    Case(f"`grid_attention`, {_SIZE} 16", ((FORWARD[16], _forward(16)),), _LOADS),
+    Case(
+        "its gradients, grid 16",
+        ((ROW_TERMS, _terms()), (KEY_GRADIENTS, _gradients(16, 2)), (QUERY_GRADIENTS, _gradients(16, 1))),
+        2 * _LOADS,
+    ),
 )
