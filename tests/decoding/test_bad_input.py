@@ -142,7 +142,7 @@ def routing(block: Any, block_size: int = 4, slots: int = 2) -> tg.BlockRouting:
         (
             lambda: tg.BlockRouting(torch.zeros(2, 3, 1, 2, dtype=torch.int32), 4),
             ValueError,
-            r"block_indices must have shape \[2, 4, 1\]",
+            r"block_indices must have shape \[2, heads, 1, top_k\] with heads those of query \(4\), those of key \(2\)",
         ),
     ],
 )

@@ -156,8 +156,9 @@ def check_choices(block_indices: Tensor, per_query: Sequence[int], num_kv_heads:
     *leading, num_heads, num_queries = per_query
     wrong = len(shape) != len(per_query) + 1 or list(shape[: len(leading)]) != leading or shape[-2] != num_queries
     if wrong or shape[-3] not in (num_heads, num_kv_heads, 1):
+        expected = ", ".join(str(size) for size in (*leading, "heads", num_queries, "top_k"))
         raise ValueError(
-            f"block_indices must have shape {[*leading, 'heads', num_queries, 'top_k']} with heads those of query "
+            f"block_indices must have shape [{expected}] with heads those of query "
             f"({num_heads}), those of key ({num_kv_heads}) or 1, got {tuple(shape)}"
         )
     if shape[-1] < 1:
