@@ -282,6 +282,11 @@ void add_route_kernel_facts(std::vector<CudaKernelFacts>& facts) {
         facts.push_back({"moba_route", kernel.dtype, kernel.max_head_dim, kernel.threads,
                          static_cast<int64_t>(kernel.shared_bytes(8))});
       }
+      for (const RouteKernel& kernel : route_kernels(element)) {
+        if (kernel.launch_filter == nullptr) continue;
+        facts.push_back(
+            {"moba_route_filter", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.filter_shared_bytes});
+      }
     });
   }
 }

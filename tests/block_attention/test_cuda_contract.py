@@ -698,21 +698,17 @@ def test_a_workspace_one_byte_smaller_is_refused(
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("num_blocks", [4200, 8300, 16500])
+@pytest.mark.parametrize("num_blocks", [4200, 16500])
 def test_lists_of_many_blocks(num_blocks: int, cuda_device: torch.device) -> None:
-    """So many that the cursors of fewer warps fit shared memory, at last not even those of one."""
-    case = AttentionCase(
-        num_heads=1, num_kv_heads=1, query_len=600, key_len=num_blocks, head_dim=4, value_dim=4, block_size=1, top_k=3,
-        is_causal=False,
-    )  # fmt: skip
+    """So many that the cursors of fewer warps fit shared memory, or not even those of one."""
     generator = torch.Generator().manual_seed(0)
-    block_indices = torch.randint(num_blocks // 3, (1, 1, 600, 3), generator=generator, dtype=torch.int32)
-    block_indices += torch.arange(3, dtype=torch.int32) * (num_blocks // 3)
-    block_indices[:, :, ::2, 1] = num_blocks // 2  # a list that every chunk adds to
-    block_indices = block_indices.to(cuda_device)
-    inputs, gradients = (
-        make_inputs(case, torch.float32, cuda_device),
-        make_gradients(case, torch.float32, cuda_device, 0),
-    )
-    result = run_attention(*inputs, *gradients, case, tg.BlockRouting(block_indices, 1))
-    assert_attention_close(result, inputs, gradients, block_indices, case)
+    query = torch.randn(1, 1, 600, 4, generator=generator)
+    key, value = (torch.randn(1, 1, num_blocks, 4, generator=generator) for _ in range(2))
+    # Three chunks of rows, that all add to few lists.
+    block_indices = torch.randint(20, (1, 1, 600, 2), generator=generator, dtype=torch.int32)
+    block_indices[..., 1] += num_blocks - 20
+    inputs = (tensor.to(cuda_device) for tensor in (query, key, value))
+    routing = tg.BlockRouting(block_indices.to(cuda_device), 1)
+    out = tg.moba_attention(*inputs, 1, routing=routing, is_causal=False)
+    expected = reference.moba_attention(query, key, value, block_indices, 1, is_causal=False)[0]
+    assert torch.allclose(out.cpu().double(), expected.double(), atol=1e-5), "out: not the reference's"

@@ -105,6 +105,30 @@ def test_exact_scores(name: str, dtype: torch.dtype, device: torch.device) -> No
         check_exact_scores(name, dtype, device, scale, 8, False)
 
 
+def check_roundings_that_mislead(dtype: torch.dtype, device: torch.device) -> None:
+    """Every column of the best blocks is rounded down and of the next ones up, so that these look better by far.
+
+    In units in the last place: the best score 16 above 96 and look like 96; the next ones, 8 above, look like 24 above.
+    """
+    unit = torch.finfo(dtype).eps
+    signs = torch.where(torch.arange(64) % 3 == 0, -1.0, 1.0)
+    columns = torch.ones(NUM_BLOCKS, KEYS_OF_BLOCK, 64)
+    best, looks_best = torch.arange(9, NUM_BLOCKS, 37)[:8], torch.arange(4, NUM_BLOCKS, 37)[:8]
+    columns[best] = columns[looks_best] = 1.5
+    columns[best, 0] += unit
+    columns[looks_best, :, :24] += unit
+    columns[looks_best, 0] -= unit
+    key = (columns * signs).flatten(0, 1)[None, None].to(dtype)
+    query = signs.expand(1, 1, 5, 64).to(dtype)
+    chosen = tg.moba_route(query.to(device), key.to(device), KEYS_OF_BLOCK, 8, False).block_indices
+    assert (chosen.cpu() == best).all(), "block_indices: misled by roundings"
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_roundings_that_mislead(dtype: torch.dtype, device: torch.device) -> None:
+    check_roundings_that_mislead(dtype, device)
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_scores_closer_than_the_bounds(dtype: torch.dtype, device: torch.device) -> None:
     """Blocks that differ from one by less than the element type tells apart, in many columns at once."""

@@ -149,9 +149,10 @@ def compile_file(stem: str) -> Path:
     else:
         source = FOLDER / f"{stem}.cu"
         stage = name[1].capitalize()
+        kernels = "BackwardKernels" if stage == "Backward" else f"const {stage}Kernels&"  # tools/cuda_instances.cmake
         source.write_text(
             f'#include "moba/moba_{name[1]}_cuda.cuh"\nnamespace topgather {{\n'
-            f"const {stage}Kernels& {name[1]}_kernels(BFloat16) {{ return k{stage}Kernels<BFloat16>; }}\n}}\n"
+            f"{kernels} {name[1]}_kernels(BFloat16) {{ return k{stage}Kernels<BFloat16>; }}\n}}\n"
         )
     is_read_for_hopper = "moba_backward" in stem  # READ_FOR_HOPPER in CMakeLists.txt
     command = ["nvcc", "-O3", "-DNDEBUG", "-std=c++20", "-lineinfo", f"-I{ROOT / 'csrc'}"]

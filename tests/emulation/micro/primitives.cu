@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(128) atomics(const MicroArguments args) {
   cuda::add_atomic(floats, 1.0f);
   cuda::add_atomic_pair(floats + 2, make_float2(1.0f, 2.0f));
   cuda::add_atomic_quad(floats + 4, make_float4(1.0f, 2.0f, 3.0f, 4.0f));
+  cuda::add_atomic_pair(floats + 8, make_float2(0x1p-127f, 0x1p-126f));  // subnormal, and not
   cuda::add_atomic(integers + threadIdx.x % 16, -2);
   cuda::max_atomic(maxima, blockIdx.x * blockDim.x + threadIdx.x);
 }

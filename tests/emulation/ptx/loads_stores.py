@@ -107,6 +107,21 @@ REDUCTIONS: dict[str, np.ufunc] = {
 }
 
 
+SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
+
+
+def _flushed(values: Any) -> Any:
+    """Zeros of their sign for subnormal numbers."""
+    return np.where(np.abs(values) < SMALLEST_NORMAL, np.copysign(np.float32(0), values), values)
+
+
+def _add_flushed(cells: Array, indices: Array, values: Any) -> None:
+    """Sums of float32 as global memory makes them, one after the other."""
+    values = np.broadcast_to(_flushed(np.asarray(values, np.float32)), indices.shape)
+    for index, value in zip(indices, values, strict=True):
+        cells[index] = _flushed(_flushed(cells[index]) + value)
+
+
 def _increment(old: Any, limit: Any) -> Any:
     return type(old)(0) if old >= limit else old + type(old)(1)
 
@@ -174,8 +189,13 @@ def _reduction(
     def execute(batch: Any, lanes: Lanes) -> None:
         offsets = batch.offsets(space, read_address(batch, lanes), scalar.num_bytes * count, lanes)
         cells = batch.memory.view(scalar.num_bytes).view(scalar.dtype)
+        is_flushed = space == "global" and scalar.name == "f32" and function is np.add
         for i, read in enumerate(reads):
-            function.at(cells, offsets // scalar.num_bytes + i, read(batch, lanes))
+            indices, values = offsets // scalar.num_bytes + i, read(batch, lanes)
+            if is_flushed:
+                _add_flushed(cells, indices, values)
+            else:
+                function.at(cells, indices, values)
         batch.memory.note_stores(offsets, scalar.num_bytes * count, scalar.name == "f32")
 
     return execute

@@ -226,6 +226,15 @@ def _check_atomic(kernels: Kernels, name: str, width: int, dtype: type, function
     function.at(expected, cells, values.view(dtype))
     actual = kernels.run(name, "", values, cells, output, num_blocks=3, num_threads=64)
     assert_array_equal(actual, expected)
+    if dtype is not np.float32:
+        return
+    # Subnormal operands and sums are zeros: what is added in 192 parts of 2^-127 is lost.
+    small = np.full((192, width), 2.0**-127, np.float32)
+    small[:64] = [[3 * 2.0**-127]]
+    zeros = np.zeros((8, width), np.float32)
+    actual = kernels.run(name, "", small, np.arange(192, dtype=np.int32) // 64, zeros, num_blocks=3, num_threads=64)
+    assert_array_equal(actual[0], np.full(width, 192 * 2.0**-127, np.float32))
+    assert_array_equal(actual[1:], zeros[1:])
 
 
 def check_add_atomic_float(kernels: Kernels, _: str) -> None:

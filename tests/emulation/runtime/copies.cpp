@@ -1,4 +1,5 @@
 // Asynchronous copies and atomics.
+#include <cmath>
 #include <cstring>
 
 #include "shadow.h"
@@ -77,8 +78,13 @@ void combine_atomic(Value* address, int count, const void* caller, Combine combi
 
 }  // namespace
 
+// As red.add.f32 does in global memory: subnormal operands and sums are zeros of their sign.
 void add_atomic(float* address, const float* values, int count) {
-  combine_atomic(address, count, __builtin_return_address(0), [values](float old, int i) { return old + values[i]; });
+  const auto flushed = [](float value) {
+    return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value;
+  };
+  combine_atomic(address, count, __builtin_return_address(0),
+                 [&](float old, int i) { return flushed(flushed(old) + flushed(values[i])); });
 }
 
 void add_atomic(int32_t* address, int32_t value) {
