@@ -202,7 +202,7 @@ TOPGATHER_PRIMITIVE float max_or_nan(float a, float b) {
   return result;
 }
 
-// --- atomics on global memory: relaxed, nothing returned ------------------------------------------------------------
+// --- atomics on global memory: relaxed, nothing returned; subnormal floats, added or summed, are zeros ---------------
 
 TOPGATHER_PRIMITIVE void add_atomic(float* address, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
