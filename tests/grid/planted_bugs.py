@@ -65,6 +65,7 @@ GRID_CASES: dict[str, Callable[[], Any]] = {
 # --- bugs -------------------------------------------------------------------------------------------------------------
 
 WRONG_OUT = "AssertionError: out"
+MISALIGNED = "RuntimeError: (copy_async: )?MISALIGNED"  # one byte before the first row
 WRONG_GRADIENT = "AssertionError: d_"
 WRONG_BIAS = "AssertionError: d_bias"
 
@@ -106,12 +107,15 @@ GRID_BUGS = [
                "grid", f"{WRONG_OUT}|{UNINITIALIZED}"),
     PlantedBug("grid: rows of tokens that are not there copied", GEOMETRY,
                "const bool is_copied = is_column && offset >= 0;", "const bool is_copied = is_column;",
-               "grid nonfinite", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}"),
+               "grid nonfinite", MISALIGNED),
+    PlantedBug("grid: tokens that are not there taken for the first of all", GEOMETRY,
+               "return token.is_there ? image.offset(", "return true ? image.offset(",
+               "grid nonfinite", f"{WRONG_OUT}|{RACE}"),
     PlantedBug("grid: columns past head_dim copied", GEOMETRY,
                "const bool is_copied = is_column && offset >= 0;", "const bool is_copied = offset >= 0;",
                "grid", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}|{UNINITIALIZED}"),
     PlantedBug("grid: results of tokens that are not there written", GEOMETRY,
-               "if (offsets[row] == kNotThere || chunk", "if (chunk", "grid", f"{RACE}|{WRONG_OUT}|{OUT_OF_BOUNDS}"),
+               "if (offsets[row] == kNotThere || chunk", "if (chunk", "grid", MISALIGNED),
     PlantedBug("grid: results not published to the warp", GEOMETRY,
                "Publishes the warp's results to its lanes. __syncwarp();", "", "grid", f"{RACE}|{UNINITIALIZED}"),
     PlantedBug("grid: weights in float32 not published", GEOMETRY,
