@@ -16,7 +16,9 @@
 //   after both halves:
 //   4. the sums of ranks a and b of the two lists, of those pairs alone that have (a + 1) (b + 1) <= top_k, the most
 //      promising first, are selected in the same way and written out.
-// Numerics: 16-bit products are exact, sums are float32; float32 takes plain multiply-adds. An entry is a 64-bit
+// Numerics: 16-bit products are exact; the matrix unit adds them in float32 and cuts off, where it does not round, what
+// lies below the largest term's last bits, about 1e-6 of it: pairs that differ by less may rank otherwise than on the CPU.
+// float32 takes plain multiply-adds. An entry is a 64-bit
 // number: the score's bits, arranged to order as scores do, then the index, lower ones first, then a bit that says NaN.
 // No two are equal, so results depend neither on the order in which entries come nor on the sort. A NaN half score
 // ranks as +inf, a sum of opposite infinities as -inf; the score written is the true sum, -0 as 0. Every entry beats
