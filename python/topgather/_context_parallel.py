@@ -303,7 +303,9 @@ def _agree(
     group: dist.ProcessGroup, error: Exception | None, facts: dict[str, int], query: Any, *, is_packed: bool
 ) -> list[int]:
     """The tokens of each rank. What one rank refuses, and what ranks differ in, raises here on all of them."""
-    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    # Not the tensors': what one rank passes may be no tensor, or on another device.
+    is_nccl = dist.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
     num_tokens = 0 if error is not None else query.size(0 if is_packed else 2)
     numbers = [int(error is not None), num_tokens, *facts.values()]
     numbers += [0] * (2 + NUM_FACTS - len(numbers))
