@@ -28,8 +28,9 @@ GRID = GridCase(rows=7, columns=9, step=(2, 2), head_dim=24, has_bias=True)
 WINDOWS = GridCase(batch=1, num_heads=3, rows=7, columns=9, step=(3, 4), head_dim=24, partition="window", has_bias=True)
 # One group of more than two tiles.
 LARGE = GridCase(rows=13, columns=11, step=(1, 1), head_dim=24, has_bias=True)
-# A group whose tokens of one row, of two, are followed by a block of none.
-HOLES = GridCase(batch=1, num_heads=1, rows=2, columns=38, step=(2, 32), head_dim=72, partition="window", has_bias=True)
+# A group whose tokens of one row, of two, are followed by a block of none. (A step of queries without any needs a head
+# dimension over 64, whose kernels are not built here: tests/grid/test_attention.py has that case.)
+HOLES = GridCase(batch=1, num_heads=1, rows=2, columns=38, step=(2, 32), head_dim=24, partition="window", has_bias=True)
 SCALED = GridCase(rows=7, columns=9, step=(2, 2), head_dim=24, has_bias=True, scale=2.5)
 # More groups of one head than its bias' gradient is summed in pieces.
 MANY_GROUPS = GridCase(batch=1, num_heads=33, rows=13, columns=10, step=(13, 5), head_dim=8, has_bias=True)
@@ -65,6 +66,7 @@ GRID_CASES: dict[str, Callable[[], Any]] = {
 # --- bugs -------------------------------------------------------------------------------------------------------------
 
 WRONG_OUT = "AssertionError: out"
+NEVER_WAITED = "RuntimeError: a thread exits with asynchronous copies it did not wait for"
 MISALIGNED = "RuntimeError: (copy_async: )?MISALIGNED"  # one byte before the first row
 WRONG_GRADIENT = "AssertionError: d_"
 WRONG_BIAS = "AssertionError: d_bias"
@@ -104,7 +106,9 @@ GRID_BUGS = [
                "return __syncthreads_or(is_there ? 1 : 0) != 0;", "return true;", "grid", UNPUBLISHED),
     PlantedBug("grid: groups of up to 32 tokens in slots of 16", GEOMETRY,
                "(max_tokens <= 32 ? 32 : tile_tokens)", "(max_tokens <= 32 ? 16 : tile_tokens)",
-               "grid", f"{WRONG_OUT}|{UNINITIALIZED}"),
+               "grid", f"{WRONG_OUT}|{UNINITIALIZED}",
+               # A function of the host, of which the linker keeps one.
+               units=["grid_forward_cuda.cu", "grid_backward_cuda.cu"]),
     PlantedBug("grid: rows of tokens that are not there copied", GEOMETRY,
                "const bool is_copied = is_column && offset >= 0;", "const bool is_copied = is_column;",
                "grid nonfinite", MISALIGNED),
@@ -126,7 +130,8 @@ GRID_BUGS = [
     PlantedBug("grid forward: a key that is not there attended to", FORWARD,
                "if ((mine >> (n * 8 + e % 2) & 1u) == 0) scores[0][n][e] = -INFINITY;", "", "grid", WRONG_OUT),
     PlantedBug("grid forward: a bit of another lane's key", FORWARD,
-               "const uint32_t mine = there >> 2 * t;", "const uint32_t mine = there >> t;", "grid", WRONG_OUT),
+               "const uint32_t mine = there >> 2 * t;", "const uint32_t mine = there >> t;",
+               "grid", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}"),
     PlantedBug("grid forward: steps of some keys taken for whole ones", FORWARD,
                "if (there == kAll) return;", "if ((there & 1u) != 0) return;", "grid", WRONG_OUT),
     PlantedBug("grid forward: bias dropped", FORWARD,
@@ -137,7 +142,7 @@ GRID_BUGS = [
     PlantedBug("grid forward: bias of the first head", FORWARD,
                "(token.head * group + token.number)", "(0 * group + token.number)", "grid", WRONG_OUT),
     PlantedBug("grid forward: outputs not rescaled", FORWARD,
-               "running.out[0][n][e] *= rescale[e / 2];", "", "grid large", WRONG_OUT),
+               "running.out[0][n][e] *= rescale[e / 2];", ";", "grid large", WRONG_OUT),
     PlantedBug("grid forward: outputs of later tiles not rescaled", FORWARD,
                "key_tile == 0 && key == first);", "key == first);", "grid large", WRONG_OUT),
     PlantedBug("grid forward: sums of one lane", FORWARD,
@@ -147,7 +152,8 @@ GRID_BUGS = [
                "write_softmax_terms(running.maximum[h], sum,", "write_softmax_terms(0.0f, sum,",
                "grid", WRONG_GRADIENT),
     PlantedBug("grid forward: the last tile of keys left out", FORWARD,
-               "key_tile < geometry.num_tiles;", "key_tile + 1 < geometry.num_tiles;", "grid large", WRONG_OUT),
+               "key_tile < geometry.num_tiles;", "key_tile + 1 < geometry.num_tiles;",
+               "grid large", f"{WRONG_OUT}|{NEVER_WAITED}"),
     PlantedBug("grid forward: keys not published", FORWARD,
                "been used and the next one may overwrite it. __syncthreads();", "", "grid", UNPUBLISHED),
     PlantedBug("grid forward: keys overwritten while read", FORWARD,
@@ -157,7 +163,7 @@ GRID_BUGS = [
                "args.geometry.num_tiles == 1 ? kernel.single_shared_bytes", "true ? kernel.single_shared_bytes",
                "grid large", OUT_OF_BOUNDS),
     PlantedBug("grid forward: copies not waited for", FORWARD,
-               "cuda::copy_async_wait<0>();", "", "grid", f"{BEFORE_WAIT}|{UNPUBLISHED}"),
+               "cuda::copy_async_wait<0>();", "", "grid", f"{BEFORE_WAIT}|{UNPUBLISHED}|{NEVER_WAITED}"),
     PlantedBug("grid backward: tokens that are not there weigh", BACKWARD,
                "if (!is_there) weights[0][n][e] =", "if (false) weights[0][n][e] =", "grid", WRONG_GRADIENT),
     PlantedBug("grid backward: terms of columns past the tile", BACKWARD,
@@ -201,9 +207,6 @@ GRID_BUGS = [
                "first_key + k * 16, Shared::kTokens) == 0) continue;",
                "first_key + k * 16, Shared::kTokens) == 0) break;",
                "grid holes", "AssertionError: d_query"),
-    PlantedBug("grid backward, small groups: queries behind a hole left out", GROUPS,
-               "if (there == 0) continue;", "if (there == 0) break;",
-               "grid holes", f"{WRONG_GRADIENT}|{UNINITIALIZED}"),
     PlantedBug("grid backward: columns overwritten while read", BACKWARD,
                "the tile has been used and the next one may overwrite it. __syncthreads();", "",
                "grid large", OVERWRITTEN),
