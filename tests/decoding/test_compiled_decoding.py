@@ -113,6 +113,8 @@ def test_a_compiled_append_without_room_is_refused(kind: str, counts: list[int] 
 def test_a_sequence_that_outgrew_its_limit_gives_nan() -> None:
     """As on CUDA, where nobody waits to see it: the last page has rows for it, which no list of blocks counts."""
     cache = make(True, False, torch.device("cpu"), max_seq_len=14, page_size=16)
+    for pages in (cache.key_pages, cache.value_pages, cache.centroids):
+        pages.zero_()  # nothing was appended: whatever memory held may be NaN
     key = torch.randn(2, 2, 1, 8)
     cache.seq_lens.copy_(torch.tensor([15, 7]))
     cache._is_exact = False
