@@ -33,13 +33,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import _collectives
 from ._common import checks, tensors
 from ._common.library import DTYPE_CODES, sum_dtype
 from .ops import _moba_ops
 
 PLACEMENTS = ("contiguous", "zigzag")
-# The newer name of the same.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _ops = torch.ops.topgather
 
 
@@ -309,12 +308,7 @@ def _agree(
     num_tokens = 0 if error is not None else query.size(0 if is_packed else 2)
     numbers = [int(error is not None), num_tokens, *facts.values()]
     numbers += [0] * (2 + NUM_FACTS - len(numbers))
-    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-    gathered = mine.new_empty(dist.get_world_size(group) * len(numbers))
-    _all_gather(gathered, mine, group=group)
-    has_error, lengths, *others = (
-        list(column) for column in zip(*gathered.view(-1, len(numbers)).tolist(), strict=True)
-    )
+    has_error, lengths, *others = _collectives.gather_numbers(numbers, group, device)
     if any(has_error):
         # Rare, and the same on all ranks: what was refused, in words.
         texts: list[tuple[str, str] | None] = [None] * len(has_error)
@@ -324,9 +318,7 @@ def _agree(
         rank = has_error.index(1)
         kind, text = texts[rank] or ("ValueError", "")
         raise (TypeError if kind == "TypeError" else ValueError)(f"rank {rank} of the group was refused: {text}")
-    for meaning, column in zip(facts, others, strict=False):
-        if len(set(column)) > 1:
-            raise ValueError(f"all ranks of the group must have the same {meaning}, got {column} by rank")
+    _collectives.require_same(facts, others)
     return lengths
 
 
@@ -416,12 +408,17 @@ class _Gathering:
         longest = max(layout.num_tokens(rank) for rank in range(layout.num_ranks))
         shape = list(tensor.shape)
         shape[tokens_dim] = longest
-        self.sent = tensor.new_zeros(shape)
-        self.sent.narrow(tokens_dim, 0, tensor.size(tokens_dim)).copy_(tensor)
+        if tensor.size(tokens_dim) == longest:
+            self.sent = tensor.contiguous()
+        else:  # collectives of unequal parts are not to be had on every backend
+            self.sent = tensor.new_zeros(shape)
+            self.sent.narrow(tokens_dim, 0, tensor.size(tokens_dim)).copy_(tensor)
         self.received = tensor.new_empty((layout.num_ranks, *shape))
         self.work: Any = None
         if self.sent.numel() > 0:
-            self.work = _all_gather(self.received.view(-1), self.sent.view(-1), group=layout.group, async_op=True)
+            self.work = _collectives.all_gather(
+                self.received.view(-1), self.sent.view(-1), group=layout.group, async_op=True
+            )
 
     def finish(self) -> Tensor:
         """All tokens, in the order of positions."""
@@ -482,8 +479,7 @@ def _return_gradients(
         [numbers_a_token * sum(stretch.length for stretch in stretches) for stretches in of_ranks]
         for of_ranks in (to_send, to_receive)
     )
-    received = sent.new_empty(sum(received_sizes))
-    dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=layout.group)
+    received = _collectives.all_to_all(sent, sent_sizes, received_sizes, layout.group)
     total = torch.zeros(like.shape, dtype=sum_dtype(like.dtype), device=like.device)
     position = 0
     for stretches in to_receive:

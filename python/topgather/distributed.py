@@ -71,6 +71,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from . import _collectives
 from ._common import checks
 from ._common.library import DTYPE_CODES, sum_dtype
 from ._context_parallel import moba_attention, shard_sequence
@@ -80,9 +81,6 @@ from .ops import memory_lookup
 from .ops._memory_ops import check_indices, check_weights
 
 __all__ = ["MemoryColwise", "ShardedMemoryPool", "clip_grad_norm_", "moba_attention", "shard_sequence"]
-
-# The newer name of the same.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class MemoryColwise(ParallelStyle):
@@ -324,14 +322,10 @@ def _exchange_token_counts(indices: Tensor, weights: Tensor, group: dist.Process
     """Tokens of each rank. What would make ranks wait for messages that others never send raises here, on all."""
     needs_grad = torch.is_grad_enabled() and weights.requires_grad
     facts = [indices.size(0), indices.size(1), DTYPE_CODES[weights.dtype], int(needs_grad)]
-    mine = torch.tensor(facts, dtype=torch.int64, device=indices.device)
-    gathered = mine.new_empty(dist.get_world_size(group) * len(facts))
-    _all_gather(gathered, mine, group=group)
-    token_counts, *others = (list(column) for column in zip(*gathered.view(-1, len(facts)).tolist(), strict=True))
-    meanings = ("entries per token", "dtype of weights (by its code)", "need of a gradient for weights")
-    for meaning, column in zip(meanings, others, strict=True):
-        if len(set(column)) > 1:
-            raise ValueError(f"all ranks of the group must have the same {meaning}, got {column} by rank")
+    token_counts, *others = _collectives.gather_numbers(facts, group, indices.device)
+    _collectives.require_same(
+        ("entries per token", "dtype of weights (by its code)", "need of a gradient for weights"), others
+    )
     return token_counts
 
 
@@ -346,7 +340,7 @@ def _gather_tokens(entries: Tensor, layout: _Layout) -> Tensor:
     # Collectives of unequal parts are not to be had on every backend.
     padded = F.pad(entries, (0, 0, 0, most_tokens - layout.num_tokens)).contiguous()
     gathered = entries.new_empty((len(layout.token_counts) * most_tokens, num_entries))
-    _all_gather(gathered, padded, group=layout.group)
+    _collectives.all_gather(gathered, padded, group=layout.group)
     if min(layout.token_counts) == most_tokens:
         return gathered
     parts = gathered.split(most_tokens)
@@ -355,9 +349,7 @@ def _gather_tokens(entries: Tensor, layout: _Layout) -> Tensor:
 
 def _all_to_all(sent: Tensor, sent_sizes: list[int], received_sizes: list[int], layout: _Layout) -> Tensor:
     """Flat parts to each rank against flat parts from each."""
-    received = sent.new_empty(sum(received_sizes))
-    dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=layout.group)
-    return received
+    return _collectives.all_to_all(sent, sent_sizes, received_sizes, layout.group)
 
 
 class _GatherWeights(torch.autograd.Function):

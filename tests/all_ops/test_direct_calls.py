@@ -38,15 +38,15 @@ def caller_of(case: OpCase) -> Callable[..., Any]:
     """What the package calls the op by, with a kernel for direct calls that raises :class:`Direct`."""
     caller: Any = CALLERS[name_of(case)]
     names = {**caller.__globals__, "kernel": stand_in}
-    return FunctionType(caller.__code__, names, caller.__name__, caller.__defaults__, caller.__closure__)
+    made = FunctionType(caller.__code__, names, caller.__name__, caller.__defaults__, caller.__closure__)
+    made.__kwdefaults__ = caller.__kwdefaults__
+    return made
 
 
 def is_direct(case: OpCase, inputs: Inputs) -> bool:
     """Whether a call goes straight to the kernel; one that does not returns what it returns."""
-    caller: Any = caller_of(case)
-    caller.__kwdefaults__ = CALLERS[name_of(case)].__kwdefaults__  # type: ignore[attr-defined]
     try:
-        caller(**inputs)
+        caller_of(case)(**inputs)
     except Direct:
         return True
     return False

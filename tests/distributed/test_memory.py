@@ -3,7 +3,6 @@
 All processes are started once, by ``worker.py``; each test looks at what one of its cases left.
 """
 
-import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.common.tolerances import UNIT_ROUNDOFF
+from tests.distributed.ranks import ROOT, results_in, run_once
 from tests.distributed.worker import (
     CASES,
     LEARNING_RATE,
@@ -32,36 +32,19 @@ from tests.distributed.worker import (
 from tests.memory.helpers import assert_lookup_close
 from topgather import reference
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "sharded_memory.py"
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the ranks left their results; pytest's workers, if there are several, share one run."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if base.name.startswith("popen-") else base) / "memory_distributed"
-    shared.mkdir(exist_ok=True)
-    with open(shared / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "log").exists():
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.distributed.worker", shared],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=240,
-            )
-            (shared / "log").write_text(done.stdout + done.stderr)
-    return shared
+    return run_once(tmp_path_factory, "memory_distributed", ["-m", "tests.distributed.worker"])
 
 
 @pytest.fixture(scope="session")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """Each rank's results, by case."""
-    paths = [folder / f"rank{rank}.pt" for rank in range(WORLD_SIZE)]
-    assert all(path.exists() for path in paths), (folder / "log").read_text()
-    return [torch.load(path, weights_only=False) for path in paths]
+    return results_in(folder, WORLD_SIZE)
 
 
 def results_of(name: str, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,10 +3,6 @@
 All processes are started once, by ``sequence_worker.py``; each test looks at what one of its cases left.
 """
 
-import fcntl
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +13,10 @@ from torch import Tensor
 
 import topgather as tg
 from tests.common.tolerances import UNIT_ROUNDOFF
+from tests.distributed.ranks import results_in, run_once
 from tests.distributed.sequence_worker import CASES, TENSORS, WORLD_SIZE, SequenceCase
 from topgather._context_parallel import _contiguous, _overlap, _parts, _Placement, _seen, _Stretch, _zigzag
 
-ROOT = Path(__file__).resolve().parents[2]
 # Sums in another order, and in 16 bits each rank's part of a key's gradient rounded once more.
 ROUNDINGS = 16
 
@@ -28,23 +24,8 @@ ROUNDINGS = 16
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's results, by case; pytest's workers, if there are several, share one run."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if base.name.startswith("popen-") else base) / "sequence_distributed"
-    shared.mkdir(exist_ok=True)
-    with open(shared / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "log").exists():
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.distributed.sequence_worker", shared],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=240,
-            )
-            (shared / "log").write_text(done.stdout + done.stderr)
-    paths = [shared / f"rank{rank}.pt" for rank in range(WORLD_SIZE)]
-    assert all(path.exists() for path in paths), (shared / "log").read_text()
-    results = [torch.load(path, weights_only=False) for path in paths]
+    folder = run_once(tmp_path_factory, "sequence_distributed", ["-m", "tests.distributed.sequence_worker"])
+    results = results_in(folder, WORLD_SIZE)
     for rank, result in enumerate(results):
         assert "failed" not in result, f"rank {rank}: {result['failed']}"
     return results

@@ -2,8 +2,6 @@
 processes (gloo, CPU) against one that has all tokens. ``sparse_worker.py`` runs them all in one start.
 """
 
-import fcntl
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,23 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from sparse_worker import DIM, MODELS, NORMS, WORLD_SIZE, backward, gradients, make, tokens
 
+from tests.distributed.ranks import results_in, run_once
+
 WORKER = Path(__file__).with_name("sparse_worker.py")
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each rank's results, by case; pytest's workers, if there are several, share one run."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "sparse_and_clipping"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "log").exists():
-            done = subprocess.run([sys.executable, WORKER, folder], capture_output=True, text=True, timeout=240)
-            (folder / "log").write_text(done.stdout + done.stderr)
-    paths = [folder / f"rank{rank}.pt" for rank in range(WORLD_SIZE)]
-    assert all(path.exists() for path in paths), (folder / "log").read_text()
-    return [torch.load(path, weights_only=False) for path in paths]
+    return results_in(run_once(tmp_path_factory, "sparse_and_clipping", [WORKER]), WORLD_SIZE)
 
 
 def results_of(name: str, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
