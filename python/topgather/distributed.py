@@ -71,16 +71,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from . import _collectives
 from ._common import checks
 from ._common.library import DTYPE_CODES, sum_dtype
-from ._context_parallel import moba_attention, shard_sequence
+from ._distributed import collectives
+from ._distributed.attention import moba_attention
+from ._distributed.placement import shard_sequence
+from ._distributed.plan import Plan, plan
 from .nn._tables import check_number
 from .nn.memory import MemoryPool
 from .ops import memory_lookup
 from .ops._memory_ops import check_indices, check_weights
 
-__all__ = ["MemoryColwise", "ShardedMemoryPool", "clip_grad_norm_", "moba_attention", "shard_sequence"]
+__all__ = [
+    "MemoryColwise",
+    "Plan",
+    "ShardedMemoryPool",
+    "clip_grad_norm_",
+    "moba_attention",
+    "plan",
+    "shard_sequence",
+]
 
 
 class MemoryColwise(ParallelStyle):
@@ -322,8 +332,8 @@ def _exchange_token_counts(indices: Tensor, weights: Tensor, group: dist.Process
     """Tokens of each rank. What would make ranks wait for messages that others never send raises here, on all."""
     needs_grad = torch.is_grad_enabled() and weights.requires_grad
     facts = [indices.size(0), indices.size(1), DTYPE_CODES[weights.dtype], int(needs_grad)]
-    token_counts, *others = _collectives.gather_numbers(facts, group, indices.device)
-    _collectives.require_same(
+    token_counts, *others = collectives.gather_numbers(facts, group, indices.device, "agreeing on a memory lookup")
+    collectives.require_same(
         ("entries per token", "dtype of weights (by its code)", "need of a gradient for weights"), others
     )
     return token_counts
@@ -340,7 +350,8 @@ def _gather_tokens(entries: Tensor, layout: _Layout) -> Tensor:
     # Collectives of unequal parts are not to be had on every backend.
     padded = F.pad(entries, (0, 0, 0, most_tokens - layout.num_tokens)).contiguous()
     gathered = entries.new_empty((len(layout.token_counts) * most_tokens, num_entries))
-    _collectives.all_gather(gathered, padded, group=layout.group)
+    with collectives.naming("gathering entries of a memory lookup", layout.group):
+        collectives.all_gather(gathered, padded, group=layout.group)
     if min(layout.token_counts) == most_tokens:
         return gathered
     parts = gathered.split(most_tokens)
@@ -349,7 +360,7 @@ def _gather_tokens(entries: Tensor, layout: _Layout) -> Tensor:
 
 def _all_to_all(sent: Tensor, sent_sizes: list[int], received_sizes: list[int], layout: _Layout) -> Tensor:
     """Flat parts to each rank against flat parts from each."""
-    return _collectives.all_to_all(sent, sent_sizes, received_sizes, layout.group)
+    return collectives.all_to_all(sent, sent_sizes, received_sizes, layout.group, "sending rows of a memory lookup")
 
 
 class _GatherWeights(torch.autograd.Function):

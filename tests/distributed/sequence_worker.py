@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.common.tensors import random_tensor
-from topgather import _collectives
+from topgather._distributed import collectives, exchange
+from topgather._distributed.plan import METHODS
 from topgather.distributed import moba_attention, shard_sequence
 
 WORLD_SIZE = 4
@@ -108,6 +109,7 @@ CASES = {
     "packed": SequenceCase(cu_seqlens=(0, 10, 10, 45, 90)),
     "packed_zigzag": SequenceCase(placement="zigzag", cu_seqlens=(0, 20, 33, 90)),
     "packed_not_causal": SequenceCase(cu_seqlens=(0, 20, 33, 90), options={"is_causal": False}),
+    "packed_on_edges": SequenceCase(num_tokens=96, cu_seqlens=(0, 24, 48, 96)),
     "packed_a_head_at_a_time": SequenceCase(2, cu_seqlens=(0, 20, 90), options={"max_gathered_bytes": 1}),
     "transposed": SequenceCase(2, is_transposed=True),
     "float32": SequenceCase(dtype=torch.float32, num_tokens=200, placement="zigzag"),
@@ -140,7 +142,7 @@ def run(case: SequenceCase, group: Any, **changed: Any) -> Results:
     return {
         "out": out.detach(),
         "lse": lse.detach(),
-        "layout": out.stride(1) < out.stride(2) if out.dim() == 4 else None,
+        "layout": out.stride(1) < out.stride(2) if out.dim() == 4 and out.size(2) > 1 else None,
         **{f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)},
     }
 
@@ -148,7 +150,7 @@ def run(case: SequenceCase, group: Any, **changed: Any) -> Results:
 @contextmanager
 def counted_bytes(counts: dict[str, int], num_ranks: int) -> Iterator[None]:
     """Adds up what this rank sends, but for agreements."""
-    gather, exchange = _collectives.all_gather, dist.all_to_all_single
+    gather, exchange = collectives.all_gather, dist.all_to_all_single
 
     def counting_gather(received: Tensor, sent: Tensor, **options: Any) -> Any:
         if sent.dtype != torch.int64:
@@ -161,11 +163,11 @@ def counted_bytes(counts: dict[str, int], num_ranks: int) -> Iterator[None]:
         counts["exchange"] = counts.get("exchange", 0) + numbers * sent.element_size()
         return exchange(received, sent, received_sizes, sent_sizes, group=group)
 
-    _collectives.all_gather, dist.all_to_all_single = counting_gather, counting_exchange
+    collectives.all_gather, dist.all_to_all_single = counting_gather, counting_exchange
     try:
         yield
     finally:
-        _collectives.all_gather, dist.all_to_all_single = gather, exchange
+        collectives.all_gather, dist.all_to_all_single = gather, exchange
 
 
 def refused(group: Any, query: Any = None, num_tokens: int = 6, **changed: Any) -> str:
@@ -186,6 +188,8 @@ def refusals(group: Any) -> dict[str, str]:
         "block_size": refused(group, block_size=8 if is_last else 4),
         "is_causal": refused(group, is_causal=not is_last),
         "softcap": refused(group, softcap=2.0 if is_last else None),
+        "method": refused(group, method="exchange" if is_last else None),
+        "no method": refused(group, method="ring"),
         "one rank's dtype": refused(group, query=torch.zeros(1, 2, 6, 4, dtype=torch.int32) if is_last else None),
         "one rank's top_k": refused(group, top_k=0 if is_last else 2),
         "a tensor": refused(group, query=[1.0] if is_last else None),
@@ -205,31 +209,46 @@ def refused_packed(group: Any) -> str:
     return "nothing"
 
 
-def without_a_gradient_of_its_own(group: Any) -> Results:
+def without_a_gradient_of_its_own(group: Any, method: str) -> Results:
     """A rank whose loss has no part of the output still sends what others wait for."""
     case = SequenceCase()
     whole = case.problem()
     leaves = [case.local(whole[name], group, dist.get_rank(group), 2).requires_grad_() for name in TENSORS]
-    out = moba_attention(*leaves, group, **case.arguments())
+    out = moba_attention(*leaves, group, method=method, **case.arguments())
     loss = out.sum() * (0.0 if dist.get_rank(group) == 1 else 1.0)
     return dict(zip((f"grad_{name}" for name in TENSORS), torch.autograd.grad(loss, leaves), strict=True))
+
+
+def beside_a_rank_that_dies(group: Any) -> str:
+    """What the first rank of a pair raises when the second one is gone in the middle of a call."""
+    tensor = torch.zeros(1, 2, 6, 4)
+    if dist.get_rank(group) == 1:
+        exchange.choose = lambda *arguments, **options: os._exit(0)  # type: ignore[assignment]
+    try:
+        moba_attention(tensor, tensor, tensor, group, block_size=4, method="exchange")
+    except RuntimeError as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "nothing"
 
 
 def all_cases(group_of: dict[int, Any]) -> Results:
     results: Results = {}
     for name, case in CASES.items():
-        group, counts = group_of[case.num_ranks], {}
-        with counted_bytes(counts, case.num_ranks):
-            results[name] = run(case, group)
-        results[name]["bytes"] = counts
-    results["again"] = run(CASES["float32"], group_of[4])
+        group = group_of[case.num_ranks]
+        for method in METHODS:
+            counts: dict[str, int] = {}
+            with counted_bytes(counts, case.num_ranks):
+                results[name, method] = run(case, group, method=method)
+            results[name, method]["bytes"] = counts
     results["refusals"] = refusals(group_of[4])
-    results["no gradient of its own"] = without_a_gradient_of_its_own(group_of[4])
-    with torch.no_grad():
-        case = CASES["four"]
-        whole = case.problem()
-        local = [case.local(whole[name], group_of[4], dist.get_rank(), 2) for name in TENSORS]
-        results["no gradient"] = moba_attention(*local, group_of[4], **case.arguments())
+    case = CASES["four"]
+    whole = case.problem()
+    local = [case.local(whole[name], group_of[4], dist.get_rank(), 2) for name in TENSORS]
+    for method in METHODS:
+        results["again", method] = run(CASES["float32"], group_of[4], method=method)
+        results["no gradient of its own", method] = without_a_gradient_of_its_own(group_of[4], method)
+        with torch.no_grad():
+            results["no gradient", method] = moba_attention(*local, group_of[4], method=method, **case.arguments())
     return results
 
 
@@ -244,10 +263,12 @@ def run_rank(rank: int, folder: Path) -> None:
                 group_of[size] = group
     try:
         results = all_cases(group_of)
+        torch.save(results, folder / f"rank{rank}.pt")
+        results["died"] = beside_a_rank_that_dies(group_of[2])
     except Exception:
         results = {"failed": traceback.format_exc()}
     torch.save(results, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    os._exit(0)  # torch would wait for those that died
 
 
 def main() -> None:

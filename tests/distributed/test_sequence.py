@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import topgather as tg
 from tests.common.tolerances import UNIT_ROUNDOFF
+from tests.distributed.pretended_ranks import on_pretended_ranks
 from tests.distributed.ranks import results_in, run_once
 from tests.distributed.sequence_worker import CASES, TENSORS, WORLD_SIZE, SequenceCase
-from topgather._context_parallel import _contiguous, _overlap, _parts, _Placement, _seen, _Stretch, _zigzag
+from topgather._distributed.gather import overlap, parts_of, seen_by
+from topgather._distributed.placement import Placement, Stretch, contiguous, zigzag
+from topgather._distributed.plan import METHODS, Shapes, cheaper
+from topgather.distributed import moba_attention, plan
 
 # Sums in another order, and in 16 bits each rank's part of a key's gradient rounded once more.
 ROUNDINGS = 16
@@ -31,11 +35,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return results
 
 
-def placement_of(case: SequenceCase) -> list[list[_Stretch]]:
+def placement_of(case: SequenceCase) -> list[list[Stretch]]:
     if case.placement == "zigzag":
-        return _zigzag(case.num_tokens, case.num_ranks)
+        return zigzag(case.num_tokens, case.num_ranks)
     size, longer = divmod(case.num_tokens, case.num_ranks)
-    return _contiguous(list(case.lengths or [size + (rank < longer) for rank in range(case.num_ranks)]))
+    return contiguous(list(case.lengths or [size + (rank < longer) for rank in range(case.num_ranks)]))
 
 
 def in_order(parts: list[Tensor], case: SequenceCase, dim: int) -> Tensor:
@@ -77,13 +81,14 @@ def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
     assert error <= ROUNDINGS * UNIT_ROUNDOFF[expected.dtype] * scale, (name, float(error))
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_together_are_one_process(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_ranks_together_are_one_process(name: str, method: str, ranks: list[dict[str, Any]]) -> None:
     """Results and all gradients, and with them the choice of blocks: another block would show in float64."""
     case = CASES[name]
     expected = alone(case)
     for first in range(0, WORLD_SIZE, case.num_ranks):
-        results = [result[name] for result in ranks[first : first + case.num_ranks]]
+        results = [result[name, method] for result in ranks[first : first + case.num_ranks]]
         for part, tensor in expected.items():
             parts = [result[part] for result in results]
             if part == "grad_sinks":
@@ -92,23 +97,26 @@ def test_ranks_together_are_one_process(name: str, ranks: list[dict[str, Any]]) 
                 rows = 2 if case.cu_seqlens is None else 1
                 actual = in_order(parts, case, rows if part == "lse" else case.tokens_dim)
             assert_close(f"{name} {part}", actual, tensor)
-    if case.is_transposed:
-        assert all(result[name]["layout"] for result in ranks)
+    if case.cu_seqlens is None:
+        assert all(result[name, method]["layout"] in (None, case.is_transposed) for result in ranks)
 
 
-def test_the_same_bits_again(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_bits_again(method: str, ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
         for part in ("out", "lse", *(f"grad_{name}" for name in TENSORS)):
-            assert torch.equal(result["again"][part], result["float32"][part])
+            assert torch.equal(result["again", method][part], result["float32", method][part])
 
 
-def test_without_a_gradient(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_without_a_gradient(method: str, ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
-        assert not result["no gradient"].requires_grad
-        assert torch.equal(result["no gradient"], result["four"]["out"])
+        assert not result["no gradient", method].requires_grad
+        assert torch.equal(result["no gradient", method], result["four", method]["out"])
 
 
-def test_a_rank_without_a_gradient_of_its_own(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_without_a_gradient_of_its_own(method: str, ranks: list[dict[str, Any]]) -> None:
     case = SequenceCase()
     whole = case.problem()
     leaves = [whole[name].requires_grad_() for name in TENSORS]
@@ -118,12 +126,12 @@ def test_a_rank_without_a_gradient_of_its_own(ranks: list[dict[str, Any]]) -> No
     weight[stretch.start : stretch.end] = 0
     gradients = torch.autograd.grad((out * weight[:, None]).sum(), leaves)
     for name, gradient in zip(TENSORS, gradients, strict=True):
-        parts = [result["no gradient of its own"][f"grad_{name}"] for result in ranks]
+        parts = [result["no gradient of its own", method][f"grad_{name}"] for result in ranks]
         assert_close(name, in_order(parts, case, 2), gradient)
 
 
 @pytest.mark.parametrize("name", ["four", "four_zigzag", "packed", "not_causal", "a_head_at_a_time"])
-def test_bytes_are_those_of_the_formula(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_gathered_bytes_are_those_of_the_formula(name: str, ranks: list[dict[str, Any]]) -> None:
     """Forward and backward gather keys and values once each; gradients go to those whose keys were seen."""
     case = CASES[name]
     placement = placement_of(case)
@@ -133,15 +141,68 @@ def test_bytes_are_those_of_the_formula(name: str, ranks: list[dict[str, Any]]) 
     is_causal = case.options.get("is_causal", True)
     bounds = list(case.cu_seqlens) if case.cu_seqlens is not None else None
     for rank, result in enumerate(ranks):
-        layout = _Placement(None, rank, placement)  # type: ignore[arg-type]
-        seen = _seen(layout, bounds, is_causal, rank)
+        layout = Placement(None, rank, placement)  # type: ignore[arg-type]
+        seen = seen_by(layout, bounds, is_causal, rank)
         others = [stretch for other, stretches in enumerate(placement) if other != rank for stretch in stretches]
-        tokens = sum(_overlap(stretch, seen).length for stretch in others)
-        assert result[name]["bytes"]["gather"] == 2 * (case.num_ranks - 1) * longest * per_token
-        assert result[name]["bytes"]["exchange"] == tokens * per_token
+        tokens = sum(overlap(stretch, seen).length for stretch in others)
+        assert result[name, "gather"]["bytes"]["gather"] == 2 * (case.num_ranks - 1) * longest * per_token
+        assert result[name, "gather"]["bytes"]["exchange"] == tokens * per_token
     if name == "four":  # contiguous: a rank sends gradients to the ranks before it
-        sent = [result[name]["bytes"]["exchange"] for result in ranks]
+        sent = [result[name, "gather"]["bytes"]["exchange"] for result in ranks]
         assert sent[0] == 0 and sent == sorted(sent)
+
+
+def rows_elsewhere(case: SequenceCase) -> int:
+    """Pairs of a query of a head and another rank with a block that it chose, by the choice of one process."""
+    whole = case.problem()
+    top_k, size = case.arguments()["top_k"], case.arguments()["block_size"]
+    is_causal = case.options.get("is_causal", True)
+    if case.cu_seqlens is None:
+        chosen = tg.moba_route(whole["query"], whole["key"], size, top_k, is_causal).block_indices
+        bounds = [0, case.num_tokens]
+    else:
+        edges = torch.tensor(case.cu_seqlens)
+        longest = int(edges.diff().max())
+        sequences = (edges, edges, longest, longest)
+        chosen = tg.moba_route_varlen(whole["query"], whole["key"], *sequences, size, top_k, is_causal).block_indices
+        chosen, bounds = chosen[None], list(case.cu_seqlens)
+    rank_of = {}
+    for rank, stretches in enumerate(placement_of(case)):
+        for stretch in stretches:
+            rank_of |= dict.fromkeys(range(stretch.start, stretch.end), rank)
+    rows = 0
+    for token in range(case.num_tokens):
+        start = max(bound for bound in bounds[:-1] if bound <= token)
+        for blocks in chosen[:, :, token].flatten(0, 1).tolist():
+            far = {start + block * size for block in blocks if block >= 0}
+            far -= {start + (token - start) // size * size} if is_causal else set()
+            rows += len({rank_of[first] for first in far} - {rank_of[token]})
+    return rows
+
+
+@pytest.mark.parametrize("name", ["pair", "four", "four_zigzag", "pair_zigzag", "not_causal", "float32", "bfloat16"])
+def test_bytes_are_those_of_the_plan(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Of all ranks together, both ways; what an exchange sends depends on how many owners queries have."""
+    case = CASES[name]
+    rows = rows_elsewhere(case)
+    found = plan(
+        case.num_tokens, case.num_ranks, case.num_heads, case.head_dim, num_kv_heads=case.num_kv_heads,
+        value_dim=case.value_dim, batch_size=2, dtype=case.dtype, placement=case.placement,
+        owners_per_query=rows / (2 * case.num_heads * case.num_tokens), **case.arguments(),
+    )  # fmt: skip
+    for method in METHODS:
+        sent = sum(sum(result[name, method]["bytes"].values()) for result in ranks[: case.num_ranks])
+        assert round(case.num_ranks * getattr(found, method).num_bytes, 3) == sent
+
+
+def test_exchanged_bytes_of_packed_sequences(ranks: list[dict[str, Any]]) -> None:
+    """Rows that go elsewhere are those of the choice of one process; nothing else depends on what was chosen."""
+    case = CASES["packed_on_edges"]
+    forward, backward = (8 + 6) * 8 + 2 * 4 + 2 * 8, (2 * 8 + 6) * 8 + 2 * 4 + 3 * 8
+    num_sequences, owned = 3, 3
+    known = 4 * 3 * 2 * (owned * 8 * 8 + num_sequences * 8)
+    sent = sum(sum(result["packed_on_edges", "exchange"]["bytes"].values()) for result in ranks)
+    assert sent == rows_elsewhere(case) * (forward + backward) + known
 
 
 REFUSED = {
@@ -149,6 +210,8 @@ REFUSED = {
     "is_causal": "ValueError: all ranks of the group must have the same is_causal, got [1, 1, 1, 0] by rank",
     "softcap": "ValueError: all ranks of the group must have the same softcap (its bits), got",
     "zigzag": "ValueError: zigzag placement of 28 tokens gives the ranks [7, 7, 7, 7], got [6, 6, 6, 10]",
+    "method": "ValueError: all ranks of the group must have the same method, got [-1, -1, -1, 1] by rank",
+    "no method": "ValueError: method must be one of gather, exchange or None, got 'ring'",
     "placement": "ValueError: placement must be one of contiguous, zigzag, got 'striped'",
     "cu_seqlens": "ValueError: cu_seqlens must end with the ranks' tokens together, 24, got 23",
     "fine": "nothing",
@@ -177,15 +240,47 @@ def test_what_one_rank_is_refused_raises_everywhere(
     assert all(text.startswith(f"{kind}: rank 3 of the group was refused: {words}") for text in found[:3])
 
 
+def test_a_rank_that_dies_ends_the_others(ranks: list[dict[str, Any]]) -> None:
+    words = "topgather: counting the rows that ranks send each other in moba_attention failed on rank 0 of the group: "
+    for result in ranks[::2]:
+        kind, message = result["died"].split(": ", 1)
+        assert kind in ("RuntimeError", "DistBackendError", "DistNetworkError")
+        assert message.startswith(words) and len(message) > len(words)
+
+
+def test_what_sends_less_is_chosen() -> None:
+    """Few ranks gather; the more there are, the less a query that goes to its blocks sends beside all keys."""
+    shapes = Shapes([4096] * 4, 1, 32, 8, 128, 128, torch.bfloat16, 128, 8, True)
+    assert cheaper(shapes, with_backward=True) == "gather"
+    assert cheaper(shapes._replace(lengths=[4096] * 64), with_backward=True) == "exchange"
+    # A row of one choice goes to one rank.
+    assert cheaper(shapes._replace(top_k=1), with_backward=False) == "exchange"
+    assert cheaper(shapes._replace(lengths=[4096]), with_backward=True) == "gather"
+    assert plan(4096 * 64, 64, 32, 128, num_kv_heads=8).method == "exchange"
+
+
+def test_a_plan_as_a_table() -> None:
+    found = plan(1 << 20, 64, 32, 128, num_kv_heads=8)
+    rows = str(found).splitlines()
+    assert [row.split("  ")[0] for row in rows[1:]] == ["gather", "exchange", "dense ring"]
+    assert "<-" in rows[2] and "258 KB" in rows[1]  # 63 tokens' keys and values of 8 heads
+    assert found.exchange.seconds < found.gather.seconds < found.ring.seconds
+    assert plan(1 << 20, 1, 32, 128).gather.num_bytes == plan(1 << 20, 1, 32, 128).ring.num_bytes == 0
+    with pytest.raises(ValueError, match="num_kv_heads must divide num_heads, 8, got 3"):
+        plan(64, 2, 8, 16, num_kv_heads=3)
+    with pytest.raises(ValueError, match="placement must be one of"):
+        plan(64, 2, 8, 16, placement="striped")
+
+
 # --- placements, in one process --------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 200), st.integers(1, 9))
 def test_zigzag_covers_the_sequence(num_tokens: int, num_ranks: int) -> None:
-    stretches = sorted(stretch for stretches in _zigzag(num_tokens, num_ranks) for stretch in stretches)
+    stretches = sorted(stretch for stretches in zigzag(num_tokens, num_ranks) for stretch in stretches)
     assert sum(stretch.length for stretch in stretches) == num_tokens
     assert max(stretch.length for stretch in stretches) - min(stretch.length for stretch in stretches) <= 1
-    for rank, (front, back) in enumerate(_zigzag(num_tokens, num_ranks)):
+    for rank, (front, back) in enumerate(zigzag(num_tokens, num_ranks)):
         assert front.start <= back.start and (rank + 1 < num_ranks or front.end == back.start)
 
 
@@ -205,9 +300,9 @@ def test_calls_attend_to_what_one_process_attends_to(
     for start, end in zip(bounds or [0], (bounds or [0, total])[1:], strict=False):
         expected |= {i: (start, i + 1 if is_causal else end) for i in range(start, end)}
     found = {}
-    for rank, stretches in enumerate(_contiguous(lengths)):
-        layout = _Placement(None, rank, _contiguous(lengths))  # type: ignore[arg-type]
-        for part in _parts(layout, bounds, is_causal, torch.device("cpu")):
+    for rank, stretches in enumerate(contiguous(lengths)):
+        layout = Placement(None, rank, contiguous(lengths))  # type: ignore[arg-type]
+        for part in parts_of(layout, bounds, is_causal, torch.device("cpu")):
             of_queries, of_keys = (
                 [0, count] if given is None else given.tolist()
                 for given, count in zip(
@@ -224,3 +319,55 @@ def test_calls_attend_to_what_one_process_attends_to(
                     first_key = part.keys.start + of_keys[i]
                     found[token] = (first_key, first_key + last)
     assert found == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 14), min_size=1, max_size=5),
+    cuts=st.none() | st.lists(st.integers(0, 60), max_size=4),
+    is_zigzag=st.booleans(),
+    block_size=st.integers(1, 9),
+    top_k=st.none() | st.integers(1, 5),
+    is_causal=st.booleans(),
+    method=st.sampled_from(METHODS),
+)
+def test_any_placement_is_one_process(
+    lengths: list[int],
+    cuts: list[int] | None,
+    is_zigzag: bool,
+    block_size: int,
+    top_k: int | None,
+    is_causal: bool,
+    method: str,
+) -> None:
+    """Ranks are threads here."""
+    total, num_ranks = sum(lengths), len(lengths)
+    stretches = zigzag(total, num_ranks) if is_zigzag else contiguous(lengths)
+    case = SequenceCase(
+        num_ranks, num_tokens=total, num_heads=2, num_kv_heads=1, head_dim=3, value_dim=2,
+        cu_seqlens=None if cuts is None else (0, *sorted(min(cut, total) for cut in cuts), total),
+        placement="zigzag" if is_zigzag else "contiguous",
+        options={"block_size": block_size, "top_k": top_k, "is_causal": is_causal},
+    )  # fmt: skip
+    expected, whole, dim = alone(case), case.problem(), case.tokens_dim
+
+    def mine(tensor: Tensor, rank: int, dim: int) -> Tensor:
+        return torch.cat([tensor.narrow(dim, *stretch) for stretch in stretches[rank]], dim)
+
+    def run(group: Any) -> dict[str, Tensor]:
+        leaves = [mine(whole[name], group.rank, dim).requires_grad_() for name in TENSORS]
+        given = {**case.arguments(), "placement": case.placement, "method": method}
+        if case.cu_seqlens is not None:
+            given["cu_seqlens"] = torch.tensor(case.cu_seqlens)
+        out, lse = moba_attention(*leaves, group, return_lse=True, **given)
+        grad_lse = mine(whole["grad_lse"], group.rank, 2 if dim == 2 else 1)
+        loss = (out * mine(whole["grad_out"], group.rank, dim)).sum() + (lse * grad_lse).sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        named = {f"grad_{name}": gradient for name, gradient in zip(TENSORS, gradients, strict=True)}
+        return {"out": out.detach(), "lse": lse.detach(), **named}
+
+    results = on_pretended_ranks(num_ranks, run)
+    for part, tensor in expected.items():
+        of_rows = (2 if dim == 2 else 1) if part == "lse" else dim
+        for rank, result in enumerate(results):
+            assert_close(f"{part} of rank {rank}", result[part], mine(tensor, rank, of_rows))

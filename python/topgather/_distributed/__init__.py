@@ -1,0 +1,1 @@
+"""What :mod:`topgather.distributed` is made of, but for tables."""

@@ -1,0 +1,74 @@
+"""What the sharded ops tell each other before and while they send: facts that must agree, flat parts to each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The newer name of the same.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@contextmanager
+def naming(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """What a backend raises, such as a timeout because a rank has died, begins with what it was doing."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        kind = type(error) if isinstance(error, dist.DistError) else RuntimeError
+        raise kind(f"topgather: {what} failed on rank {dist.get_rank(group)} of the group: {error}") from error
+
+
+def agreement_device(group: dist.ProcessGroup) -> torch.device:
+    """Where facts are gathered. Not the tensors': what one rank passes may be no tensor, or on another device."""
+    is_nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def gather_numbers(
+    numbers: Sequence[int], group: dist.ProcessGroup, device: torch.device, what: str
+) -> list[list[int]]:
+    """For each of the numbers, those of all ranks. The host waits."""
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = mine.new_empty(dist.get_world_size(group) * len(numbers))
+    with naming(what, group):
+        all_gather(gathered, mine, group=group)
+        return [list(column) for column in zip(*gathered.view(-1, len(numbers)).tolist(), strict=True)]
+
+
+def require_same(meanings: Iterable[str], columns: Iterable[list[int]]) -> None:
+    """Raise ``ValueError``, the same on all ranks, for the first meaning whose numbers differ by rank."""
+    for meaning, column in zip(meanings, columns, strict=False):
+        if len(set(column)) > 1:
+            raise ValueError(f"all ranks of the group must have the same {meaning}, got {column} by rank")
+
+
+def raise_everywhere(error: Exception | None, has_error: Sequence[int], group: dist.ProcessGroup, what: str) -> None:
+    """Raise on every rank what one was refused for; ``has_error`` says of each whether it was."""
+    if not any(has_error):
+        return
+    # Rare, and the same on all ranks: what was refused, in words.
+    texts: list[tuple[str, str] | None] = [None] * len(has_error)
+    with naming(what, group):
+        dist.all_gather_object(texts, None if error is None else (type(error).__name__, str(error)), group=group)
+    if error is not None:
+        raise error
+    rank = next(rank for rank, is_refused in enumerate(has_error) if is_refused)
+    kind, text = texts[rank] or ("ValueError", "")
+    raise (TypeError if kind == "TypeError" else ValueError)(f"rank {rank} of the group was refused: {text}")
+
+
+def all_to_all(
+    sent: Tensor, sent_sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup, what: str
+) -> Tensor:
+    """Flat parts to each rank against flat parts from each."""
+    received = sent.new_empty(sum(received_sizes))
+    with naming(what, group):
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=group)
+    return received
