@@ -75,8 +75,11 @@ from ._common import checks
 from ._common.library import DTYPE_CODES, sum_dtype
 from ._distributed import collectives
 from ._distributed.attention import moba_attention
+from ._distributed.cache import ShardedCache
+from ._distributed.context import context_parallel, key_conv
 from ._distributed.placement import shard_sequence
 from ._distributed.plan import Plan, plan
+from ._distributed.tensor_parallel import MobaHeadwise
 from .nn._tables import check_number
 from .nn.memory import MemoryPool
 from .ops import memory_lookup
@@ -84,9 +87,13 @@ from .ops._memory_ops import check_indices, check_weights
 
 __all__ = [
     "MemoryColwise",
+    "MobaHeadwise",
     "Plan",
+    "ShardedCache",
     "ShardedMemoryPool",
     "clip_grad_norm_",
+    "context_parallel",
+    "key_conv",
     "moba_attention",
     "plan",
     "shard_sequence",

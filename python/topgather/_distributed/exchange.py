@@ -35,6 +35,7 @@ from .gather import Options
 from .placement import Placement
 
 _ops = torch.ops.topgather
+_TO_OWNERS = "completing blocks that lie across ranks in moba_attention"
 
 # --- the choice -----------------------------------------------------------------------------------------------------
 
@@ -295,7 +296,7 @@ class Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (tensors.contiguous_rows(tensor.detach()) for tensor in (query, key, value))
         blocks = blocks_of(layout, bounds, options.block_size, is_causal=options.is_causal)
-        around = [blocks.fetch(tensor, layout, "tokens of blocks that lie across ranks") for tensor in (key, value)]
+        around = [blocks.transfer.fetch(tensor, layout, _TO_OWNERS) for tensor in (key, value)]
         centroids = all_centroids(blocks.owned(around[0]), blocks, layout, options.block_size)
         choice = choose(query, centroids, blocks, options.top_k, is_causal=options.is_causal)
         num_kv_heads, group_size = key.size(1), query.size(1) // key.size(1)
@@ -338,7 +339,7 @@ class Attention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else tensors.contiguous_rows(grad_out)
         delta = (out.to(dtype) * grad_out.to(dtype)).sum(-1).transpose(0, 1)
         delta = (delta if grad_lse is None else delta - grad_lse).contiguous()
-        around = [blocks.fetch(tensor, layout, "tokens of blocks that lie across ranks") for tensor in (key, value)]
+        around = [blocks.transfer.fetch(tensor, layout, _TO_OWNERS) for tensor in (key, value)]
         grad_query = torch.empty_like(query)
         grad_around = [torch.zeros_like(tensor, dtype=dtype) for tensor in around]
         for some in traffic.heads:
@@ -371,7 +372,7 @@ class Attention(torch.autograd.Function):
             for gradient, found in zip(grad_around, far[1:], strict=True):
                 blocks.add_owned(gradient[:, some], _by_token(found[:, 0], some.stop - some.start))
         returned = (
-            blocks.give_back(gradient, like, layout, "gradients of tokens of blocks that lie across ranks")
+            blocks.transfer.give_back(gradient, like, layout, _TO_OWNERS)
             for gradient, like in zip(grad_around, (key, value), strict=True)
         )
         return (grad_query, *returned, None, None, None)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._common import checks
+from .._common import checks, over_ranks
 from ._version import raise_unless_too_old
 
 try:
@@ -45,6 +45,7 @@ from ._attend import (
 from ._cache import IndexedMobaLayer, MobaLayer
 from ._indexed import choice_of, choice_within_sequences, has_indexed_layers, keeps_index, of_columns
 from ._models import hook_attention, is_local, layer_of, watch_models
+from ._over_ranks import attend_over_ranks, check_mask_over_ranks, check_over_ranks
 
 __all__ = ["make_cache", "register", "set_moba"]
 
@@ -291,6 +292,10 @@ def _mask(
     which queries and which keys are real, where the place of the queries among the keys is on the device. Models of
     ``config.num_kv_shared_layers`` get ``[B, 1, 1, Nk]`` for ``[B, Nk]``.
     """
+    ranks = over_ranks.active()
+    if ranks is not None:
+        check_mask_over_ranks(attention_mask, local_size)
+        return None
     if local_size is not None:
         positions: dict[str, Any] = (
             {"q_length": q_length, "q_offset": q_offset}
@@ -553,7 +558,7 @@ def _attention(
         hook_attention(module)
     if kwargs.get("cu_seq_lens_k") is not None and kwargs.get("cu_seq_lens_q") is None:
         raise ValueError(f"cu_seq_lens_k needs cu_seq_lens_q beside it {by_us(module)}, got None")
-    if is_local(module, kwargs.get("sliding_window")):
+    if over_ranks.active() is None and is_local(module, kwargs.get("sliding_window")):
         return _attend_locally(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     check_dropout(module, dropout)
     check_names(module, kwargs)
@@ -564,6 +569,11 @@ def _attention(
     scores = Scores.of_arguments(module, scaling, kwargs)
     settings = _settings_of(module)
     layer = None if torch.compiler.is_compiling() else layer_of(module, key)
+    ranks = over_ranks.active()
+    if ranks is not None:
+        check_over_ranks(module, ranks, query, key, attention_mask, layer, kwargs)
+        out = attend_over_ranks(ranks, *as_autocast(query, key, value), settings, scores, kwargs.get("cu_seq_lens_q"))
+        return out.transpose(1, 2), None
     given = key, value
     query, key, value = as_autocast(query, key, value)
     num_queries = query.shape[2]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .._common import checks
+from .._common import checks, over_ranks
 from ..ops import key_conv, moba_attention
 from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH
 from ._init import reset_modules
@@ -120,6 +120,8 @@ class MobaAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend within each sequence of ``x [B, N, dim]``; returns ``[B, N, dim]`` in the dtype of ``x``.
 
+        Within ``topgather.distributed.context_parallel`` ``x`` has the tokens of this rank.
+
         Raises:
             TypeError: ``x`` is not a tensor of floating-point numbers.
             ValueError: ``x`` has not the shape ``[B, N, dim]``.
@@ -133,9 +135,12 @@ class MobaAttention(nn.Module):
         value = self._split_heads(self.value_proj(x), self.num_kv_heads)
         if self.position_embedding is not None:
             query, key = self.position_embedding(query, key)
+        ranks = over_ranks.active()
         if self.key_conv_weight is not None:
-            key = key_conv(key, self.key_conv_weight)
-        out = moba_attention(query, key, value, block_size=self.block_size, top_k=self.top_k, is_causal=self.is_causal)
+            convolve = key_conv if ranks is None else ranks.key_conv
+            key = convolve(key, self.key_conv_weight)
+        attend = moba_attention if ranks is None else ranks.attend
+        out = attend(query, key, value, block_size=self.block_size, top_k=self.top_k, is_causal=self.is_causal)
         # The op lays its output out as the query is, so the heads of a token already lie side by side.
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return projected
