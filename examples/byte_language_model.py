@@ -83,7 +83,7 @@ class ByteLanguageModel(nn.Module):
         num_tokens = tokens.shape[1]
         bytes_before = [F.pad(tokens, (distance, 0))[:, :num_tokens] for distance in range(4)]
         x = self.embedding(torch.stack(bytes_before, dim=2)).flatten(2)
-        rotation = rotary_angles(num_tokens, self.head_dim)
+        rotation = rotary_angles(torch.arange(num_tokens), self.head_dim)
         for layer in self.layers:
             x = layer(x, rotation, attention)
         return self.logits(self.norm(x))
@@ -114,12 +114,18 @@ class Layer(nn.Module):
         nn.init.zeros_(self.out_proj.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: Attention,
+        tokens_before: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         normed = self.attention_norm(x)
         query = rotate(self.query_norm(self.split_heads(self.query_proj(normed))), rotation)
         # A key is made from the token before its own (arXiv 2209.11895 calls such keys smeared): a query that
         # matches it reads, in the value, the byte that came next the last time.
-        previous = F.pad(normed, (0, 0, 1, 0))[:, :-1]
+        previous = F.pad(normed, (0, 0, 1, 0))[:, :-1] if tokens_before is None else tokens_before(normed)
         key = rotate(self.key_norm(self.split_heads(self.key_proj(previous))), rotation)
         value = self.split_heads(self.value_proj(normed))
         out = attention(query, key, value)
@@ -131,10 +137,10 @@ class Layer(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
-def rotary_angles(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary position embedding (arXiv 2104.09864), each ``[N, D / 4]``."""
     frequencies = 10000 ** -torch.linspace(0, 1, head_dim // 4)
-    angles = torch.outer(torch.arange(num_tokens).float(), frequencies)
+    angles = torch.outer(positions.float(), frequencies)
     return angles.cos(), angles.sin()
 
 

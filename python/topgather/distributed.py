@@ -76,6 +76,7 @@ from ._common.library import DTYPE_CODES, sum_dtype
 from ._distributed import collectives
 from ._distributed.attention import moba_attention
 from ._distributed.cache import ShardedCache
+from ._distributed.collectives import count_bytes
 from ._distributed.context import context_parallel, key_conv
 from ._distributed.placement import shard_sequence
 from ._distributed.plan import Plan, plan
@@ -93,6 +94,7 @@ __all__ = [
     "ShardedMemoryPool",
     "clip_grad_norm_",
     "context_parallel",
+    "count_bytes",
     "key_conv",
     "moba_attention",
     "plan",

@@ -61,7 +61,7 @@ def on_pretended_ranks(num_ranks: int, run: Callable[[Any], Any]) -> list[Any]:
             shared["barrier"].abort()
 
     with (
-        mock.patch.object(collectives, "all_gather", _all_gather),
+        mock.patch.object(collectives, "_all_gather", _all_gather),
         mock.patch.object(dist, "all_to_all_single", _all_to_all),
         mock.patch.object(dist, "get_rank", lambda group: group.rank),
         mock.patch.object(dist, "get_world_size", lambda group: num_ranks),

@@ -26,7 +26,7 @@ from torch import Tensor
 from tests.common.tensors import random_tensor
 from topgather._distributed import collectives, exchange
 from topgather._distributed.plan import METHODS
-from topgather.distributed import moba_attention, shard_sequence
+from topgather.distributed import count_bytes, moba_attention, shard_sequence
 
 WORLD_SIZE = 4
 TENSORS = ("query", "key", "value")
@@ -149,11 +149,13 @@ def run(case: SequenceCase, group: Any, **changed: Any) -> Results:
 
 @contextmanager
 def counted_bytes(counts: dict[str, int], num_ranks: int) -> Iterator[None]:
-    """Adds up what this rank sends, but for agreements."""
-    gather, exchange = collectives.all_gather, dist.all_to_all_single
+    """Adds up what this rank sends, agreements by themselves."""
+    gather, exchange = collectives._all_gather, dist.all_to_all_single
 
     def counting_gather(received: Tensor, sent: Tensor, **options: Any) -> Any:
-        if sent.dtype != torch.int64:
+        if sent.dtype == torch.int64:
+            counts["agreements"] = counts.get("agreements", 0) + sent.numel() * 8 * (num_ranks - 1)
+        else:
             counts["gather"] = counts.get("gather", 0) + sent.numel() * sent.element_size() * (num_ranks - 1)
         return gather(received, sent, **options)
 
@@ -163,11 +165,11 @@ def counted_bytes(counts: dict[str, int], num_ranks: int) -> Iterator[None]:
         counts["exchange"] = counts.get("exchange", 0) + numbers * sent.element_size()
         return exchange(received, sent, received_sizes, sent_sizes, group=group)
 
-    collectives.all_gather, dist.all_to_all_single = counting_gather, counting_exchange
+    collectives._all_gather, dist.all_to_all_single = counting_gather, counting_exchange
     try:
         yield
     finally:
-        collectives.all_gather, dist.all_to_all_single = gather, exchange
+        collectives._all_gather, dist.all_to_all_single = gather, exchange
 
 
 def refused(group: Any, query: Any = None, num_tokens: int = 6, **changed: Any) -> str:
@@ -237,9 +239,9 @@ def all_cases(group_of: dict[int, Any]) -> Results:
         group = group_of[case.num_ranks]
         for method in METHODS:
             counts: dict[str, int] = {}
-            with counted_bytes(counts, case.num_ranks):
+            with counted_bytes(counts, case.num_ranks), count_bytes() as public:
                 results[name, method] = run(case, group, method=method)
-            results[name, method]["bytes"] = counts
+            results[name, method]["bytes"], results[name, method]["public"] = counts, public
     results["refusals"] = refusals(group_of[4])
     case = CASES["four"]
     whole = case.problem()

@@ -3,12 +3,14 @@
 All processes are started once, by ``mesh_worker.py``; each test looks at what one of its checks left.
 """
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from tests.distributed.mesh_worker import CHECKS, WORLD_SIZE
-from tests.distributed.ranks import results_in, run_once
+from tests.distributed.ranks import ROOT, results_in, run_once
 
 pytest.importorskip("transformers")
 
@@ -24,3 +26,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_ranks(name: str, ranks: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(ranks):
         assert result.get(name) == "fine", f"rank {rank}: {result.get(name)}"
+
+
+def test_example() -> None:
+    """Two processes train as one does; the example says so with its exit status."""
+    command = [sys.executable, ROOT / "examples" / "long_context.py", "--processes", "2", "--context", "512"]
+    done = subprocess.run([*command, "--steps", "2"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "losses differ by at most" in done.stdout and "exchange" in done.stdout

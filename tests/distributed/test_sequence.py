@@ -152,6 +152,19 @@ def test_gathered_bytes_are_those_of_the_formula(name: str, ranks: list[dict[str
         assert sent[0] == 0 and sent == sorted(sent)
 
 
+def sent_by(result: dict[Any, Any], name: str, method: str) -> int:
+    """Bytes, but for agreements."""
+    return sum(count for kind, count in result[name, method]["bytes"].items() if kind != "agreements")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_public_counts_of_bytes(method: str, ranks: list[dict[Any, Any]]) -> None:
+    for result in ranks:
+        counts, public = result["four", method]["bytes"], result["four", method]["public"]
+        assert public["all_gather"] == counts["gather"] + counts["agreements"]
+        assert public["all_to_all"] == counts["exchange"]
+
+
 def rows_elsewhere(case: SequenceCase) -> int:
     """Pairs of a query of a head and another rank with a block that it chose, by the choice of one process."""
     whole = case.problem()
@@ -191,7 +204,7 @@ def test_bytes_are_those_of_the_plan(name: str, ranks: list[dict[str, Any]]) -> 
         owners_per_query=rows / (2 * case.num_heads * case.num_tokens), **case.arguments(),
     )  # fmt: skip
     for method in METHODS:
-        sent = sum(sum(result[name, method]["bytes"].values()) for result in ranks[: case.num_ranks])
+        sent = sum(sent_by(result, name, method) for result in ranks[: case.num_ranks])
         assert round(case.num_ranks * getattr(found, method).num_bytes, 3) == sent
 
 
@@ -201,7 +214,7 @@ def test_exchanged_bytes_of_packed_sequences(ranks: list[dict[str, Any]]) -> Non
     forward, backward = (8 + 6) * 8 + 2 * 4 + 2 * 8, (2 * 8 + 6) * 8 + 2 * 4 + 3 * 8
     num_sequences, owned = 3, 3
     known = 4 * 3 * 2 * (owned * 8 * 8 + num_sequences * 8)
-    sent = sum(sum(result["packed_on_edges", "exchange"]["bytes"].values()) for result in ranks)
+    sent = sum(sent_by(result, "packed_on_edges", "exchange") for result in ranks)
     assert sent == rows_elsewhere(case) * (forward + backward) + known
 
 

@@ -4,13 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # The newer name of the same.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_counts: list[dict[str, int]] = []
+
+
+@contextmanager
+def count_bytes() -> Iterator[dict[str, int]]:
+    """Count the bytes that this process's calls of :mod:`topgather.distributed` send to other ranks.
+
+    Yields:
+        A dict that grows: ``"all_gather"`` and ``"all_to_all"``, in bytes. What ranks agree on before a call counts
+        too.
+    """
+    counts = {"all_gather": 0, "all_to_all": 0}
+    _counts.append(counts)
+    try:
+        yield counts
+    finally:
+        _counts.remove(counts)
+
+
+def _count(name: str, num_bytes: int) -> None:
+    for counts in _counts:
+        counts[name] += num_bytes
+
+
+def all_gather(received: Tensor, sent: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
+    """What each rank sends, one after the other, on all ranks."""
+    _count("all_gather", sent.nbytes * (dist.get_world_size(group) - 1))
+    return _all_gather(received, sent, group=group, async_op=async_op)
 
 
 @contextmanager
@@ -69,6 +99,7 @@ def all_to_all(
 ) -> Tensor:
     """Flat parts to each rank against flat parts from each."""
     received = sent.new_empty(sum(received_sizes))
+    _count("all_to_all", (sent.numel() - sent_sizes[dist.get_rank(group)]) * sent.element_size())
     with naming(what, group):
         dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=group)
     return received
