@@ -149,10 +149,11 @@ def run(case: SequenceCase, group: Any, **changed: Any) -> Results:
 
 @contextmanager
 def counted_bytes(counts: dict[str, int], num_ranks: int) -> Iterator[None]:
-    """Adds up what this rank sends, agreements by themselves."""
+    """Adds up what this rank sends, agreements by themselves, and notes the most that it receives at a time."""
     gather, exchange = collectives._all_gather, dist.all_to_all_single
 
     def counting_gather(received: Tensor, sent: Tensor, **options: Any) -> Any:
+        counts["most at a time"] = max(counts.get("most at a time", 0), received.nbytes)
         if sent.dtype == torch.int64:
             counts["agreements"] = counts.get("agreements", 0) + sent.numel() * 8 * (num_ranks - 1)
         else:
@@ -161,6 +162,7 @@ def counted_bytes(counts: dict[str, int], num_ranks: int) -> Iterator[None]:
 
     def counting_exchange(received: Tensor, sent: Tensor, received_sizes: Any, sent_sizes: Any, group: Any) -> Any:
         rank = dist.get_rank(group)
+        counts["most at a time"] = max(counts.get("most at a time", 0), received.nbytes)
         numbers = sum(size for other, size in enumerate(sent_sizes) if other != rank)
         counts["exchange"] = counts.get("exchange", 0) + numbers * sent.element_size()
         return exchange(received, sent, received_sizes, sent_sizes, group=group)

@@ -154,7 +154,17 @@ def test_gathered_bytes_are_those_of_the_formula(name: str, ranks: list[dict[str
 
 def sent_by(result: dict[Any, Any], name: str, method: str) -> int:
     """Bytes, but for agreements."""
-    return sum(count for kind, count in result[name, method]["bytes"].items() if kind != "agreements")
+    return sum(count for kind, count in result[name, method]["bytes"].items() if kind in ("gather", "exchange"))
+
+
+def test_heads_one_after_the_other_hold_less(ranks: list[dict[Any, Any]]) -> None:
+    """``max_gathered_bytes`` bounds what a rank receives at a time: of one key head where it is too little for more."""
+    of_all, of_one = (
+        {method: max(result[name, method]["bytes"]["most at a time"] for result in ranks) for method in METHODS}
+        for name in ("four", "a_head_at_a_time")
+    )
+    assert of_one["gather"] * 2 == of_all["gather"] == 2 * 2 * 4 * 23 * 8 * 8
+    assert of_one["exchange"] < of_all["exchange"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -384,3 +394,25 @@ def test_any_placement_is_one_process(
         of_rows = (2 if dim == 2 else 1) if part == "lse" else dim
         for rank, result in enumerate(results):
             assert_close(f"{part} of rank {rank}", result[part], mine(tensor, rank, of_rows))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_that_are_not_finite(method: str) -> None:
+    """Rows without a score above -inf, parts of rows without one, and values that are not finite."""
+    case = SequenceCase(3, num_tokens=24, num_heads=2, num_kv_heads=1, options={"block_size": 4, "top_k": None})
+    whole = case.problem()
+    whole["query"] = whole["query"].abs() + 0.1
+    whole["key"][:, :, :10] = -torch.inf  # two blocks, and half of one
+    whole["value"][:, :, 13] = torch.inf
+    expected = tg.moba_attention(*(whole[name] for name in TENSORS), return_lse=True, **case.arguments())
+    assert expected[0].isnan().any() and (expected[1] == -torch.inf).any() and expected[1].isfinite().any()
+
+    def run(group: Any) -> Any:
+        leaves = [whole[name].chunk(3, dim=2)[group.rank] for name in TENSORS]
+        return moba_attention(*leaves, group, return_lse=True, method=method, **case.arguments())
+
+    for rank, results in enumerate(on_pretended_ranks(3, run)):
+        for name, actual, tensor in zip(("out", "lse"), results, expected, strict=True):
+            wanted = tensor.chunk(3, dim=2)[rank]
+            assert torch.equal(actual.isnan(), wanted.isnan()), name
+            torch.testing.assert_close(actual, wanted, equal_nan=True, msg=name)

@@ -83,6 +83,21 @@ def choose(query: Tensor, centroids: Tensor, blocks: Blocks, top_k: int | None, 
     return by_token.index_select(1, places.padded_places.to(query.device))
 
 
+def _choose_by_heads(query: Tensor, centroids: Tensor, blocks: Blocks, options: Options) -> Tensor:
+    """As many key heads at a time as queries fit in ``max_gathered_bytes``, of which the choice makes copies."""
+    num_kv_heads, group_size = centroids.size(1), query.size(1) // centroids.size(1)
+    of_head = 3 * blocks.places.padded_tokens.numel() * group_size * query.size(2) * centroids.element_size()
+    step = max(1, min(num_kv_heads, options.max_gathered_bytes // max(of_head, 1)))
+    parts = [
+        choose(
+            query[:, first * group_size : (first + step) * group_size], centroids[:, first : first + step], blocks,
+            options.top_k, is_causal=options.is_causal,
+        )
+        for first in range(0, num_kv_heads, step)
+    ]  # fmt: skip
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 # --- which rows travel ----------------------------------------------------------------------------------------------
 
 
@@ -298,7 +313,7 @@ class Attention(torch.autograd.Function):
         blocks = blocks_of(layout, bounds, options.block_size, is_causal=options.is_causal)
         around = [blocks.transfer.fetch(tensor, layout, _TO_OWNERS) for tensor in (key, value)]
         centroids = all_centroids(blocks.owned(around[0]), blocks, layout, options.block_size)
-        choice = choose(query, centroids, blocks, options.top_k, is_causal=options.is_causal)
+        choice = _choose_by_heads(query, centroids, blocks, options)
         num_kv_heads, group_size = key.size(1), query.size(1) // key.size(1)
         traffic = _count_rows(choice, blocks, layout, num_kv_heads, _bytes_of_row(query, value), options)
         out = query.new_empty((*query.shape[:2], value.size(2)))
