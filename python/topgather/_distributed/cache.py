@@ -24,7 +24,8 @@ class ShardedCache:
     Every rank has all centroids, one key a block, and the keys of the block that is being filled, so a token's blocks
     are chosen without a message, as one cache chooses them. Each rank attends to the chosen blocks that it has; outputs
     and lse are gathered and merged in the order of ranks. All ranks call every method, with the same new tokens, and
-    get the same results. For inference: there is no gradient.
+    get the same results; that tokens and queries are the same everywhere is not looked at, which would be a message for
+    every token. For inference: there is no gradient.
 
     ::
 

@@ -6,7 +6,6 @@ its own: nothing is sent, but that gradients of what batch entries share are par
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,7 +123,6 @@ def _sharding(op: Any, rule: _Rule) -> Callable[..., Any]:
             ways.append(placed(heads, of_batch=False))
         return ways
 
-    sharding.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
     return sharding
 
 
