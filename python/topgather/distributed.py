@@ -1,9 +1,9 @@
 """Tables, sequences, caches and heads over a group of processes: ``docs/distributed.md`` says which is for what.
 
 Sequences: :func:`moba_attention`, :func:`key_conv`, :func:`shard_sequence` and, for whole models,
-:func:`context_parallel`; what they cost :func:`plan` and :func:`count_bytes` tell. Caches: :class:`ShardedCache`. Heads:
-:class:`MobaHeadwise`, and rules by which ops take DTensors. The rest of this page is about tables: memory pools whose
-table is sharded by its columns.
+:func:`context_parallel`; what they cost :func:`plan` and :func:`count_bytes` tell. Caches: :class:`ShardedCache`.
+Heads: :class:`MobaHeadwise`, and rules by which ops take DTensors. The rest of this page is about tables: memory pools
+whose table is sharded by its columns.
 
 :class:`MemoryColwise` is a style for torch's own ``parallelize_module``. The table becomes a DTensor sharded over the
 value width, so that optimizers, ``fully_shard`` over a data-parallel axis and ``torch.distributed.checkpoint`` take it
