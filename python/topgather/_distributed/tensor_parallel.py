@@ -162,6 +162,9 @@ class MobaHeadwise(ParallelStyle):
             ``num_kv_heads``.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """What ``parallelize_module`` calls."""
         if not isinstance(module, MobaAttention):
