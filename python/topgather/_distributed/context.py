@@ -65,9 +65,7 @@ def context_parallel(
             loss = F.cross_entropy(model(tokens, position_ids=positions).logits.flatten(0, 1), targets.flatten())
             loss.backward()
 
-    The backward belongs inside where layers are checkpointed (``torch.utils.checkpoint``). Set for the whole process;
-    ``torch.distributed.tensor.experimental.context_parallel`` beside it, over the same mesh and buffers cut once, is
-    for dense layers.
+    The backward belongs inside where layers are checkpointed (``torch.utils.checkpoint``). Set for the whole process.
 
     Args:
         mesh: a mesh of one dimension, or a group.
