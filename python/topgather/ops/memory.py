@@ -142,7 +142,7 @@ def expert_lookup(
         sparse_grad: whether both tables get sparse gradients, as in :func:`memory_lookup`.
 
     Returns:
-        ``[T, W]`` in the tables' dtype, differentiable with respect to ``x``, ``weights``, and both tables, to these once.
+        ``[T, W]`` in the tables' dtype, differentiable with respect to ``x``, ``weights``, and once to both tables.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
