@@ -44,8 +44,9 @@ def check_over_ranks(
     if arguments.get("seq_idx") is not None:
         raise ValueError(f"seq_idx must be None {where}: cu_seq_lens_q, of all ranks' tokens, tells packed sequences")
     positions = arguments.get("position_ids")
-    is_told = arguments.get("cu_seq_lens_q") is not None or not isinstance(positions, Tensor) or positions.ndim != 2
-    if not is_told and not _forward.remembered(_are_of_rank, positions, ranks):
+    if arguments.get("cu_seq_lens_q") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return
+    if not _forward.remembered(_are_of_rank, positions, ranks):
         raise ValueError(
             f"position_ids must be those of this rank's tokens {where}: put torch.arange(tokens) among buffers and "
             f"hand it to the model"

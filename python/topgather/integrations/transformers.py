@@ -572,7 +572,8 @@ def _attention(
     ranks = over_ranks.active()
     if ranks is not None:
         check_over_ranks(module, ranks, query, key, attention_mask, layer, kwargs)
-        out = attend_over_ranks(ranks, *as_autocast(query, key, value), settings, scores, kwargs.get("cu_seq_lens_q"))
+        query, key, value = as_autocast(query, key, value)
+        out = attend_over_ranks(ranks, query, key, value, settings, scores, kwargs.get("cu_seq_lens_q"))
         return out.transpose(1, 2), None
     given = key, value
     query, key, value = as_autocast(query, key, value)
