@@ -25,6 +25,7 @@ INDEXER_CASES: dict[str, Callable[[], Any]] = {
     "indexer open": lambda: check_route(OPEN, torch.float32, CPU),
     "indexer mean": lambda: check_route(replace(OPEN, reduction="mean"), BFLOAT16, CPU),
     "indexer sum": lambda: check_route(SUM, torch.float32, CPU),
+    "indexer small blocks": lambda: check_route(IndexCase(query_len=60, block_size=2, force_last=0), BFLOAT16, CPU),
     "indexer nonfinite": lambda: test_nan_and_inf("max", torch.float32, CPU),
 }
 
@@ -37,7 +38,7 @@ INDEXER_BUGS = [
     PlantedBug("index_route: keys behind the query count", ROUTE,
                "key >= end || key > position[e / 2]", "key >= end", "indexer open", WRONG),
     PlantedBug("index_route: keys of the next block count", ROUTE,
-               "key >= end || key > position[e / 2]", "key > position[e / 2]", "indexer", WRONG),
+               "key >= end || key > position[e / 2]", "key > position[e / 2]", "indexer small blocks", WRONG),
     PlantedBug("index_route: queries of the first head stay", ROUTE,
                "(args.heads_per_choice > 1 || block == args.force_first)", "block == args.force_first",
                "indexer sum", WRONG),
