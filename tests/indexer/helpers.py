@@ -91,7 +91,7 @@ def assert_contract(block_indices: Tensor, inputs: dict[str, Tensor], case: Inde
     is_chosen = is_chosen[..., :num_blocks]
     assert not (is_chosen & ~sees).any(), "a block that the query does not see"
     blocks = torch.arange(num_blocks)
-    is_forced = (blocks < case.force_first) | (blocks >= (visible - case.force_last)[:, None])
+    is_forced = (blocks < case.force_first) | (blocks >= (visible - case.force_last * case.is_causal)[:, None])
     is_forced = is_forced & sees
     assert (is_chosen | ~is_forced).all(), "a forced block is missing"
     is_free = (sees & ~is_forced).expand_as(scores)

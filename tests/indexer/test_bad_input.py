@@ -52,6 +52,7 @@ OF_BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 OF_ROUTE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"force_first": 2, "force_last": 3}, ValueError, "force_first and force_last must together be at most top_k, 4"),
+    ({"force_last": 2, "is_causal": False}, ValueError, "force_last must be 1, or 0, without is_causal"),
     ({"force_last": -1}, ValueError, "force_last must be between 0"),
     ({"top_k": 0}, ValueError, "top_k must be between 1"),
     ({"top_k": 2**30}, ValueError, "top_k must be at most 3"),

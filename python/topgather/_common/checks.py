@@ -56,8 +56,10 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 OPTIONS |= {
     name: partial(check_count, name) for name in ("block_size", "page_size", "top_k", "rows_step", "columns_step")
 }
-OPTIONS |= {name: partial(check_count, name, least=0) for name in ("max_seqlen", "max_seqlen_q", "max_seqlen_k")}
-OPTIONS |= {name: partial(check_count, name, least=0) for name in ("force_first", "force_last")}
+OPTIONS |= {
+    name: partial(check_count, name, least=0)
+    for name in ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "force_first", "force_last")
+}
 
 
 def check_heads(name: str, num_heads: int, other_name: str, num_kv_heads: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._common import checks
 from ..ops import BlockRouting, index_loss, index_route, moba_attention, replay
-from ..ops.indexer import index_route_op
+from ..ops.indexer import forced_last, index_route_op
 from ._init import reset_modules
 from .moba import PositionEmbedding
 
@@ -40,7 +40,7 @@ class IndexedAttention(nn.Module):
         top_k: blocks per query, the forced ones included, at least 1.
         reduction: ``"max"`` or ``"mean"`` of an index query's products with a block's keys.
         force_first: how many of the first blocks are always chosen.
-        force_last: how many of the newest blocks are; with ``force_first`` at most ``top_k``.
+        force_last: how many of the newest blocks are, with ``is_causal``; with ``force_first`` at most ``top_k``.
         bias: whether the four projections of attention add a bias; those of the indexer never do.
         is_causal: whether a token sees only itself and earlier tokens.
         position_embedding: for example a rotary embedding. Called on ``query [B, num_heads, N, head_dim]`` and ``key
@@ -98,14 +98,13 @@ class IndexedAttention(nn.Module):
         if reduction not in ("max", "mean"):
             raise ValueError(f"reduction must be 'max' or 'mean', got {reduction!r}")
         checks.check_count("force_first", force_first, least=0)
-        checks.check_count("force_last", force_last, least=0)
-        if force_first + force_last > top_k:
+        checks.check_flag("is_causal", is_causal)
+        if force_first + forced_last(force_last, is_causal) > top_k:
             raise ValueError(
                 f"force_first and force_last must together be at most top_k, {top_k}, got {force_first} and "
                 f"{force_last}"
             )
         checks.check_flag("bias", bias)
-        checks.check_flag("is_causal", is_causal)
         if position_embedding is not None and not callable(position_embedding):
             raise TypeError(f"position_embedding must be callable or None, got {type(position_embedding).__name__}")
 
@@ -202,7 +201,8 @@ class IndexedAttention(nn.Module):
 
     def _choose(self, index_query: Tensor, index_key: Tensor, query: Tensor) -> BlockRouting:
         """By the indexer; inside ``record_routing`` and ``replay_routing``, and in checkpoints, as those say."""
-        options = (self.block_size, self.top_k, self.reduction, self.is_causal, self.force_first, self.force_last)
+        last = forced_last(self.force_last, self.is_causal)
+        options = (self.block_size, self.top_k, self.reduction, self.is_causal, self.force_first, last)
         if not replay.state.is_watched:
             return index_route(index_query, index_key, *options)
         per_query = (query.size(0), self.num_heads, query.size(2))

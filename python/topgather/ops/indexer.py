@@ -56,8 +56,9 @@ def index_route(
         is_causal: whether query ``i``, at position ``i + Nk - Nq``, sees only keys up to its own position, of its own
             block too.
         force_first: how many of the first blocks are always chosen.
-        force_last: how many of the newest blocks that a query sees are always chosen: causal, its own and those just
-            before it. With ``force_first`` at most ``top_k``.
+        force_last: how many of the newest blocks that a query sees are always chosen: its own and those just before
+            it. With ``force_first`` at most ``top_k``. Without ``is_causal`` no block is the newest: 1 or 0, and
+            nothing is forced.
         num_choices: choices per query, a divisor of ``Hi`` whose groups of index heads are neighbours; ``Hi`` if None,
             and always but for ``"relu_sum"``. As many as query heads, key heads or 1 are what attention takes.
         weights: ``[B, Hi, Nq]``, the dtype of index_query or float32 (float64 for float64): a factor on each index
@@ -78,7 +79,7 @@ def index_route(
     check_reduction(reduction)
     checks.check_flag("is_causal", is_causal)
     checks.check_count("force_first", force_first, least=0)
-    checks.check_count("force_last", force_last, least=0)
+    force_last = forced_last(force_last, is_causal)
     choices = _choices(num_choices, index_query)
     if weights is not None:
         checks.check_tensor("weights", weights)
@@ -198,6 +199,17 @@ def index_loss(
     )
     mean: Tensor = losses.sum() / max(losses.numel(), 1)
     return mean
+
+
+def forced_last(force_last: Any, is_causal: bool) -> int:
+    """How many of the newest blocks are forced."""
+    checks.check_count("force_last", force_last, least=0)
+    if not is_causal and force_last > 1:
+        raise ValueError(
+            f"force_last must be 1, or 0, without is_causal, where no block is the newest, got {force_last}"
+        )
+    number: int = force_last if is_causal else 0
+    return number
 
 
 def _choices(num_choices: int | None, index_query: Tensor) -> int:

@@ -98,7 +98,7 @@ def index_route(
         top_k: slots per query, at least ``force_first + force_last``; may exceed num_blocks.
         reduction, is_causal, num_choices, weights: as in :func:`index_scores`.
         force_first: how many of the first blocks are always chosen.
-        force_last: how many of the newest visible blocks are.
+        force_last: how many of the newest visible blocks are; without ``is_causal`` none is the newest.
 
     Returns:
         int32 ``[B, Hc, Nq, top_k]``.
@@ -107,6 +107,7 @@ def index_route(
         index_query.detach(), index_key.detach(), block_size, reduction, is_causal, num_choices, weights
     )
     num_blocks = scores.shape[-1]
+    force_last = force_last if is_causal else 0
     chosen = torch.full((*scores.shape[:3], top_k), -1, dtype=torch.int32)
     scores = torch.where(scores.isnan(), torch.inf, scores).cpu()
     for query in range(scores.shape[2]):
