@@ -6,11 +6,9 @@ all ops is tested once, in ``tests/all_ops``, over these. ``tests/all_ops/test_t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, get_type_hints
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,116 +17,22 @@ from torch import Tensor
 import topgather as tg
 from tests.block_attention.helpers import AttentionCase
 from tests.block_attention.helpers import make_inputs as make_attention_inputs
+from tests.common.op_case import Inputs as Inputs
+from tests.common.op_case import OpCase as OpCase
+from tests.common.op_case import gives as _gives
+from tests.common.op_case import on as on
 from tests.common.tensors import random_tensor
 from tests.common.tolerances import accumulation_dtype
 from tests.decoding.helpers import DecodeCase, filled_cache
 from tests.grid.helpers import GridCase
 from tests.grid.helpers import make_inputs as make_grid_inputs
-from tests.indexer.helpers import IndexCase, make_attention, make_index
+from tests.indexer.helpers import IndexCase
+from tests.indexer.op_cases import INDEXER, index_cases
 from tests.key_conv.helpers import KeyConvCase
 from tests.key_conv.helpers import make_inputs as make_key_conv_inputs
 from tests.memory.helpers import LookupCase, TopkCase, make_lookup, make_topk_inputs
 
-Inputs = dict[str, Any]
 ops = torch.ops.topgather
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """One way to call an op or a public function.
-
-    ``draw(dtype, device, seed)`` gives arguments by name, tensors that require no grad. Results are named in the order
-    in which they come back; an op that writes to arguments has these as results.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    draw: Callable[[torch.dtype, torch.device, int], Inputs]
-    results: tuple[str, ...] = ("out",)
-    differentiable: tuple[str, ...] = ()
-    """Arguments that get a gradient."""
-    differentiable_results: tuple[str, ...] = ()
-    """Results that have one."""
-    written: tuple[str, ...] = ()
-    """Arguments that the call writes to."""
-
-    def __str__(self) -> str:
-        """Test id."""
-        return self.name
-
-    @property
-    def is_public(self) -> bool:
-        """Whether this calls a function of the package, rather than a registered op."""
-        return not isinstance(self.function, torch._ops.OpOverload)
-
-    @cached_property
-    def optional(self) -> frozenset[str]:
-        """Arguments that may be None."""
-        if self.is_public:
-            hints = get_type_hints(self.function)
-            return frozenset(name for name in inspect.signature(self.function).parameters if _takes_none(hints[name]))
-        arguments = self.function._schema.arguments
-        return frozenset(argument.name for argument in arguments if isinstance(argument.type, torch.OptionalType))
-
-    @cached_property
-    def example(self) -> Inputs:
-        """Arguments to look at, not to call with: which there are, and of what types and shapes."""
-        return self.inputs(torch.float32, torch.device("cpu"))
-
-    def tensors(self, *, floating: bool | None = None) -> list[str]:
-        """Names of arguments that are tensors; ``floating`` ones, the others, or all."""
-        return [
-            name
-            for name, value in self.example.items()
-            if isinstance(value, Tensor) and floating in (None, value.is_floating_point())
-        ]
-
-    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0, *, requires_grad: bool = False) -> Inputs:
-        """Fresh arguments by name; with ``requires_grad`` those that are differentiable require it."""
-        inputs = self.draw(dtype, device, seed)
-        for name in self.differentiable if requires_grad else ():
-            inputs[name].requires_grad_()
-        return inputs
-
-    def run(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Results by name."""
-        found = self.function(**inputs)
-        if self.written:
-            return {name: inputs[name] for name in self.written}
-        if isinstance(found, tg.BlockRouting):
-            found = found.block_indices
-        named = dict(zip(self.results, (found,) if isinstance(found, Tensor) else found, strict=True))
-        return {name: result.to_dense() if result.is_sparse else result for name, result in named.items()}
-
-    def everything(self, inputs: Inputs, seed: int = 0) -> dict[str, Tensor]:
-        """Results, and under ``grad_<name>`` the gradients of the arguments that require one, for random gradients."""
-        results = self.run(inputs)
-        leaves = {name: inputs[name] for name in self.differentiable if inputs[name].requires_grad}
-        if leaves:
-            outputs = [results[name] for name in self.differentiable_results if results[name].requires_grad]
-            incoming = [
-                random_tensor(tuple(output.shape), output.dtype, output.device, 100 + seed + i)
-                for i, output in enumerate(outputs)
-            ]
-            gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming)
-            results |= {f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-        return {part: tensor for name, result in results.items() for part, tensor in _parts(name, result.detach())}
-
-
-def _takes_none(hint: Any) -> bool:
-    return type(None) in getattr(hint, "__args__", ())
-
-
-def _parts(name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-    """A tensor, or the parts of a sparse one."""
-    if not tensor.is_sparse:
-        return [(name, tensor)]
-    return [(f"{name} rows", tensor.indices()), (name, tensor.values())]
-
-
-def on(device: torch.device, inputs: Inputs) -> Inputs:
-    """The same with every tensor on ``device``."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 # --- block attention --------------------------------------------------------------------------------------------------
@@ -232,10 +136,6 @@ HEADS_AND_SINKS = (*HEADS, "sinks")
 OUT_LSE = ("out", "lse")
 SAVED = (*OUT_LSE, "softmax_terms")
 GRADIENTS = ("grad_query", "grad_key", "grad_value")
-
-
-def _gives(names: tuple[str, ...], results: tuple[str, ...] = ("out",)) -> dict[str, Any]:
-    return {"results": results, "differentiable": names, "differentiable_results": results}
 
 
 def attention_cases(name: str, case: AttentionCase) -> list[OpCase]:
@@ -610,98 +510,6 @@ KEY_CONV = [
                 ops.key_conv_backward.default,
                 _keys(problem, is_backward=True),
                 ("grad_key", "grad_weight", "grad_state", "grad_bias"),
-            ),
-        )
-    ),
-]
-
-# --- the indexer ------------------------------------------------------------------------------------------------------
-
-INDEX = IndexCase(query_len=11, key_len=14, dim=8, block_size=4, top_k=3, force_first=1)
-INDEX_SUM = replace(INDEX, num_index_heads=4, num_key_heads=2, reduction="relu_sum", num_choices=2, has_weights=True)
-INDEX_LEAVES = ("index_query", "index_key", "weights")
-
-
-def _index_route(case: IndexCase, is_public: bool = True) -> Callable[..., Inputs]:
-    def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-        options = case.route()
-        if not is_public or case.num_choices is None:
-            options["num_choices"] = case.num_choices or case.num_index_heads
-        return {**make_index(case, dtype, device, seed), **options}
-
-    return draw
-
-
-def _index_loss(case: IndexCase, is_routed: bool, is_public: bool = True) -> Callable[..., Inputs]:
-    def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-        index, attention = make_index(case, dtype, device, seed), make_attention(case, dtype, device, seed)
-        routing = tg.index_route(**index, **case.route()) if is_routed else None
-        options = {"block_size": case.block_size, "is_causal": case.is_causal, "scale": 0.3}
-        # One column: a value would say nothing of lse.
-        value = attention["key"][..., :1].contiguous()
-        lse = tg.moba_attention(**attention, value=value, routing=routing, return_lse=True, **options)[1]
-        options |= {"reduction": case.reduction, "index_scale": 0.4}
-        options["num_choices"] = case.num_choices or case.num_index_heads
-        if is_public:
-            return {**index, **attention, "lse": lse, "routing": routing, **options}
-        return {
-            **index,
-            **attention,
-            "lse": lse,
-            "block_indices": None if routing is None else routing.block_indices,
-            **options,
-        }
-
-    return draw
-
-
-def _index_loss_backward(case: IndexCase, is_routed: bool) -> Callable[..., Inputs]:
-    def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-        forward = _index_loss(case, is_routed, is_public=False)(dtype, device, seed)
-        shape = (case.batch, forward["num_choices"], case.query_len)
-        return {"grad_losses": random_tensor(shape, accumulation_dtype(dtype), device, seed + 9), **forward}
-
-    return draw
-
-
-def _index_leaves(case: IndexCase) -> tuple[str, ...]:
-    return INDEX_LEAVES if case.has_weights else INDEX_LEAVES[:2]
-
-
-def index_cases(name: str, case: IndexCase, is_routed: bool) -> list[OpCase]:
-    """The public functions on one problem."""
-    suffix = f"({name})" if name else ""
-    loss = _index_loss(case, is_routed)
-    return [
-        OpCase(f"index_route{suffix}", tg.index_route, _index_route(case), ("block_indices",)),
-        OpCase(f"index_loss{suffix}", tg.index_loss, loss, **_gives(_index_leaves(case), ("loss",))),
-    ]
-
-
-INDEXER = [
-    *index_cases("", INDEX, True),
-    *index_cases("sum", INDEX_SUM, False),
-    *(
-        case
-        for problem, is_routed, suffix in ((INDEX, True, ""), (INDEX_SUM, False, "(sum)"))
-        for case in (
-            OpCase(
-                f"ops.index_route{suffix}",
-                ops.index_route.default,
-                _index_route(problem, is_public=False),
-                ("block_indices",),
-            ),
-            OpCase(
-                f"ops.index_loss{suffix}",
-                ops.index_loss.default,
-                _index_loss(problem, is_routed, is_public=False),
-                **_gives(_index_leaves(problem), ("losses",)),
-            ),
-            OpCase(
-                f"ops.index_loss_backward{suffix}",
-                ops.index_loss_backward.default,
-                _index_loss_backward(problem, is_routed),
-                ("grad_index_query", "grad_index_key", "grad_weights"),
             ),
         )
     ),
