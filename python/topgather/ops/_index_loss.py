@@ -96,12 +96,12 @@ class Problem:
         """What ``work(batch, choice)`` gives, in order. Work writes to nothing that other work does."""
         tasks = list(product(range(self.query.size(0)), range(self.num_choices)))
 
-        is_inference = torch.is_inference_mode_enabled()
+        # Another thread knows of no mode of the caller's.
+        without_gradient = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
         def alone(task: tuple[int, int]) -> Result:
-            # The arguments are what autocast has made of them. Another thread knows of no mode of the caller's.
-            of_caller = torch.inference_mode(is_inference)
-            with torch.no_grad(), of_caller, torch.autocast(self.query.device.type, enabled=False):
+            # The arguments are what autocast has made of them.
+            with without_gradient(), torch.autocast(self.query.device.type, enabled=False):
                 return work(*task)
 
         if self.query.device.type != "cpu":
