@@ -97,6 +97,7 @@ bench: install
 	$(RUN) bench/grid.py
 	$(RUN) bench/key_conv.py
 	$(RUN) bench/decode.py
+	$(RUN) bench/indexer.py
 
 clean:
 	rm -rf $(VENV) build

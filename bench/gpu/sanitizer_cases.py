@@ -139,6 +139,25 @@ KEY_CONV_CASES = (
 )
 
 
+@dataclass(frozen=True)
+class IndexCase:
+    """An indexer's choice, of small integers: what is exact is chosen alike."""
+
+    dtype: torch.dtype
+    dim: int
+    num_tokens: int = 150
+    block_size: int = 9
+    top_k: int = 4
+    reduction: str = "max"
+
+
+INDEX_CASES = (
+    IndexCase(torch.bfloat16, 72),
+    IndexCase(torch.float16, 200, block_size=40, top_k=2),
+    IndexCase(torch.float32, 24, reduction="relu_sum"),
+)
+
+
 def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
     """query, key, value ``[1, H, N, D]``, leaves of the graph, and grad_out."""
     generator = torch.Generator().manual_seed(0)
@@ -273,11 +292,21 @@ def key_conv_results(case: KeyConvCase, device: torch.device) -> tuple[list[Tens
     return actual, expected
 
 
+def index_results(case: IndexCase, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Choices, as numbers."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(1, heads, case.num_tokens, case.dim) for heads in (4, 2)]
+    query, key = (torch.randint(-2, 3, shape, generator=generator).to(device, case.dtype) for shape in shapes)
+    options = (case.block_size, case.top_k, case.reduction, True, 1)
+    actual = tg.index_route(query, key, *options).block_indices
+    return [actual.float()], [tg.reference.index_route(query, key, *options).float()]
+
+
 def main() -> int:
     """Run every case; returns 0 if all agree with the reference."""
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
     num_failed = 0
-    cases = (*CASES, *MEMORY_CASES, *GRID_CASES, *DECODE_CASES, *KEY_CONV_CASES)
+    cases = (*CASES, *MEMORY_CASES, *GRID_CASES, *DECODE_CASES, *KEY_CONV_CASES, *INDEX_CASES)
     for case in cases:
         if isinstance(case, MemoryCase):
             actual, expected = memory_results(case, device)
@@ -287,6 +316,8 @@ def main() -> int:
             actual, expected = decode_results(case, device)
         elif isinstance(case, KeyConvCase):
             actual, expected = key_conv_results(case, device)
+        elif isinstance(case, IndexCase):
+            actual, expected = index_results(case, device)
         else:
             torch.use_deterministic_algorithms(case.is_deterministic)
             actual = run_case(case, device)

@@ -96,5 +96,5 @@ def assert_close(
 def assert_bitwise_equal(name: str, actual: Tensor, expected: Tensor) -> None:
     """The same bits, NaN payloads and signs of zero included."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: dtype or shape differs"
-    same = actual.contiguous().view(torch.uint8).equal(expected.contiguous().view(torch.uint8))
+    same = actual.reshape(-1).view(torch.uint8).equal(expected.reshape(-1).view(torch.uint8))
     assert same, f"{name}: bits differ"

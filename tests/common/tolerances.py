@@ -70,6 +70,21 @@ TOLERANCES = {
         reason="centroid and dot product both accumulate in float32 (float64 for float64); the tie margin "
         "must hold for every pair of every query, hence twice the factor",
     ),
+    ("index_scores", "forward"): Tolerance(
+        storage=0,
+        accumulation=8,
+        reason="dot products and what is summed of them accumulate in float32 (float64 for float64); as block_scores",
+    ),
+    ("index_loss", "loss"): Tolerance(
+        storage=0,
+        accumulation=4,
+        reason="of 16-bit numbers, too, all is made in float32 and stored there; lse is taken as it is given",
+    ),
+    ("index_loss", "gradients"): Tolerance(
+        storage=1,
+        accumulation=8,
+        reason="made in float32 of scores and weights made anew, summed over queries or keys, rounded once",
+    ),
     ("moba_attention", "out"): Tolerance(
         storage=4,
         accumulation=2,

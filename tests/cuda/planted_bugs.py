@@ -26,6 +26,7 @@ from tests.cuda.planted_bug import PlantedBug
 from tests.cuda.planted_groups import HEADER, NUMBER, Build, builds_of
 from tests.decoding.planted_bugs import DECODE_BUGS, DECODE_CASES, DECODE_UNITS
 from tests.grid.planted_bugs import GRID_BUGS, GRID_CASES, GRID_UNITS
+from tests.indexer.planted_bugs import INDEXER_BUGS, INDEXER_CASES, INDEXER_UNITS
 from tests.key_conv.planted_bugs import KEY_CONV_BUGS, KEY_CONV_CASES, KEY_CONV_UNITS
 from tests.memory.planted_bugs import MEMORY_BUGS, MEMORY_CASES, MEMORY_UNITS
 
@@ -42,10 +43,11 @@ CASES: dict[str, Callable[[], Any]] = {
     **GRID_CASES,
     **KEY_CONV_CASES,
     **DECODE_CASES,
+    **INDEXER_CASES,
 }
 # What is compiled for an edit of a file, if not the file alone: enough for the case to meet the bug.
-UNITS = {**BLOCK_ATTENTION_UNITS, **MEMORY_UNITS, **GRID_UNITS, **KEY_CONV_UNITS, **DECODE_UNITS}
-BUGS = [*BLOCK_ATTENTION_BUGS, *MEMORY_BUGS, *GRID_BUGS, *KEY_CONV_BUGS, *DECODE_BUGS]
+UNITS = {**BLOCK_ATTENTION_UNITS, **MEMORY_UNITS, **GRID_UNITS, **KEY_CONV_UNITS, **DECODE_UNITS, **INDEXER_UNITS}
+BUGS = [*BLOCK_ATTENTION_BUGS, *MEMORY_BUGS, *GRID_BUGS, *KEY_CONV_BUGS, *DECODE_BUGS, *INDEXER_BUGS]
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

@@ -141,7 +141,8 @@ def test_sanitizer_cases_agree_with_the_reference(
     cases = load("sanitizer_cases")
     monkeypatch.setattr(sys, "argv", ["sanitizer_cases.py", "cpu"])
     assert cases.main() == 0
-    kinds = (cases.CASES, cases.MEMORY_CASES, cases.GRID_CASES, cases.DECODE_CASES, cases.KEY_CONV_CASES)
+    names = ("CASES", *(f"{kind}_CASES" for kind in ("MEMORY", "GRID", "DECODE", "KEY_CONV", "INDEX")))
+    kinds = [getattr(cases, name) for name in names]
     num_cases = sum(len(kind) for kind in kinds)
     assert f"{num_cases} of {num_cases} cases agree" in capsys.readouterr().out
 

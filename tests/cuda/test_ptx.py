@@ -21,6 +21,7 @@ from tests.emulation.ptx.cases import (
     DecodeCase,
     FilteredRouteCase,
     GridCase,
+    IndexRouteCase,
     KeyConvCase,
     MemoryCase,
     MobaCase,
@@ -417,6 +418,8 @@ KERNEL_CASES: list[Case] = [
     *(KeyConvCase(dtype, head_dim=7, num_tokens=21, has_options=True) for dtype in FLOAT_TYPES),
     *(DecodeCase(dtype) for dtype in FLOAT_TYPES),
     *(DecodeCase(dtype, head_dim=21, value_dim=70, block_size=16, top_k=2) for dtype in FLOAT_TYPES),
+    *(IndexRouteCase(dtype) for dtype in FLOAT_TYPES),
+    *(IndexRouteCase(dtype, dim=128, is_sum=True) for dtype in FLOAT_TYPES),
 ]
 
 

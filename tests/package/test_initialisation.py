@@ -45,6 +45,7 @@ MAKE: dict[str, list[Callable[[], nn.Module]]] = {
     ],
     "PeerMemory": [lambda: peer(query_norm="batch", track_usage=True), lambda: peer(query_norm="rms")],
     "MobaAttention": [lambda: tg.nn.MobaAttention(128, 2, kernel_size=3, bias=True)],
+    "IndexedAttention": [lambda: tg.nn.IndexedAttention(128, 2, index_dim=32, bias=True)],
     "SparseSelfAttention2d": [
         lambda: tg.nn.SparseSelfAttention2d(128, 2, grid_size=9, relative_position_bias=True),
         lambda: tg.nn.SparseSelfAttention2d(128, 2, window_size=4, qkv_bias=False),

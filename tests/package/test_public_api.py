@@ -22,10 +22,14 @@ DECODE_FUNCTIONS = ["moba_decode"]
 KEY_CONV_FUNCTIONS = ["key_conv"]
 MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup"]
 GRID_FUNCTIONS = ["grid_attention", "window_attention"]
-FUNCTIONS = [*MOBA_FUNCTIONS, *DECODE_FUNCTIONS, *KEY_CONV_FUNCTIONS, *MEMORY_FUNCTIONS, *GRID_FUNCTIONS]
+INDEX_FUNCTIONS = ["index_route", "index_loss"]
+ATTENTION_FUNCTIONS = [*MOBA_FUNCTIONS, *DECODE_FUNCTIONS, *KEY_CONV_FUNCTIONS, *INDEX_FUNCTIONS]
+FUNCTIONS = [*ATTENTION_FUNCTIONS, *MEMORY_FUNCTIONS, *GRID_FUNCTIONS]
 SOURCES = {
     **{name: ["2502.13189"] for name in [*MOBA_FUNCTIONS, *DECODE_FUNCTIONS]},
     "key_conv": ["2511.11571"],
+    "index_route": ["2606.13392", "2512.02556"],
+    "index_loss": ["2606.13392"],
     "product_key_topk": ["2412.09764", "1907.05242"],
     "memory_lookup": ["2412.09764"],
     "expert_lookup": ["2407.04153", "2412.09764"],
@@ -123,6 +127,26 @@ def test_signatures() -> None:
         "moba_route_varlen": route,
         "block_centroids": {"block_size": 128, "cu_seqlens": None, "max_seqlen": None},
         "moba_decode": {"top_k": 8, "scale": None, "num_tokens": None, "return_lse": False, "routing": None, **scores},
+        "index_route": {
+            "block_size": 128,
+            "top_k": 16,
+            "reduction": "max",
+            "is_causal": True,
+            "force_first": 0,
+            "force_last": 1,
+            "num_choices": None,
+            "weights": None,
+        },
+        "index_loss": {
+            "routing": None,
+            "block_size": 128,
+            "reduction": "max",
+            "is_causal": True,
+            "scale": None,
+            "index_scale": None,
+            "num_choices": None,
+            "weights": None,
+        },
         "key_conv": {"cu_seqlens": None, "state": None, "bias": None, "activation": "silu"},
         "product_key_topk": {},
         "memory_lookup": {
@@ -144,7 +168,8 @@ def test_ops_are_registered() -> None:
     memory = ["product_key_topk", "memory_lookup", "memory_dot", "memory_backward", "memory_backward_sparse"]
     decode = ["moba_cache_append", "moba_decode_route", "moba_decode"]
     rest = ["grid_attention", "grid_attention_backward", "key_conv", "key_conv_backward"]
-    for name in [*moba, *decode, *memory, *rest]:
+    index = ["index_route", "index_loss", "index_loss_backward"]
+    for name in [*moba, *decode, *memory, *rest, *index]:
         assert str(getattr(torch.ops.topgather, name).default._schema).startswith(f"topgather::{name}(")
 
 

@@ -56,7 +56,10 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 OPTIONS |= {
     name: partial(check_count, name) for name in ("block_size", "page_size", "top_k", "rows_step", "columns_step")
 }
-OPTIONS |= {name: partial(check_count, name, least=0) for name in ("max_seqlen", "max_seqlen_q", "max_seqlen_k")}
+OPTIONS |= {
+    name: partial(check_count, name, least=0)
+    for name in ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "force_first", "force_last")
+}
 
 
 def check_heads(name: str, num_heads: int, other_name: str, num_kv_heads: int) -> None:
@@ -125,10 +128,15 @@ def _check_number(name: str, value: Any, is_allowed: Callable[[float], bool], al
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
+def check_finite(name: str, value: Any) -> None:
+    """Raise unless ``value`` is None or a finite number."""
+    _check_number(name, value, lambda number: abs(number) <= sys.float_info.max, "finite")
+
+
 @option
 def check_scale(value: Any) -> None:
     """Raise unless ``value`` is None or a finite number."""
-    _check_number("scale", value, lambda scale: abs(scale) <= sys.float_info.max, "finite")
+    check_finite("scale", value)
 
 
 @option

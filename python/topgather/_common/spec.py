@@ -43,6 +43,8 @@ class Op:
         cuda_check: raises for what the CUDA kernels do not take.
         composed_on_cuda: returns the results by torch's own ops for sizes that the CUDA kernel does not take, else
             None.
+        composed: returns the results by torch's own ops on every device: there is no native entry point. ``results``
+            then says what they look like.
         locals: further values by name, in order.
         inputs: by argument, the tensor as the native side takes it, made of the argument (a parameter ``tensor``) and
             of whatever else the function names.
@@ -74,6 +76,7 @@ class Op:
     check_content: Function | None = None
     cuda_check: Function | None = None
     composed_on_cuda: Function | None = None
+    composed: Function | None = None
     locals: Mapping[str, Function] = field(default_factory=dict)
     inputs: Mapping[str, Function] = field(default_factory=dict)
     zeroed: tuple[str, ...] = ()
@@ -284,6 +287,9 @@ class _Generator:
         for name, function in op.locals.items():
             source.line(f"{name} = {source.call(function, names)}")
             names[name] = name
+        if op.composed is not None:
+            source.line(f"return {source.call(op.composed, names)}")
+            return source.compiled(f"{device}_kernel")
         if self.results:
             source.line(f"{self._returned()} = {source.call(op.results, names)}")
         for name in op.zeroed if device == "cpu" else ():

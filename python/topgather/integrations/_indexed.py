@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..ops import BlockRouting
+from ..ops import BlockRouting, index_route
 from . import _forward
 from ._arguments import by_us
 from ._attend import PackedRows
@@ -117,17 +117,7 @@ def _projected(indexer: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _choose(indexer: Any, query: Tensor, key: Tensor) -> Tensor:
     """Of one sequence, ``query [M, H, D]`` at the end of ``key [N, 1, D]``: int32 ``[H, M, k]``."""
-    num_queries, num_keys = query.shape[0], key.shape[0]
-    num_blocks = max(1, -(-num_keys // indexer.block_size))
-    positions = torch.arange(num_queries, device=query.device) + (num_keys - num_queries)
-    scores = query.transpose(0, 1) @ key[:, 0].T
-    is_later = torch.arange(num_keys, device=query.device) > positions[:, None]
-    scores = scores.masked_fill(is_later, -torch.inf)
-    scores = pad(scores, (0, num_blocks * indexer.block_size - num_keys), value=-torch.inf)
-    block_scores = scores.unflatten(-1, (num_blocks, indexer.block_size)).amax(dim=-1)
-    if indexer.local_blocks > 0:
-        newest = positions[:, None] // indexer.block_size - torch.arange(indexer.local_blocks, device=query.device)
-        newest = newest.clamp(min=0).expand(block_scores.shape[0], -1, -1)
-        block_scores = block_scores.scatter(-1, newest, torch.inf)
-    best, chosen = block_scores.topk(min(indexer.topk_blocks, num_blocks), dim=-1)
-    return chosen.masked_fill(best == -torch.inf, -1).to(torch.int32)
+    slots = min(indexer.topk_blocks, max(1, -(-key.shape[0] // indexer.block_size)))
+    forced = min(indexer.local_blocks, slots)
+    query, key = (tensor.transpose(0, 1)[None] for tensor in (query, key))
+    return index_route(query, key, indexer.block_size, slots, force_last=forced).block_indices[0]

@@ -3,10 +3,12 @@
 from ._tables import memory_parameter_groups
 from ._usage import MemoryUsage
 from .grid import LearnableFeatureFusion, SparseSelfAttention2d
+from .indexer import IndexedAttention
 from .memory import MemoryPool, PeerMemory, ProductKeyMemory
 from .moba import MobaAttention
 
 __all__ = [
+    "IndexedAttention",
     "LearnableFeatureFusion",
     "MemoryPool",
     "MemoryUsage",

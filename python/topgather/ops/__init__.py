@@ -4,6 +4,7 @@ The ops of decoding have no functions here: :mod:`topgather.cache`, which builds
 """
 
 from .grid import grid_attention, window_attention
+from .indexer import index_loss, index_route
 from .key_conv import key_conv
 from .memory import expert_lookup, memory_lookup, product_key_topk
 from .moba import (
@@ -22,6 +23,8 @@ __all__ = [
     "block_centroids",
     "expert_lookup",
     "grid_attention",
+    "index_loss",
+    "index_route",
     "key_conv",
     "memory_lookup",
     "moba_attention",

@@ -6,6 +6,7 @@ the compiled module, and run on any device torch runs on.
 
 from .decode import moba_decode, moba_decode_route
 from .grid import grid_attention, grid_groups, window_attention, window_groups
+from .indexer import index_loss, index_route, index_scores
 from .key_conv import key_conv
 from .memory import expert_lookup, memory_lookup, product_key_scores, product_key_topk, product_key_weights
 from .moba import block_centroids, block_scores, moba_attention, moba_route
@@ -16,6 +17,9 @@ __all__ = [
     "expert_lookup",
     "grid_attention",
     "grid_groups",
+    "index_loss",
+    "index_route",
+    "index_scores",
     "key_conv",
     "memory_lookup",
     "moba_attention",

@@ -410,7 +410,37 @@ class KeyConvCase:
         )
 
 
-Case = MobaCase | FilteredRouteCase | ProductKeyCase | MemoryCase | GridCase | DecodeCase | KeyConvCase
+@dataclass(frozen=True)
+class IndexRouteCase:
+    """The indexer's choice; with ``is_sum`` of weighted sums over two index heads a choice."""
+
+    dtype: torch.dtype
+    dim: int = 40
+    is_sum: bool = False
+
+    least_launches = 1
+
+    def __str__(self) -> str:
+        return "-".join(["index_route", FLOAT_TYPES[self.dtype], str(self.dim)] + ["sum"] * self.is_sum)
+
+    def run(self, recorder: Recorder) -> None:
+        """Forced and scored blocks, and queries that see fewer than they may choose."""
+        heads, choices, tokens = 4, 2 if self.is_sum else 4, 70
+        recorder.call(
+            "index_route",
+            index_query=recorder.random(1, heads, tokens, self.dim, dtype=self.dtype),
+            index_key=recorder.random(1, 2, tokens, self.dim, dtype=self.dtype),
+            weights=recorder.random(1, heads, tokens, dtype=torch.float32) if self.is_sum else None,
+            block_size=9,
+            reduction_code=2 if self.is_sum else int(self.dtype == torch.float16),
+            is_causal=True,
+            force_first=1,
+            force_last=int(not self.is_sum),
+            block_indices=recorder.zeros(1, choices, tokens, 4, dtype=torch.int32),
+        )
+
+
+Case = MobaCase | FilteredRouteCase | ProductKeyCase | MemoryCase | GridCase | DecodeCase | KeyConvCase | IndexRouteCase
 
 
 def record(module: ModuleType, case: Case) -> Recorder:
