@@ -83,6 +83,9 @@ void complete(CacheAppendParams& params) {
 void complete(DecodeRouteParams& params) {
   complete_problem(params.problem, params.query, params.centroids, params.page_size);
   params.problem.top_k = params.block_indices.sizes[3];
+  require(params.force_first >= 0 && params.force_last >= 1,
+          "force_first must be at least 0, and force_last at least 1");
+  require(params.force_first <= params.problem.top_k - params.force_last, "no more blocks can be forced than top_k");
 }
 
 void complete(DecodeParams& params) {

@@ -13,6 +13,7 @@
 
 #include "../common/array.h"
 #include "../common/fields.h"
+#include "../common/route_options.h"
 #include "../common/score_options.h"
 
 namespace topgather {
@@ -50,7 +51,8 @@ struct CacheAppendParams {
 };
 TOPGATHER_FIELDS(CacheAppendParams, problem, key, value, key_pages, value_pages, centroids)
 
-struct DecodeRouteParams {
+struct DecodeRouteParams : RouteOptions {
+  using Shared = RouteOptions;
   DecodeProblem problem;
   Array<const void, 4> query;      // [batch, query head, M, D] dtype
   Array<const void, 4> centroids;  // [page, kv head, ceil(page_size / block_size), D] float32, float64 for float64

@@ -69,6 +69,10 @@ void complete(CentroidParams& params) {
 void complete(MobaRouteParams& params) {
   swap_packed(params.problem, params.query, params.key);
   complete_problem(params);
+  if (!params.problem.is_causal) params.force_last = 0;
+  require(params.force_first >= 0 && params.force_last >= (params.problem.is_causal ? 1 : 0),
+          "force_first must be at least 0, and force_last at least 1 where causal");
+  require(params.force_first <= params.problem.top_k - params.force_last, "no more blocks can be forced than top_k");
 }
 
 void complete(MobaForwardParams& params) {

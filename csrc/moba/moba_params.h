@@ -7,6 +7,7 @@
 
 #include "../common/array.h"
 #include "../common/fields.h"
+#include "../common/route_options.h"
 #include "../common/score_options.h"
 
 namespace topgather {
@@ -44,7 +45,8 @@ TOPGATHER_FIELDS(CentroidParams, key, block_size, cu_seqlens, num_threads, centr
 
 // Shapes are those of dense problems. Packed ones: query, key, value, out and their gradients are [token, head, dim],
 // block_indices [head, token, K], lse and grad_lse [head, token]. A choice head is a query head, a key head or all heads.
-struct MobaRouteParams {
+struct MobaRouteParams : RouteOptions {
+  using Shared = RouteOptions;
   MobaProblem problem;
   Array<const void, 4> query;       // [batch, query head, query, D] dtype
   Array<const void, 4> key;         // [batch, kv head, key, D] dtype

@@ -510,11 +510,12 @@ ARITHMETIC = [
 
 CHOICES = [
     PlantedBug("route: own block dropped", ROUTE_ROWS,
-               "choices[num_kept++] = own_block;", "choices[num_kept++] = -1;", "routing", WRONG_CHOICE),
+               "choices[num_kept++] = forced.own_block - i;", "choices[num_kept++] = -1;", "routing", WRONG_CHOICE),
     PlantedBug("route: own block dropped, long lists", ROUTE,
-               "choices[num_kept] = own_block;", "choices[num_kept] = -1;", "routing by warps", WRONG_CHOICE),
+               "choices[slot] = forced.own_block + 1 - (num_chosen - slot); } for", "choices[slot] = -1; } for",
+               "routing by warps", WRONG_CHOICE),
     PlantedBug("route: own block ranked with those before it", ROUTE_ROWS,
-               "geometry.is_causal ? (own > 0 ? own : 0)", "geometry.is_causal ? own + 1", "routing", WRONG_CHOICE),
+               "geometry.is_causal ? own + 1 :", "geometry.is_causal ? own + 2 :", "routing", WRONG_CHOICE),
     PlantedBug("route: ties go to the later block", ROUTE,
                "beats_this = !(score <= scores[r]), beats_one_before = !(score <= scores[r - 1]);",
                "beats_this = !(score < scores[r]), beats_one_before = !(score < scores[r - 1]);",

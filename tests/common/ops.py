@@ -183,12 +183,12 @@ def _attention(
     return draw
 
 
-def _route(case: AttentionCase, is_packed: bool) -> Callable[..., Inputs]:
+def _route(case: AttentionCase, is_packed: bool, **options: int) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         heads = _heads(case, dtype, device, seed, is_packed)
         del heads["value"]
         bounds = _bounds(device) if is_packed else {}
-        return {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
+        return {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True, **options}
 
     return draw
 
@@ -272,6 +272,12 @@ BLOCK_ATTENTION = [
         **_gives(HEADS_AND_SINKS, OUT_LSE),
     ),
     OpCase("moba_route_varlen", tg.moba_route_varlen, _route(SMALL, True), ("block_indices",)),
+    OpCase(
+        "moba_route(forced)",
+        tg.moba_route,
+        _route(replace(SMALL, top_k=4), False, force_first=1, force_last=2),
+        ("block_indices",),
+    ),
     OpCase("ops.block_centroids", ops.block_centroids.default, _centroids(SMALL), **_gives(("key",), ("centroids",))),
     OpCase("block_centroids(packed)", tg.block_centroids, _packed_centroids, **_gives(("key",), ("centroids",))),
     OpCase(

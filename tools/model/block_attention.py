@@ -50,6 +50,8 @@ def route(problem: Problem, direction: str) -> list[Launch]:
         Passes("if (head_dim == kHeadDim)", 0),  # the compiler lays the product without branches last
         Passes("} else if (args.list_length <= 8)", 0),
         Passes("while (marked != 0)", insertions(problem.num_blocks, list_length)),
+        Passes("for (int32_t block = 0; block < forced.num_first", 0),
+        Passes("for (int32_t i = forced.num_last - 1", 1),
         Passes("for (int slot = num_kept", 0),
     )
     bytes_moved = problem.num_rows * (problem.row_bytes + 4 * problem.top_k)
@@ -88,6 +90,8 @@ def route_filter(problem: Problem, direction: str) -> list[Launch]:
         Passes("for (int first = 0; first < num_open", round(32 * OPEN_BLOCKS / 4)),
         Passes("for (int i = 0; i < num_open", MOST_OPEN_BLOCKS),
         Passes("for (int other = 0; other < num_open", MOST_OPEN_BLOCKS),
+        Passes("for (int32_t block = 0; block < forced.num_first", 0),
+        Passes("for (int32_t i = forced.num_last - 1", 1),
         Passes("for (int slot = num_kept", 0),
     )
     bytes_moved = problem.num_rows * (problem.row_bytes + 4 * problem.top_k)

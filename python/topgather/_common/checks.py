@@ -56,7 +56,10 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 OPTIONS |= {
     name: partial(check_count, name) for name in ("block_size", "page_size", "top_k", "rows_step", "columns_step")
 }
-OPTIONS |= {name: partial(check_count, name, least=0) for name in ("max_seqlen", "max_seqlen_q", "max_seqlen_k")}
+OPTIONS |= {
+    name: partial(check_count, name, least=0)
+    for name in ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "force_first", "force_last")
+}
 
 
 def check_heads(name: str, num_heads: int, other_name: str, num_kv_heads: int) -> None:
@@ -74,6 +77,23 @@ def check_slots(top_k: int, leading: Sequence[int], num_blocks: int) -> None:
         raise ValueError(
             f"top_k must be at most {num_blocks}, the number of blocks, for so many queries: block_indices "
             f"{[*leading, top_k]} would be padding for the most part, got {top_k}"
+        )
+
+
+def check_forced(force_first: int, force_last: int, top_k: int | None, is_causal: bool = True) -> None:
+    """Raise unless so many blocks can stand in every choice; a ``top_k`` of None is all of them."""
+    check_count("force_first", force_first, least=0)
+    check_count("force_last", force_last, least=0)
+    if is_causal and force_last < 1:
+        raise ValueError("force_last must be at least 1 with is_causal, where a query's own block is always chosen")
+    if not is_causal and force_last > 1:
+        raise ValueError(
+            f"force_last must be 1, or 0, without is_causal, where no block is the newest, got {force_last}"
+        )
+    num_forced = force_first + (force_last if is_causal else 0)
+    if top_k is not None and num_forced > 1 and num_forced > top_k:
+        raise ValueError(
+            f"top_k must be at least what force_first and force_last make together, {num_forced}, got {top_k}"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._common import checks
 from ..ops import BlockRouting, replay
+from ..ops.moba import NONE_FORCED, check_none_forced
 from ._base import BaseCache
 from ._checks import check_no_gradient
 from .contiguous import MobaCache
@@ -28,6 +29,8 @@ class _Options(TypedDict, total=False):
     routing: BlockRouting | None
     softcap: float | None
     sinks: Tensor | None
+    force_first: int
+    force_last: int
 
 
 # fmt: off
@@ -57,6 +60,8 @@ def moba_decode(
     routing: BlockRouting | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    force_first: int = 0,
+    force_last: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from the newest tokens to a cache that holds them already (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -78,6 +83,8 @@ def moba_decode(
             query heads, key heads or 1; ``top_k`` is then not looked at.
         softcap: if given, scaled scores become ``softcap * tanh(score / softcap)``, as in :func:`moba_attention`.
         sinks: ``[Hq]``, a logit per head that joins each row's softmax, as in :func:`moba_attention`.
+        force_first, force_last: how many of the first and of the newest blocks are in every choice, as in
+            :func:`moba_route`; with ``routing`` they are left as they are.
 
     Returns:
         ``out [B, Hq, M, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also ``lse [B, Hq, M]``,
@@ -120,12 +127,15 @@ def moba_decode(
     longest = cache.max_seq_len if lengths is None else max(lengths, default=0)
     num_blocks = max(1, -(-longest // cache.block_size))
 
+    forced = (force_first, force_last)
     if routing is None:
         if top_k is not None:
             checks.check_count("top_k", top_k)
+        checks.check_forced(*forced, top_k)
+        slots = num_blocks if top_k is None else min(top_k, num_blocks)
         arguments = (
             query, cache.centroids, cache.seq_lens, cache.page_table, count_tensor, cache.block_size, cache.page_size,
-            num_blocks if top_k is None else min(top_k, num_blocks),
+            slots, *(forced if sum(forced) <= slots else NONE_FORCED),
         )  # fmt: skip
         route = torch.ops.topgather.moba_decode_route.default
         if top_k is not None and replay.state.is_watched:
@@ -136,6 +146,7 @@ def moba_decode(
         else:
             block_indices = route(*arguments)
     else:
+        check_none_forced(forced)
         block_indices = _choice_of(routing, cache)
     factor = cache.head_dim**-0.5 if scale is None else float(scale)
     if query_len >= _PREFILL_TOKENS and _is_dense_problem(cache, lengths, counts, query_len):

@@ -79,10 +79,14 @@ def _check_route(
     key: Tensor,
     block_size: int,
     top_k: int,
+    is_causal: bool,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    force_first: int,
+    force_last: int,
 ) -> None:
     _check(query, key, cu_seqlens_q, cu_seqlens_k)
+    checks.check_forced(force_first, force_last, top_k, is_causal)
     num_keys = key.size(2) if cu_seqlens_k is None else key.size(0)
     checks.check_slots(top_k, per_query(query), num_slots(None, num_keys, block_size))
 
@@ -260,6 +264,8 @@ def _folds(cu_seqlens_q: Tensor | None) -> bool:
 # Arguments of attention and of its gradient. Places of what is there stay: later ones end both schemas.
 _ATTENTION = "bool deterministic=False, float? softcap=None"
 _SEQUENCES = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+# Arguments of every op that chooses blocks by scores.
+FORCED = "SymInt force_first=0, SymInt force_last=1"
 _BOUNDARIES = {"cu_seqlens_q": tensors.boundaries, "cu_seqlens_k": tensors.boundaries}
 _BATCH = dict.fromkeys(("query", "key", "value", "block_indices", "out", "lse", "softmax_terms"), 0)
 
@@ -283,7 +289,7 @@ moba_route = register(
     Op(
         # No backward: the choice of blocks has no gradient.
         schema="moba_route(Tensor query, Tensor key, SymInt block_size, SymInt top_k, bool is_causal, "
-        f"{_SEQUENCES}) -> Tensor block_indices",
+        f"{_SEQUENCES}, {FORCED}) -> Tensor block_indices",
         check=_check_route,
         check_content=_check_content,
         cuda_check=_cuda_check,

@@ -20,6 +20,8 @@ def moba_decode_route(
     block_size: int,
     top_k: int,
     num_tokens: Tensor | None = None,
+    force_first: int = 0,
+    force_last: int = 1,
 ) -> Tensor:
     """Blocks that the newest queries of each sequence choose.
 
@@ -30,13 +32,16 @@ def moba_decode_route(
         block_size: tokens in a block, at least 1.
         top_k: slots per query, at least 1.
         num_tokens: ``[B]``, integer, how many of the M queries each sequence has; None for all.
+        force_first, force_last: as in :func:`topgather.reference.moba_route`.
 
     Returns:
         int32 ``[B, Hq, M, top_k]``: ascending, -1 for unused slots and for queries that are padding.
     """
     chosen = torch.full((*query.shape[:3], top_k), -1, dtype=torch.int32, device=query.device)
     for b, (length, count) in enumerate(_lengths(query, seq_lens, num_tokens)):
-        rows = moba_route(query[b : b + 1, :, :count], key[b : b + 1, :, :length], block_size, top_k)
+        rows = moba_route(
+            query[b : b + 1, :, :count], key[b : b + 1, :, :length], block_size, top_k, True, force_first, force_last
+        )
         chosen[b, :, :count] = rows[0]
     return chosen
 

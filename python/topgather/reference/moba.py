@@ -68,7 +68,15 @@ def block_scores(query: Tensor, key: Tensor, block_size: int) -> Tensor:
     return query.double() @ centroids.transpose(-2, -1)
 
 
-def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causal: bool = True) -> Tensor:
+def moba_route(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    top_k: int,
+    is_causal: bool = True,
+    force_first: int = 0,
+    force_last: int = 1,
+) -> Tensor:
     """Blocks each query attends to (MoBA, arXiv 2502.13189, section 2.2). No gradient flows through the
     choice.
 
@@ -81,6 +89,10 @@ def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causa
     blocks, the own block not forced. Where fewer blocks are eligible than ``top_k``, all of them are chosen,
     a score of -inf included. A NaN score ranks as +inf.
 
+    Forced blocks. The first ``force_first`` blocks, as far as they are eligible, and, causal, the ``force_last`` newest
+    ones up to the own count as of the ``top_k`` whatever their scores; of ``force_last`` 1 that is the own block. One
+    that is both counts once.
+
     Ties. Of equal scores, the lower block index is preferred.
 
     Order. Indices ascend, and -1 fills the unused slots at the end.
@@ -91,6 +103,8 @@ def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causa
         block_size: tokens in a block, at least 1.
         top_k: slots per query, at least 1; may exceed num_blocks.
         is_causal: whether a query sees only keys at or before its position.
+        force_first: how many of the first blocks are forced.
+        force_last: how many of the newest blocks are forced, at least 1; not looked at unless causal.
 
     Returns:
         int32 ``[B, Hq, Nq, top_k]``.
@@ -106,10 +120,11 @@ def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causa
         position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
         own_block = torch.div(position, block_size, rounding_mode="floor")
         is_eligible = (block_idx <= own_block[:, None]) & (position >= 0)[:, None]
-        is_forced = block_idx == own_block[:, None]
+        is_forced = is_eligible & (block_idx > own_block[:, None] - force_last)
     else:
         is_eligible = torch.ones(num_queries, num_blocks, dtype=torch.bool, device=device)
         is_forced = torch.zeros_like(is_eligible)
+    is_forced = is_forced | (is_eligible & (block_idx < force_first))
 
     # Two stable sorts, the less significant key first: eligibility cannot be folded into the score, because
     # an eligible block may itself score -inf. Stability is what sends ties to the lower index.
