@@ -41,6 +41,12 @@ void complete_problem(Params& params) {
   require(problem.cu_seqlens_q.sizes[0] == problem.cu_seqlens_k.sizes[0], "cu_seqlens must come in pairs");
   require(!is_packed || params.query.sizes[0] == 1, "packed tensors have a batch of 1");
   require(problem.num_threads >= 1, "num_threads must be at least 1");
+  if constexpr (requires { params.window; }) {
+    require(params.window >= 0 && (params.window == 0 || problem.is_causal),
+            "window must be at least 0, and 0 unless causal");
+    // Longer ones see nothing more, and need more slots.
+    problem.window = params.window < problem.key_len ? params.window : problem.key_len;
+  }
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
 //   lse_i = log sum_t exp(scale * dot(query_i, key_t))
 //
 // With a softcap c, scaled scores s become c * tanh(s / c). A sink joins the softmax's sum and no value: out_i is
-// multiplied with exp(lse_i) / (exp(lse_i) + exp(sink)).
+// multiplied with exp(lse_i) / (exp(lse_i) + exp(sink)). With a window, blocks that it adds stand in the same lists, and
+// blocks that a query sees from the window's start on, edges, in lists of their own.
 //
 // Who owns what: a task is one QueryRange of one head and owns its rows of out and lse. It visits key blocks in
 // ascending order; each block stays in cache while the range's queries that chose it stream past in tiles of
@@ -35,7 +36,7 @@
 #include "../cpu/tile_gemm.h"
 #include "moba_cpu.h"
 #include "moba_forward_amx.h"
-#include "moba_layout.h"
+#include "moba_window_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
@@ -129,7 +130,8 @@ struct ForwardTask {
   const MobaForwardParams& params;
   int64_t padded_value_dim;
 
-  int32_t* cursors;  // [num_blocks]
+  int32_t* cursors;  // [lists_per_block * num_blocks]
+  int32_t* joined;   // [range queries, num_slots]; none without a window
   BlockLists lists;
   T* running_out;    // [range queries, padded V], sum of weights x values relative to the running maximum
   T* running_max;    // [range queries], base-2 exponent
@@ -151,9 +153,11 @@ struct ForwardTask {
         amx(p.problem, p, kTileKeys, scratch)
 #endif
   {
-    cursors = scratch.take<int32_t>(num_blocks);
-    lists.offsets = scratch.take<int32_t>(num_blocks + 1);
-    lists.queries = scratch.take<int32_t>(range_queries * p.problem.top_k);
+    const int64_t num_lists = lists_per_block(p.problem) * num_blocks, slots = num_slots(p.problem);
+    cursors = scratch.take<int32_t>(num_lists);
+    joined = scratch.take<int32_t>(p.problem.window > 0 ? range_queries * slots : 0);
+    lists.offsets = scratch.take<int32_t>(num_lists + 1);
+    lists.queries = scratch.take<int32_t>(range_queries * slots);
     running_out = scratch.take<T>(range_queries * padded_value_dim);
     running_max = scratch.take<T>(range_queries);
     running_sum = scratch.take<T>(range_queries);
@@ -179,27 +183,35 @@ struct ForwardTask {
   }
 
   // Steps 2 to 6. The num_following queries after the tile's own are what the next call will gather.
+  // is_edge: they see the tile's keys from their windows' starts on.
   void attend(const QueryRange& range, const Storage* range_query, const int32_t* queries, int64_t count,
-              int64_t num_following, KeyTile<Storage>& tile) {
+              int64_t num_following, KeyTile<Storage>& tile, bool is_edge) {
     const MobaProblem& problem = params.problem;
-    IntegerVector<T> limits[kMaxVectors];
+    IntegerVector<T> limits[kMaxVectors], starts[kMaxVectors];
+    // What no query sees is left out. The first one's window begins first.
+    const int64_t skipped = is_edge ? keys_before_window(problem, range, queries[0], tile.first_key, tile.num_keys) : 0;
+    const int64_t first_key = tile.first_key + skipped;
     const TileVisibility visibility =
-        visible_keys<T>(problem, range, queries, count, tile.first_key, tile.num_keys, limits);
+        visible_keys<T>(problem, range, queries, count, first_key, tile.num_keys - skipped, limits);
     if (visibility.max_keys == 0) return;
+    const int64_t last_start =
+        is_edge ? window_starts<T>(problem, range, queries, count, first_key, visibility.max_keys, starts) : 0;
     prefetch_rows(running_out, padded_value_dim, queries, count, padded_value_dim);
     prefetch_rows(range_query, params.query.strides[2], queries + count, num_following, problem.head_dim);
-    const bool hides_keys = visibility.min_keys < visibility.max_keys;
+    const bool hides_keys = visibility.min_keys < visibility.max_keys || last_start > 0;
+    // On the unit a query's keys begin with the tile's.
+    const bool is_on_unit = uses_matrix_unit<Storage>(params.scale) && !is_edge;
     // The matrix unit multiplies whole steps of 32 keys.
-    const int64_t num_multiplied = uses_matrix_unit<Storage>(params.scale)
-                                       ? min64(tile.num_keys, round_up(visibility.max_keys, 32))
-                                       : visibility.max_keys;
+    const int64_t num_multiplied =
+        is_on_unit ? min64(tile.num_keys, round_up(visibility.max_keys, 32)) : visibility.max_keys;
+    const int64_t first_hidden = last_start > 0 ? 0 : visibility.min_keys;
     const bool hides_only_finite =
-        all_finite(tile.value_rows + visibility.min_keys * params.value.strides[2], params.value.strides[2],
-                   num_multiplied - visibility.min_keys, problem.value_dim);
+        all_finite(tile.value_rows + (skipped + first_hidden) * params.value.strides[2], params.value.strides[2],
+                   num_multiplied - first_hidden, problem.value_dim);
     RunningSoftmax<T, kTileQueries> running;
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
-      if (uses_matrix_unit<Storage>(params.scale) && hides_only_finite) {
+      if (is_on_unit && hides_only_finite) {
         const auto limit_of = [&](int64_t i) {
           return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.max_keys;
         };
@@ -212,17 +224,21 @@ struct ForwardTask {
 #endif
     if (hides_keys && !hides_only_finite) {
       // A hidden key weighs 0, but 0 x inf is NaN: one query at a time there is nothing hidden to multiply with.
-      for (int64_t i = 0; i < count; ++i) attend(range, range_query, queries + i, 1, 0, tile);
+      for (int64_t i = 0; i < count; ++i) attend(range, range_query, queries + i, 1, 0, tile, is_edge);
       return;
     }
     if (tile.keys.data == nullptr) densify(tile);
-    make_scores<kTileQueries>(params, range_query, queries, count, tile.keys, visibility.max_keys, query_tile, scores);
+    const RowBlock<T> keys{tile.keys.data + skipped * tile.keys.row_stride, tile.keys.row_stride};
+    const RowBlock<T> values{tile.values.data + skipped * tile.values.row_stride, tile.values.row_stride};
+    make_scores<kTileQueries>(params, range_query, queries, count, keys, visibility.max_keys, query_tile, scores);
     if (hides_keys) {
-      hide_later_keys(scores, kTileQueries, ceil_div(count, kLanes<T>), visibility.min_keys, visibility.max_keys,
-                      limits, -std::numeric_limits<T>::infinity());
+      constexpr T kLowest = -std::numeric_limits<T>::infinity();
+      const int64_t num_vectors = ceil_div(count, kLanes<T>);
+      hide_later_keys(scores, kTileQueries, num_vectors, visibility.min_keys, visibility.max_keys, limits, kLowest);
+      hide_earlier_keys(scores, kTileQueries, num_vectors, last_start, starts, kLowest);
     }
     softmax(visibility.max_keys, queries, count, running);
-    tile_gemm<false>(GemmOperands<T>{scores, 1, kTileQueries, tile.values.data, tile.values.row_stride, out_tile,
+    tile_gemm<false>(GemmOperands<T>{scores, 1, kTileQueries, values.data, values.row_stride, out_tile,
                                      padded_value_dim, visibility.max_keys},
                      count, padded_value_dim);
     add_to_running(queries, count, running.rescale, out_tile, padded_value_dim);
@@ -263,18 +279,22 @@ struct ForwardTask {
     }
   }
 
-  // Calls visit(block, num_visible) for the chosen blocks of which the query sees num_visible > 0 keys.
+  // Calls visit(first_key, end) for the keys that the query sees, block by block.
   template <typename Visit>
   void for_each_block_of(const QueryRange& range, int64_t query, const Visit& visit) const {
     const MobaProblem& problem = params.problem;
     const Sequence& sequence = range.sequence;
     const int64_t row = sequence.query_start + range.first_query + query;
-    const int32_t* choices = choices_of_query(params, sequence.batch_idx, range.head_idx, row);
+    const int32_t* choices = problem.window > 0 ? joined + query * num_slots(problem)
+                                                : choices_of_query(params, sequence.batch_idx, range.head_idx, row);
     const int64_t position = range.first_query + query + sequence.position_offset;
     const int64_t end = problem.is_causal ? min64(position + 1, sequence.key_len) : sequence.key_len;
-    for (int64_t slot = 0; slot < problem.top_k; ++slot) {
-      const int64_t first_key = choices[slot] * problem.block_size;
-      if (first_key >= 0 && first_key < end) visit(choices[slot], min64(problem.block_size, end - first_key));
+    const int64_t lists = lists_per_block(problem);
+    for (int64_t slot = 0; slot < num_slots(problem); ++slot) {
+      if (choices[slot] < 0) continue;
+      const int64_t first_key = choices[slot] / lists * problem.block_size;
+      const int64_t seen_from = choices[slot] % lists == 0 ? first_key : position + 1 - problem.window;
+      if (first_key < end) visit(seen_from, min64(first_key + problem.block_size, end));
     }
   }
 
@@ -293,9 +313,8 @@ struct ForwardTask {
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
     const Storage* query_row = params.query.at<Storage>(sequence.batch_idx, range.head_idx, row);
     T largest = -std::numeric_limits<T>::infinity();
-    for_each_block_of(range, query, [&](int64_t block, int64_t num_visible) {
-      const int64_t first_key = block * problem.block_size;
-      for (int64_t key = first_key; key < first_key + num_visible; ++key) {
+    for_each_block_of(range, query, [&](int64_t first_key, int64_t end) {
+      for (int64_t key = first_key; key < end; ++key) {
         const Storage* key_row = params.key.at<Storage>(sequence.batch_idx, kv_head, sequence.key_start + key);
         T score = 0;
         for (int64_t d = 0; d < problem.head_dim; ++d) score += to_compute(query_row[d]) * to_compute(key_row[d]);
@@ -317,7 +336,7 @@ struct ForwardTask {
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
     const int32_t* choices = choices_of_query(params, sequence.batch_idx, range.head_idx, first_row);
     const RoutingFault fault =
-        build_range_lists(problem, range, choices, params.block_indices.strides[2], cursors, lists);
+        build_range_lists(problem, range, choices, params.block_indices.strides[2], joined, cursors, lists);
     if (fault.kind != RoutingFault::kNone) return fault;
     for (int64_t i = 0; i < range.num_queries * padded_value_dim; ++i) running_out[i] = 0;
     for (int64_t i = 0; i < range.num_queries; ++i) {
@@ -325,10 +344,10 @@ struct ForwardTask {
       running_sum[i] = 0;
     }
     const Storage* range_query = params.query.at<Storage>(sequence.batch_idx, range.head_idx, first_row);
+    const int64_t lists_of_block = lists_per_block(problem);
     for (int64_t block = 0; block < sequence.num_blocks; ++block) {
-      const int32_t* queries = lists.queries + lists.offsets[block];
-      const int64_t num_queries = lists.offsets[block + 1] - lists.offsets[block];
-      if (num_queries == 0) continue;
+      const int32_t* offsets = lists.offsets + block * lists_of_block;
+      if (offsets[0] == offsets[lists_of_block]) continue;
       const int64_t block_end = min64((block + 1) * problem.block_size, sequence.key_len);
       const int64_t last_position_in = block_end - range.first_query - sequence.position_offset;
       for (int64_t first_key = block * problem.block_size; first_key < block_end; first_key += kTileKeys) {
@@ -345,13 +364,18 @@ struct ForwardTask {
           amx.pack(tile.key_rows, params.key.strides[2], tile.value_rows, params.value.strides[2], num_keys);
         }
 #endif
-        for (int64_t i = 0; i < num_queries;) {
-          const bool half =
-              uses_matrix_unit<Storage>(params.scale) || (problem.is_causal && queries[i] < last_position_in);
-          const int64_t count = min64(half ? kHalfQueries : kTileQueries, num_queries - i);
-          const int64_t num_following = min64(kHalfQueries, num_queries - i - count);
-          attend(range, range_query, queries + i, count, num_following, tile);
-          i += count;
+        for (int64_t list = 0; list < lists_of_block; ++list) {
+          const bool is_edge = list > 0;
+          const int32_t* queries = lists.queries + offsets[list];
+          const int64_t num_queries = offsets[list + 1] - offsets[list];
+          for (int64_t i = 0; i < num_queries;) {
+            const bool half = uses_matrix_unit<Storage>(params.scale) || is_edge ||
+                              (problem.is_causal && queries[i] < last_position_in);
+            const int64_t count = min64(half ? kHalfQueries : kTileQueries, num_queries - i);
+            const int64_t num_following = min64(kHalfQueries, num_queries - i - count);
+            attend(range, range_query, queries + i, count, num_following, tile, is_edge);
+            i += count;
+          }
         }
       }
     }
@@ -413,7 +437,7 @@ void for_each_range(const MobaProblem& problem, int num_workers, const RunRange&
 // Multiply-adds of one product of chosen queries with keys: what the number of threads is judged by.
 inline double pair_operations(const MobaProblem& problem, const RangeExtent& extent) {
   const double keys_per_query =
-      static_cast<double>(min64(problem.top_k, extent.max_blocks)) * static_cast<double>(problem.block_size);
+      static_cast<double>(min64(num_slots(problem), extent.max_blocks)) * static_cast<double>(problem.block_size);
   const double num_rows = static_cast<double>(problem.num_query_heads) * static_cast<double>(problem.query_len) *
                           (problem.cu_seqlens_q.data == nullptr ? static_cast<double>(problem.batch_size) : 1.0);
   return num_rows * keys_per_query * static_cast<double>(problem.head_dim + problem.value_dim);

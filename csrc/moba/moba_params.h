@@ -29,6 +29,7 @@ struct MobaProblem {
   int64_t value_dim;  // 0 where there are no values
   int64_t top_k;
   int64_t heads_per_choice;  // query heads that share a choice: head h goes by row h / heads_per_choice
+  int64_t window;            // positions that a query sees whatever it chose, at most key_len; 0: none
 };
 TOPGATHER_FIELDS(MobaProblem, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, num_threads)
 
@@ -55,8 +56,8 @@ struct MobaRouteParams : RouteOptions {
 };
 TOPGATHER_FIELDS(MobaRouteParams, problem, query, key, block_indices)
 
-struct MobaForwardParams : ScoreOptions {
-  using Shared = ScoreOptions;
+struct MobaForwardParams : BlockScoreOptions {
+  using Shared = BlockScoreOptions;
   MobaProblem problem;
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
@@ -70,8 +71,8 @@ struct MobaForwardParams : ScoreOptions {
 };
 TOPGATHER_FIELDS(MobaForwardParams, problem, query, key, value, block_indices, sinks, out, lse, softmax_terms)
 
-struct MobaBackwardParams : ScoreOptions {
-  using Shared = ScoreOptions;
+struct MobaBackwardParams : BlockScoreOptions {
+  using Shared = BlockScoreOptions;
   MobaProblem problem;
   bool deterministic;                     // on CUDA: the same bits every time; the CPU's always are
   Array<const void, 4> query;             // [batch, query head, query, D] dtype

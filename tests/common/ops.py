@@ -155,8 +155,9 @@ def _routing(case: AttentionCase, heads: Inputs, bounds: Inputs) -> Tensor:
 
 
 def _scores(num_heads: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """What changes scores: a cap and sinks."""
-    return {"softcap": 1.5, "sinks": random_tensor((num_heads,), accumulation_dtype(dtype), device, seed + 6)}
+    """What changes scores and what is seen: a cap, sinks and a window."""
+    sinks = random_tensor((num_heads,), accumulation_dtype(dtype), device, seed + 6)
+    return {"softcap": 1.5, "sinks": sinks, "window": 6}
 
 
 def _shared_routing(case: AttentionCase, heads: Inputs, bounds: Inputs, num_choice_heads: int) -> Tensor:
@@ -220,7 +221,8 @@ def _attention_op(case: AttentionCase, is_packed: bool, is_backward: bool) -> Ca
         grad_out, grad_lse = (random_tensor(tuple(t.shape), t.dtype, device, seed + 5) for t in (out, lse))
         saved = {"out": out, "lse": lse, "block_indices": choice}
         # A graph compiled by an earlier release gives no softmax_terms.
-        tail |= {"softcap": scores["softcap"], "softmax_terms": softmax_terms} if is_packed else {}
+        if is_packed:
+            tail |= {"softcap": scores["softcap"], "window": scores["window"], "softmax_terms": softmax_terms}
         return {"grad_out": grad_out, "grad_lse": grad_lse, **heads, **saved, **tail}
 
     return draw

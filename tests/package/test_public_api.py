@@ -105,7 +105,7 @@ def test_signatures() -> None:
         for name in FUNCTIONS
     }
     forced = {"force_first": 0, "force_last": 1}
-    scores = {"softcap": None, "sinks": None, **forced}
+    scores = {"softcap": None, "sinks": None, **forced, "window": None}
     attention = {
         "block_size": 128,
         "top_k": None,

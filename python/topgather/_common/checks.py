@@ -152,6 +152,13 @@ def check_sinks(value: Any) -> None:
         check_tensor("sinks", value)
 
 
+@option
+def check_window(value: Any) -> None:
+    """Raise unless ``value`` is None or an int of at least 1."""
+    if value is not None:
+        check_count("window", value)
+
+
 def check_logit_per_head(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:
     """Raise unless ``sinks`` has one logit per query head."""
     check_sum_operand("sinks", sinks, "query", query)

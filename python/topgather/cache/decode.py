@@ -31,6 +31,7 @@ class _Options(TypedDict, total=False):
     sinks: Tensor | None
     force_first: int
     force_last: int
+    window: int | None
 
 
 # fmt: off
@@ -62,6 +63,7 @@ def moba_decode(
     sinks: Tensor | None = None,
     force_first: int = 0,
     force_last: int = 1,
+    window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from the newest tokens to a cache that holds them already (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -85,6 +87,8 @@ def moba_decode(
         sinks: ``[Hq]``, a logit per head that joins each row's softmax, as in :func:`moba_attention`.
         force_first, force_last: how many of the first and of the newest blocks are in every choice, as in
             :func:`moba_route`; with ``routing`` they are left as they are.
+        window: if given, a query sees the newest ``window`` keys up to its own as well as those of its blocks, as in
+            :func:`moba_attention`.
 
     Returns:
         ``out [B, Hq, M, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also ``lse [B, Hq, M]``,
@@ -109,6 +113,7 @@ def moba_decode(
     checks.check_scale(scale)
     checks.check_softcap(softcap)
     checks.check_sinks(sinks)
+    checks.check_window(window)
     checks.check_flag("return_lse", return_lse)
     if query.dtype != cache.dtype:
         raise TypeError(f"query must have the cache's dtype, {cache.dtype}, got {query.dtype}")
@@ -154,12 +159,12 @@ def moba_decode(
         with torch.autocast(query.device.type, enabled=False):
             out, lse, _ = torch.ops.topgather.moba_attention.default(
                 query, cache.key_pages[:, :, :longest], cache.value_pages[:, :, :longest], block_indices,
-                cache.block_size, True, factor, softcap=softcap, sinks=sinks,
+                cache.block_size, True, factor, softcap=softcap, sinks=sinks, window=window,
             )  # fmt: skip
     else:
         out, lse = torch.ops.topgather.moba_decode.default(
             query, cache.key_pages, cache.value_pages, block_indices, cache.seq_lens, cache.page_table, count_tensor,
-            cache.block_size, factor, softcap, sinks,
+            cache.block_size, factor, softcap, sinks, window,
         )  # fmt: skip
     if lengths is None and cache.has_spare_rows:
         # Nobody may have seen that a sequence grew past its limit, into rows that are there.

@@ -224,7 +224,8 @@ register(
 register(
     Op(
         schema="moba_decode(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_indices, "
-        f"{_LENGTHS}, float scale, float? softcap=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+        f"{_LENGTHS}, float scale, float? softcap=None, Tensor? sinks=None, SymInt? window=None) "
+        "-> (Tensor out, Tensor lse)",
         check=_check_decode,
         cuda_check=_cuda_check_query,
         inputs={**_CONTIGUOUS, "block_indices": tensors.contiguous_rows, "sinks": tensors.sums_like_query},

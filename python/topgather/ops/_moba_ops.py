@@ -37,6 +37,8 @@ def _check(
     value: Tensor | None = None,
     block_indices: Tensor | None = None,
     sinks: Tensor | None = None,
+    is_causal: bool = True,
+    window: int | None = None,
 ) -> None:
     """What types, shapes, dtypes, strides and devices can say about a call of an op that has these arguments."""
     packed = cu_seqlens_q is not None
@@ -67,6 +69,8 @@ def _check(
         checks.check_size("cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0), "size of cu_seqlens_q")
     if sinks is not None:
         checks.check_logit_per_head(sinks, query_shape[1], query)
+    if window is not None and not is_causal:
+        raise ValueError(f"window must be None without is_causal, where no token is the newest, got {window}")
     if block_indices is None:
         return
     checks.check_dtype("block_indices", block_indices, torch.int32)
@@ -264,6 +268,7 @@ def _folds(cu_seqlens_q: Tensor | None) -> bool:
 # Arguments of attention and of its gradient. Places of what is there stay: later ones end both schemas.
 _ATTENTION = "bool deterministic=False, float? softcap=None"
 _SEQUENCES = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+_WINDOW = "SymInt? window=None"
 # Arguments of every op that chooses blocks by scores.
 FORCED = "SymInt force_first=0, SymInt force_last=1"
 _BOUNDARIES = {"cu_seqlens_q": tensors.boundaries, "cu_seqlens_k": tensors.boundaries}
@@ -304,7 +309,7 @@ register(
     Op(
         schema="moba_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
         "Tensor out, Tensor lse, Tensor block_indices, SymInt block_size, bool is_causal, float scale, "
-        f"{_SEQUENCES}, {_ATTENTION}, Tensor? softmax_terms=None) "
+        f"{_SEQUENCES}, {_ATTENTION}, Tensor? softmax_terms=None, {_WINDOW}) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
         check=_check_backward,
         check_content=_check_content,
@@ -329,7 +334,7 @@ moba_attention = register(
     Op(
         schema="moba_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, SymInt block_size, "
         f"bool is_causal, float scale, {_SEQUENCES}, {_ATTENTION}, "
-        "Tensor? sinks=None) -> (Tensor out, Tensor lse, Tensor softmax_terms)",
+        f"Tensor? sinks=None, {_WINDOW}) -> (Tensor out, Tensor lse, Tensor softmax_terms)",
         check=_check,
         check_content=_check_content,
         cuda_check=_cuda_check,

@@ -146,10 +146,11 @@ def moba_route_varlen(
 
 
 class ScoreOptions(TypedDict, total=False):
-    """What attention makes of scores: every option that only the op itself looks at, checked by its name."""
+    """Every option of attention that only the op itself looks at, checked by its name."""
 
     softcap: float | None
     sinks: Tensor | None
+    window: int | None
 
 
 class _Options(ScoreOptions, total=False):
@@ -193,6 +194,7 @@ def moba_attention(
     sinks: Tensor | None = None,
     force_first: int = 0,
     force_last: int = 1,
+    window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the ``top_k`` best key blocks of each query (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -222,6 +224,9 @@ def moba_attention(
             count it.
         force_first, force_last: how many of the first and of the newest blocks are in every choice, as in
             :func:`moba_route`; with ``routing`` they are left as they are.
+        window: if given, a query at position ``p`` sees the keys at ``p - window + 1`` to ``p`` as well as those of its
+            blocks, each once; at least 1, with ``is_causal`` only. Whole blocks or not, they do not count as of
+            ``top_k``, and the choice does not know of them.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also
@@ -230,8 +235,8 @@ def moba_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride, device or option; ``top_k`` and ``routing`` given and not agreeing; blocks
-            forced beside a ``routing``, or more of them than ``top_k``;
+        ValueError: a wrong shape, stride, device or option; ``top_k`` and ``routing`` given and not agreeing; a
+            ``window`` without ``is_causal``; blocks forced beside a ``routing``, or more of them than ``top_k``;
             ``routing`` with other heads than query's, key's or 1, or naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
 
@@ -240,7 +245,7 @@ def moba_attention(
     """
     return _attend(
         query, key, value, _DENSE, block_size, top_k, is_causal, scale, return_lse, routing, deterministic,
-        (force_first, force_last), softcap=softcap, sinks=sinks,
+        (force_first, force_last), softcap=softcap, sinks=sinks, window=window,
     )  # fmt: skip
 
 
@@ -283,6 +288,7 @@ def moba_attention_varlen(
     sinks: Tensor | None = None,
     force_first: int = 0,
     force_last: int = 1,
+    window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`moba_attention` (MoBA, arXiv 2502.13189, section 2.2) for sequences packed one after the other.
 
@@ -300,7 +306,7 @@ def moba_attention_varlen(
             sequence.
         routing: as in :func:`moba_attention`, with ``block_indices [H, total_q, top_k]``, ``H`` of query heads, key
             heads or 1.
-        deterministic, softcap, sinks, force_first, force_last: as in :func:`moba_attention`.
+        deterministic, softcap, sinks, force_first, force_last, window: as in :func:`moba_attention`.
 
     Returns:
         ``out [total_q, Hq, Dv]``; with ``return_lse`` also ``lse [Hq, total_q]``.
@@ -316,7 +322,7 @@ def moba_attention_varlen(
     sequences = _packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _attend(
         query, key, value, sequences, block_size, top_k, is_causal, scale, return_lse, routing, deterministic,
-        (force_first, force_last), softcap=softcap, sinks=sinks,
+        (force_first, force_last), softcap=softcap, sinks=sinks, window=window,
     )  # fmt: skip
 
 

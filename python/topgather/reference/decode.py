@@ -57,6 +57,7 @@ def moba_decode(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest queries of each sequence over the blocks they chose.
 
@@ -69,7 +70,7 @@ def moba_decode(
         block_size: tokens in a block, at least 1.
         num_tokens: ``[B]``, integer, how many of the M queries each sequence has; None for all.
         scale: factor on the scores, any finite float; None means ``D ** -0.5``.
-        softcap, sinks: as in :func:`topgather.reference.moba_attention`.
+        softcap, sinks, window: as in :func:`topgather.reference.moba_attention`.
 
     Returns:
         out, float64 ``[B, Hq, M, Dv]``, and lse, float64 ``[B, Hq, M]``: 0 and -inf for queries that are padding or
@@ -87,6 +88,7 @@ def moba_decode(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            window=window,
         )
         out[b, :, :count], lse[b, :, :count] = rows[0][0], rows[1][0]
     return out, lse

@@ -150,13 +150,15 @@ def moba_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over exactly the keys it sees (MoBA, arXiv 2502.13189, section 2).
 
     Query i sees key t if ``t // block_size`` is among its ``block_indices`` and, when causal, ``t <= i + Nk -
     Nq``: the token-level causal mask always holds, so a routed block after the query's own contributes
-    nothing. A key that is not seen has no influence, whatever its value; NaN and inf behave as in dense
-    attention over the keys that are seen.
+    nothing. With a window it also sees the keys at its position and the ``window - 1`` before it. A key that is
+    not seen has no influence, whatever its value; NaN and inf behave as in dense attention over the keys that
+    are seen.
 
     A query that sees no key gives out 0, lse -inf and gradients 0. A query that sees keys whose scores are
     all -inf gives NaN, as plain softmax does.
@@ -174,6 +176,7 @@ def moba_attention(
             section 2). None leaves them as they are.
         sinks: ``[Hq]``, any floating dtype: a logit per head that joins the softmax's sum and has no value (gpt-oss,
             arXiv 2508.10925; attention sinks, arXiv 2309.17453). lse does not count it.
+        window: how many keys up to its own a query sees whatever its blocks, at least 1, causal only; None for none.
 
     Returns:
         out, float64 ``[B, Hq, Nq, Dv]``, and lse, the natural log of the sum of exponentials of the scaled and
@@ -187,7 +190,7 @@ def moba_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
 
-    visible = visible_keys(_expand_heads(block_indices, num_heads), key.shape[2], block_size, is_causal)
+    visible = visible_keys(_expand_heads(block_indices, num_heads), key.shape[2], block_size, is_causal, window)
     sees_any = visible.any(dim=-1, keepdim=True)
 
     scores = _scores(query, key, visible) * scale
@@ -209,7 +212,9 @@ def moba_attention(
     return out, lse
 
 
-def visible_keys(block_indices: Tensor, num_keys: int, block_size: int, is_causal: bool) -> Tensor:
+def visible_keys(
+    block_indices: Tensor, num_keys: int, block_size: int, is_causal: bool, window: int | None = None
+) -> Tensor:
     """Dense mask of the keys each query sees.
 
     Args:
@@ -217,6 +222,7 @@ def visible_keys(block_indices: Tensor, num_keys: int, block_size: int, is_causa
         num_keys: Nk.
         block_size: tokens in a block, at least 1.
         is_causal: whether a query sees only keys at or before its position.
+        window: how many keys up to its own a query sees whatever its blocks, causal only; None for none.
 
     Returns:
         bool ``[B, Hq, Nq, Nk]``.
@@ -233,6 +239,8 @@ def visible_keys(block_indices: Tensor, num_keys: int, block_size: int, is_causa
     visible = is_chosen[..., key_position // block_size]
     if is_causal:
         query_position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
+        if window is not None:
+            visible = visible | (key_position > query_position[:, None] - window)
         visible = visible & (key_position <= query_position[:, None])
     return visible
 
