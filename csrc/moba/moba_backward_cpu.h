@@ -115,7 +115,8 @@ struct BackwardTask {
       }
     }
 #endif
-    make_scores<kTileQueries>(params, query, queries, count, keys, num_keys, query_columns, weights);
+    make_scores<kTileQueries>(params, query, params.query.strides[2], queries, count, keys, num_keys, query_columns,
+                              weights);
   }
 
   // Keys first_key .. of the block, and where their gradients are added up.
@@ -284,7 +285,7 @@ class Backward {
     prepared_ = prepared.get();
 
     for_each_range(
-        problem_, num_workers, [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
+        problem_, 1, num_workers, [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
           const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
           int32_t* cursors = scratch.of(worker).template take<int32_t>(num_cursors() + num_joined());
           return prepare_range<Storage>(params_, range, cursors + num_cursors(), cursors, at.lists, at.delta);

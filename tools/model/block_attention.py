@@ -150,7 +150,10 @@ ATTEND = KernelModel(
     attend,
     tile="for (int round = 0",
     threads=128,
-    rare=("last_start_up_to", "cap_scores", "hide_keys", "for (int first_key = 0", "if (end <= 0) after_scores"),
+    rare=(
+        *("last_start_up_to", "cap_scores", "hide_keys", "for (int first_key = first_seen", "keys_before_window"),
+        "if (end <= 0) after_scores",
+    ),
 )
 
 # --- merge ------------------------------------------------------------------------------------------------------------
@@ -336,9 +339,9 @@ def _attend_backward_kernel(block_size: int) -> KernelModel:
         rare=(
             "last_start_up_to", "has_unusual_chunks", "multiply_visible", "backward::multiply_visible", "cap_score",
             "slope_of_cap", "weigh<true>", "is_unusual = ", "const auto of_lse = read", "terms.largest = of",
-            "terms.factor = of", "const bool is_visible = first_key", "weights[n][e] = is_visible",
-            "d_scores[n][e] = is_visible", "float4& place", "const float4 before", "place = make_float4",
-            "if (n * 16 >= num_columns) continue",
+            "terms.factor = of", "const bool is_visible = terms.sees", "sees", "keys_before_window",
+            "weights[n][e] = is_visible", "d_scores[n][e] = is_visible", "float4& place", "const float4 before",
+            "place = make_float4", "if (n * 16 >= num_columns) continue",
         ),
         directions=("backward",), variant=", block_size > 64" if is_wide else "",
         block_sizes=(block_size,),
