@@ -33,18 +33,18 @@ def check_choice(query: Tensor, key: Tensor, block_size: int, top_k: int, is_cau
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("forced", FORCED, ids=str)
 @pytest.mark.parametrize(("query_len", "key_len", "top_k"), [(90, 90, 5), (20, 140, 3), (70, 50, 4), (120, 120, 22)])
 def test_choices_are_the_references(
-    query_len: int, key_len: int, top_k: int, forced: tuple[int, int], dtype: torch.dtype, device: torch.device
+    query_len: int, key_len: int, top_k: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Few and many slots, none left to be chosen by score, queries before the first key."""
     query = exact((2, 4, query_len, 5), dtype, device, 0, query_len)
     key = exact((2, 2, key_len, 5), dtype, device, 1, key_len // 4 * 4)
-    if forced[1] > 0:
-        check_choice(query, key, 4, top_k, True, forced)
-    if forced[1] < 2:
-        check_choice(query, key, 4, top_k, False, forced)
+    for forced in FORCED:
+        if forced[1] > 0:
+            check_choice(query, key, 4, top_k, True, forced)
+        if forced[1] < 2:
+            check_choice(query, key, 4, top_k, False, forced)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)

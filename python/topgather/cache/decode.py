@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._common import checks
 from ..ops import BlockRouting, replay
-from ..ops.moba import NONE_FORCED, check_none_forced
+from ..ops.moba import check_none_forced, forced_within
 from ._base import BaseCache
 from ._checks import check_no_gradient
 from .contiguous import MobaCache
@@ -140,7 +140,7 @@ def moba_decode(
         slots = num_blocks if top_k is None else min(top_k, num_blocks)
         arguments = (
             query, cache.centroids, cache.seq_lens, cache.page_table, count_tensor, cache.block_size, cache.page_size,
-            slots, *(forced if sum(forced) <= slots else NONE_FORCED),
+            slots, *forced_within(slots, forced),
         )  # fmt: skip
         route = torch.ops.topgather.moba_decode_route.default
         if top_k is not None and replay.state.is_watched:

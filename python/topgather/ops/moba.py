@@ -330,6 +330,11 @@ def moba_attention_varlen(
 NONE_FORCED = (0, 1)
 
 
+def forced_within(slots: int, forced: tuple[int, int]) -> tuple[int, int]:
+    """``forced``, as far as there are so many blocks: of fewer all are chosen, forced or not."""
+    return forced if forced == NONE_FORCED or sum(forced) <= slots else NONE_FORCED
+
+
 def check_none_forced(forced: tuple[int, int]) -> None:
     """Raise where blocks are forced beside a ``routing``, which has them or not."""
     if forced != NONE_FORCED:
@@ -373,9 +378,7 @@ def _attend(
             checks.check_count("top_k", top_k)
         checks.check_forced(*forced, top_k, is_causal)
         slots = _moba_ops.num_slots(top_k, _longest(key, sequences, top_k), block_size)
-        # Of fewer blocks all are chosen, forced or not.
-        forced = forced if forced == NONE_FORCED or sum(forced) <= slots else NONE_FORCED
-        arguments = (query, key, block_size, slots, is_causal, *sequences, *forced)
+        arguments = (query, key, block_size, slots, is_causal, *sequences, *forced_within(slots, forced))
         if top_k is not None and replay.state.is_watched:
             call = replay.Call(_moba_ops.per_query(query), key.size(1), key.size(-2), block_size, top_k, query.device)
             block_indices = replay.choose(_moba_ops.moba_route, arguments, call)
