@@ -70,7 +70,7 @@ ROUTE = KernelModel(
         *("last_start_up_to", "plain_score", "score = plain_score", "write_all", "write_choices", "select_by_warp"),
         *("if (is_rerun)", "has_failed", "hide_rows_but", "bool found = false"),
         *("route::write_all(", "route::select_by_warp", "route::select_by_lane<route::kMaxLaneList>"),
-        "route::write_choices_by_lane<route::kMaxLaneList>",
+        "route::write_choices_by_lane<route::kMaxLaneList, Shared>",
         "for (int first = 0; !are_written_by_lanes",
     ),
     counted_tokens=8 * 1024,
