@@ -135,6 +135,7 @@ def on(device: torch.device, inputs: Inputs) -> Inputs:
 SMALL = AttentionCase(
     batch=2, num_heads=4, num_kv_heads=2, query_len=20, key_len=24, head_dim=8, value_dim=6, block_size=4, top_k=2
 )
+UNFORCED = {"force_first": 0, "force_last": 1}
 PACKED = {"cu_seqlens_q": (0, 12, 12, 20), "cu_seqlens_k": (0, 12, 14, 24)}
 
 
@@ -175,6 +176,7 @@ def _attention(
         heads = _heads(case, dtype, device, seed, is_packed)
         bounds = _bounds(device) if is_packed else {}
         inputs = {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
+        inputs |= {} if is_routed else UNFORCED
         if is_routed:
             choice = _shared_routing(case, heads, bounds, num_choice_heads or case.num_heads)
             routing = tg.BlockRouting(choice, case.block_size)
@@ -189,7 +191,8 @@ def _route(case: AttentionCase, is_packed: bool, **options: int) -> Callable[...
         heads = _heads(case, dtype, device, seed, is_packed)
         del heads["value"]
         bounds = _bounds(device) if is_packed else {}
-        return {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True, **options}
+        choice = {"block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
+        return {**heads, **bounds, **choice, **UNFORCED, **options}
 
     return draw
 
@@ -329,7 +332,7 @@ def _decode(case: DecodeCase, pages: int, num_choice_heads: int = 0) -> Callable
         counts = torch.tensor(case.steps[-1], dtype=torch.int32, device=device)
         shape = (case.batch, case.num_heads, max(case.steps[-1]), case.head_dim)
         inputs = {"query": random_tensor(shape, dtype, device, seed), "cache": cache, "top_k": case.top_k}
-        inputs |= {"scale": 0.3, "num_tokens": counts, "return_lse": True}
+        inputs |= {"scale": 0.3, "num_tokens": counts, "return_lse": True, **UNFORCED}
         if num_choice_heads:
             tail = (cache.seq_lens, cache.page_table, counts, cache.block_size, cache.page_size, case.slots)
             firsts = inputs["query"][:, :: case.num_heads // num_choice_heads]
@@ -357,7 +360,7 @@ def _decode_op(name: str, case: DecodeCase, pages: int) -> Callable[..., Inputs]
             key, value = new(case.num_kv_heads, case.head_dim, 0), new(case.num_kv_heads, case.value_head_dim, 1)
             return {"key": key, "value": value, **rows, **places}
         query = new(case.num_heads, case.head_dim, 2)
-        search = {"page_size": cache.page_size, "top_k": case.slots}
+        search = {"page_size": cache.page_size, "top_k": case.slots, **UNFORCED}
         if name == "moba_decode_route":
             return {"query": query, "centroids": rows["centroids"], **places, **search}
         choice = ops.moba_decode_route(query, rows.pop("centroids"), **places, **search)
