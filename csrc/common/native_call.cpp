@@ -171,6 +171,7 @@ void read_array(PyObject* object, const char* name, int rank, int expected, void
 }
 
 int64_t read_integer(PyObject* object, const char* name) {
+  if (object == Py_None) return 0;
   const long long value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred() != nullptr) {
     py::raise_from(PyExc_TypeError, (std::string(name) + " must be an int that fits 64 bits").c_str());

@@ -28,8 +28,8 @@ struct TensorView {
 // (address, dtype code, sizes, strides). `expected` is the dtype code that a typed array needs, or -1.
 void read_array(PyObject* object, const char* name, int rank, int expected, void** data, int64_t* sizes,
                 int64_t* strides, Dtype* dtype);
-int64_t read_integer(PyObject* object, const char* name);
-double read_number(PyObject* object, const char* name);  // 0 for None
+int64_t read_integer(PyObject* object, const char* name);  // 0 for None
+double read_number(PyObject* object, const char* name);    // 0 for None
 
 template <typename T>
 inline constexpr int kRequiredDtype = -1;  // void: any

@@ -12,4 +12,11 @@ struct ScoreOptions {
 };
 TOPGATHER_FIELDS(ScoreOptions, scale, softcap)
 
+// Of attention to blocks: what a query sees besides those that it chose.
+struct BlockScoreOptions : ScoreOptions {
+  using Shared = ScoreOptions;
+  int64_t window;  // causal: keys at positions p - window + 1 to p, seen from position p; 0: none
+};
+TOPGATHER_FIELDS(BlockScoreOptions, window)
+
 }  // namespace topgather

@@ -8,7 +8,7 @@
 // once. Where there are few tasks the slots are split, and partial results merged in the order of slots.
 // Steps of a task:
 //   1. queries, scaled and padded to whole vectors;
-//   2. key-major lists of the rows' choices, by counting;
+//   2. key-major lists of the rows' choices, joined with the window where there is one, by counting;
 //   per block in ascending order, per kTileKeys of its keys, per row that chose it:
 //   3. scores, keys in vector lanes: a vector of partial sums per key, transposed in registers;
 //   4. running maximum and sum (online softmax, base 2), weights in place of the scores;
@@ -29,7 +29,7 @@
 #include "../cpu/scratch.h"
 #include "../cpu/tile_gemm.h"
 #include "../moba/moba_cpu.h"
-#include "../moba/moba_layout.h"
+#include "../moba/moba_window_cpu.h"
 #include "decode_pages_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
@@ -125,18 +125,25 @@ struct AttendTask {
 
   const DecodeRows<Storage>& rows;
   const DecodeProblem& problem;
-  int32_t* cursors;  // [num_blocks]
-  BlockLists lists;  // rows in place of queries
-  T* queries;        // [rows, padded D]
-  T* scores;         // [kTileKeys]
-  T* key_scratch;    // [kTileKeys, padded D]
-  T* value_scratch;  // [kTileKeys, padded V]
+  int64_t num_slots;        // top_k and those of the window
+  int64_t lists_per_block;  // 2 with a window: its edges have lists of their own
+  int32_t* cursors;         // [lists_per_block * num_blocks]
+  int32_t* joined;          // [rows, num_slots]; none without a window
+  BlockLists lists;         // rows in place of queries
+  T* queries;               // [rows, padded D]
+  T* scores;                // [kTileKeys]
+  T* key_scratch;           // [kTileKeys, padded D]
+  T* value_scratch;         // [kTileKeys, padded V]
 
   AttendTask(const DecodeRows<Storage>& all, int64_t num_blocks, ScratchCutter& scratch)
-      : rows(all), problem(all.params.problem) {
-    cursors = scratch.take<int32_t>(num_blocks);
-    lists.offsets = scratch.take<int32_t>(num_blocks + 1);
-    lists.queries = scratch.take<int32_t>(rows.rows_per_task * problem.top_k);
+      : rows(all),
+        problem(all.params.problem),
+        num_slots(problem.top_k + window_slots(problem.window, problem.block_size)),
+        lists_per_block(problem.window > 0 ? 2 : 1) {
+    cursors = scratch.take<int32_t>(lists_per_block * num_blocks);
+    joined = scratch.take<int32_t>(problem.window > 0 ? rows.rows_per_task * num_slots : 0);
+    lists.offsets = scratch.take<int32_t>(lists_per_block * num_blocks + 1);
+    lists.queries = scratch.take<int32_t>(rows.rows_per_task * num_slots);
     queries = scratch.take<T>(rows.rows_per_task * rows.padded_head_dim);
     scores = scratch.take<T>(kTileKeys);
     key_scratch = scratch.take<T>(kTileKeys * rows.padded_head_dim);
@@ -172,10 +179,24 @@ struct AttendTask {
     const auto fault = [&](RoutingFault::Kind kind, int64_t row, int64_t block) {
       return RoutingFault{kind, head_of(row), token_of(row), block};
     };
+    const auto choices_of = [&](int64_t row) {
+      return choices_of_query(rows.params, sequence, head_of(row), token_of(row));
+    };
+    if (problem.window == 0) {
+      return build_block_lists(
+          num_listed, num_blocks, first_slot, last_slot, choices_of,
+          [&](int64_t row) { return block_of(position_of(row), problem.block_size); }, fault, cursors, lists);
+    }
+    for (int64_t row = 0; row < num_listed; ++row) {
+      const RoutingFault found = join_window(
+          choices_of(row), problem.top_k, num_blocks, problem.block_size, problem.window, position_of(row),
+          [&](RoutingFault::Kind kind, int64_t block) { return fault(kind, row, block); }, joined + row * num_slots);
+      if (found.kind != RoutingFault::kNone) return found;
+    }
+    const int64_t num_lists = lists_per_block * num_blocks;
     return build_block_lists(
-        num_listed, num_blocks, first_slot, last_slot,
-        [&](int64_t row) { return choices_of_query(rows.params, sequence, head_of(row), token_of(row)); },
-        [&](int64_t row) { return block_of(position_of(row), problem.block_size); }, fault, cursors, lists);
+        num_listed, num_lists, first_slot, last_slot, [&](int64_t row) { return joined + row * num_slots; },
+        [&](int64_t) { return num_lists; }, fault, cursors, lists);
   }
 
   // Steps 3 to 5 for the first num_keys of some keys.
@@ -230,22 +251,26 @@ struct AttendTask {
     }
     // Step 2. Blocks named twice may lie in different parts: the first looks at all of them.
     if (split == 0 && rows.num_splits > 1) {
-      const RoutingFault fault = build_lists(0, problem.top_k);
+      const RoutingFault fault = build_lists(0, num_slots);
       if (fault.kind != RoutingFault::kNone) return fault;
     }
-    const int64_t slots_per_split = ceil_div(problem.top_k, rows.num_splits);
+    const int64_t slots_per_split = ceil_div(num_slots, rows.num_splits);
     const RoutingFault fault =
-        build_lists(min64(split * slots_per_split, problem.top_k), min64((split + 1) * slots_per_split, problem.top_k));
+        build_lists(min64(split * slots_per_split, num_slots), min64((split + 1) * slots_per_split, num_slots));
     if (fault.kind != RoutingFault::kNone) return fault;
 
     const int64_t num_blocks = ceil_div(length, problem.block_size);
     for (int64_t block = 0; block < num_blocks; ++block) {
-      const int32_t* listed = lists.queries + lists.offsets[block];
-      const int64_t num_listed = lists.offsets[block + 1] - lists.offsets[block];
-      if (num_listed == 0) continue;
+      const int32_t* offsets = lists.offsets + block * lists_per_block;
       const int64_t first_key = block * problem.block_size;
-      // Rows ascend by token: the last row's visible range bounds the others'.
-      const int64_t max_keys = min64(problem.block_size, position_of(listed[num_listed - 1]) + 1 - first_key);
+      // Rows of a list ascend by token: the last row's visible range bounds the others'.
+      int64_t max_keys = 0;
+      for (int64_t list = 0; list < lists_per_block; ++list) {
+        if (offsets[list] == offsets[list + 1]) continue;
+        const int64_t last = position_of(lists.queries[offsets[list + 1] - 1]);
+        max_keys = max64(max_keys, min64(problem.block_size, last + 1 - first_key));
+      }
+      if (max_keys == 0) continue;
       const Place place = place_of(problem, sequence, first_key);
       const Storage* key_rows = page_row<Storage>(params.key_pages, kv_head, place);
       const Storage* value_rows = page_row<Storage>(params.value_pages, kv_head, place);
@@ -256,11 +281,16 @@ struct AttendTask {
         const RowBlock<T> values =
             dense_rows(value_rows + first * params.value_pages.strides[2], params.value_pages.strides[2], count,
                        problem.value_dim, rows.padded_value_dim, value_scratch);
-        for (int64_t i = 0; i < num_listed; ++i) {
-          const int64_t row = listed[i];
-          const int64_t num_keys = min64(count, position_of(row) + 1 - first_key - first);
-          if (num_keys <= 0) continue;
-          attend(row, keys, values, num_keys, running[row], running_out + row * rows.padded_value_dim);
+        for (int64_t list = 0; list < lists_per_block; ++list) {
+          for (int64_t i = offsets[list]; i < offsets[list + 1]; ++i) {
+            const int64_t row = lists.queries[i], end = position_of(row) + 1 - first_key - first;
+            const int64_t start = list > 0 ? max64(0, end - problem.window) : 0;
+            const int64_t num_keys = min64(count, end) - start;
+            if (num_keys <= 0) continue;
+            attend(row, {keys.data + start * keys.row_stride, keys.row_stride},
+                   {values.data + start * values.row_stride, values.row_stride}, num_keys, running[row],
+                   running_out + row * rows.padded_value_dim);
+          }
         }
       }
     }
@@ -299,10 +329,11 @@ struct AttendTask {
 
 // Parts that a row's slots are split into, from shapes alone.
 inline int64_t splits_of(const DecodeProblem& problem, int64_t tasks_without) {
-  const int64_t keys = min64(problem.top_k * problem.block_size, problem.pages_per_sequence * problem.page_size);
+  const int64_t num_slots = problem.top_k + window_slots(problem.window, problem.block_size);
+  const int64_t keys = min64(num_slots * problem.block_size, problem.pages_per_sequence * problem.page_size);
   const int64_t by_keys = keys / DecodeConfig::kMinKeysPerSplit;
   const int64_t wanted = ceil_div(DecodeConfig::kMinTasks, max64(tasks_without, 1));
-  return max64(1, min64(min64(by_keys, wanted), problem.top_k));
+  return max64(1, min64(min64(by_keys, wanted), num_slots));
 }
 
 // Returns the first fault of any task, in the order of tasks.
@@ -323,7 +354,7 @@ RoutingFault decode_storage(const DecodeParams& params) {
 
   const int64_t longest = longest_of(problem);
   const int64_t num_blocks = ceil_div(longest, problem.block_size);
-  const int64_t keys_per_row = min64(problem.top_k * problem.block_size, longest);
+  const int64_t keys_per_row = min64(problem.top_k * problem.block_size + problem.window, longest);
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_query_heads * problem.query_len) *
                                 static_cast<double>(keys_per_row * (problem.head_dim + problem.value_dim));
   const int num_workers = useful_threads(problem.num_threads, rows.num_tasks(), num_operations);

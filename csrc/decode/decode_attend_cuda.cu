@@ -6,7 +6,8 @@
 // Bound by memory: every key and value row that a query sees is read once, 16 bytes a lane where rows are aligned; what
 // is computed is little, so that plain multiply-adds do. Heads of a group choose different blocks, so that they share
 // nothing but the cache. Two kernels.
-// moba_decode_attend: a thread block owns one query and a split: some keys of one slot, or some slots. Steps:
+// moba_decode_attend: a thread block owns one query and a split: some keys of one slot, or some slots. A window's blocks
+// that the query did not choose have slots behind its own, the block before the last each time. Steps:
 //   1. where each key of the split lies;
 //   2. scores: a group of 8, 16 or 32 lanes takes a key, kRowsInFlight of them at a time;
 //   3. their maximum, weights and sum;
@@ -23,6 +24,7 @@
 #include <algorithm>
 
 #include "../cuda/scores.cuh"
+#include "../moba/moba_window.h"
 #include "decode_config_cuda.h"
 #include "decode_cuda.h"
 #include "decode_pages_cuda.cuh"
@@ -49,6 +51,7 @@ struct DecodeSplits {
   int32_t slots;           // of a split; 1 where a slot has several
   int32_t keys_of_slot;    // that a split takes of each of its slots
   int32_t keys_per_split;  // slots * keys_of_slot
+  int32_t num_slots;       // top_k, and those of the window
 };
 
 // What a split leaves beside its output.
@@ -92,6 +95,17 @@ struct SplitKeys {
   int count;
 };
 
+// The block that is so many before the query's own, if the window has the block's key and it was not chosen, else -1.
+__device__ __forceinline__ int32_t block_of_window(const DecodeGeometry& geometry, const DecodeRow& row,
+                                                   const int32_t* choices, int32_t distance, int32_t key) {
+  const int32_t block = row.own_block - distance;
+  if (block < 0 || key <= row.position - geometry.window - block * geometry.block_size) return -1;
+  for (int slot = 0; slot < geometry.top_k; ++slot) {
+    if (choices[slot] == block) return -1;
+  }
+  return block;
+}
+
 // Step 1. False, to all threads, where the query sees no key of the split.
 __device__ __forceinline__ bool find_keys(const DecodeAttendArguments& args, const DecodeRow& row, int split,
                                           const SplitKeys& keys) {
@@ -106,8 +120,9 @@ __device__ __forceinline__ bool find_keys(const DecodeAttendArguments& args, con
     const int slot = first_slot + slot_in_split;
     const int key = first_key + i - slot_in_split * splits.keys_of_slot;
     CachePlace place{kNotSeen, 0};
-    if (slot < geometry.top_k && key < geometry.block_size) {
-      const int32_t block = choices[slot];
+    if (slot < splits.num_slots && key < geometry.block_size) {
+      const int32_t block =
+          slot < geometry.top_k ? choices[slot] : block_of_window(geometry, row, choices, slot - geometry.top_k, key);
       // Blocks up to the own one start at positions that exist.
       if (block >= 0 && block <= row.own_block && key <= row.position - block * geometry.block_size) {
         place = cache_place(geometry, row.sequence, block * geometry.block_size + key);
@@ -387,10 +402,13 @@ namespace {
 
 DecodeSplits plan_splits(const DecodeProblem& problem) {
   const int64_t block_size = problem.block_size;
+  const int64_t num_slots = problem.top_k + window_slots(problem.window, block_size);
+  require(num_slots < INT32_MAX, "moba_decode: top_k and window have too many blocks for CUDA");
   // Without overflow: sizes fit 31 bits.
   const int64_t keys =
-      std::clamp(divide_up(problem.top_k * block_size, Config::kMaxSplits), Config::kMinKeys, Config::kMaxKeys);
+      std::clamp(divide_up(num_slots * block_size, Config::kMaxSplits), Config::kMinKeys, Config::kMaxKeys);
   DecodeSplits splits{};
+  splits.num_slots = static_cast<int32_t>(num_slots);
   if (block_size > keys) {
     const int64_t per_slot = divide_up(block_size, keys), keys_of_slot = divide_up(block_size, per_slot);
     splits.per_slot = static_cast<int32_t>(per_slot);
@@ -398,10 +416,10 @@ DecodeSplits plan_splits(const DecodeProblem& problem) {
     splits.keys_of_slot = static_cast<int32_t>(keys_of_slot);
   } else {
     splits.per_slot = 1;
-    splits.slots = static_cast<int32_t>(std::min(keys / block_size, problem.top_k));
+    splits.slots = static_cast<int32_t>(std::min(keys / block_size, num_slots));
     splits.keys_of_slot = static_cast<int32_t>(block_size);
   }
-  const int64_t count = divide_up(problem.top_k, splits.slots) * splits.per_slot;
+  const int64_t count = divide_up(num_slots, splits.slots) * splits.per_slot;
   require(count < INT32_MAX, "moba_decode: top_k * block_size is too large for CUDA");
   splits.count = static_cast<int32_t>(count);
   splits.keys_per_split = splits.slots * splits.keys_of_slot;

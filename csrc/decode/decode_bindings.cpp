@@ -83,6 +83,9 @@ void complete(CacheAppendParams& params) {
 void complete(DecodeRouteParams& params) {
   complete_problem(params.problem, params.query, params.centroids, params.page_size);
   params.problem.top_k = params.block_indices.sizes[3];
+  require(params.force_first >= 0 && params.force_last >= 1,
+          "force_first must be at least 0, and force_last at least 1");
+  require(params.force_first <= params.problem.top_k - params.force_last, "no more blocks can be forced than top_k");
 }
 
 void complete(DecodeParams& params) {
@@ -90,6 +93,9 @@ void complete(DecodeParams& params) {
   params.problem.value_dim = params.value_pages.sizes[3];
   params.problem.top_k = params.block_indices.sizes[3];
   params.problem.scale = params.scale;
+  require(params.window >= 0, "window must be at least 0");
+  const int64_t capacity = params.problem.pages_per_sequence * params.problem.page_size;
+  params.problem.window = params.window < capacity ? params.window : capacity;
   const int64_t num_choice_heads = params.block_indices.sizes[1];
   require(num_choice_heads >= 1 && params.problem.num_query_heads % num_choice_heads == 0,
           "num_query_heads must be a multiple of the heads of block_indices");

@@ -27,6 +27,7 @@ struct DecodeGeometry {
   int32_t pages_per_sequence;
   int32_t top_k;
   int32_t heads_per_choice;   // query heads that share a choice
+  int32_t window;             // positions that a query sees whatever it chose; 0: none
   int64_t capacity;           // tokens that a sequence has room for
   const int32_t* seq_lens;    // [batch] int32
   const int32_t* num_tokens;  // [batch] int32, or null
@@ -34,9 +35,10 @@ struct DecodeGeometry {
 };
 
 inline DecodeGeometry decode_geometry(const DecodeProblem& problem) {
-  for (const int64_t size : {problem.batch_size * problem.num_query_heads, problem.num_query_heads * problem.query_len,
-                             problem.query_len, problem.head_dim, problem.value_dim, problem.block_size,
-                             problem.page_size, problem.num_pages, problem.pages_per_sequence, problem.top_k}) {
+  for (const int64_t size :
+       {problem.batch_size * problem.num_query_heads, problem.num_query_heads * problem.query_len, problem.query_len,
+        problem.head_dim, problem.value_dim, problem.block_size, problem.page_size, problem.num_pages,
+        problem.pages_per_sequence, problem.top_k, problem.window}) {
     require(size < INT32_MAX, "decoding on CUDA: sizes must fit 31 bits");
   }
   const auto small = [](int64_t size) { return static_cast<int32_t>(size); };
@@ -52,6 +54,7 @@ inline DecodeGeometry decode_geometry(const DecodeProblem& problem) {
           small(problem.pages_per_sequence),
           small(problem.top_k),
           small(problem.heads_per_choice),
+          small(problem.window),
           problem.pages_per_sequence * problem.page_size,
           problem.seq_lens.data,
           problem.num_tokens.data,

@@ -13,6 +13,7 @@
 
 #include "../common/array.h"
 #include "../common/fields.h"
+#include "../common/route_options.h"
 #include "../common/score_options.h"
 
 namespace topgather {
@@ -36,6 +37,7 @@ struct DecodeProblem {
   int64_t pages_per_sequence;  // columns of page_table, 1 without one
   int64_t top_k;
   int64_t heads_per_choice;  // query heads that share a choice
+  int64_t window;  // positions that a query sees whatever it chose, at most what a sequence has room for; 0: none
   double scale;
 };
 TOPGATHER_FIELDS(DecodeProblem, seq_lens, num_tokens, page_table, block_size, num_threads)
@@ -50,7 +52,8 @@ struct CacheAppendParams {
 };
 TOPGATHER_FIELDS(CacheAppendParams, problem, key, value, key_pages, value_pages, centroids)
 
-struct DecodeRouteParams {
+struct DecodeRouteParams : RouteOptions {
+  using Shared = RouteOptions;
   DecodeProblem problem;
   Array<const void, 4> query;      // [batch, query head, M, D] dtype
   Array<const void, 4> centroids;  // [page, kv head, ceil(page_size / block_size), D] float32, float64 for float64
@@ -59,8 +62,8 @@ struct DecodeRouteParams {
 };
 TOPGATHER_FIELDS(DecodeRouteParams, problem, query, centroids, page_size, block_indices)
 
-struct DecodeParams : ScoreOptions {
-  using Shared = ScoreOptions;
+struct DecodeParams : BlockScoreOptions {
+  using Shared = BlockScoreOptions;
   static constexpr const char* kAlignedOnCuda[] = {"query"};
   DecodeProblem problem;
   Array<const void, 4> query;             // [batch, query head, M, D] dtype

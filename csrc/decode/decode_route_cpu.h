@@ -1,13 +1,13 @@
 // The choice of blocks while decoding, on the CPU.
 //
 //   score_j  = dot(query, centroid_j)             blocks j wholly before the query's own, by the cache's centroids
-//   choice   = own block and the top_k - 1 best before it
+//   choice   = the newest force_last blocks up to the own, the first force_first, and the best of the others
 //
 // Who owns what: a task is one (sequence, key head, tile of kRouteRows rows); a row is a token and one of the query
 // heads that share the key head, so a centroid is read once for all of them. Steps:
 //   1. gather the queries, transposed: rows stand in vector lanes;
 //   2. score and keep the best, by moba_route's own RouteTask;
-//   3. add the own block, sort, pad with -1, write. A row past its sequence's new tokens gets -1 alone.
+//   3. add the forced blocks, sort, pad with -1, write. A row past its sequence's new tokens gets -1 alone.
 // Centroids are read where they lie, or, where a page is short of a chunk, gathered a chunk at a time.
 // Numerics, ties, NaN: RouteTask's. Centroids being the same bits, so are scores, and so is the choice.
 #pragma once
@@ -26,8 +26,8 @@ struct DecodeRouter {
   const DecodeRouteParams& params;
   int64_t group;                 // query heads of a key head
   int64_t tiles_per_head;        // of a key head
-  int64_t list_length;           // top_k - 1, or as many as there are blocks
-  MobaRouteParams options;       // the fields RouteTask reads: head_dim and top_k
+  int64_t list_length;           // top_k less the forced, or as many as there are blocks
+  MobaRouteParams options;       // the fields RouteTask reads: head_dim, top_k and forced blocks
   const WorkerScratch& scratch;  // of RouteTask, and gathered centroids
 
   void run(int64_t task_idx, int worker) const {
@@ -81,10 +81,11 @@ void decode_route_storage(const DecodeRouteParams& params) {
   const DecodeProblem& problem = params.problem;
   const int64_t group = problem.num_query_heads / problem.num_kv_heads;
   const int64_t max_blocks = ceil_div(longest_of(problem), problem.block_size);
-  const int64_t list_length = min64(problem.top_k - 1, max_blocks);
+  const int64_t list_length = min64(problem.top_k - params.force_first - params.force_last, max_blocks);
   MobaRouteParams options{};
   options.problem.head_dim = problem.head_dim;
   options.problem.top_k = problem.top_k;
+  static_cast<RouteOptions&>(options) = params;
   const int64_t tiles_per_head = ceil_div(problem.query_len * group, Router::kRows);
   const int64_t num_tasks = problem.batch_size * problem.num_kv_heads * tiles_per_head;
   const double num_operations = static_cast<double>(problem.batch_size * problem.num_query_heads * problem.query_len) *

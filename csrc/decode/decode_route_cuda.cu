@@ -1,7 +1,7 @@
 // The choice of blocks while decoding, on CUDA.
 //
 //   score_ij = dot(query_i, centroid_j)                   j < own block of query i
-//   choice_i = own block and the top_k - 1 best before it
+//   choice_i = the newest force_last blocks up to the own, the first force_first, and the best of the others
 //
 // Two kernels. moba_decode_scores: a thread block owns up to kMaxRows queries of one key head and kBlocksPerItem
 // centroids, so that a centroid is read from memory once for all heads of a group and a few tokens. Steps:
@@ -12,7 +12,7 @@
 // registers as far as they go. Steps:
 //   4. the rank of the last one chosen, bit by bit from the top, counting how many reach it;
 //   5. what is above it is chosen, and of what equals it as many as are left, lower blocks first; counts of the warps
-//      before say where each choice goes, so that they ascend without a sort. Own block, then -1.
+//      before say where each choice goes, so that they ascend without a sort. Forced blocks around them, then -1.
 // Any top_k takes the same steps. A query that may choose all it sees is not scored.
 // Numerics: float32 products and sums. NaN ranks as +inf, zeros of either sign alike. A block on a page that does not
 // exist ranks above all, so that the query meets it and ends as NaN. A query without a place chooses nothing.
@@ -192,7 +192,9 @@ __global__ void __launch_bounds__(kScoreThreads, 4) moba_decode_scores(const Dec
 struct SelectBlocksArguments {
   DecodeGeometry geometry;
   DecodeWave wave;
-  int32_t max_blocks;               // of a sequence
+  int32_t max_blocks;  // of a sequence
+  int32_t force_first;
+  int32_t force_last;
   const uint32_t* ranks;            // [unit of the wave, row, max_blocks] uint32
   Array<int32_t, 4> block_indices;  // [batch, query head, M, K]
 };
@@ -253,21 +255,24 @@ __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const Se
   const DecodeGeometry& geometry = args.geometry;
   const DecodeRow row = decode_row(geometry, args.wave, blockIdx.x);
   int32_t* choices = args.block_indices.at<int32_t>(row.sequence, row.head, row.token);
-  const int num_chosen = geometry.top_k - 1;
-  if (row.position < 0 || row.own_block <= num_chosen || num_chosen == 0) {
-    // All it sees, or nothing but its own block: not scored.
-    const int last = row.position < 0 ? -1 : min(row.own_block, num_chosen);
+  const int num_chosen = geometry.top_k - args.force_first - args.force_last;  // by score
+  const int num_visible = row.position < 0 ? 0 : row.own_block + 1;
+  if (num_visible <= geometry.top_k || num_chosen == 0) {
+    // All it sees, or nothing but forced blocks: not scored.
+    const int num_slots = min(num_visible, geometry.top_k);
+    const int first_last = num_visible <= geometry.top_k ? num_slots : args.force_first;
     for (int slot = threadIdx.x; slot < geometry.top_k; slot += kSelectThreads) {
-      choices[slot] = slot < last ? slot : (slot == last ? row.own_block : -1);
+      choices[slot] = slot < first_last ? slot : (slot < num_slots ? num_visible - (num_slots - slot) : -1);
     }
     return;  // the whole thread block
   }
 
-  const int per_warp = (row.own_block + kSelectThreads - 1) / kSelectThreads * kLanes;
+  const int end = num_visible - args.force_last;
+  const int per_warp = (end - args.force_first + kSelectThreads - 1) / kSelectThreads * kLanes;
   WarpRanks mine;
   mine.ranks = args.ranks + static_cast<int64_t>(blockIdx.x) * args.max_blocks;
-  mine.first = min(warp_id() * per_warp, row.own_block);
-  mine.end = min(mine.first + per_warp, row.own_block);
+  mine.first = min(args.force_first + warp_id() * per_warp, end);
+  mine.end = min(mine.first + per_warp, end);
 #pragma unroll
   for (int j = 0; j < kScoresHeld; ++j) mine.held[j] = mine.read(j);
 
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const Se
   }
   const int32_t equal_in_all = num_chosen - above_in_all;  // to be chosen
   const int32_t equal_taken = min(equal_before, equal_in_all);
-  WarpChoices writer{last_rank, equal_in_all - equal_taken, above_before + equal_taken};
+  WarpChoices writer{last_rank, equal_in_all - equal_taken, args.force_first + above_before + equal_taken};
 #pragma unroll
   for (int j = 0; j < kScoresHeld; ++j) {
     if (j < mine.num_steps()) writer.write(mine.held[j], mine.first + j * kLanes + lane_id(), choices);
@@ -315,7 +320,9 @@ __global__ void __launch_bounds__(kSelectThreads, 4) moba_select_blocks(const Se
   for (int j = kScoresHeld; j < mine.num_steps(); ++j) {
     writer.write(mine.read(j), mine.first + j * kLanes + lane_id(), choices);
   }
-  if (threadIdx.x == 0) choices[num_chosen] = row.own_block;
+  for (int slot = threadIdx.x; slot < args.force_first; slot += kSelectThreads) choices[slot] = slot;
+  for (int i = threadIdx.x; i < args.force_last; i += kSelectThreads)
+    choices[geometry.top_k - 1 - i] = row.own_block - i;
 }
 
 namespace {
@@ -327,12 +334,13 @@ struct DecodeRoutePlan {
   DecodeWaves waves;
 };
 
-DecodeRoutePlan plan_route(const DecodeProblem& problem) {
+DecodeRoutePlan plan_route(const DecodeRouteParams& params) {
+  const DecodeProblem& problem = params.problem;
   DecodeRoutePlan plan{};
   plan.geometry = decode_geometry(problem);
   plan.max_blocks = divide_up(plan.geometry.capacity, problem.block_size);
   require(plan.max_blocks < INT32_MAX - kSelectThreads, "moba_decode_route: a cache has at most 2^31 blocks");
-  plan.is_scored = problem.top_k > 1 && plan.max_blocks > problem.top_k;
+  plan.is_scored = problem.top_k > params.force_first + params.force_last && plan.max_blocks > problem.top_k;
   plan.waves = plan_decode_waves(plan.geometry, plan.is_scored ? plan.max_blocks * 4 : 1, Config::kBudget);
   return plan;
 }
@@ -377,7 +385,7 @@ int64_t moba_decode_route_workspace_bytes(const DecodeRouteParams& params, const
   if (is_empty(problem)) return 0;
   WorkspaceCutter cutter(nullptr);
   uint32_t* ranks = nullptr;
-  return take_ranks(plan_route(problem), cutter, &ranks);
+  return take_ranks(plan_route(params), cutter, &ranks);
 }
 
 void moba_decode_route_cuda(const DecodeRouteParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
@@ -386,7 +394,7 @@ void moba_decode_route_cuda(const DecodeRouteParams& params, const CudaWorkspace
   const DeviceGuard guard(place.device);
   const StageRange range("decode: route");
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const DecodeRoutePlan plan = plan_route(problem);
+  const DecodeRoutePlan plan = plan_route(params);
   WorkspaceCutter cutter(workspace.data);
   uint32_t* ranks = nullptr;
   require(take_ranks(plan, cutter, &ranks) <= workspace.bytes,
@@ -408,7 +416,8 @@ void moba_decode_route_cuda(const DecodeRouteParams& params, const CudaWorkspace
     require(num_rows < INT32_MAX, "moba_decode_route: more than 2^31 - 1 queries at once");
     cuda::launch(moba_select_blocks,
                  {dim3(static_cast<unsigned>(num_rows)), dim3(kSelectThreads), sizeof(SelectSharedMemory), stream},
-                 {plan.geometry, wave, max_blocks, ranks, params.block_indices});
+                 {plan.geometry, wave, max_blocks, static_cast<int32_t>(params.force_first),
+                  static_cast<int32_t>(params.force_last), ranks, params.block_indices});
   }
 }
 

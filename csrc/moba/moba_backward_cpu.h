@@ -22,6 +22,7 @@
 //   7. where gradients are 16 bits wide, the float32 sums are converted.
 // Numerics: float32 sums (float64 for float64). 16-bit gradients are summed in a float32 workspace, of as many key
 // heads at a time as keep the threads busy. Rows without visible keys are in no list: their gradients are 0.
+// With a window, blocks seen from its start on, edges, have lists of their own beside their blocks', as in the forward.
 // Determinism: as above, bitwise, by default.
 #pragma once
 
@@ -105,25 +106,44 @@ struct BackwardTask {
 
   // Scores of step 3, into `weights`: to the last bit the forward's.
   void make_tile_scores(const Storage* query, const int32_t* queries, int64_t count, const RowBlock<T>& keys,
-                        int64_t num_keys) {
+                        int64_t num_keys, [[maybe_unused]] bool is_edge) {
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
-      if (uses_matrix_unit<Storage>(params.scale)) {
+      if (uses_matrix_unit<Storage>(params.scale) && !is_edge) {
         amx.multiply(query, params.query.strides[2], queries, count, round_up(num_keys, kAmxDepth));
         return amx.write_transposed(count, num_keys, weights, kTileQueries);
       }
     }
 #endif
-    make_scores<kTileQueries>(params, query, queries, count, keys, num_keys, query_columns, weights);
+    make_scores<kTileQueries>(params, query, params.query.strides[2], queries, count, keys, num_keys, query_columns,
+                              weights);
   }
 
-  // Steps 2 to 5.
-  void add_tile(const QueryRange& range, const RangeRows& rows, const int32_t* queries, int64_t count,
-                int64_t first_key, int64_t num_keys, const RowBlock<T>& keys, const RowBlock<T>& values) {
+  // Keys first_key .. of the block, and where their gradients are added up.
+  struct Keys {
+    int64_t first_key;
+    int64_t num_keys;
+    RowBlock<T> keys;
+    RowBlock<T> values;
+    T* grad_key;    // [num_keys, padded D]
+    T* grad_value;  // [num_keys, padded V]
+  };
+
+  // Steps 2 to 5. is_edge: queries see the keys from their windows' starts on.
+  void add_tile(const QueryRange& range, const RangeRows& rows, const int32_t* queries, int64_t count, const Keys& all,
+                bool is_edge) {
     const MobaProblem& problem = params.problem;
-    IntegerVector<T> limits[kMaxVectors];
-    const TileVisibility visibility = visible_keys<T>(problem, range, queries, count, first_key, num_keys, limits);
+    IntegerVector<T> limits[kMaxVectors], starts[kMaxVectors];
+    // What no query sees is left out. The first one's window begins first.
+    const int64_t skipped = is_edge ? keys_before_window(problem, range, queries[0], all.first_key, all.num_keys) : 0;
+    const int64_t first_key = all.first_key + skipped;
+    const RowBlock<T> keys{all.keys.data + skipped * all.keys.row_stride, all.keys.row_stride};
+    const RowBlock<T> values{all.values.data + skipped * all.values.row_stride, all.values.row_stride};
+    const TileVisibility visibility =
+        visible_keys<T>(problem, range, queries, count, first_key, all.num_keys - skipped, limits);
     if (visibility.max_keys == 0) return;
+    const int64_t last_start =
+        is_edge ? window_starts<T>(problem, range, queries, count, first_key, visibility.max_keys, starts) : 0;
     const int64_t padded_count = round_up(count, kLanes<T>);
     const int64_t num_vectors = padded_count / kLanes<T>;
     gather_rows(rows.query, params.query.strides[2], queries, count, problem.head_dim, padded_head_dim, query_rows,
@@ -131,15 +151,14 @@ struct BackwardTask {
     gather_rows(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, padded_value_dim,
                 grad_out_rows, padded_value_dim);
     const int64_t seen = visibility.max_keys;
-    if (visibility.min_keys < seen && count > 1 &&
+    const bool hides_keys = visibility.min_keys < seen || last_start > 0;
+    if (hides_keys && count > 1 &&
         !(all_finite(keys.data, keys.row_stride, seen, problem.head_dim) &&
           all_finite(values.data, values.row_stride, seen, problem.value_dim) &&
           all_finite(query_rows, padded_head_dim, count, problem.head_dim) &&
           all_finite(grad_out_rows, padded_value_dim, count, problem.value_dim))) {
       // A hidden key weighs 0, but 0 x inf is NaN: one query at a time there is nothing hidden to multiply with.
-      for (int64_t i = 0; i < count; ++i) {
-        add_tile(range, rows, queries + i, 1, first_key, num_keys, keys, values);
-      }
+      for (int64_t i = 0; i < count; ++i) add_tile(range, rows, queries + i, 1, all, is_edge);
       return;
     }
     gather_transposed(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, T(1),
@@ -151,21 +170,23 @@ struct BackwardTask {
       tile_rows.set(i, read_softmax_terms(row_terms, rows.lse[row]), rows.delta[row]);
     }
 
-    make_tile_scores(rows.query, queries, count, keys, seen);
+    make_tile_scores(rows.query, queries, count, keys, seen, is_edge);
     tile_gemm<false>(GemmOperands<T>{values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores,
                                      kTileQueries, problem.value_dim},
                      seen, padded_count);
     weigh_with_terms(weights, grad_scores, seen, num_vectors, tile_rows, static_cast<T>(params.softcap * kLog2E));
-    if (visibility.min_keys < seen) {
+    if (hides_keys) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
       hide_later_keys(weights, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
       hide_later_keys(grad_scores, kTileQueries, num_vectors, visibility.min_keys, seen, limits, T(0));
+      hide_earlier_keys(weights, kTileQueries, num_vectors, last_start, starts, T(0));
+      hide_earlier_keys(grad_scores, kTileQueries, num_vectors, last_start, starts, T(0));
     }
-    tile_gemm<true>(GemmOperands<T>{weights, kTileQueries, 1, grad_out_rows, padded_value_dim, grad_value_tile,
-                                    padded_value_dim, count},
+    tile_gemm<true>(GemmOperands<T>{weights, kTileQueries, 1, grad_out_rows, padded_value_dim,
+                                    all.grad_value + skipped * padded_value_dim, padded_value_dim, count},
                     seen, padded_value_dim);
-    tile_gemm<true>(GemmOperands<T>{grad_scores, kTileQueries, 1, query_rows, padded_head_dim, grad_key_tile,
-                                    padded_head_dim, count},
+    tile_gemm<true>(GemmOperands<T>{grad_scores, kTileQueries, 1, query_rows, padded_head_dim,
+                                    all.grad_key + skipped * padded_head_dim, padded_head_dim, count},
                     seen, padded_head_dim);
     tile_gemm<false>(GemmOperands<T>{grad_scores, 1, kTileQueries, keys.data, keys.row_stride, grad_query_tile,
                                      padded_head_dim, seen},
@@ -174,8 +195,8 @@ struct BackwardTask {
              rows.grad_query);
   }
 
-  // Steps 2 to 6 for one block.
-  void add_block(const QueryRange& range, const RangeRows& rows, const int32_t* queries, int64_t num_queries,
+  // Steps 2 to 6 for one block, whose lists `offsets` delimit.
+  void add_block(const QueryRange& range, const RangeRows& rows, const int32_t* all_queries, const int32_t* offsets,
                  int64_t block, const GradientSum<T>& grad_key, const GradientSum<T>& grad_value) {
     const MobaProblem& problem = params.problem;
     const Sequence& sequence = range.sequence;
@@ -197,8 +218,11 @@ struct BackwardTask {
 #endif
       for (int64_t i = 0; i < num_keys * padded_head_dim; ++i) grad_key_tile[i] = 0;
       for (int64_t i = 0; i < num_keys * padded_value_dim; ++i) grad_value_tile[i] = 0;
-      for (int64_t i = 0; i < num_queries; i += kTileQueries) {
-        add_tile(range, rows, queries + i, min64(kTileQueries, num_queries - i), first_key, num_keys, keys, values);
+      const Keys all{first_key, num_keys, keys, values, grad_key_tile, grad_value_tile};
+      for (int64_t list = 0; list < lists_per_block(problem); ++list) {
+        for (int64_t i = offsets[list]; i < offsets[list + 1]; i += kTileQueries) {
+          add_tile(range, rows, all_queries + i, min64(kTileQueries, offsets[list + 1] - i), all, list > 0);
+        }
       }
       add_rows<T>(grad_key_tile, padded_head_dim, nullptr, num_keys, problem.head_dim, static_cast<T>(params.scale),
                   {grad_key.data + first_key * grad_key.row_stride, grad_key.row_stride});
@@ -210,7 +234,7 @@ struct BackwardTask {
 
 // Step 1 of a range: delta, and the key-major lists.
 template <typename Storage>
-RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& range, int32_t* cursors,
+RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& range, int32_t* joined, int32_t* cursors,
                            const BlockLists& lists, ComputeOf<Storage>* delta) {
   using T = ComputeOf<Storage>;
   const Sequence& sequence = range.sequence;
@@ -227,7 +251,7 @@ RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& r
     delta[i] = sum;
   }
   const int32_t* choices = choices_of_query(params, sequence.batch_idx, head, first_row);
-  return build_range_lists(params.problem, range, choices, params.block_indices.strides[2], cursors, lists);
+  return build_range_lists(params.problem, range, choices, params.block_indices.strides[2], joined, cursors, lists);
 }
 
 // The rounds of a whole problem. A unit is one sequence's key head with its group of query heads; a unit takes part in
@@ -252,7 +276,7 @@ class Backward {
         useful_threads(problem_.num_threads, num_units * max_rounds_, 5 * pair_operations(problem_, extent_));
     const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) {
       BackwardTask<Storage>(params_, cutter);
-      cutter.take<int32_t>(extent_.max_blocks);
+      cutter.take<int32_t>(num_cursors() + num_joined());
     });
     scratch_ = &scratch;
     const AlignedBuffer starts = allocate_aligned(static_cast<size_t>(problem_.batch_size) * sizeof(int64_t));
@@ -260,12 +284,12 @@ class Backward {
     const AlignedBuffer prepared = allocate_aligned(static_cast<size_t>(lay_out_prepared_ranges()));
     prepared_ = prepared.get();
 
-    for_each_range(problem_, num_workers,
-                   [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
-                     const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
-                     int32_t* cursors = scratch.of(worker).template take<int32_t>(extent_.max_blocks);
-                     return prepare_range<Storage>(params_, range, cursors, at.lists, at.delta);
-                   });
+    for_each_range(
+        problem_, 1, num_workers, [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
+          const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
+          int32_t* cursors = scratch.of(worker).template take<int32_t>(num_cursors() + num_joined());
+          return prepare_range<Storage>(params_, range, cursors + num_cursors(), cursors, at.lists, at.delta);
+        });
 
     // In place, all units run together; with a workspace, so many that each round has tasks for every thread.
     const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, max_rounds_));
@@ -296,9 +320,15 @@ class Backward {
     T* delta;  // [range queries]
   };
 
+  // Scratch of step 1.
+  int64_t num_cursors() const { return lists_per_block(problem_) * extent_.max_blocks; }
+  int64_t num_joined() const { return problem_.window > 0 ? extent_.max_queries * num_slots(problem_) : 0; }
+
+  int64_t lists_in(const Sequence& sequence) const { return lists_per_block(problem_) * sequence.num_blocks; }
+
   int64_t prepared_bytes(const Sequence& sequence) const {
     const int64_t num_queries = queries_per_range(problem_, sequence);
-    return round_up((sequence.num_blocks + 1 + num_queries * problem_.top_k) * 4, 64) +
+    return round_up((lists_in(sequence) + 1 + num_queries * num_slots(problem_)) * 4, 64) +
            round_up(num_queries * static_cast<int64_t>(sizeof(T)), 64);
   }
 
@@ -317,9 +347,9 @@ class Backward {
     const int64_t slot = head * ranges_in(problem_, sequence) + range_idx;
     unsigned char* piece = prepared_ + prepared_starts_[sequence_idx] + slot * prepared_bytes(sequence);
     int32_t* offsets = reinterpret_cast<int32_t*>(piece);
-    const int64_t num_choices = queries_per_range(problem_, sequence) * problem_.top_k;
-    const int64_t list_bytes = round_up((sequence.num_blocks + 1 + num_choices) * 4, 64);
-    return {{offsets, offsets + sequence.num_blocks + 1}, reinterpret_cast<T*>(piece + list_bytes)};
+    const int64_t num_choices = queries_per_range(problem_, sequence) * num_slots(problem_);
+    const int64_t list_bytes = round_up((lists_in(sequence) + 1 + num_choices) * 4, 64);
+    return {{offsets, offsets + lists_in(sequence) + 1}, reinterpret_cast<T*>(piece + list_bytes)};
   }
 
   // Where the gradients of a unit are summed, from the first row of the sequence on.
@@ -375,7 +405,8 @@ class Backward {
 
     const PreparedRange prepared = prepared_range(sequence, sequence_idx, head, range_idx);
     const BlockLists& lists = prepared.lists;
-    if (lists.offsets[first_block] == lists.offsets[last_block]) return;
+    const int64_t lists_of_block = lists_per_block(problem_);
+    if (lists.offsets[first_block * lists_of_block] == lists.offsets[last_block * lists_of_block]) return;
     const int64_t row = sequence.query_start + first_query;
     const UnitSums sums = sums_of(unit, sequence);
     const typename BackwardTask<Storage>::RangeRows rows{
@@ -390,10 +421,9 @@ class Backward {
     [[maybe_unused]] const std::conditional_t<kHasMatrixUnit<Storage>, AmxGuard, int> guard{};
     BackwardTask<Storage> backward(params_, cutter);
     for (int64_t block = first_block; block < last_block; ++block) {
-      const int64_t begin = lists.offsets[block];
-      const int64_t num_queries = lists.offsets[block + 1] - begin;
-      if (num_queries == 0) continue;
-      backward.add_block(range, rows, lists.queries + begin, num_queries, block, sums.grad_key, sums.grad_value);
+      const int32_t* offsets = lists.offsets + block * lists_of_block;
+      if (offsets[0] == offsets[lists_of_block]) continue;
+      backward.add_block(range, rows, lists.queries, offsets, block, sums.grad_key, sums.grad_value);
     }
   }
 

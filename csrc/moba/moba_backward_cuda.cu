@@ -2,7 +2,7 @@
 // moba_backward_cuda.cuh has the kernel that differentiates.
 //
 // Steps, per wave:
-//   1. block lists (moba_layout_cuda.cu);
+//   1. block lists (moba_layout_cuda.cu), of choices joined with the window where there is one (moba_window_cuda.cu);
 //   2. moba_row_terms: some lanes take a query's row, shift = dot(grad_out, out) - grad_lse, and clear its sums;
 //   3. in a unit's first wave, moba_clear_key_sums: a lane takes a key, its warp clears the sums that will be added to;
 //   4. moba_attend_blocks_backward: float32 sums of grad_query; gradients of keys, or sums of them where several thread
@@ -298,18 +298,19 @@ bool has_rows_of_fours(const Array<void, 4>& grad, int64_t dim, int64_t element_
 }  // namespace
 
 int64_t moba_backward_workspace_bytes(const MobaBackwardParams& params, const CudaPlace&) {
-  const MobaProblem& problem = params.problem;
+  const MobaProblem problem = problem_with_window(params.problem);
   const bool is_deterministic = params.deterministic;
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return 0;
   WorkspaceCutter cutter(nullptr);
   const WavePlan plan = plan_backward(problem, is_deterministic);
-  prepare_geometry(problem, 1, cutter, nullptr);
+  const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, nullptr);
+  join_window(params.problem, geometry, params.block_indices, cutter, nullptr);
   take_workspace(problem, is_deterministic, plan.units_per_wave, plan.queries_per_wave, cutter);
   return cutter.used();
 }
 
 void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& given, const CudaPlace& place) {
-  const MobaProblem& problem = params.problem;
+  const MobaProblem problem = problem_with_window(params.problem);
   const bool is_deterministic = params.deterministic;
   const DeviceGuard guard(place.device);
   const BackwardKernel& kernel = kernel_for(problem);
@@ -319,6 +320,8 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
   WorkspaceCutter cutter(given.data);
   const WavePlan plan = plan_backward(problem, is_deterministic);
   const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
+  const Array<const int32_t, 4> block_indices =
+      join_window(params.problem, geometry, params.block_indices, cutter, stream);
   const WorkspaceCutter wave_start = cutter;
   take_workspace(problem, is_deterministic, plan.units_per_wave, plan.queries_per_wave, cutter);
   require(cutter.used() <= given.bytes,
@@ -335,7 +338,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
                          params.grad_out.has_aligned_rows(16);
   rows.d_score_scale = std::abs(scale) > 1.0f ? scale : 1.0f;
   rows.gradient_scale = std::abs(scale) > 1.0f ? 1.0f : scale;
-  rows.block_indices = params.block_indices;
+  rows.block_indices = block_indices;
   rows.out = params.out;
   rows.grad_out = params.grad_out;
   rows.grad_lse = params.grad_lse;
@@ -380,7 +383,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
     keys.entries_per_item = workspace.lists.entries_per_item;
     keys.key.sums = args.grad_key_sums = workspace.grad_key;
     keys.value.sums = args.grad_value_sums = workspace.grad_value;
-    if (wave.num_queries > 0) build_block_lists({geometry, wave, params.block_indices, workspace.lists}, stream);
+    if (wave.num_queries > 0) build_block_lists({geometry, wave, block_indices, workspace.lists}, stream);
     if (wave.first_query == 0 && problem.key_len > 0) {
       cuda::launch(moba_clear_key_sums, key_rows(problem, wave.num_units, stream), keys);
     }

@@ -111,7 +111,12 @@ struct BackwardSharedMemory {
     float largest;  // of softmax terms, or lse where there are none
     float factor;   // of softmax terms
     float shift;
-    int32_t num_visible;  // of this thread block's keys; 0: the row is not there
+    // Of this thread block's keys, the first that the row does not see; 0: the row is not there. In the upper half of
+    // the bits, those of a window's edge that stand before the window.
+    int32_t num_visible;
+    __device__ __forceinline__ bool sees(int key) const {
+      return key < (num_visible & 0xffff) && key >= num_visible >> 16;
+    }
   };
   struct RowPlace {
     const Element* query;     // the row in global memory; null: the row is not there
@@ -207,6 +212,12 @@ __device__ __forceinline__ void place_row(const BackwardArguments& args, const U
     num_visible = num_visible < 0 ? 0 : min(num_visible, Shared::kKeys);
     is_masked = num_visible < Shared::kKeys;
     hides_keys = num_visible < min(block.num_keys - first_key, Shared::kKeys);
+    if (is_edge_entry(args.geometry, entry, row)) {
+      const int32_t start = keys_before_window(args.geometry, block, at.query) - first_key;
+      num_visible |= max(0, min(start, Shared::kKeys)) << 16;
+      is_masked = is_masked || start > 0;
+      hides_keys = hides_keys || start > 0;
+    }
     const int64_t place_of_sums = args.is_deterministic ? unit_rows * args.geometry.top_k + entry : unit_rows + row;
     place = {args.query.at<Element>(unit.batch_idx, at.head, at.query),
              args.grad_out.at<Element>(unit.batch_idx, at.head, at.query),
@@ -287,7 +298,7 @@ __device__ __forceinline__ void weigh(const BackwardArguments& args, bool is_mas
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const bool is_visible = first_key + n * 8 + 2 * t + e < terms.num_visible;
+            const bool is_visible = terms.sees(first_key + n * 8 + 2 * t + e);
             weights[n][e] = is_visible ? weights[n][e] : 0.0f;
             d_scores[n][e] = is_visible ? d_scores[n][e] : 0.0f;
           }
@@ -391,7 +402,7 @@ __device__ __forceinline__ void multiply_visible(float (&c)[kM][kN][4], TileA& a
       for (int h = 0; h < 2; ++h) {
         const int i = first_a + m * 16 + h * 8 + g;
         const int row = kIsTransposed ? k : i, key = kIsTransposed ? i : k;
-        if (key >= terms[row].num_visible) continue;
+        if (!terms[row].sees(key)) continue;
         const float left = cuda::to_float(a.at(row, key));
 #pragma unroll
         for (int n = 0; n < kN; ++n) {

@@ -41,6 +41,12 @@ void complete_problem(Params& params) {
   require(problem.cu_seqlens_q.sizes[0] == problem.cu_seqlens_k.sizes[0], "cu_seqlens must come in pairs");
   require(!is_packed || params.query.sizes[0] == 1, "packed tensors have a batch of 1");
   require(problem.num_threads >= 1, "num_threads must be at least 1");
+  if constexpr (requires { params.window; }) {
+    require(params.window >= 0 && (params.window == 0 || problem.is_causal),
+            "window must be at least 0, and 0 unless causal");
+    // Longer ones see nothing more, and need more slots.
+    problem.window = params.window < problem.key_len ? params.window : problem.key_len;
+  }
 }
 
 }  // namespace
@@ -69,6 +75,10 @@ void complete(CentroidParams& params) {
 void complete(MobaRouteParams& params) {
   swap_packed(params.problem, params.query, params.key);
   complete_problem(params);
+  if (!params.problem.is_causal) params.force_last = 0;
+  require(params.force_first >= 0 && params.force_last >= (params.problem.is_causal ? 1 : 0),
+          "force_first must be at least 0, and force_last at least 1 where causal");
+  require(params.force_first <= params.problem.top_k - params.force_last, "no more blocks can be forced than top_k");
 }
 
 void complete(MobaForwardParams& params) {

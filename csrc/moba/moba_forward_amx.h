@@ -169,14 +169,14 @@ struct AmxForwardTile : AmxScores {
     }
   }
 
-  // Steps 2 to 5. limit_of(i): keys that query i of the tile sees. rescale [kTileQueries] and out_tile [count, padded
-  // V] are results.
+  // Steps 2 to 5. Query i of the tile lies at query + places[i] * query_stride, what it has seen so far at rows[i].
+  // limit_of(i): keys that it sees. rescale [kTileQueries] and out_tile [count, padded V] are results.
   template <typename LimitOf>
-  void attend(const BFloat16* query, int64_t query_stride, const int32_t* queries, int64_t count, int64_t num_seen,
-              const LimitOf& limit_of, float* running_max, float* running_sum, float* rescale) {
+  void attend(const BFloat16* query, int64_t query_stride, const int32_t* places, const int32_t* rows, int64_t count,
+              int64_t num_seen, const LimitOf& limit_of, float* running_max, float* running_sum, float* rescale) {
     const int64_t num_depth = round_up(num_seen, kAmxDepth);
-    multiply(query, query_stride, queries, count, num_depth);
-    online_softmax(queries, count, num_depth, limit_of, running_max, running_sum, rescale);
+    multiply(query, query_stride, places, count, num_depth);
+    online_softmax(rows, count, num_depth, limit_of, running_max, running_sum, rescale);
     for (int64_t d = 0; d < padded_value_dim; d += kAmxPanel) {
       amx_panel_product(weights, tile_keys, value_pairs + d, padded_value_dim, out_tile + d, padded_value_dim,
                         num_depth, count <= kAmxRows);

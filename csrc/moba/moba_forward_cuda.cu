@@ -2,7 +2,7 @@
 // that attends.
 //
 // Steps, per wave:
-//   1. block lists (moba_layout_cuda.cu);
+//   1. block lists (moba_layout_cuda.cu), of choices joined with the window where there is one (moba_window_cuda.cu);
 //   2. moba_attend_blocks: a normalised partial output, its maximum and sum per choice;
 //   3. moba_merge_slots: 8, 16 or 32 lanes take a query's row and combine its choices.
 #include <algorithm>
@@ -223,17 +223,18 @@ void merge(Dtype dtype, const MergeArguments& args, cudaStream_t stream) {
 }  // namespace
 
 int64_t moba_forward_workspace_bytes(const MobaForwardParams& params, const CudaPlace&) {
-  const MobaProblem& problem = params.problem;
+  const MobaProblem problem = problem_with_window(params.problem);
   if (problem.query_len == 0 || count_units(problem) == 0) return 0;
   WorkspaceCutter cutter(nullptr);
   const WavePlan plan = plan_forward(problem);
-  prepare_geometry(problem, 1, cutter, nullptr);
+  const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, nullptr);
+  join_window(params.problem, geometry, params.block_indices, cutter, nullptr);
   take_workspace(problem, plan.units_per_wave, plan.queries_per_wave, cutter);
   return cutter.used();
 }
 
 void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& given, const CudaPlace& place) {
-  const MobaProblem& problem = params.problem;
+  const MobaProblem problem = problem_with_window(params.problem);
   const ForwardKernel& kernel = kernel_for(problem);
   if (problem.query_len == 0 || count_units(problem) == 0) return;
   const DeviceGuard guard(place.device);
@@ -242,6 +243,8 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
   WorkspaceCutter cutter(given.data);
   const WavePlan plan = plan_forward(problem);
   const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
+  const Array<const int32_t, 4> block_indices =
+      join_window(params.problem, geometry, params.block_indices, cutter, stream);
   const WorkspaceCutter wave_start = cutter;
   take_workspace(problem, plan.units_per_wave, plan.queries_per_wave, cutter);
   require(cutter.used() <= given.bytes,
@@ -250,7 +253,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     const Wave wave = plan.wave(problem, wave_idx);
     WorkspaceCutter wave_cutter = wave_start;
     const ForwardWorkspace workspace = take_workspace(problem, wave.num_units, wave.num_queries, wave_cutter);
-    build_block_lists({geometry, wave, params.block_indices, workspace.lists}, stream);
+    build_block_lists({geometry, wave, block_indices, workspace.lists}, stream);
     if (workspace.lists.max_items > 0) {
       const StageRange attention("moba: attention");
       ForwardArguments args{};
@@ -272,7 +275,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     }
     merge(problem.dtype,
           {geometry, wave, workspace.lists.num_rows, static_cast<int32_t>(problem.value_dim),
-           static_cast<int32_t>(partial_elements_of(problem)), params.block_indices, params.sinks,
+           static_cast<int32_t>(partial_elements_of(problem)), block_indices, params.sinks,
            workspace.lists.is_row_valid, workspace.partial_out, workspace.partial_max, workspace.partial_sum,
            params.out, params.lse, params.softmax_terms,
            params.out.has_aligned_rows(16) && problem.value_dim * element_bytes(problem.dtype) % 16 == 0},

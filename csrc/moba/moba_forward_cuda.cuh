@@ -73,7 +73,8 @@ struct ForwardSharedMemory {
   Unit unit;
   WorkItem item;
   const Element* query_row[kWarps * kRowsPerWarp];  // a row's query in global memory; null: the row is not there
-  int32_t num_visible[kWarps * kRowsPerWarp];       // keys of the block that the row sees
+  // Keys of the block that the row sees, from its first on; of a window's edge ~count, the keys before the window.
+  int32_t num_visible[kWarps * kRowsPerWarp];
 };
 
 namespace forward {
@@ -153,9 +154,12 @@ __device__ __forceinline__ void place_rows(const ForwardArguments& args, const U
   shared.query_row[row] = nullptr;
   shared.num_visible[row] = kSeesAll;
   if (entry < 0) return;
-  const WaveRow place = wave_row(args.geometry, args.wave, unit, row_of_entry(args.geometry, entry));
+  const int32_t row_of_wave = row_of_entry(args.geometry, entry);
+  const WaveRow place = wave_row(args.geometry, args.wave, unit, row_of_wave);
   shared.query_row[row] = args.query.at<Element>(unit.batch_idx, place.head, place.query);
-  shared.num_visible[row] = num_visible_keys(args.geometry, block, place.query);
+  shared.num_visible[row] = is_edge_entry(args.geometry, entry, row_of_wave)
+                                ? ~keys_before_window(args.geometry, block, place.query)
+                                : num_visible_keys(args.geometry, block, place.query);
 }
 
 // Step 2: the rows that were placed last, several lanes a row.
@@ -223,21 +227,25 @@ __device__ __forceinline__ void cap_scores(float (&scores)[kRowBlocks][kStepBloc
   }
 }
 
-// Step 3's mask: keys from num_visible on, counted from the block's start, are hidden from a row.
+// Step 3's mask: keys from num_visible on, counted from the block's start, are hidden from a row; of an edge those outside
+// the window and the block.
 template <int kRowBlocks, int kStepBlocks>
 __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kStepBlocks][4], int first_key,
-                                          int32_t num_visible_of_lane) {
+                                          int32_t num_visible_of_lane, int32_t window, int32_t num_keys) {
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int32_t num_visible = __shfl_sync(kAllLanes, num_visible_of_lane, m * 16 + h * 8 + g);
+      const int32_t start = num_visible < 0 ? ~num_visible : 0;
+      const auto count = static_cast<uint32_t>(num_visible < 0 ? min(window, num_keys - start) : num_visible);
 #pragma unroll
       for (int n = 0; n < kStepBlocks; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (first_key + n * 8 + 2 * t + e >= num_visible) scores[m][n][2 * h + e] = -INFINITY;
+          if (static_cast<uint32_t>(first_key + n * 8 + 2 * t + e - start) >= count)
+            scores[m][n][2 * h + e] = -INFINITY;
         }
       }
     }
@@ -318,7 +326,8 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
   constexpr int kStepKeys = Tiles::kStepKeys;
   const int first_row = warp_id() * Tiles::kRowBlocks * 16;
   const int32_t min_visible = min_of_warp(num_visible);
-  const int32_t max_visible = max_of_warp(num_visible == kSeesAll ? 0 : num_visible);
+  // Of an edge, more keys than any block has.
+  const int32_t max_visible = max_of_warp(num_visible == kSeesAll ? 0 : num_visible & INT32_MAX);
   const int end = min(num_keys, max_visible - first_key);
 #pragma unroll 1
   for (int step = 0; step < end; step += kStepKeys) {
@@ -337,7 +346,9 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
       }
     }
     if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
-    if (first_key + step + kStepKeys > min_visible) hide_keys(scores, first_key + step, num_visible);
+    if (first_key + step + kStepKeys > min_visible) {
+      hide_keys(scores, first_key + step, num_visible, args.geometry.window, shared.item.block.num_keys);
+    }
     online_softmax(scores, running, first_key + step == 0);
     if constexpr (Tiles::kIsFloat) {
       const int g = lane_id() / 4, t = lane_id() % 4;
@@ -432,8 +443,10 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   bool hides_keys = false;
   if (args.geometry.is_causal) {
     for (int i = threadIdx.x; i < item.num_entries; i += Shared::kThreads) {
-      const WaveRow place = wave_row(args.geometry, args.wave, unit, row_of_entry(args.geometry, item.entries[i]));
-      hides_keys = hides_keys || num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys;
+      const int32_t row = row_of_entry(args.geometry, item.entries[i]);
+      const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
+      hides_keys = hides_keys || is_edge_entry(args.geometry, item.entries[i], row) ||
+                   num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys;
     }
     hides_keys = __syncthreads_or(hides_keys ? 1 : 0) != 0;
   }
@@ -482,13 +495,16 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
       forward::attend<Element, kHeadDim>(args, shared, num_visible, 0, item.block.num_keys, running, gather_next);
     } else {
       // One by one: only what the round's single row sees; the rows of keys behind are zeros.
-      int num_keys = item.block.num_keys;
+      int first_seen = 0, num_keys = item.block.num_keys;
       if (is_one_by_one) {
-        const WaveRow place =
-            wave_row(args.geometry, args.wave, unit, row_of_entry(args.geometry, item.entries[round]));
+        const int32_t entry = item.entries[round], row = row_of_entry(args.geometry, entry);
+        const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
         num_keys = num_visible_keys(args.geometry, item.block, place.query);
+        if (is_edge_entry(args.geometry, entry, row)) {
+          first_seen = keys_before_window(args.geometry, item.block, place.query);
+        }
       }
-      for (int first_key = 0; first_key < num_keys; first_key += Tiles::kResidentKeys) {
+      for (int first_key = first_seen; first_key < num_keys; first_key += Tiles::kResidentKeys) {
         const int count = min(Tiles::kResidentKeys, num_keys - first_key);
         // Tells all warps that the keys before have been used and may be overwritten.
         __syncthreads();

@@ -4,6 +4,7 @@
 #include "../cpu/simd.h"
 #include "moba_config.h"
 #include "moba_params.h"
+#include "moba_window.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
@@ -41,23 +42,34 @@ inline const int32_t* choices_of_query(const Params& params, int64_t batch_idx, 
   return params.block_indices.template at<int32_t>(batch_idx, head_idx / params.problem.heads_per_choice, row);
 }
 
-// A consecutive piece of one head's queries: the unit of work of the forward, and what owns a gradient of query.
+// Slots of a query with those that a window adds, and lists of a block: of queries that see it up to their positions,
+// and, with a window, of those that see it from the window's start on.
+inline int64_t num_slots(const MobaProblem& problem) {
+  return problem.top_k + window_slots(problem.window, problem.block_size);
+}
+inline int64_t lists_per_block(const MobaProblem& problem) { return problem.window > 0 ? 2 : 1; }
+
+// A consecutive piece of one head's queries: the unit of work of the forward, and what owns a gradient of query. Where
+// heads share a choice the forward takes all heads of a key head at once.
 struct QueryRange {
   Sequence sequence;
   int64_t head_idx;     // query head
   int64_t first_query;  // within the sequence
   int64_t num_queries;
+  int64_t num_heads = 1;  // query heads from head_idx on, of one choice
 };
 
 // Fixed from shapes alone, never from the number of threads: results must not depend on it.
-inline int64_t queries_per_range(const MobaProblem& problem, const Sequence& sequence) {
-  const int64_t chosen = max64(1, min64(problem.top_k, sequence.num_blocks));
-  const int64_t wanted = round_up(ceil_div(sequence.num_blocks * MobaRangeConfig::kQueriesPerBlock, chosen), 64);
-  return min64(max64(wanted, MobaRangeConfig::kMinQueries), round_up(max64(sequence.query_len, 1), 64));
+inline int64_t queries_per_range(const MobaProblem& problem, const Sequence& sequence, int64_t num_heads = 1) {
+  const int64_t chosen = max64(1, min64(num_slots(problem), sequence.num_blocks));
+  const int64_t wanted =
+      round_up(ceil_div(sequence.num_blocks * MobaRangeConfig::kQueriesPerBlock, chosen * num_heads), 64);
+  const int64_t least = round_up(ceil_div(MobaRangeConfig::kMinQueries, num_heads), 64);
+  return min64(max64(wanted, least), round_up(max64(sequence.query_len, 1), 64));
 }
 
-inline int64_t ranges_in(const MobaProblem& problem, const Sequence& sequence) {
-  return ceil_div(sequence.query_len, queries_per_range(problem, sequence));
+inline int64_t ranges_in(const MobaProblem& problem, const Sequence& sequence, int64_t num_heads = 1) {
+  return ceil_div(sequence.query_len, queries_per_range(problem, sequence, num_heads));
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -27,6 +27,7 @@ struct MobaGeometry {
   cuda::Divisor by_top_k;
   cuda::Divisor by_heads_per_choice;  // a query head's quotient is its head in block_indices
   bool is_causal;
+  int32_t window;  // positions that a query sees whatever it chose; 0: none. Choices are joined with it, edges last
   const int64_t* query_starts;  // [num_sequences + 1] int64, ascending; null for a dense problem
   const int64_t* key_starts;    // [num_sequences + 1] int64, ascending; null for a dense problem
   const int64_t* block_starts;  // [num_sequences + 1] int64: number of blocks before each sequence
@@ -134,6 +135,18 @@ __device__ __forceinline__ int32_t num_visible_keys(const MobaGeometry& geometry
                                                     int64_t query, int32_t choice) {
   if (choice < 0 || choice >= sequence.num_blocks) return 0;
   return num_visible_keys(geometry, key_block_of(geometry, sequence, choice), query);
+}
+
+// Whether an entry, of the row that it is of, is of the window's edge: a block that is seen from the window's start on.
+__device__ __forceinline__ bool is_edge_entry(const MobaGeometry& geometry, int32_t entry, int32_t row) {
+  return geometry.window > 0 && entry - row * geometry.top_k == geometry.top_k - 1;
+}
+
+// How many of an edge's keys, from its first on, stand before the query's window.
+__device__ __forceinline__ int32_t keys_before_window(const MobaGeometry& geometry, const KeyBlock& block,
+                                                      int64_t query) {
+  const int64_t count = query + block.visible_offset + 1 - geometry.window;
+  return count <= 0 ? 0 : (count < block.num_keys ? static_cast<int32_t>(count) : block.num_keys);
 }
 
 struct Unit {

@@ -66,20 +66,4 @@ inline RoutingFault build_block_lists(int64_t num_rows, int64_t num_blocks, int6
   return {};
 }
 
-// All choices of a range.
-inline RoutingFault build_range_lists(const MobaProblem& problem, const QueryRange& range, const int32_t* choices,
-                                      int64_t choices_row_stride, int32_t* cursors, const BlockLists& lists) {
-  const Sequence& sequence = range.sequence;
-  const auto own_block = [&](int64_t query) -> int64_t {
-    if (!problem.is_causal) return sequence.num_blocks;
-    return block_of(range.first_query + query + sequence.position_offset, problem.block_size);
-  };
-  const auto fault_at = [&](RoutingFault::Kind kind, int64_t query, int64_t block) {
-    return RoutingFault{kind, range.head_idx, sequence.query_start + range.first_query + query, block};
-  };
-  return build_block_lists(
-      range.num_queries, sequence.num_blocks, 0, problem.top_k,
-      [&](int64_t query) { return choices + query * choices_row_stride; }, own_block, fault_at, cursors, lists);
-}
-
 }  // namespace topgather::TOPGATHER_CPU_TARGET

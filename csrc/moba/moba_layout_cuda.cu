@@ -123,6 +123,7 @@ MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, Wo
   geometry.by_top_k = cuda::Divisor(problem.top_k);
   geometry.by_heads_per_choice = cuda::Divisor(problem.heads_per_choice);
   geometry.is_causal = problem.is_causal;
+  geometry.window = static_cast<int32_t>(problem.window);
   if (!is_packed(problem)) return geometry;
   int64_t* starts[4];
   for (int64_t*& start : starts) start = cutter.take<int64_t>(problem.batch_size + 1);

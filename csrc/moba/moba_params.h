@@ -7,6 +7,7 @@
 
 #include "../common/array.h"
 #include "../common/fields.h"
+#include "../common/route_options.h"
 #include "../common/score_options.h"
 
 namespace topgather {
@@ -28,6 +29,7 @@ struct MobaProblem {
   int64_t value_dim;  // 0 where there are no values
   int64_t top_k;
   int64_t heads_per_choice;  // query heads that share a choice: head h goes by row h / heads_per_choice
+  int64_t window;            // positions that a query sees whatever it chose, at most key_len; 0: none
 };
 TOPGATHER_FIELDS(MobaProblem, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, num_threads)
 
@@ -44,7 +46,8 @@ TOPGATHER_FIELDS(CentroidParams, key, block_size, cu_seqlens, num_threads, centr
 
 // Shapes are those of dense problems. Packed ones: query, key, value, out and their gradients are [token, head, dim],
 // block_indices [head, token, K], lse and grad_lse [head, token]. A choice head is a query head, a key head or all heads.
-struct MobaRouteParams {
+struct MobaRouteParams : RouteOptions {
+  using Shared = RouteOptions;
   MobaProblem problem;
   Array<const void, 4> query;       // [batch, query head, query, D] dtype
   Array<const void, 4> key;         // [batch, kv head, key, D] dtype
@@ -53,8 +56,8 @@ struct MobaRouteParams {
 };
 TOPGATHER_FIELDS(MobaRouteParams, problem, query, key, block_indices)
 
-struct MobaForwardParams : ScoreOptions {
-  using Shared = ScoreOptions;
+struct MobaForwardParams : BlockScoreOptions {
+  using Shared = BlockScoreOptions;
   MobaProblem problem;
   Array<const void, 4> query;             // [batch, query head, query, D] dtype
   Array<const void, 4> key;               // [batch, kv head, key, D] dtype
@@ -68,8 +71,8 @@ struct MobaForwardParams : ScoreOptions {
 };
 TOPGATHER_FIELDS(MobaForwardParams, problem, query, key, value, block_indices, sinks, out, lse, softmax_terms)
 
-struct MobaBackwardParams : ScoreOptions {
-  using Shared = ScoreOptions;
+struct MobaBackwardParams : BlockScoreOptions {
+  using Shared = BlockScoreOptions;
   MobaProblem problem;
   bool deterministic;                     // on CUDA: the same bits every time; the CPU's always are
   Array<const void, 4> query;             // [batch, query head, query, D] dtype

@@ -2,7 +2,8 @@
 //
 //   centroid_j  = mean of the keys of block j                       [num_blocks, D]
 //   score_ij    = dot(query_i, centroid_j)                          never written to memory as a matrix
-//   choice_i    = own block and the top_k - 1 best before it (causal), or the top_k best of all
+//   choice_i    = forced blocks and the best of the others: causal, the newest force_last up to the own block, and the
+//                 first force_first; else the first alone
 //
 // Who owns what: a task is one (sequence, query head, kQueriesPerTask queries); it walks tiles of kTileQueries queries
 // against chunks of kChunkBlocks centroids. Steps per tile:
@@ -10,7 +11,7 @@
 //   2. scores of a chunk, by the dense micro-kernel;
 //   3. keep the best: one comparison with each lane's worst kept score; only where a lane beats it, an insertion into
 //      the sorted lists of the whole vector;
-//   4. add the own block, sort each query's choices by block number, pad with -1, write them.
+//   4. add the forced blocks, sort each query's choices by block number, pad with -1, write them.
 // Numerics: sums in float32 (float64 for float64). Ties: blocks come in ascending order and an insertion needs a
 // strictly greater score, so the lower block number stays. A NaN score ranks as +inf. Lists are filled by position,
 // never by score, while they are short, so no score whatever can lead out of bounds.
@@ -76,7 +77,7 @@ struct RouteTask {
   static constexpr int64_t kQueriesPerTask = MobaRouteConfig::kQueriesPerTask;
 
   const MobaRouteParams& params;
-  int64_t list_length;  // blocks kept by score: top_k, less the own block where causal, at most num_blocks
+  int64_t list_length;  // blocks kept by score: top_k, less those forced, at most num_blocks
 
   // Scratch of one worker.
   T* query_tile;           // [D, kTileQueries]
@@ -118,14 +119,15 @@ struct RouteTask {
     blocks[0] = beaten ? block : blocks[0];
   }
 
-  // Steps 2 and 3: the lists of a tile of queries, the i-th of which may see the first visible[i] blocks.
+  // Steps 2 and 3: the lists of a tile of queries, the i-th of which may choose by score of blocks force_first to before
+  // end[i].
   // chunk_of(first, count) gives the centroids of so many blocks from `first` on, as a RowBlock.
   template <typename ChunkOf>
-  void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* visible, int64_t max_visible) {
+  void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* end, int64_t max_end) {
     const int64_t head_dim = params.problem.head_dim;
     for (int64_t i = 0; i < list_length * kVectorsPerTile; ++i) kept[i] = IntegerVector<T>{} - 1;
-    for (int64_t first = 0; first < max_visible; first += kChunkBlocks) {
-      const int64_t count = min64(kChunkBlocks, max_visible - first);
+    for (int64_t first = params.force_first; first < max_end; first += kChunkBlocks) {
+      const int64_t count = min64(kChunkBlocks, max_end - first);
       const RowBlock<T> chunk = chunk_of(first, count);
       const GemmOperands<T> product{chunk.data, chunk.row_stride, 1,       query_tile, kTileQueries,
                                     scores,     kTileQueries,     head_dim};
@@ -137,9 +139,9 @@ struct RouteTask {
               static_cast<typename VectorTraits<T>::IntegerElement>(block) - IntegerVector<T>{};
           Vector<T> score = load<T>(scores + j * kTileQueries + v * kLanes<T>);
           score = score == score ? score : broadcast(std::numeric_limits<T>::infinity());
-          const IntegerVector<T> active = block_vector < visible[v];
-          if (block < list_length) {
-            offer(v, block, score, block_vector, active);
+          const IntegerVector<T> active = block_vector < end[v];
+          if (block - params.force_first < list_length) {
+            offer(v, block - params.force_first, score, block_vector, active);
           } else {
             const Vector<T> worst = load<T>(kept_scores + (list_length - 1) * kTileQueries + v * kLanes<T>);
             if (any_lane((score > worst) & active)) offer(v, list_length, score, block_vector, active);
@@ -149,56 +151,65 @@ struct RouteTask {
     }
   }
 
-  // Step 4 for one query: ascending block numbers, then -1.
-  void write_choices(int64_t lane, int64_t own_block, int32_t* choices) {
+  // What a query may choose: blocks 0 to num_visible - 1, of which those before first_end and from last_start on are forced.
+  struct Scope {
+    int64_t num_visible;
+    int64_t first_end;
+    int64_t last_start;
+  };
+
+  // Of the query that stands in block `own`, -1 for none, or sees the first seen_by_all blocks.
+  Scope scope_of(int64_t own, int64_t seen_by_all) const {
+    const int64_t num_visible = max64(own + 1, seen_by_all);
+    const int64_t first_end = min64(params.force_first, num_visible);
+    const int64_t num_last = own < 0 ? 0 : params.force_last;
+    return {num_visible, first_end, max64(num_visible - num_last, first_end)};
+  }
+
+  // Step 4 for one query: ascending block numbers, then -1. Without scores, for there are no more blocks than may be
+  // chosen, or none may by score, the first list_length of the others.
+  void write_choices(int64_t lane, bool has_scores, const Scope& scope, int32_t* choices) {
     using Integer = typename VectorTraits<T>::IntegerElement;
-    const Integer* column = reinterpret_cast<const Integer*>(kept) + lane;
     int64_t count = 0;
-    for (int64_t rank = 0; rank < list_length; ++rank) {
-      const int32_t block = static_cast<int32_t>(column[rank * kTileQueries]);
-      if (block < 0) continue;
-      int64_t slot = count++;
-      for (; slot > 0 && choices[slot - 1] > block; --slot) choices[slot] = choices[slot - 1];
-      choices[slot] = block;
+    for (; count < scope.first_end; ++count) choices[count] = static_cast<int32_t>(count);
+    if (has_scores) {
+      const Integer* column = reinterpret_cast<const Integer*>(kept) + lane;
+      for (int64_t rank = 0; rank < list_length; ++rank) {
+        const int32_t block = static_cast<int32_t>(column[rank * kTileQueries]);
+        if (block < 0) continue;
+        int64_t slot = count++;
+        for (; slot > scope.first_end && choices[slot - 1] > block; --slot) choices[slot] = choices[slot - 1];
+        choices[slot] = block;
+      }
+    } else {
+      const int64_t num_chosen = min64(scope.last_start - scope.first_end, list_length);
+      for (int64_t i = 0; i < num_chosen; ++i, ++count) choices[count] = static_cast<int32_t>(count);
     }
-    if (own_block >= 0) choices[count++] = static_cast<int32_t>(own_block);
+    for (int64_t block = scope.last_start; block < scope.num_visible; ++block) {
+      choices[count++] = static_cast<int32_t>(block);
+    }
     for (; count < params.problem.top_k; ++count) choices[count] = -1;
   }
 
-  // Where every visible block is chosen there is nothing to score.
-  void write_all(int64_t num_visible, int64_t own_block, int32_t* choices) {
-    int64_t count = 0;
-    for (; count < num_visible; ++count) choices[count] = static_cast<int32_t>(count);
-    if (own_block >= 0) choices[count++] = static_cast<int32_t>(own_block);
-    for (; count < params.problem.top_k; ++count) choices[count] = -1;
-  }
-
-  // All steps for `count` queries: row_of(i) is the i-th, choices_of(i) where its choices go. It sees the blocks before
+  // All steps for `count` queries: row_of(i) is the i-th, choices_of(i) where its choices go. It sees the blocks up to
   // own_block_of(i), -1 for none, or the first seen_by_all where those are more.
   template <typename Storage, typename RowOf, typename OwnBlockOf, typename ChunkOf, typename ChoicesOf>
   void route_tile(int64_t count, int64_t seen_by_all, const RowOf& row_of, const OwnBlockOf& own_block_of,
                   const ChunkOf& chunk_of, const ChoicesOf& choices_of) {
-    IntegerVector<T> visible[kVectorsPerTile];
-    int64_t own[kTileQueries];
-    int64_t max_visible = 0;
+    IntegerVector<T> end[kVectorsPerTile];
+    Scope scopes[kTileQueries];
+    int64_t max_end = 0;
     for (int64_t i = 0; i < kTileQueries; ++i) {
-      own[i] = own_block_of(min64(i, count - 1));
-      const int64_t num_visible = max64(own[i], seen_by_all);
-      visible[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(num_visible);
-      max_visible = max64(max_visible, num_visible);
+      scopes[i] = scope_of(own_block_of(min64(i, count - 1)), seen_by_all);
+      end[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(scopes[i].last_start);
+      max_end = max64(max_end, scopes[i].last_start);
     }
-    const bool needs_scores = max_visible > list_length && list_length > 0;
+    const bool needs_scores = max_end - params.force_first > list_length && list_length > 0;
     if (needs_scores) {
       gather_rows_transposed<Storage>(row_of, count, params.problem.head_dim, T(1), query_tile, kTileQueries);
-      select(chunk_of, ceil_div(count, kLanes<T>), visible, max_visible);
+      select(chunk_of, ceil_div(count, kLanes<T>), end, max_end);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      if (needs_scores) {
-        write_choices(i, own[i], choices_of(i));
-      } else {
-        write_all(min64(visible[i / kLanes<T>][i % kLanes<T>], list_length), own[i], choices_of(i));
-      }
-    }
+    for (int64_t i = 0; i < count; ++i) write_choices(i, needs_scores, scopes[i], choices_of(i));
   }
 
   template <typename Storage>
@@ -239,7 +250,7 @@ void route_storage(const MobaRouteParams& params) {
     max_blocks = max64(max_blocks, sequence.num_blocks);
     max_queries = max64(max_queries, sequence.query_len);
   }
-  const int64_t list_length = min64(problem.is_causal ? problem.top_k - 1 : problem.top_k, max_blocks);
+  const int64_t list_length = min64(problem.top_k - params.force_first - params.force_last, max_blocks);
   const AlignedBuffer centroid_buffer =
       allocate_aligned(static_cast<size_t>(total_blocks * problem.num_kv_heads * problem.head_dim) * sizeof(T));
   T* centroids = reinterpret_cast<T*>(centroid_buffer.get());

@@ -91,9 +91,10 @@ int64_t parts_of(Dtype dtype) {
   });
 }
 
-// Blocks kept by score: top_k, less the own block where causal, at most as many as there are.
-int64_t list_length_of(const MobaProblem& problem) {
-  return std::min(problem.is_causal ? problem.top_k - 1 : problem.top_k, blocks_per_unit(problem));
+// Blocks kept by score: top_k, less those forced, at most as many as there are.
+int64_t list_length_of(const MobaRouteParams& params) {
+  const MobaProblem& problem = params.problem;
+  return std::min(problem.top_k - params.force_first - params.force_last, blocks_per_unit(problem));
 }
 
 int64_t tiles_per_head(const MobaProblem& problem, int64_t queries_per_tile) {
@@ -124,10 +125,11 @@ bool takes_filter(const MobaProblem& problem, const RouteKernel& kernel, int64_t
          num_blocks <= Config::kMaxBlocks;
 }
 
-RoutePlan plan_route(const MobaProblem& problem) {
+RoutePlan plan_route(const MobaRouteParams& params) {
+  const MobaProblem& problem = params.problem;
   RoutePlan plan{};
   plan.kernel = &kernel_for(problem);
-  plan.list_length = list_length_of(problem);
+  plan.list_length = list_length_of(params);
   plan.row_elements = multiple_of(problem.head_dim, 16);
   plan.num_tiles = tiles_per_head(problem, plan.kernel->queries_per_tile);
   const int64_t budget = workspace_budget(MobaWaveConfig::kRouteBudget);
@@ -219,7 +221,7 @@ int64_t moba_route_workspace_bytes(const MobaRouteParams& params, const CudaPlac
   if (problem.query_len == 0 || count_units(problem) == 0) return 0;
   const DeviceGuard guard(place.device);
   WorkspaceCutter cutter(nullptr);
-  const RoutePlan plan = plan_route(problem);
+  const RoutePlan plan = plan_route(params);
   prepare_geometry(problem, plan.kernel->queries_per_tile, cutter, nullptr);
   take_workspace(problem, plan, cutter);
   return cutter.used();
@@ -231,7 +233,7 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
   const DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
   const StageRange range("moba: route");
-  const RoutePlan plan = plan_route(problem);
+  const RoutePlan plan = plan_route(params);
   WorkspaceCutter cutter(given.data);
   if (is_packed(problem)) {
     // Rows past the last boundary choose nothing: -1 is all ones. The tensor is contiguous.
@@ -253,6 +255,8 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
     args.num_tiles = static_cast<uint32_t>(plan.num_tiles);
     args.num_work = static_cast<uint32_t>(plan.num_tiles * count * geometry.group);
     args.list_length = static_cast<int32_t>(plan.list_length);
+    args.force_first = static_cast<int32_t>(params.force_first);
+    args.force_last = static_cast<int32_t>(params.force_last);
     args.has_lane_lists = plan.are_lists_shared && plan.list_length <= route::kMaxLaneList;
     args.head_dim = static_cast<int32_t>(problem.head_dim);
     args.row_elements = static_cast<int32_t>(plan.row_elements);

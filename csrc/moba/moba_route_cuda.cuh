@@ -2,7 +2,7 @@
 // row.
 //
 //   score_ij = dot(query_i, centroid_j)                              never written to global memory
-//   choice_i = own block and the top_k - 1 best before it (causal), or the top_k best of all
+//   choice_i = the first force_first blocks, where causal the newest force_last up to the own, and the best of the others
 //
 // Who owns what: a thread block owns kQueries neighbouring queries of one head and walks the centroids in tiles of
 // kCentroids; each of its warps owns kRowsPerWarp rows, their scores and their lists. Steps per tile of centroids:
@@ -12,7 +12,7 @@
 //      block on, into the row's sorted list, which it holds in registers meanwhile. Lists longer than kMaxLaneList: a
 //      group of 32 lanes takes a row, a score each, and enters the scores that beat the worst, one at a time;
 //   last:
-//   4. own block, ascending order, -1 for the rest, written out.
+//   4. forced blocks, which are never scored, ascending order, -1 for the rest, written out.
 // Numerics: scores must rank as float32 does. A 16-bit query times a centroid cut into kParts 16-bit numbers (three of
 // bfloat16, two of float16) sums products that are exact in float32; float32 takes plain multiply-adds. A score that
 // comes out NaN is computed once more in float32 from the uncut centroid, since inf times a part may be NaN where inf
@@ -225,33 +225,36 @@ __device__ __forceinline__ void select_by_warp(const RouteArguments& args, Share
 }
 
 // Step 4 for one row: members place entries by how many stand before them.
-__device__ __forceinline__ void write_choices(const Lists& lists, int row, int member, int32_t own_block, int32_t top_k,
-                                              int32_t* choices) {
+__device__ __forceinline__ void write_choices(const Lists& lists, int row, int member, const ForcedBlocks& forced,
+                                              int32_t top_k, int32_t* choices) {
   const int32_t* blocks = lists.blocks + static_cast<int64_t>(row) * lists.length;
-  int32_t num_kept = 0;
+  int32_t num_kept = forced.num_first;
   for (int i = 0; i < lists.length; ++i) num_kept += blocks[i] != kNoBlock ? 1 : 0;
   for (int i = member; i < lists.length; i += kWriters) {
     const int32_t block = blocks[i];
     if (block == kNoBlock) continue;
-    int32_t position = 0;
+    int32_t position = forced.num_first;
     for (int other = 0; other < lists.length; ++other) position += blocks[other] < block ? 1 : 0;
-    choices[position] = block;
+    choices[position] = forced.num_first + block;
   }
-  const int32_t num_chosen = num_kept + (own_block >= 0 ? 1 : 0);
-  if (member == 0 && own_block >= 0) choices[num_kept] = own_block;
+  for (int slot = member; slot < forced.num_first; slot += kWriters) choices[slot] = slot;
+  const int32_t num_chosen = num_kept + forced.num_last;
+  for (int slot = num_kept + member; slot < num_chosen; slot += kWriters) {
+    choices[slot] = forced.own_block + 1 - (num_chosen - slot);
+  }
   for (int slot = num_chosen + member; slot < top_k; slot += kWriters) choices[slot] = -1;
 }
 
 // Step 4 for the lane's row.
 template <int kKept, typename Shared>
-__device__ __forceinline__ void write_choices_by_lane(const Shared& shared, const LaneLists& lists, int row,
+__device__ __forceinline__ void write_choices_by_lane(const LaneLists& lists, int row, const ForcedBlocks& forced,
                                                       int32_t top_k, int32_t* choices) {
   int32_t blocks[kKept];
 #pragma unroll
   for (int r = 0; r < kKept; ++r) {
     blocks[r] = r < lists.length ? lists.blocks[r * Shared::kQueries + row] : kNoBlock;
   }
-  write_blocks(blocks, shared.own_block[row], top_k, choices);
+  write_blocks(blocks, forced, top_k, choices);
 }
 
 // Whether a row of a tile failed before moba_route_filter.
@@ -269,11 +272,12 @@ __device__ __forceinline__ void hide_rows_but(const uint32_t* failed, Shared& sh
   }
 }
 
-// Step 4 where a row may choose all it sees: there is nothing to score.
-__device__ __forceinline__ void write_all(int32_t num_visible, int member, int32_t own_block, int32_t top_k,
+// Step 4 where there is nothing to score: `count` blocks behind the first ones are chosen, all that there are, or none.
+__device__ __forceinline__ void write_all(int32_t count, int member, const ForcedBlocks& forced, int32_t top_k,
                                           int32_t* choices) {
+  const int32_t first_last = forced.num_first + count, num_chosen = first_last + forced.num_last;
   for (int slot = member; slot < top_k; slot += kWriters) {
-    choices[slot] = slot < num_visible ? slot : (slot == num_visible && own_block >= 0 ? own_block : -1);
+    choices[slot] = slot < first_last ? slot : (slot < num_chosen ? forced.own_block + 1 - (num_chosen - slot) : -1);
   }
 }
 
@@ -317,11 +321,11 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
     const int64_t first_query = tile.first_query, head = tile.head;
     const Element* query_rows = args.query.at<Element>(tile.batch_idx, head, sequence.first_query + first_query);
 
-    const int32_t max_visible = route::place_rows(geometry, sequence, first_query, shared);
+    const int32_t max_visible = route::place_rows(args, sequence, first_query, shared);
     if (is_rerun) route::hide_rows_but(args.failed + work * Shared::Tiles::kWarps, shared);
     const bool needs_scores = args.list_length > 0 && max_visible > args.list_length;
     if (needs_scores) {
-      const int64_t unit_block = tile.unit_in_step * geometry.num_blocks + sequence.first_block;
+      const int64_t unit_block = tile.unit_in_step * geometry.num_blocks + sequence.first_block + args.force_first;
       // Step 1: part by part, each part's rows together.
       const auto copy_centroids = [&](int32_t first_block) {
         const Element* parts =
@@ -374,11 +378,11 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       const int32_t visible = shared.num_visible[row];
       if (visible < 0) continue;
       int32_t* choices = args.block_indices.at<int32_t>(tile.batch_idx, head, sequence.first_query + first_query + row);
+      const route::ForcedBlocks forced = route::forced_blocks(args, sequence, shared.own_block[row]);
       if (needs_scores) {
-        route::write_choices(lists, row, member, shared.own_block[row], geometry.top_k, choices);
+        route::write_choices(lists, row, member, forced, geometry.top_k, choices);
       } else {
-        route::write_all(visible < args.list_length ? visible : args.list_length, member, shared.own_block[row],
-                         geometry.top_k, choices);
+        route::write_all(min(visible, args.list_length), member, forced, geometry.top_k, choices);
       }
     }
     if (are_written_by_lanes && cuda::lane_id() < Shared::kRowsPerWarp) {
@@ -386,10 +390,11 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
       if (shared.num_visible[row] >= 0) {
         int32_t* choices =
             args.block_indices.at<int32_t>(tile.batch_idx, head, sequence.first_query + first_query + row);
+        const route::ForcedBlocks forced = route::forced_blocks(args, sequence, shared.own_block[row]);
         if (args.list_length <= 8) {
-          route::write_choices_by_lane<8>(shared, lane_lists, row, geometry.top_k, choices);
+          route::write_choices_by_lane<8, Shared>(lane_lists, row, forced, geometry.top_k, choices);
         } else {
-          route::write_choices_by_lane<route::kMaxLaneList>(shared, lane_lists, row, geometry.top_k, choices);
+          route::write_choices_by_lane<route::kMaxLaneList, Shared>(lane_lists, row, forced, geometry.top_k, choices);
         }
       }
     }

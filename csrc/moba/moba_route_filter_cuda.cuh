@@ -337,8 +337,8 @@ __global__ void __launch_bounds__(RouteFilterSharedMemory<Element, kHeadDim>::kT
   const SequenceOnDevice& sequence = tile.sequence;
   const Element* query_rows =
       args.query.at<Element>(tile.batch_idx, tile.head, sequence.first_query + tile.first_query);
-  const int32_t max_visible = route::place_rows(geometry, sequence, tile.first_query, shared);
-  const int64_t unit_block = tile.unit_in_step * geometry.num_blocks + sequence.first_block;
+  const int32_t max_visible = route::place_rows(args, sequence, tile.first_query, shared);
+  const int64_t unit_block = tile.unit_in_step * geometry.num_blocks + sequence.first_block + args.force_first;
   const float* bounds = args.bounds + unit_block;
   // Step 1. A thread copies one column of chunks; rows follow each other at compile-time distances.
   using Tile = cuda::SharedTile<Element, Shared::kCentroids, kHeadDim>;
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(RouteFilterSharedMemory<Element, kHeadDim>::kT
     }
   }
   route::write_blocks(
-      blocks, shared.own_block[row], geometry.top_k,
+      blocks, route::forced_blocks(args, sequence, shared.own_block[row]), geometry.top_k,
       args.block_indices.at<int32_t>(tile.batch_idx, tile.head, sequence.first_query + tile.first_query + row));
 }
 

@@ -22,6 +22,8 @@ struct RouteArguments {
   uint32_t num_tiles;  // of a head; packed: a bound
   uint32_t num_work;   // num_tiles x query heads of the units
   int32_t list_length;
+  int32_t force_first;
+  int32_t force_last;   // 0 where not causal
   bool has_lane_lists;  // step 3 by a lane a row
   int32_t head_dim;
   int32_t row_elements;             // of a centroid row in memory, zeros past head_dim
@@ -82,17 +84,39 @@ __device__ __forceinline__ TileOfQueries tile_of_queries(const RouteArguments& a
   return {true, unit_in_step, unit.batch_idx, head, sequence_on_device(geometry, sequence_idx), tile * queries};
 }
 
-// What the rows of a tile of queries may see. True if any row must choose by score.
+// Blocks that stand in a row's choice whatever their scores: the first num_first, and the num_last up to its own.
+struct ForcedBlocks {
+  int32_t num_first;
+  int32_t num_last;
+  int32_t own_block;  // -1: none
+};
+
+__device__ __forceinline__ ForcedBlocks forced_blocks(const RouteArguments& args, const SequenceOnDevice& sequence,
+                                                      int32_t own_block) {
+  const int32_t num_visible = args.geometry.is_causal ? own_block + 1 : static_cast<int32_t>(sequence.num_blocks);
+  const int32_t num_first = min(args.force_first, num_visible);
+  return {num_first, own_block < 0 ? 0 : min(args.force_last, num_visible - num_first), own_block};
+}
+
+// Of num_visible blocks, those that are not forced. They are numbered from 0 on wherever blocks are scored, and lie in
+// order behind the first force_first.
+__device__ __forceinline__ int64_t num_by_score(const RouteArguments& args, int64_t num_visible) {
+  const int64_t count = num_visible - args.force_first - args.force_last;
+  return count > 0 ? count : 0;
+}
+
+// How many blocks the rows of a tile of queries may choose by score; returns the most of any row.
 template <typename Shared>
-__device__ __forceinline__ int32_t place_rows(const MobaGeometry& geometry, const SequenceOnDevice& sequence,
+__device__ __forceinline__ int32_t place_rows(const RouteArguments& args, const SequenceOnDevice& sequence,
                                               int64_t first_query, Shared& shared) {
+  const MobaGeometry& geometry = args.geometry;
   for (int row = threadIdx.x; row < Shared::kQueries; row += Shared::kThreads) {
     const int64_t query = first_query + row;
     int64_t own = -1, visible = -1;
     if (query < sequence.num_queries) {
       const int64_t position = query + sequence.position_offset;
       own = geometry.is_causal && position >= 0 ? block_of_position(geometry, position) : -1;
-      visible = geometry.is_causal ? (own > 0 ? own : 0) : sequence.num_blocks;
+      visible = num_by_score(args, geometry.is_causal ? own + 1 : sequence.num_blocks);
     }
     shared.own_block[row] = static_cast<int32_t>(own);
     shared.num_visible[row] = static_cast<int32_t>(visible);
@@ -100,9 +124,9 @@ __device__ __forceinline__ int32_t place_rows(const MobaGeometry& geometry, cons
   // Queries see the more the later they stand.
   const int64_t last = first_query + Shared::kQueries < sequence.num_queries ? first_query + Shared::kQueries - 1
                                                                              : sequence.num_queries - 1;
-  if (!geometry.is_causal) return static_cast<int32_t>(sequence.num_blocks);
+  if (!geometry.is_causal) return static_cast<int32_t>(num_by_score(args, sequence.num_blocks));
   const int64_t position = last + sequence.position_offset;
-  return position < 0 ? 0 : block_of_position(geometry, position);
+  return position < 0 ? 0 : static_cast<int32_t>(num_by_score(args, block_of_position(geometry, position) + 1));
 }
 
 // Copies `count` rows of `rows` to kRows consecutive rows of the tile from first_row on, zeros after them. A thread keeps
@@ -121,21 +145,22 @@ __device__ __forceinline__ void copy_rows(Tile& tile, int first_row, const Eleme
   }
 }
 
-// A row's choices: `blocks` ascending, of which kNoBlock are none, the own block, -1 for the rest.
+// A row's choices: forced blocks around `blocks` in ascending order, of which kNoBlock are none, -1 for the rest.
 template <int kKept>
-__device__ __forceinline__ void write_blocks(const int32_t (&blocks)[kKept], int32_t own_block, int32_t top_k,
+__device__ __forceinline__ void write_blocks(const int32_t (&blocks)[kKept], const ForcedBlocks& forced, int32_t top_k,
                                              int32_t* choices) {
-  int32_t num_kept = 0;
+  for (int32_t block = 0; block < forced.num_first; ++block) choices[block] = block;
+  int32_t num_kept = forced.num_first;
 #pragma unroll
   for (int r = 0; r < kKept; ++r) num_kept += blocks[r] != kNoBlock ? 1 : 0;
 #pragma unroll
   for (int r = 0; r < kKept; ++r) {
-    int32_t position = 0;
+    int32_t position = forced.num_first;
 #pragma unroll
     for (int other = 0; other < kKept; ++other) position += blocks[other] < blocks[r] ? 1 : 0;
-    if (blocks[r] != kNoBlock) choices[position] = blocks[r];
+    if (blocks[r] != kNoBlock) choices[position] = forced.num_first + blocks[r];
   }
-  if (own_block >= 0) choices[num_kept++] = own_block;
+  for (int32_t i = forced.num_last - 1; i >= 0; --i) choices[num_kept++] = forced.own_block - i;
   for (int slot = num_kept; slot < top_k; ++slot) choices[slot] = -1;
 }
 

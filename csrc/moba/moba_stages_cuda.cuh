@@ -13,6 +13,13 @@ namespace topgather {
 MobaGeometry prepare_geometry(const MobaProblem& problem, int64_t query_tile, WorkspaceCutter& cutter,
                               cudaStream_t stream);
 
+// A problem whose slots are those of its choices joined with its window; the same where there is none.
+MobaProblem problem_with_window(const MobaProblem& problem);
+// Its choices, in the workspace where there is a window. geometry: of problem_with_window(problem).
+Array<const int32_t, 4> join_window(const MobaProblem& problem, const MobaGeometry& geometry,
+                                    const Array<const int32_t, 4>& block_indices, WorkspaceCutter& cutter,
+                                    cudaStream_t stream);
+
 // Key-major lists of a wave's choices.
 struct BlockListsOnDevice {
   int32_t* counts;         // [unit, chunk, block] int32: choices of each chunk of rows; then where the chunk's begin

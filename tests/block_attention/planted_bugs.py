@@ -23,6 +23,11 @@ from tests.block_attention.test_softcap_and_sinks import (
     test_decoding_gives_the_rows_of_attention,
 )
 from tests.block_attention.test_varlen import Packed
+from tests.block_attention.test_window import CASES as WINDOW_CASES
+from tests.block_attention.test_window import check as check_window
+from tests.block_attention.test_window import (
+    test_decoding_gives_the_rows_of_attention as test_decoding_with_a_window,
+)
 from tests.common import emulated
 from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from tests.cuda.planted_bug import (
@@ -212,6 +217,8 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "centroids": centroids_case,
     "centroids packed": packed_centroids_case,
     "softcap and sinks": lambda: test_against_reference(BFLOAT16, {"softcap": 1.5, "has_sinks": True}, True, CPU),
+    "window": lambda: check_window(WINDOW_CASES[3], BFLOAT16, CPU),
+    "decoding with a window": lambda: test_decoding_with_a_window(5, BFLOAT16, CPU),
     "decoding with softcap and sinks": lambda: test_decoding_gives_the_rows_of_attention(
         BFLOAT16, {"softcap": 1.5, "has_sinks": True}, CPU
     ),
@@ -238,6 +245,7 @@ ROUTE_STEPS = "moba/moba_route_cuda.cu"
 CENTROIDS = "moba/moba_centroids_cuda.cu"
 STAGES = "moba/moba_stages_cuda.cuh"
 GEOMETRY = "moba/moba_geometry_cuda.cuh"
+WINDOW = "moba/moba_window_cuda.cu"
 TILE_MATH = "cuda/tile_math.cuh"
 TILE_PRODUCTS = "cuda/tile_products.cuh"
 SHARED_TILE = "cuda/shared_tile.cuh"
@@ -416,6 +424,37 @@ LISTS = [
                "varlen", WRONG_CHOICE, BLOCK_ATTENTION_UNITS[ROUTE]),
 ]
 
+WINDOWS = [
+    PlantedBug("window: a chosen block listed again", WINDOW,
+               "if (choices[slot] == block) return -1;", "if (choices[slot] == block + 1) return -1;",
+               "window", WRONG_OUT),
+    PlantedBug("window: the edge a whole block too", WINDOW,
+               "own < 0 || has_edge ? first + 1 : first;", "first;", "window", WRONG_OUT),
+    PlantedBug("window: no edge", WINDOW,
+               "own >= 0 && has_edge ? unless_chosen(first) : -1;", "-1;", "window", WRONG_OUT),
+    PlantedBug("window: the joined choices of the first batch entry", WINDOW,
+               "{num_heads * head_elements, head_elements,", "{0, head_elements,", "window", WRONG_OUT),
+    PlantedBug("window: begins a key late", GEOMETRY,
+               "query + block.visible_offset + 1 - geometry.window;",
+               "query + block.visible_offset + 2 - geometry.window;", "window", WRONG_OUT),
+    PlantedBug("window: every choice an edge", GEOMETRY,
+               "geometry.window > 0 && entry - row * geometry.top_k == geometry.top_k - 1;", "geometry.window > 0;",
+               "window", WRONG_OUT),
+    PlantedBug("window: an edge seen from its first key", FORWARD,
+               "? ~keys_before_window(args.geometry, block, place.query) : num_visible_keys",
+               "? num_visible_keys(args.geometry, block, place.query) : num_visible_keys", "window", WRONG_OUT),
+    PlantedBug("window: an edge seen past the block", FORWARD,
+               "min(window, num_keys - start)", "window", "window", WRONG_OUT),
+    PlantedBug("window: gradients of an edge from its first key", BACKWARD,
+               "num_visible |= max(0, min(start, Shared::kKeys)) << 16;", "", "window", "AssertionError: gradient of"),
+    PlantedBug("decode: a window begins a key early", DECODE_ATTEND,
+               "key <= row.position - geometry.window -", "key < row.position - geometry.window -",
+               "decoding with a window", WRONG_OUT),
+    PlantedBug("decode: a window's block that was chosen seen twice", DECODE_ATTEND,
+               "if (choices[slot] == block) return -1;", "if (choices[slot] == block + 1) return -1;",
+               "decoding with a window", WRONG_OUT),
+]
+
 SCORES = [
     PlantedBug("forward: scores not capped", FORWARD,
                "if (args.softcap > 0.0f) cap_scores(scores, args.softcap);", "", "softcap and sinks", WRONG_OUT),
@@ -451,7 +490,7 @@ ARITHMETIC = [
     PlantedBug("tiles: four columns of a row stored at another lane's", TILE_MATH,
                "return t % 2 * 8 + t / 2 * 4;", "return t / 2 * 8 + t % 2 * 4;", "small", WRONG_OUT),
     PlantedBug("forward: hidden keys from one too late", FORWARD,
-               "+ e >= num_visible)", "+ e > num_visible)", "small", WRONG_OUT),
+               "+ e - start) >= count)", "+ e - start) > count)", "small", WRONG_OUT),
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
                "running.out[m][n][e] *= rescale[m][e / 2];", ";", "large blocks", WRONG_OUT),
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
@@ -471,7 +510,7 @@ ARITHMETIC = [
                "write_softmax_terms(maximum, is_valid ? sum : NAN,", "write_softmax_terms(maximum, 1.0f,",
                "small", WRONG_GRADIENT),
     PlantedBug("backward: hidden keys from one too late", BACKWARD,
-               "+ e < terms.num_visible;", "+ e <= terms.num_visible;", "small", WRONG_GRADIENT),
+               "return key < (num_visible & 0xffff)", "return key <= (num_visible & 0xffff)", "small", WRONG_GRADIENT),
     PlantedBug("backward: gradients of hidden scores kept", BACKWARD,
                "d_scores[n][e] = is_visible ?", "d_scores[n][e] = true ?", "small", WRONG_GRADIENT),
     PlantedBug("backward: scale missing on grad_key", BACKWARD,
@@ -510,11 +549,12 @@ ARITHMETIC = [
 
 CHOICES = [
     PlantedBug("route: own block dropped", ROUTE_ROWS,
-               "choices[num_kept++] = own_block;", "choices[num_kept++] = -1;", "routing", WRONG_CHOICE),
+               "choices[num_kept++] = forced.own_block - i;", "choices[num_kept++] = -1;", "routing", WRONG_CHOICE),
     PlantedBug("route: own block dropped, long lists", ROUTE,
-               "choices[num_kept] = own_block;", "choices[num_kept] = -1;", "routing by warps", WRONG_CHOICE),
+               "choices[slot] = forced.own_block + 1 - (num_chosen - slot); } for", "choices[slot] = -1; } for",
+               "routing by warps", WRONG_CHOICE),
     PlantedBug("route: own block ranked with those before it", ROUTE_ROWS,
-               "geometry.is_causal ? (own > 0 ? own : 0)", "geometry.is_causal ? own + 1", "routing", WRONG_CHOICE),
+               "geometry.is_causal ? own + 1 :", "geometry.is_causal ? own + 2 :", "routing", WRONG_CHOICE),
     PlantedBug("route: ties go to the later block", ROUTE,
                "beats_this = !(score <= scores[r]), beats_one_before = !(score <= scores[r - 1]);",
                "beats_this = !(score < scores[r]), beats_one_before = !(score < scores[r - 1]);",
@@ -583,4 +623,5 @@ BLOCK_ATTENTION_BUGS = [
     *SCORES,
     *ARITHMETIC,
     *CHOICES,
+    *WINDOWS,
 ]

@@ -633,11 +633,12 @@ def asked_for(
     queries, keys = (described(batch, count, length, 128, dtype=dtype) for count in (num_heads, num_kv_heads))
     sums = described(batch, num_heads, length, dtype=torch.float32)
     options = {"block_size": 128, "is_causal": True, "scale": 0.1, "deterministic": is_deterministic}
+    options |= {"force_first": 0, "force_last": 1}
     return workspace_bytes(
         native,
         entry,
         **options,
-        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "softcap", "sinks")),
+        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "softcap", "sinks", "window")),
         block_indices=described(batch, num_heads, length, top_k, dtype=torch.int32),
         **dict.fromkeys(("query", "out", "grad_out", "grad_query"), queries),
         **dict.fromkeys(("key", "value", "grad_key", "grad_value"), keys),

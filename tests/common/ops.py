@@ -40,6 +40,7 @@ ops = torch.ops.topgather
 SMALL = AttentionCase(
     batch=2, num_heads=4, num_kv_heads=2, query_len=20, key_len=24, head_dim=8, value_dim=6, block_size=4, top_k=2
 )
+UNFORCED = {"force_first": 0, "force_last": 1}
 PACKED = {"cu_seqlens_q": (0, 12, 12, 20), "cu_seqlens_k": (0, 12, 14, 24)}
 
 
@@ -60,8 +61,9 @@ def _routing(case: AttentionCase, heads: Inputs, bounds: Inputs) -> Tensor:
 
 
 def _scores(num_heads: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
-    """What changes scores: a cap and sinks."""
-    return {"softcap": 1.5, "sinks": random_tensor((num_heads,), accumulation_dtype(dtype), device, seed + 6)}
+    """What changes scores and what is seen: a cap, sinks and a window."""
+    sinks = random_tensor((num_heads,), accumulation_dtype(dtype), device, seed + 6)
+    return {"softcap": 1.5, "sinks": sinks, "window": 6}
 
 
 def _shared_routing(case: AttentionCase, heads: Inputs, bounds: Inputs, num_choice_heads: int) -> Tensor:
@@ -79,6 +81,7 @@ def _attention(
         heads = _heads(case, dtype, device, seed, is_packed)
         bounds = _bounds(device) if is_packed else {}
         inputs = {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
+        inputs |= {} if is_routed else UNFORCED
         if is_routed:
             choice = _shared_routing(case, heads, bounds, num_choice_heads or case.num_heads)
             routing = tg.BlockRouting(choice, case.block_size)
@@ -88,12 +91,13 @@ def _attention(
     return draw
 
 
-def _route(case: AttentionCase, is_packed: bool) -> Callable[..., Inputs]:
+def _route(case: AttentionCase, is_packed: bool, **options: int) -> Callable[..., Inputs]:
     def draw(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         heads = _heads(case, dtype, device, seed, is_packed)
         del heads["value"]
         bounds = _bounds(device) if is_packed else {}
-        return {**heads, **bounds, "block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
+        choice = {"block_size": case.block_size, "top_k": case.top_k, "is_causal": True}
+        return {**heads, **bounds, **choice, **UNFORCED, **options}
 
     return draw
 
@@ -125,7 +129,8 @@ def _attention_op(case: AttentionCase, is_packed: bool, is_backward: bool) -> Ca
         grad_out, grad_lse = (random_tensor(tuple(t.shape), t.dtype, device, seed + 5) for t in (out, lse))
         saved = {"out": out, "lse": lse, "block_indices": choice}
         # A graph compiled by an earlier release gives no softmax_terms.
-        tail |= {"softcap": scores["softcap"], "softmax_terms": softmax_terms} if is_packed else {}
+        if is_packed:
+            tail |= {"softcap": scores["softcap"], "window": scores["window"], "softmax_terms": softmax_terms}
         return {"grad_out": grad_out, "grad_lse": grad_lse, **heads, **saved, **tail}
 
     return draw
@@ -173,6 +178,12 @@ BLOCK_ATTENTION = [
         **_gives(HEADS_AND_SINKS, OUT_LSE),
     ),
     OpCase("moba_route_varlen", tg.moba_route_varlen, _route(SMALL, True), ("block_indices",)),
+    OpCase(
+        "moba_route(forced)",
+        tg.moba_route,
+        _route(replace(SMALL, top_k=4), False, force_first=1, force_last=2),
+        ("block_indices",),
+    ),
     OpCase("ops.block_centroids", ops.block_centroids.default, _centroids(SMALL), **_gives(("key",), ("centroids",))),
     OpCase("block_centroids(packed)", tg.block_centroids, _packed_centroids, **_gives(("key",), ("centroids",))),
     OpCase(
@@ -222,7 +233,7 @@ def _decode(case: DecodeCase, pages: int, num_choice_heads: int = 0) -> Callable
         counts = torch.tensor(case.steps[-1], dtype=torch.int32, device=device)
         shape = (case.batch, case.num_heads, max(case.steps[-1]), case.head_dim)
         inputs = {"query": random_tensor(shape, dtype, device, seed), "cache": cache, "top_k": case.top_k}
-        inputs |= {"scale": 0.3, "num_tokens": counts, "return_lse": True}
+        inputs |= {"scale": 0.3, "num_tokens": counts, "return_lse": True, **UNFORCED}
         if num_choice_heads:
             tail = (cache.seq_lens, cache.page_table, counts, cache.block_size, cache.page_size, case.slots)
             firsts = inputs["query"][:, :: case.num_heads // num_choice_heads]
@@ -250,7 +261,7 @@ def _decode_op(name: str, case: DecodeCase, pages: int) -> Callable[..., Inputs]
             key, value = new(case.num_kv_heads, case.head_dim, 0), new(case.num_kv_heads, case.value_head_dim, 1)
             return {"key": key, "value": value, **rows, **places}
         query = new(case.num_heads, case.head_dim, 2)
-        search = {"page_size": cache.page_size, "top_k": case.slots}
+        search = {"page_size": cache.page_size, "top_k": case.slots, **UNFORCED}
         if name == "moba_decode_route":
             return {"query": query, "centroids": rows["centroids"], **places, **search}
         choice = ops.moba_decode_route(query, rows.pop("centroids"), **places, **search)

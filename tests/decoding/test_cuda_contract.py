@@ -434,8 +434,15 @@ def problem(entry: str, batch: int, heads: int, tokens: int, length: int, top_k:
         "out": described(batch, heads, tokens, 128, dtype=torch.bfloat16),
         "lse": described(batch, heads, tokens, dtype=torch.float32),
     }
-    options = {"num_tokens": None, "page_table": None, "block_size": 128, "page_size": length, "scale": 0.1}
-    return workspace_bytes(_cuda.native_module(), entry, **fields, **options, softcap=None, sinks=None)
+    options: dict[str, object] = {
+        "num_tokens": None,
+        "page_table": None,
+        "block_size": 128,
+        "page_size": length,
+        "scale": 0.1,
+    }
+    options |= {"force_first": 0, "force_last": 1, "softcap": None, "sinks": None, "window": None}
+    return workspace_bytes(_cuda.native_module(), entry, **fields, **options)
 
 
 def test_workspace_is_bounded(cuda_device: torch.device) -> None:

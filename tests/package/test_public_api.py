@@ -108,7 +108,8 @@ def test_signatures() -> None:
         }
         for name in FUNCTIONS
     }
-    scores = {"softcap": None, "sinks": None}
+    forced = {"force_first": 0, "force_last": 1}
+    scores = {"softcap": None, "sinks": None, **forced, "window": None}
     attention = {
         "block_size": 128,
         "top_k": None,
@@ -119,7 +120,7 @@ def test_signatures() -> None:
         "deterministic": None,
         **scores,
     }
-    route = {"block_size": 128, "top_k": 8, "is_causal": True}
+    route = {"block_size": 128, "top_k": 8, "is_causal": True, **forced}
     assert defaults == {
         "moba_attention": attention,
         "moba_attention_varlen": attention,

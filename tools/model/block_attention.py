@@ -50,6 +50,8 @@ def route(problem: Problem, direction: str) -> list[Launch]:
         Passes("if (head_dim == kHeadDim)", 0),  # the compiler lays the product without branches last
         Passes("} else if (args.list_length <= 8)", 0),
         Passes("while (marked != 0)", insertions(problem.num_blocks, list_length)),
+        Passes("for (int32_t block = 0; block < forced.num_first", 0),
+        Passes("for (int32_t i = forced.num_last - 1", 1),
         Passes("for (int slot = num_kept", 0),
     )
     bytes_moved = problem.num_rows * (problem.row_bytes + 4 * problem.top_k)
@@ -68,7 +70,7 @@ ROUTE = KernelModel(
         *("last_start_up_to", "plain_score", "score = plain_score", "write_all", "write_choices", "select_by_warp"),
         *("if (is_rerun)", "has_failed", "hide_rows_but", "bool found = false"),
         *("route::write_all(", "route::select_by_warp", "route::select_by_lane<route::kMaxLaneList>"),
-        "route::write_choices_by_lane<route::kMaxLaneList>",
+        "route::write_choices_by_lane<route::kMaxLaneList, Shared>",
         "for (int first = 0; !are_written_by_lanes",
     ),
     counted_tokens=8 * 1024,
@@ -88,6 +90,8 @@ def route_filter(problem: Problem, direction: str) -> list[Launch]:
         Passes("for (int first = 0; first < num_open", round(32 * OPEN_BLOCKS / 4)),
         Passes("for (int i = 0; i < num_open", MOST_OPEN_BLOCKS),
         Passes("for (int other = 0; other < num_open", MOST_OPEN_BLOCKS),
+        Passes("for (int32_t block = 0; block < forced.num_first", 0),
+        Passes("for (int32_t i = forced.num_last - 1", 1),
         Passes("for (int slot = num_kept", 0),
     )
     bytes_moved = problem.num_rows * (problem.row_bytes + 4 * problem.top_k)
@@ -146,7 +150,10 @@ ATTEND = KernelModel(
     attend,
     tile="for (int round = 0",
     threads=128,
-    rare=("last_start_up_to", "cap_scores", "hide_keys", "for (int first_key = 0", "if (end <= 0) after_scores"),
+    rare=(
+        *("last_start_up_to", "cap_scores", "hide_keys", "for (int first_key = first_seen", "keys_before_window"),
+        "if (end <= 0) after_scores",
+    ),
 )
 
 # --- merge ------------------------------------------------------------------------------------------------------------
@@ -332,9 +339,9 @@ def _attend_backward_kernel(block_size: int) -> KernelModel:
         rare=(
             "last_start_up_to", "has_unusual_chunks", "multiply_visible", "backward::multiply_visible", "cap_score",
             "slope_of_cap", "weigh<true>", "is_unusual = ", "const auto of_lse = read", "terms.largest = of",
-            "terms.factor = of", "const bool is_visible = first_key", "weights[n][e] = is_visible",
-            "d_scores[n][e] = is_visible", "float4& place", "const float4 before", "place = make_float4",
-            "if (n * 16 >= num_columns) continue",
+            "terms.factor = of", "const bool is_visible = terms.sees", "sees", "keys_before_window",
+            "weights[n][e] = is_visible", "d_scores[n][e] = is_visible", "float4& place", "const float4 before",
+            "place = make_float4", "if (n * 16 >= num_columns) continue",
         ),
         directions=("backward",), variant=", block_size > 64" if is_wide else "",
         block_sizes=(block_size,),

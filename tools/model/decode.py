@@ -48,6 +48,8 @@ _SELECT = Launch(
         Passes("for (int bit = 31", 16),
         Passes("for (int j = kScoresHeld; j < num_steps()", 0),
         Passes("for (int j = kScoresHeld; j < mine.num_steps()", 0),
+        Passes("for (int slot = threadIdx.x; slot < args.force_first", 0),
+        Passes("for (int i = threadIdx.x; i < args.force_last", 1),
     ),
     NUM_ROWS * NUM_BLOCKS * 4,
 )
@@ -74,7 +76,7 @@ _ATTEND = Launch(
 ATTEND = of_one_size(
     "moba_decode_attend", "decode_attend_cuda", "moba_decode_attendINS_8BFloat16ELi8E", "a thread block's 64 keys",
     _ATTEND, threads=128, shared_bytes=32 + 32 * 128 + 16 * KEYS_PER_SPLIT,
-    rare=("cap_score", "score = cuda::cap_score"),
+    rare=("cap_score", "score = cuda::cap_score", "block_of_window"),
 )  # fmt: skip
 _MERGE = Launch(
     NUM_ROWS,

@@ -80,6 +80,23 @@ def check_slots(top_k: int, leading: Sequence[int], num_blocks: int) -> None:
         )
 
 
+def check_forced(force_first: int, force_last: int, top_k: int | None, is_causal: bool = True) -> None:
+    """Raise unless so many blocks can stand in every choice; a ``top_k`` of None is all of them."""
+    check_count("force_first", force_first, least=0)
+    check_count("force_last", force_last, least=0)
+    if is_causal and force_last < 1:
+        raise ValueError("force_last must be at least 1 with is_causal, where a query's own block is always chosen")
+    if not is_causal and force_last > 1:
+        raise ValueError(
+            f"force_last must be 1, or 0, without is_causal, where no block is the newest, got {force_last}"
+        )
+    num_forced = force_first + (force_last if is_causal else 0)
+    if top_k is not None and num_forced > 1 and num_forced > top_k:
+        raise ValueError(
+            f"top_k must be at least what force_first and force_last make together, {num_forced}, got {top_k}"
+        )
+
+
 def check_padded_blocks(max_seqlen: int, num_sequences: int, key: Tensor, block_size: int) -> None:
     """Raise where a ``max_seqlen`` beyond the packed tokens makes centroids of more than 31 bits' numbers."""
     num_tokens, num_heads, head_dim = key.shape
@@ -150,6 +167,13 @@ def check_sinks(value: Any) -> None:
     """Raise unless ``value`` is None or a tensor."""
     if value is not None:
         check_tensor("sinks", value)
+
+
+@option
+def check_window(value: Any) -> None:
+    """Raise unless ``value`` is None or an int of at least 1."""
+    if value is not None:
+        check_count("window", value)
 
 
 def check_logit_per_head(sinks: Tensor, num_query_heads: int, query: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._common import checks
 from ..ops import BlockRouting, replay
+from ..ops.moba import check_none_forced, forced_within
 from ._base import BaseCache
 from ._checks import check_no_gradient
 from .contiguous import MobaCache
@@ -28,6 +29,9 @@ class _Options(TypedDict, total=False):
     routing: BlockRouting | None
     softcap: float | None
     sinks: Tensor | None
+    force_first: int
+    force_last: int
+    window: int | None
 
 
 # fmt: off
@@ -57,6 +61,9 @@ def moba_decode(
     routing: BlockRouting | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    force_first: int = 0,
+    force_last: int = 1,
+    window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from the newest tokens to a cache that holds them already (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -78,6 +85,10 @@ def moba_decode(
             query heads, key heads or 1; ``top_k`` is then not looked at.
         softcap: if given, scaled scores become ``softcap * tanh(score / softcap)``, as in :func:`moba_attention`.
         sinks: ``[Hq]``, a logit per head that joins each row's softmax, as in :func:`moba_attention`.
+        force_first, force_last: how many of the first and of the newest blocks are in every choice, as in
+            :func:`moba_route`; with ``routing`` they are left as they are.
+        window: if given, a query sees the newest ``window`` keys up to its own as well as those of its blocks, as in
+            :func:`moba_attention`.
 
     Returns:
         ``out [B, Hq, M, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also ``lse [B, Hq, M]``,
@@ -102,6 +113,7 @@ def moba_decode(
     checks.check_scale(scale)
     checks.check_softcap(softcap)
     checks.check_sinks(sinks)
+    checks.check_window(window)
     checks.check_flag("return_lse", return_lse)
     if query.dtype != cache.dtype:
         raise TypeError(f"query must have the cache's dtype, {cache.dtype}, got {query.dtype}")
@@ -120,12 +132,15 @@ def moba_decode(
     longest = cache.max_seq_len if lengths is None else max(lengths, default=0)
     num_blocks = max(1, -(-longest // cache.block_size))
 
+    forced = (force_first, force_last)
     if routing is None:
         if top_k is not None:
             checks.check_count("top_k", top_k)
+        checks.check_forced(*forced, top_k)
+        slots = num_blocks if top_k is None else min(top_k, num_blocks)
         arguments = (
             query, cache.centroids, cache.seq_lens, cache.page_table, count_tensor, cache.block_size, cache.page_size,
-            num_blocks if top_k is None else min(top_k, num_blocks),
+            slots, *forced_within(slots, forced),
         )  # fmt: skip
         route = torch.ops.topgather.moba_decode_route.default
         if top_k is not None and replay.state.is_watched:
@@ -136,6 +151,7 @@ def moba_decode(
         else:
             block_indices = route(*arguments)
     else:
+        check_none_forced(forced)
         block_indices = _choice_of(routing, cache)
     factor = cache.head_dim**-0.5 if scale is None else float(scale)
     if query_len >= _PREFILL_TOKENS and _is_dense_problem(cache, lengths, counts, query_len):
@@ -143,12 +159,12 @@ def moba_decode(
         with torch.autocast(query.device.type, enabled=False):
             out, lse, _ = torch.ops.topgather.moba_attention.default(
                 query, cache.key_pages[:, :, :longest], cache.value_pages[:, :, :longest], block_indices,
-                cache.block_size, True, factor, softcap=softcap, sinks=sinks,
+                cache.block_size, True, factor, softcap=softcap, sinks=sinks, window=window,
             )  # fmt: skip
     else:
         out, lse = torch.ops.topgather.moba_decode.default(
             query, cache.key_pages, cache.value_pages, block_indices, cache.seq_lens, cache.page_table, count_tensor,
-            cache.block_size, factor, softcap, sinks,
+            cache.block_size, factor, softcap, sinks, window,
         )  # fmt: skip
     if lengths is None and cache.has_spare_rows:
         # Nobody may have seen that a sequence grew past its limit, into rows that are there.

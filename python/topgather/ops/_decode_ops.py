@@ -11,6 +11,7 @@ from torch import Tensor
 from .._common import checks, cuda, tensors
 from .._common.library import sum_dtype
 from .._common.spec import Op, register
+from ._moba_ops import FORCED
 
 # A query's columns in float32 must fit shared memory, beside little else.
 MAX_CUDA_HEAD_DIM = 8192
@@ -134,8 +135,11 @@ def _check_route(
     block_size: int,
     page_size: int,
     top_k: int,
+    force_first: int,
+    force_last: int,
 ) -> None:
     _check_tokens("query", query)
+    checks.check_forced(force_first, force_last, top_k)
     _check_centroids(centroids, page_size, block_size, "query", query)
     checks.check_heads("query", query.size(1), "the cache", centroids.size(1))
     _check_sequences(query, centroids.size(0), seq_lens, page_table, num_tokens, block_size, page_size)
@@ -209,8 +213,8 @@ register(
 )
 register(
     Op(
-        schema=f"moba_decode_route(Tensor query, Tensor centroids, {_LENGTHS}, SymInt page_size, SymInt top_k) "
-        "-> Tensor block_indices",
+        schema=f"moba_decode_route(Tensor query, Tensor centroids, {_LENGTHS}, SymInt page_size, SymInt top_k, "
+        f"{FORCED}) -> Tensor block_indices",
         check=_check_route,
         cuda_check=_cuda_check_query,
         inputs=_CONTIGUOUS,
@@ -220,7 +224,8 @@ register(
 register(
     Op(
         schema="moba_decode(Tensor query, Tensor key_pages, Tensor value_pages, Tensor block_indices, "
-        f"{_LENGTHS}, float scale, float? softcap=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+        f"{_LENGTHS}, float scale, float? softcap=None, Tensor? sinks=None, SymInt? window=None) "
+        "-> (Tensor out, Tensor lse)",
         check=_check_decode,
         cuda_check=_cuda_check_query,
         inputs={**_CONTIGUOUS, "block_indices": tensors.contiguous_rows, "sinks": tensors.sums_like_query},

@@ -37,6 +37,8 @@ def _check(
     value: Tensor | None = None,
     block_indices: Tensor | None = None,
     sinks: Tensor | None = None,
+    is_causal: bool = True,
+    window: int | None = None,
 ) -> None:
     """What types, shapes, dtypes, strides and devices can say about a call of an op that has these arguments."""
     packed = cu_seqlens_q is not None
@@ -67,6 +69,8 @@ def _check(
         checks.check_size("cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.size(0), "size of cu_seqlens_q")
     if sinks is not None:
         checks.check_logit_per_head(sinks, query_shape[1], query)
+    if window is not None and not is_causal:
+        raise ValueError(f"window must be None without is_causal, where no token is the newest, got {window}")
     if block_indices is None:
         return
     checks.check_dtype("block_indices", block_indices, torch.int32)
@@ -79,10 +83,14 @@ def _check_route(
     key: Tensor,
     block_size: int,
     top_k: int,
+    is_causal: bool,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    force_first: int,
+    force_last: int,
 ) -> None:
     _check(query, key, cu_seqlens_q, cu_seqlens_k)
+    checks.check_forced(force_first, force_last, top_k, is_causal)
     num_keys = key.size(2) if cu_seqlens_k is None else key.size(0)
     checks.check_slots(top_k, per_query(query), num_slots(None, num_keys, block_size))
 
@@ -261,6 +269,9 @@ def _folds(cu_seqlens_q: Tensor | None) -> bool:
 # Arguments of attention and of its gradient. Places of what is there stay: later ones end both schemas.
 _ATTENTION = "bool deterministic=False, float? softcap=None"
 _SEQUENCES = "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0"
+_WINDOW = "SymInt? window=None"
+# Arguments of every op that chooses blocks by scores.
+FORCED = "SymInt force_first=0, SymInt force_last=1"
 _BOUNDARIES = {"cu_seqlens_q": tensors.boundaries, "cu_seqlens_k": tensors.boundaries}
 _BATCH = dict.fromkeys(("query", "key", "value", "block_indices", "out", "lse", "softmax_terms"), 0)
 
@@ -284,7 +295,7 @@ moba_route = register(
     Op(
         # No backward: the choice of blocks has no gradient.
         schema="moba_route(Tensor query, Tensor key, SymInt block_size, SymInt top_k, bool is_causal, "
-        f"{_SEQUENCES}) -> Tensor block_indices",
+        f"{_SEQUENCES}, {FORCED}) -> Tensor block_indices",
         check=_check_route,
         check_content=_check_content,
         cuda_check=_cuda_check,
@@ -299,7 +310,7 @@ register(
     Op(
         schema="moba_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
         "Tensor out, Tensor lse, Tensor block_indices, SymInt block_size, bool is_causal, float scale, "
-        f"{_SEQUENCES}, {_ATTENTION}, Tensor? softmax_terms=None) "
+        f"{_SEQUENCES}, {_ATTENTION}, Tensor? softmax_terms=None, {_WINDOW}) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
         check=_check_backward,
         check_content=_check_content,
@@ -324,7 +335,7 @@ moba_attention = register(
     Op(
         schema="moba_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, SymInt block_size, "
         f"bool is_causal, float scale, {_SEQUENCES}, {_ATTENTION}, "
-        "Tensor? sinks=None) -> (Tensor out, Tensor lse, Tensor softmax_terms)",
+        f"Tensor? sinks=None, {_WINDOW}) -> (Tensor out, Tensor lse, Tensor softmax_terms)",
         check=_check,
         check_content=_check_content,
         cuda_check=_cuda_check,

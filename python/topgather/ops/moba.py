@@ -56,7 +56,13 @@ def block_centroids(
 
 
 def moba_route(
-    query: Tensor, key: Tensor, block_size: int = 128, top_k: int = 8, is_causal: bool = True
+    query: Tensor,
+    key: Tensor,
+    block_size: int = 128,
+    top_k: int = 8,
+    is_causal: bool = True,
+    force_first: int = 0,
+    force_last: int = 1,
 ) -> BlockRouting:
     """Choose each query's key blocks (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -72,6 +78,11 @@ def moba_route(
         block_size: keys per block, at least 1.
         top_k: blocks per query, the own one included, at least 1.
         is_causal: whether later keys are hidden.
+        force_first: how many of the sequence's first blocks are in every choice, whatever their scores. They count as
+            of ``top_k``; blocks that a query does not see are left out.
+        force_last: how many of the newest blocks up to the query's own, which is the first of them, are in its choice;
+            with ``is_causal`` at least 1, and 1 is MoBA. A block that is among the first as well counts once. Without
+            ``is_causal`` no block is the newest, and the default of 1 forces none.
 
     Returns:
         A :class:`BlockRouting` with ``block_indices`` int32 ``[B, Hq, Nq, top_k]``, each row ascending and padded at
@@ -79,12 +90,15 @@ def moba_route(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride, device, ``block_size`` or ``top_k``; more than 2**31 - 1 numbers of
-            ``block_indices`` for a ``top_k`` above the number of blocks.
+        ValueError: a wrong shape, stride, device, ``block_size`` or ``top_k``; more blocks forced than ``top_k``, or
+            a ``force_last`` that does not go with ``is_causal``; more than 2**31 - 1 numbers of ``block_indices`` for a
+            ``top_k`` above the number of blocks.
     """
     _check_options(query, key, block_size, is_causal)
     checks.check_count("top_k", top_k)
-    return BlockRouting(_moba_ops.moba_route(query, key, block_size, top_k, is_causal), block_size)
+    checks.check_forced(force_first, force_last, top_k, is_causal)
+    block_indices = _moba_ops.moba_route(query, key, block_size, top_k, is_causal, *_DENSE, force_first, force_last)
+    return BlockRouting(block_indices, block_size)
 
 
 def moba_route_varlen(
@@ -97,6 +111,8 @@ def moba_route_varlen(
     block_size: int = 128,
     top_k: int = 8,
     is_causal: bool = True,
+    force_first: int = 0,
+    force_last: int = 1,
 ) -> BlockRouting:
     """:func:`moba_route` (MoBA, arXiv 2502.13189, section 2.2) for sequences packed one after the other.
 
@@ -111,6 +127,7 @@ def moba_route_varlen(
         block_size: keys per block, at least 1. Blocks start afresh in every sequence.
         top_k: blocks per query, the own one included, at least 1.
         is_causal: whether later keys are hidden.
+        force_first, force_last: as in :func:`moba_route`, of each sequence's blocks.
 
     Returns:
         A :class:`BlockRouting` with ``block_indices`` int32 ``[Hq, total_q, top_k]``; blocks are counted from the
@@ -123,15 +140,17 @@ def moba_route_varlen(
     _check_options(query, key, block_size, is_causal)
     sequences = _packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_count("top_k", top_k)
-    block_indices = _moba_ops.moba_route(query, key, block_size, top_k, is_causal, *sequences)
+    checks.check_forced(force_first, force_last, top_k, is_causal)
+    block_indices = _moba_ops.moba_route(query, key, block_size, top_k, is_causal, *sequences, force_first, force_last)
     return BlockRouting(block_indices, block_size)
 
 
 class ScoreOptions(TypedDict, total=False):
-    """What attention makes of scores: every option that only the op itself looks at, checked by its name."""
+    """Every option of attention that only the op itself looks at, checked by its name."""
 
     softcap: float | None
     sinks: Tensor | None
+    window: int | None
 
 
 class _Options(ScoreOptions, total=False):
@@ -139,6 +158,8 @@ class _Options(ScoreOptions, total=False):
 
     routing: BlockRouting | None
     deterministic: bool | None
+    force_first: int
+    force_last: int
 
 
 # fmt: off
@@ -171,6 +192,9 @@ def moba_attention(
     deterministic: bool | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    force_first: int = 0,
+    force_last: int = 1,
+    window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the ``top_k`` best key blocks of each query (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -198,6 +222,11 @@ def moba_attention(
         sinks: ``[Hq]``, query's dtype or float32 (float64 for float64): a logit per head that joins each row's softmax
             and has no value (gpt-oss, arXiv 2508.10925; StreamingLLM, arXiv 2309.17453, section 3.3). ``lse`` does not
             count it.
+        force_first, force_last: how many of the first and of the newest blocks are in every choice, as in
+            :func:`moba_route`; with ``routing`` they are left as they are.
+        window: if given, a query at position ``p`` sees the keys at ``p - window + 1`` to ``p`` as well as those of its
+            blocks, each once; at least 1, with ``is_causal`` only. Whole blocks or not, they do not count as of
+            ``top_k``, and the choice does not know of them.
 
     Returns:
         ``out [B, Hq, Nq, Dv]`` in query's dtype, laid out as query is; with ``return_lse`` also
@@ -206,7 +235,8 @@ def moba_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride, device or option; ``top_k`` and ``routing`` given and not agreeing;
+        ValueError: a wrong shape, stride, device or option; ``top_k`` and ``routing`` given and not agreeing; a
+            ``window`` without ``is_causal``; blocks forced beside a ``routing``, or more of them than ``top_k``;
             ``routing`` with other heads than query's, key's or 1, or naming a block twice for a query.
         IndexError: ``routing`` naming a block that does not exist.
 
@@ -215,7 +245,7 @@ def moba_attention(
     """
     return _attend(
         query, key, value, _DENSE, block_size, top_k, is_causal, scale, return_lse, routing, deterministic,
-        softcap=softcap, sinks=sinks,
+        (force_first, force_last), softcap=softcap, sinks=sinks, window=window,
     )  # fmt: skip
 
 
@@ -256,6 +286,9 @@ def moba_attention_varlen(
     deterministic: bool | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    force_first: int = 0,
+    force_last: int = 1,
+    window: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`moba_attention` (MoBA, arXiv 2502.13189, section 2.2) for sequences packed one after the other.
 
@@ -273,7 +306,7 @@ def moba_attention_varlen(
             sequence.
         routing: as in :func:`moba_attention`, with ``block_indices [H, total_q, top_k]``, ``H`` of query heads, key
             heads or 1.
-        deterministic, softcap, sinks: as in :func:`moba_attention`.
+        deterministic, softcap, sinks, force_first, force_last, window: as in :func:`moba_attention`.
 
     Returns:
         ``out [total_q, Hq, Dv]``; with ``return_lse`` also ``lse [Hq, total_q]``.
@@ -289,8 +322,26 @@ def moba_attention_varlen(
     sequences = _packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _attend(
         query, key, value, sequences, block_size, top_k, is_causal, scale, return_lse, routing, deterministic,
-        softcap=softcap, sinks=sinks,
+        (force_first, force_last), softcap=softcap, sinks=sinks, window=window,
     )  # fmt: skip
+
+
+# force_first and force_last as they are by default: nothing but MoBA's own block.
+NONE_FORCED = (0, 1)
+
+
+def forced_within(slots: int, forced: tuple[int, int]) -> tuple[int, int]:
+    """``forced``, as far as there are so many blocks: of fewer all are chosen, forced or not."""
+    return forced if forced == NONE_FORCED or sum(forced) <= slots else NONE_FORCED
+
+
+def check_none_forced(forced: tuple[int, int]) -> None:
+    """Raise where blocks are forced beside a ``routing``, which has them or not."""
+    if forced != NONE_FORCED:
+        raise ValueError(
+            "force_first and force_last must be 0 and 1, as they are by default, where routing is given, "
+            f"got {forced[0]} and {forced[1]}"
+        )
 
 
 _Sequences = tuple[Tensor | None, Tensor | None, int, int]
@@ -309,6 +360,7 @@ def _attend(
     return_lse: bool,
     routing: BlockRouting | None,
     deterministic: bool | None,
+    forced: tuple[int, int],
     **options: Unpack[ScoreOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_options(query, key, block_size, is_causal)
@@ -324,8 +376,9 @@ def _attend(
     if routing is None:
         if top_k is not None:
             checks.check_count("top_k", top_k)
+        checks.check_forced(*forced, top_k, is_causal)
         slots = _moba_ops.num_slots(top_k, _longest(key, sequences, top_k), block_size)
-        arguments = (query, key, block_size, slots, is_causal, *sequences)
+        arguments = (query, key, block_size, slots, is_causal, *sequences, *forced_within(slots, forced))
         if top_k is not None and replay.state.is_watched:
             call = replay.Call(_moba_ops.per_query(query), key.size(1), key.size(-2), block_size, top_k, query.device)
             block_indices = replay.choose(_moba_ops.moba_route, arguments, call)
@@ -333,6 +386,7 @@ def _attend(
             block_indices = _moba_ops.moba_route(*arguments)
     else:
         _check_routing(routing, block_size, top_k)
+        check_none_forced(forced)
         block_indices = routing.block_indices
     if scale is None:
         # A head_dim of 0 is refused by the op, in its own words.

@@ -20,6 +20,8 @@ def moba_decode_route(
     block_size: int,
     top_k: int,
     num_tokens: Tensor | None = None,
+    force_first: int = 0,
+    force_last: int = 1,
 ) -> Tensor:
     """Blocks that the newest queries of each sequence choose.
 
@@ -30,13 +32,16 @@ def moba_decode_route(
         block_size: tokens in a block, at least 1.
         top_k: slots per query, at least 1.
         num_tokens: ``[B]``, integer, how many of the M queries each sequence has; None for all.
+        force_first, force_last: as in :func:`topgather.reference.moba_route`.
 
     Returns:
         int32 ``[B, Hq, M, top_k]``: ascending, -1 for unused slots and for queries that are padding.
     """
     chosen = torch.full((*query.shape[:3], top_k), -1, dtype=torch.int32, device=query.device)
     for b, (length, count) in enumerate(_lengths(query, seq_lens, num_tokens)):
-        rows = moba_route(query[b : b + 1, :, :count], key[b : b + 1, :, :length], block_size, top_k)
+        rows = moba_route(
+            query[b : b + 1, :, :count], key[b : b + 1, :, :length], block_size, top_k, True, force_first, force_last
+        )
         chosen[b, :, :count] = rows[0]
     return chosen
 
@@ -52,6 +57,7 @@ def moba_decode(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest queries of each sequence over the blocks they chose.
 
@@ -64,7 +70,7 @@ def moba_decode(
         block_size: tokens in a block, at least 1.
         num_tokens: ``[B]``, integer, how many of the M queries each sequence has; None for all.
         scale: factor on the scores, any finite float; None means ``D ** -0.5``.
-        softcap, sinks: as in :func:`topgather.reference.moba_attention`.
+        softcap, sinks, window: as in :func:`topgather.reference.moba_attention`.
 
     Returns:
         out, float64 ``[B, Hq, M, Dv]``, and lse, float64 ``[B, Hq, M]``: 0 and -inf for queries that are padding or
@@ -82,6 +88,7 @@ def moba_decode(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            window=window,
         )
         out[b, :, :count], lse[b, :, :count] = rows[0][0], rows[1][0]
     return out, lse

@@ -68,7 +68,15 @@ def block_scores(query: Tensor, key: Tensor, block_size: int) -> Tensor:
     return query.double() @ centroids.transpose(-2, -1)
 
 
-def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causal: bool = True) -> Tensor:
+def moba_route(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    top_k: int,
+    is_causal: bool = True,
+    force_first: int = 0,
+    force_last: int = 1,
+) -> Tensor:
     """Blocks each query attends to (MoBA, arXiv 2502.13189, section 2.2). No gradient flows through the
     choice.
 
@@ -81,6 +89,10 @@ def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causa
     blocks, the own block not forced. Where fewer blocks are eligible than ``top_k``, all of them are chosen,
     a score of -inf included. A NaN score ranks as +inf.
 
+    Forced blocks. The first ``force_first`` blocks, as far as they are eligible, and, causal, the ``force_last`` newest
+    ones up to the own count as of the ``top_k`` whatever their scores; of ``force_last`` 1 that is the own block. One
+    that is both counts once.
+
     Ties. Of equal scores, the lower block index is preferred.
 
     Order. Indices ascend, and -1 fills the unused slots at the end.
@@ -91,6 +103,8 @@ def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causa
         block_size: tokens in a block, at least 1.
         top_k: slots per query, at least 1; may exceed num_blocks.
         is_causal: whether a query sees only keys at or before its position.
+        force_first: how many of the first blocks are forced.
+        force_last: how many of the newest blocks are forced, at least 1; not looked at unless causal.
 
     Returns:
         int32 ``[B, Hq, Nq, top_k]``.
@@ -106,10 +120,11 @@ def moba_route(query: Tensor, key: Tensor, block_size: int, top_k: int, is_causa
         position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
         own_block = torch.div(position, block_size, rounding_mode="floor")
         is_eligible = (block_idx <= own_block[:, None]) & (position >= 0)[:, None]
-        is_forced = block_idx == own_block[:, None]
+        is_forced = is_eligible & (block_idx > own_block[:, None] - force_last)
     else:
         is_eligible = torch.ones(num_queries, num_blocks, dtype=torch.bool, device=device)
         is_forced = torch.zeros_like(is_eligible)
+    is_forced = is_forced | (is_eligible & (block_idx < force_first))
 
     # Two stable sorts, the less significant key first: eligibility cannot be folded into the score, because
     # an eligible block may itself score -inf. Stability is what sends ties to the lower index.
@@ -135,13 +150,15 @@ def moba_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over exactly the keys it sees (MoBA, arXiv 2502.13189, section 2).
 
     Query i sees key t if ``t // block_size`` is among its ``block_indices`` and, when causal, ``t <= i + Nk -
     Nq``: the token-level causal mask always holds, so a routed block after the query's own contributes
-    nothing. A key that is not seen has no influence, whatever its value; NaN and inf behave as in dense
-    attention over the keys that are seen.
+    nothing. With a window it also sees the keys at its position and the ``window - 1`` before it. A key that is
+    not seen has no influence, whatever its value; NaN and inf behave as in dense attention over the keys that
+    are seen.
 
     A query that sees no key gives out 0, lse -inf and gradients 0. A query that sees keys whose scores are
     all -inf gives NaN, as plain softmax does.
@@ -159,6 +176,7 @@ def moba_attention(
             section 2). None leaves them as they are.
         sinks: ``[Hq]``, any floating dtype: a logit per head that joins the softmax's sum and has no value (gpt-oss,
             arXiv 2508.10925; attention sinks, arXiv 2309.17453). lse does not count it.
+        window: how many keys up to its own a query sees whatever its blocks, at least 1, causal only; None for none.
 
     Returns:
         out, float64 ``[B, Hq, Nq, Dv]``, and lse, the natural log of the sum of exponentials of the scaled and
@@ -172,7 +190,7 @@ def moba_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
 
-    visible = visible_keys(_expand_heads(block_indices, num_heads), key.shape[2], block_size, is_causal)
+    visible = visible_keys(_expand_heads(block_indices, num_heads), key.shape[2], block_size, is_causal, window)
     sees_any = visible.any(dim=-1, keepdim=True)
 
     scores = _scores(query, key, visible) * scale
@@ -194,7 +212,9 @@ def moba_attention(
     return out, lse
 
 
-def visible_keys(block_indices: Tensor, num_keys: int, block_size: int, is_causal: bool) -> Tensor:
+def visible_keys(
+    block_indices: Tensor, num_keys: int, block_size: int, is_causal: bool, window: int | None = None
+) -> Tensor:
     """Dense mask of the keys each query sees.
 
     Args:
@@ -202,6 +222,7 @@ def visible_keys(block_indices: Tensor, num_keys: int, block_size: int, is_causa
         num_keys: Nk.
         block_size: tokens in a block, at least 1.
         is_causal: whether a query sees only keys at or before its position.
+        window: how many keys up to its own a query sees whatever its blocks, causal only; None for none.
 
     Returns:
         bool ``[B, Hq, Nq, Nk]``.
@@ -218,6 +239,8 @@ def visible_keys(block_indices: Tensor, num_keys: int, block_size: int, is_causa
     visible = is_chosen[..., key_position // block_size]
     if is_causal:
         query_position = torch.arange(num_queries, device=device) + (num_keys - num_queries)
+        if window is not None:
+            visible = visible | (key_position > query_position[:, None] - window)
         visible = visible & (key_position <= query_position[:, None])
     return visible
 

@@ -72,12 +72,14 @@ class MobaCase:
     num_heads: int = 2
     num_kv_heads: int = 1
     deterministic: bool = False
+    window: int | None = None
 
     least_launches = 12
 
     def __str__(self) -> str:
         parts = [FLOAT_TYPES[self.dtype], f"{self.head_dim}x{self.value_dim}", "causal" if self.is_causal else "full"]
-        return "-".join(parts + ["packed"] * bool(self.lengths) + ["deterministic"] * self.deterministic)
+        parts += ["packed"] * bool(self.lengths) + ["deterministic"] * self.deterministic
+        return "-".join(parts + ["window"] * (self.window is not None))
 
     def run(self, recorder: Recorder) -> None:
         """Routing, forward and backward."""
@@ -102,12 +104,13 @@ class MobaCase:
         key = rows(recorder.random, kv_heads, self.head_dim)
         value = rows(recorder.random, kv_heads, self.value_dim)
         block_indices = recorder.zeros(*leading, self.top_k, dtype=torch.int32)
-        recorder.call("moba_route", **problem, query=query, key=key, block_indices=block_indices)
+        routed = {"query": query, "key": key, "block_indices": block_indices, "force_first": 0, "force_last": 1}
+        recorder.call("moba_route", **problem, **routed)
         attended = {**problem, "scale": self.head_dim**-0.5, "query": query, "key": key, "value": value}
         attended |= {"block_indices": block_indices, "out": rows(recorder.zeros, heads, self.value_dim)}
         attended["lse"] = recorder.zeros(*leading, dtype=torch.float32)
         attended["softmax_terms"] = recorder.zeros(*leading, 2, dtype=torch.float32)
-        attended["softcap"] = 2.0 if self.lengths else None
+        attended |= {"softcap": 2.0 if self.lengths else None, "window": self.window}
         sinks = recorder.random(heads, dtype=torch.float32) if self.lengths else None
         recorder.call("moba_attention", **attended, sinks=sinks)
         recorder.call(
@@ -150,6 +153,8 @@ class FilteredRouteCase:
             query=query,
             key=key,
             block_indices=recorder.zeros(1, 1, self.num_queries, 8, dtype=torch.int32),
+            force_first=1,
+            force_last=1,
         )
 
 
@@ -349,6 +354,8 @@ class DecodeCase:
             centroids=centroids,
             page_size=self.page_size,
             block_indices=choices,
+            force_first=self.top_k // 4,
+            force_last=1,
         )
         recorder.call(
             "moba_decode",
@@ -358,6 +365,7 @@ class DecodeCase:
             block_indices=choices,
             scale=self.head_dim**-0.5,
             softcap=2.0,
+            window=20,
             sinks=recorder.random(heads, dtype=torch.float32),
             out=recorder.zeros(batch, heads, self.query_len, self.value_dim, dtype=dtype),
             lse=recorder.zeros(batch, heads, self.query_len, dtype=torch.float32),
