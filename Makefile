@@ -50,7 +50,7 @@ emulation: install
 
 test: emulation
 	$(RUN) -m topgather
-	TOPGATHER_EMULATION=$(EMULATION) $(RUN) -m pytest -n 2 tests
+	TOPGATHER_EMULATION=$(EMULATION) $(RUN) -m pytest -n 2 --dist worksteal tests
 
 # Registers, shared memory and spills of every kernel, from what the build left behind; writes docs/kernels.md.
 # KERNELS=--check compares instead.
@@ -82,7 +82,7 @@ sanitize: install
 	PYTHONPATH=$(SANITIZED)/package \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  $(RUN) -m pytest -n 2 -m sanitize $(addprefix --ignore=tests/,cuda distributed package transformers) tests
+	  $(RUN) -m pytest -n 2 --dist worksteal -m sanitize $(addprefix --ignore=tests/,cuda distributed package transformers) tests
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

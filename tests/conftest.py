@@ -9,13 +9,12 @@ from typing import Any
 # Read when torch is first imported: on a busy machine its idle threads would otherwise spin against each
 # other, and thousands of small problems take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What is built while tests run and not kept afterwards, for all of pytest's workers.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TOPGATHER_TEST_FOLDER"] = tempfile.mkdtemp(prefix="topgather-tests-")
 # What torch.compile keeps on disk names the arguments of ops as they were when it was written, and is found again by
-# what stands in the graph alone. Tests therefore see nothing compiled before this run; its workers share.
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
-    os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    if "PYTEST_XDIST_WORKER" in os.environ
-    else tempfile.mkdtemp(prefix="topgather-inductor-")
-)
+# what stands in the graph alone. Tests therefore see nothing compiled before this run.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["TOPGATHER_TEST_FOLDER"], "inductor")
 
 import pytest
 import torch
@@ -42,9 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Nothing compiled by this run is left behind."""
+    """Nothing built by this run is left behind."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+        shutil.rmtree(os.environ["TOPGATHER_TEST_FOLDER"], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k: what a rule leaves out does not depend on what else is asked for

@@ -171,6 +171,7 @@ def test_packed_arguments_that_are_wrong(device: torch.device, device_kind: str)
         ("max_seqlen", ValueError, (key[None], 4, None, longest)),
         ("max_seqlen", TypeError, (key, 4, bounds)),
         ("max_seqlen", ValueError, (key, 4, bounds, -1)),
+        ("max_seqlen", ValueError, (key, 4, bounds, 2**31 - 1)),
         ("max_seqlen", TypeError, (key, 4, bounds, 9.0)),
         ("cu_seqlens", TypeError, (key, 4, [0, 5, 14], longest)),
         ("cu_seqlens", TypeError, (key, 4, bounds.float(), longest)),

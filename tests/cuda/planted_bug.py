@@ -1,5 +1,6 @@
 """A bug to plant in the CUDA sources, and what the emulator reports of such."""
 
+import re
 from dataclasses import dataclass
 
 # The emulator's reports that a case may find.
@@ -21,7 +22,8 @@ class PlantedBug:
     """``text`` of ``file`` becomes ``replacement``, and ``case`` must find what the pattern ``finding`` describes.
 
     ``text`` must occur once. Where its lines break does not matter, nor what is comment: ``// Note. call();`` is found
-    where the note stands above the call.
+    where the note stands above the call. ``alone``: both versions cannot be compiled together
+    (``planted_groups.py``).
     """
 
     name: str
@@ -31,7 +33,17 @@ class PlantedBug:
     case: str
     finding: str
     units: list[str] | None = None
+    alone: bool = False
 
     def __str__(self) -> str:
         """Test id."""
         return self.name
+
+
+def planted(bug: PlantedBug, source: str) -> str:
+    """``source`` with the bug."""
+    words = [re.escape(word) for word in bug.text.split() if word != "//"]
+    pattern = re.compile(r"(?:\s|//)+".join(words))
+    count = len(pattern.findall(source))
+    assert count == 1, f"{bug.name}: {bug.text!r} must occur once in csrc/{bug.file}, not {count} times"
+    return pattern.sub(lambda _: bug.replacement, source)

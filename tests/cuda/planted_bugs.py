@@ -1,8 +1,8 @@
-"""Bugs to plant in the CUDA sources one at a time, and the ordinary test case that catches each.
+"""Bugs to plant in the CUDA sources, one in force at a time, and the ordinary test case that catches each.
 
-A bug is an edit of one file of ``csrc``. ``build`` compiles what the edit touches, as the emulated module was compiled,
-and links it with the rest of that module's objects. ``CaseRunner`` runs cases on such builds, each in a process of its
-own: a module can be imported once, and a kernel with a bug may crash.
+A bug is an edit of one file of ``csrc``. ``make`` compiles what the edits of a build touch, as the emulated module was
+compiled, and links it with the rest of that module's objects. ``CaseRunner`` runs cases on such builds, each in a
+process of its own: a module can be imported once, and a kernel with a bug may crash.
 """
 
 import json
@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from tests.block_attention.planted_bugs import BLOCK_ATTENTION_BUGS, BLOCK_ATTENTION_CASES, BLOCK_ATTENTION_UNITS
 from tests.common import emulated
 from tests.cuda.planted_bug import PlantedBug
+from tests.cuda.planted_groups import HEADER, NUMBER, Build, builds_of
 from tests.decoding.planted_bugs import DECODE_BUGS, DECODE_CASES, DECODE_UNITS
 from tests.grid.planted_bugs import GRID_BUGS, GRID_CASES, GRID_UNITS
 from tests.key_conv.planted_bugs import KEY_CONV_BUGS, KEY_CONV_CASES, KEY_CONV_UNITS
@@ -54,15 +56,6 @@ def units_of(bug: PlantedBug) -> list[str]:
     return bug.units or UNITS.get(bug.file, [Path(bug.file).name])
 
 
-def planted(bug: PlantedBug, source: str) -> str:
-    """``source`` with the bug."""
-    words = [re.escape(word) for word in bug.text.split() if word != "//"]
-    pattern = re.compile(r"(?:\s|//)+".join(words))
-    count = len(pattern.findall(source))
-    assert count == 1, f"{bug.name}: {bug.text!r} must occur once in csrc/{bug.file}, not {count} times"
-    return pattern.sub(lambda _: bug.replacement, source)
-
-
 def commands_of(emulation: Path) -> dict[str, str]:
     """The command behind every output of the folder the emulated module was built in."""
     cache = (emulation / "CMakeCache.txt").read_text()
@@ -72,31 +65,42 @@ def commands_of(emulation: Path) -> dict[str, str]:
     return {entry["output"]: entry["command"] for entry in json.loads(listed.stdout)}
 
 
-def build(bug: PlantedBug, emulation: Path, folder: Path) -> None:
-    """Leave the checked module with the bug in ``folder``; ``emulation`` has the objects without."""
-    sources = folder / "csrc"
-    shutil.copytree(SOURCES, sources)
-    path = sources / bug.file
-    path.write_text(planted(bug, path.read_text()))
-    commands = commands_of(emulation)
-    link = commands[MODULE].replace(f"-o {MODULE}", f"-o {shlex.quote(str(folder / MODULE))}")
-    for path in sources.glob("*/*_cuda.cu*"):
-        # No case has a head dimension over 64: the kernels for 128 and 256 would be compiled in vain.
-        path.write_text(re.sub(r"(_kernel<\w+, )(?:128|256)>", r"\g<1>64>", path.read_text()))
-    for unit in units_of(bug):
-        output = next(name for name in commands if "kernels_checked" in name and name.endswith(f"/{unit}.o"))
-        words = [word.replace(str(SOURCES), str(sources)) for word in shlex.split(commands[output])]
-        words[words.index("-o") + 1] = str(folder / f"{unit}.o")
-        words[words.index("-MF") + 1] = os.devnull
-        run_command(bug, shlex.join(words), emulation)
-        assert link.count(f" {output} ") == 1, f"{MODULE} is not linked of {output}"
-        link = link.replace(output, shlex.quote(str(folder / f"{unit}.o")))
-    run_command(bug, link, emulation)
+def all_builds() -> list[Build]:
+    """Every bug is of one. Where the text of a bug is gone there is none, and an error that says so."""
+    return builds_of(BUGS, units_of, SOURCES)
 
 
-def run_command(bug: PlantedBug, command: str, folder: Path) -> None:
+def make(build: Build, emulation: Path, folder: Path) -> None:
+    """Leave the checked module with the bugs in ``folder``, which is new; ``emulation`` has the objects without."""
+    with tempfile.TemporaryDirectory() as name:
+        built = Path(name)
+        sources, header = built / "csrc", built / "planted_bug.h"
+        shutil.copytree(SOURCES, sources)
+        header.write_text(HEADER)
+        for file in {bug.file for bug in build.bugs}:
+            (sources / file).write_text(build.edited(file, (sources / file).read_text()))
+        for path in sources.glob("*/*_cuda.cu*"):
+            # No case has a head dimension over 64: the kernels for 128 and 256 would be compiled in vain.
+            path.write_text(re.sub(r"(_kernel<\w+, )(?:128|256)>", r"\g<1>64>", path.read_text()))
+        commands = commands_of(emulation)
+        link = commands[MODULE].replace(f"-o {MODULE}", f"-s -o {shlex.quote(str(built / MODULE))}")
+        for unit in build.units:
+            output = next(name for name in commands if "kernels_checked" in name and name.endswith(f"/{unit}.o"))
+            words = [word.replace(str(SOURCES), str(sources)) for word in shlex.split(commands[output])]
+            words[words.index("-o") + 1] = str(built / f"{unit}.o")
+            words[words.index("-MF") + 1] = os.devnull
+            words[words.index("-c") : words.index("-c")] = ["-include", str(header)]
+            run_command(build, shlex.join(words), emulation)
+            assert link.count(f" {output} ") == 1, f"{MODULE} is not linked of {output}"
+            link = link.replace(output, shlex.quote(str(built / f"{unit}.o")))
+        run_command(build, link, emulation)
+        folder.mkdir()
+        shutil.move(built / MODULE, folder)
+
+
+def run_command(build: Build, command: str, folder: Path) -> None:
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, f"{bug.name} does not build:\n{command}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{build} does not build:\n{command}\n{done.stderr[-2000:]}"
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -115,10 +119,10 @@ def finding_of(case: str) -> str:
 
 
 def serve() -> None:
-    """For every line of a folder, a tab and a case: forks, and the child prints what the case finds there."""
+    """For every line of a folder, a case and a bug's number: forks, and the child prints what the case finds there."""
     torch.set_num_threads(1)
     for line in sys.stdin:
-        folder, case = line.rstrip("\n").split("\t")
+        folder, case, os.environ[NUMBER] = line.rstrip("\n").split("\t")
         child = os.fork()
         if child == 0:
             signal.alarm(MOST_SECONDS)
@@ -139,10 +143,10 @@ class CaseRunner:
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
-    def find(self, case: str, folder: Path) -> str:
-        """What the case finds on the module in ``folder``; empty if nothing."""
+    def find(self, case: str, folder: Path, number: int = 0) -> str:
+        """What the case finds on the module in ``folder`` with the bug of this number; empty if nothing."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{folder}\t{case}\n")
+        self.process.stdin.write(f"{folder}\t{case}\t{number}\n")
         answer = self.process.stdout.readline()
         assert answer.endswith("\n"), "the process that runs the cases is gone"
         return answer.strip()

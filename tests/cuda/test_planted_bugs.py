@@ -3,17 +3,17 @@
 Swapped operands in the assembly itself, which the emulator does not see, are planted in ``test_ptx.py``.
 """
 
+import fcntl
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.block_attention.planted_bugs import BACKWARD, FORWARD, FORWARD_FLOAT32, ROUTE
-from tests.cuda.planted_bugs import BUGS, CASES, SOURCES, UNITS, CaseRunner, PlantedBug, build, planted
+from tests.cuda.planted_bug import planted
+from tests.cuda.planted_bugs import BUGS, CASES, SOURCES, CaseRunner, PlantedBug, all_builds, make
+from tests.cuda.planted_groups import Build, edit_of
 
 EMULATION = Path(os.environ.get("TOPGATHER_EMULATION", "")).absolute()
 needs_emulation = pytest.mark.skipif(
@@ -30,17 +30,57 @@ def runner() -> Iterator[CaseRunner]:
     case_runner.close()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """Where to build: megabytes, that no one looks at afterwards."""
-    yield tmp_path
-    shutil.rmtree(tmp_path)
+@pytest.fixture(scope="session")
+def build_of(runner: CaseRunner) -> Callable[[PlantedBug], tuple[Build, Path]]:
+    """The build that a bug is of, and the folder of its module, which is made once for all of pytest's workers."""
+    builds = all_builds()
+
+    def made(bug: PlantedBug) -> tuple[Build, Path]:
+        number, build = next((i, build) for i, build in enumerate(builds) if bug in build.bugs)
+        folder = Path(os.environ["TOPGATHER_TEST_FOLDER"]) / f"planted-{number}"
+        with open(f"{folder}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                make(build, EMULATION, folder)
+                if len(build.bugs) > 1:
+                    case = build.bugs[0].case
+                    assert runner.find(case, folder) == "", f"{case!r} finds something where no bug is in force"
+        return build, folder
+
+    return made
 
 
 def test_bugs_can_be_planted() -> None:
     """Sources still have the text that each bug replaces: found in a second, without building anything."""
     for bug in BUGS:
         planted(bug, (SOURCES / bug.file).read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "planted_source", "expected"),
+    [
+        ("{ return a < 3 + g(a); }", "{ return a <= 3 + g(a); }", "{ return (P ? (a <= 3 + g(a)) : (a < 3 + g(a))); }"),
+        ("{ f(a)[1] += b; }", "{ f(a)[2] += b; }", "{ f(a)[(P ? (2) : (1))] += b; }"),
+        (
+            "{ for (; i < n; ++i) f(); }",
+            "{ for (; i <= n; ++i) f(); }",
+            "{ for (; (P ? (i <= n) : (i < n)); ++i) f(); }",
+        ),
+        ("{ f(a); f(b); }", "{ f(b); }", "{ { if (P) { } else { f(a); } } f(b); }"),
+        ("{ x = a; }", "{ x = a; f(); }", "{ x = a; { if (P) { f(); } else { } } }"),
+        ("{ f(a, b); }", "{ f(b, a); }", None),
+        ("{ if (c) return; f(); }", "{ return; f(); }", None),
+        ("{ const float ones[2] = {1, 1}; }", "{ const float ones[2] = {0, 0}; }", None),
+        ("{ float a; f(); }", "{ f(); }", None),
+    ],
+)
+def test_both_versions_stand_under_a_condition(source: str, planted_source: str, expected: str | None) -> None:
+    """None: the bug is built alone."""
+    edit = edit_of(source, planted_source)
+    text = None if edit is None else source[: edit.start] + edit.text(source, 7) + source[edit.end :]
+    assert text is None if expected is None else text is not None
+    if text is not None and expected is not None:
+        assert "".join(text.split()) == "".join(expected.replace("P", "is_planted(7)").split())
 
 
 @needs_emulation
@@ -50,20 +90,12 @@ def test_nothing_is_found_where_no_bug_is_planted(case: str, runner: CaseRunner)
 
 
 @needs_emulation
-def test_nothing_is_found_after_building_alone(runner: CaseRunner, folder: Path) -> None:
-    """An edit that changes nothing, of the files whose kernels are built for the smallest head dimension alone."""
-    bug = next(bug for bug in BUGS if "//" not in bug.text and bug.replacement)
-    units = [*UNITS[FORWARD], *FORWARD_FLOAT32, *UNITS[BACKWARD], *UNITS[ROUTE]]
-    build(replace(bug, replacement=bug.text, units=units), EMULATION, folder)
-    for case in ("small", "many queries float32", "varlen", "routing"):
-        assert runner.find(case, folder) == ""
-
-
-@needs_emulation
 @pytest.mark.parametrize("bug", BUGS, ids=str)
-def test_planted_bug_is_caught(bug: PlantedBug, runner: CaseRunner, folder: Path) -> None:
-    build(bug, EMULATION, folder)
-    finding = runner.find(bug.case, folder)
+def test_planted_bug_is_caught(
+    bug: PlantedBug, runner: CaseRunner, build_of: Callable[[PlantedBug], tuple[Build, Path]]
+) -> None:
+    build, folder = build_of(bug)
+    finding = runner.find(bug.case, folder, build.number_of(bug))
     print(finding)
     assert finding != "", f"{bug.case!r} finds nothing"
     assert re.match(bug.finding, finding), f"{bug.case!r} finds something else"

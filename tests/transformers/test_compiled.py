@@ -99,3 +99,22 @@ def test_sequences_in_a_row_that_are_not_told_are_refused() -> None:
     position_ids = torch.cat([torch.arange(12), torch.arange(LENGTH - 12)])[None]
     with torch.no_grad(), pytest.raises(RuntimeError, match="cu_seq_lens_q"):
         compiled(model)(ids, position_ids=position_ids, use_cache=False)
+
+
+def test_sequences_in_a_row_beside_a_mask() -> None:
+    """Boundaries are followed within what the mask leaves."""
+    model = llama()
+    ids, mask = padded([LENGTH, LENGTH - 4], "right")
+    ids, mask = ids[1:], mask[1:]
+    boundaries = torch.tensor([0, 12, LENGTH], dtype=torch.int32)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": torch.cat([torch.arange(12), torch.arange(18)])[None],
+    }
+    inputs |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, "max_length_q": 18, "max_length_k": 18}
+    with torch.no_grad():
+        actual, expected = (run(**inputs, use_cache=False).logits for run in (compiled(model), model))
+        apart = model(ids[:, 12 : LENGTH - 4], use_cache=False).logits
+    assert_close(actual, expected, {"input_ids": ids})
+    torch.testing.assert_close(actual[:, 12 : LENGTH - 4], apart, atol=1e-4, rtol=1e-4)

@@ -77,6 +77,18 @@ def check_slots(top_k: int, leading: Sequence[int], num_blocks: int) -> None:
         )
 
 
+def check_padded_blocks(max_seqlen: int, num_sequences: int, key: Tensor, block_size: int) -> None:
+    """Raise where a ``max_seqlen`` beyond the packed tokens makes centroids of more than 31 bits' numbers."""
+    num_tokens, num_heads, head_dim = key.shape
+    if max_seqlen > MAX_PADDED_SLOTS and max_seqlen > num_tokens:
+        shape = [num_sequences, num_heads, -(-max_seqlen // block_size), head_dim]
+        if math.prod(shape) > 2**31 - 1:
+            raise ValueError(
+                f"max_seqlen must be at most {num_tokens}, the number of tokens, for so many numbers: centroids "
+                f"{shape} would be padding for the most part, got {max_seqlen}"
+            )
+
+
 def check_pair(name: str, value: Any) -> tuple[int, int]:
     """Raise unless ``value`` is an int or a pair of ints, each at least 1; returns the pair."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)

@@ -345,7 +345,8 @@ def _dot_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_values = grad_x = None
     if needs_grad_values:
-        grad_values, _ = _table_gradients(sparse_grad, x, values, indices, grad_out, False, "memory_dot", offsets)
+        owner = "memory_dot, of expert_lookup or of the gradient of memory_lookup,"
+        grad_values, _ = _table_gradients(sparse_grad, x, values, indices, grad_out, False, owner, offsets)
     if needs_grad_x:
         grad_x = _ops.memory_lookup.default(values, indices, grad_out, False, offsets)
     return grad_values, grad_x

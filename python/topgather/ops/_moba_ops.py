@@ -114,7 +114,7 @@ def _check_backward(
             checks.check_per_query(name, numbers, per_query(query, *last), query)
 
 
-def _check_centroids(key: Tensor, cu_seqlens: Tensor | None) -> None:
+def _check_centroids(key: Tensor, block_size: int, cu_seqlens: Tensor | None, max_seqlen: int) -> None:
     is_packed = cu_seqlens is not None
     layout = "[total_tokens, heads, dim]" if is_packed else "[batch, heads, tokens, dim]"
     checks.check_ndim("key", key, 3 if is_packed else 4, layout)
@@ -122,6 +122,7 @@ def _check_centroids(key: Tensor, cu_seqlens: Tensor | None) -> None:
     checks.check_contiguous_rows("key", key)
     if cu_seqlens is not None:
         checks.check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
+        checks.check_padded_blocks(max_seqlen, cu_seqlens.size(0) - 1, key, block_size)
 
 
 def _check_centroids_content(key: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> None:
