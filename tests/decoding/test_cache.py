@@ -224,6 +224,21 @@ def test_reserved_pages_are_used(pages: int, device: torch.device) -> None:
     assert cache.num_free_pages == cache.num_pages - 2 * -(-12 // (4 * pages))
 
 
+def test_reserved_pages_go_back(device: torch.device) -> None:
+    """Where nothing is cut off too; what stays is what it was."""
+    cache = tg.PagedMobaCache(3, 1, 8, block_size=4, max_seq_len=60, device=device)
+    tokens = [torch.randn(3, 1, 8, 8, device=device) for _ in range(2)]
+    cache.append(*tokens)
+    free = cache.num_free_pages
+    cache.reserve([8, 0, 1])
+    assert cache.num_free_pages == free - 3
+    cache.truncate(cache.lengths)
+    assert cache.num_free_pages == free and cache.lengths == [8, 8, 8] and cache.last_query_len == 8
+    out = tg.moba_decode(torch.randn(3, 1, 1, 8, device=device), cache)
+    cache.append(*tokens)
+    assert out.isfinite().all() and cache.num_free_pages == free - 6
+
+
 def test_views_of_keys_and_values(device: torch.device) -> None:
     cache, tokens = filled_cache(CASE, torch.float32, device)
     assert isinstance(cache, tg.MobaCache)

@@ -419,6 +419,7 @@ class BaseCache:
             if new > old:
                 raise ValueError(f"lengths must be at most what a sequence holds, {old} for {sequence}, got {new}")
         if after == before:
+            self._give_back_reserved(after)
             return
         with ordinary_tensors():
             cut_raw_keys = self._truncated_raw_keys(before, after)
@@ -433,6 +434,9 @@ class BaseCache:
             self.seq_lens.copy_(seq_lens)
         self._lengths = after
         self.last_query_len, self.last_num_tokens = 0, None
+
+    def _give_back_reserved(self, lengths: list[int]) -> None:
+        """Give back what :meth:`reserve` took and no token reached."""
 
     def _restarted_sums(self, before: list[int], after: list[int]) -> Callable[[Tensor | None], None]:
         """How to sum the blocks that were cut once more, given a page table: their keys stay where they are."""
@@ -533,6 +537,9 @@ class BaseCache:
 
         Args:
             device: where to.
+
+        Raises:
+            TypeError: a float64 cache to a CUDA device.
         """
         target = torch.empty(0, device=device).device
         if target == self.device:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._common import checks
-from ._base import BaseCache, Commit, Rearrangement, nothing_to_do
+from ._base import BaseCache, Commit, Rearrangement, nothing_to_do, ordinary_tensors
 from ._checks import check_counts, check_sizes
 
 
@@ -141,6 +141,14 @@ class PagedMobaCache(BaseCache):
                 self._pages[sequence].append(page)
 
         return table, commit
+
+    def _give_back_reserved(self, lengths: list[int]) -> None:
+        needed = (-(-length // self.page_size) for length in lengths)
+        if any(len(held) > need for need, held in zip(needed, self._pages, strict=True)):
+            with ordinary_tensors():
+                rearrangement = self._rearranged(list(enumerate(lengths)))
+                rearrangement.write_rows()
+                rearrangement.commit()
 
     def _rearranged(self, kept: list[tuple[int, int]]) -> Rearrangement:
         pages, users, free, copies = self._shared_pages(kept)

@@ -88,7 +88,7 @@ def memory_lookup(
             nobody's.
 
     Returns:
-        ``[T, W]`` in the dtype of ``values``, differentiable with respect to ``values`` and ``weights``, once; zeros
+        ``[T, W]`` in the dtype of ``values``, differentiable with respect to ``values``, once, and ``weights``; zeros
         for a bag without entries. Results and gradients are the same bits every time, on every device.
 
     Raises:
@@ -142,7 +142,7 @@ def expert_lookup(
         sparse_grad: whether both tables get sparse gradients, as in :func:`memory_lookup`.
 
     Returns:
-        ``[T, W]`` in the tables' dtype, differentiable with respect to ``x``, both tables and ``weights``, once.
+        ``[T, W]`` in the tables' dtype, differentiable with respect to ``x``, ``weights``, and once to both tables.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
