@@ -19,7 +19,8 @@ inline void cuda_require(cudaError_t status, const char* doing) {
 
 // Lets the kernel use as much shared memory as a thread block of the current device may have, and asks for all of a
 // multiprocessor's, so that as many blocks run side by side as were counted on. The same whatever `bytes` a launch takes,
-// so threads do not undo each other's; done once for each kernel and device. Throws where `bytes` are more.
+// so threads do not undo each other's; done, and the device asked, once for each kernel and device. Throws where `bytes`
+// are more.
 void allow_shared_memory(const void* kernel, size_t bytes);
 
 // Makes `device` current for the lifetime of the guard. Going back to a device that the program has not used would create

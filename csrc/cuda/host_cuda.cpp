@@ -1,6 +1,6 @@
 #include <atomic>
+#include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -45,21 +45,22 @@ void throw_cuda_error(cudaError_t status, const char* doing) {
 void allow_shared_memory(const void* kernel, size_t bytes) {
   constexpr const char* kDoing = "opting in to more than 48 KB of shared memory";
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
   int device = 0, most = 0;
   cuda_require(cudaGetDevice(&device), kDoing);
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& limit = allowed[{kernel, device}];
+  if (bytes <= limit) return;
   cuda_require(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), kDoing);
   if (bytes > static_cast<size_t>(most)) {
     throw std::runtime_error(std::string(kDoing) + ": a thread block needs " + std::to_string(bytes) +
                              " bytes, the device has " + std::to_string(most));
   }
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device}) > 0) return;
   cuda_require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), kDoing);
   cuda_require(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
       kDoing);
-  allowed.insert({kernel, device});
+  limit = static_cast<size_t>(most);
 }
 
 #if defined(TOPGATHER_HAVE_NVTX)

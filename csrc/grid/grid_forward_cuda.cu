@@ -16,8 +16,9 @@
 //   6. divide, round, write out, lse and softmax terms.
 // Bytes: query and out once, keys and values once per tile of queries, from the second-level cache but for the first; a
 // bias is read by every group, from there too. Operations: 4 G D a token, G / 2 a byte of 16-bit memory: bandwidth
-// bounds windows and grids of 49 or 64 tokens by far. Of several tiles of keys the next is fetched while one is attended
-// to; groups of one tile leave it to the thread blocks of a multiprocessor to hide each other's waits.
+// bounds windows and grids of 49 or 64 tokens by far. Of several tiles of keys the next is fetched, and the one after it
+// found, while one is attended to; groups of one tile leave it to the thread blocks of a multiprocessor to hide each
+// other's waits.
 // Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
 // values. A row all of whose scores are -inf, or with one of +inf or NaN: NaN, as plain softmax. There is no empty row:
 // a token is in its own group.
@@ -41,11 +42,15 @@ struct GridForwardArguments {
   float* softmax_terms;  // [batch, head, row, column, 2] float32
 };
 
-// A tile of keys and values, and where its rows lie.
 template <typename Element, int kTokens, int kHeadDim>
 struct GridKeyStage {
   cuda::SharedTile<Element, kTokens, kHeadDim> key;
   cuda::SharedTile<Element, kTokens, kHeadDim> value;
+};
+
+// Where the rows of a tile of keys and values lie.
+template <int kTokens>
+struct GridKeyPlaces {
   grid::RowOffsets<kTokens> key_rows;
   grid::RowOffsets<kTokens> value_rows;
   uint32_t there[kTokens / kLanes];  // a bit a key
@@ -57,6 +62,7 @@ struct GridForwardSharedMemory {
   static constexpr int kTokens = Tiles::kTokens;
   static constexpr int kThreads = Tiles::kWarps * kLanes;
   using Stage = GridKeyStage<Element, kTokens, kHeadDim>;
+  using Places = GridKeyPlaces<kTokens>;
 
   cuda::SharedTile<Element, kTokens, kHeadDim> query;
   // float32 multiplies weights from here; the 16-bit types multiply them from registers.
@@ -66,6 +72,8 @@ struct GridForwardSharedMemory {
   int64_t numbers[kTokens];          // where a query's lse stands
   int64_t bias_rows[kTokens];        // where a query's row of the bias starts
   uint32_t there[kTokens / kLanes];  // a bit a query
+  // Of the tile that is attended to, the one that is filled and the one whose keys are found.
+  Places places[3];
   // One is attended to while the other is filled. Groups of one tile have the first alone.
   Stage stages[2];
   static constexpr size_t bytes(bool is_single) {
@@ -222,18 +230,19 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
   const uint32_t first_unit = block * (kTokens / static_cast<uint32_t>(geometry.slot_tokens));
   const auto unit_of = [first_unit](uint32_t slot) { return first_unit + slot; };
   const bool is_single = geometry.num_tiles == 1;
-  const auto place_key = [&](typename Shared::Stage& stage, int i, const grid::Token& token) {
-    stage.key_rows[i] = grid::row_offset(args.key, token, kBytes);
-    stage.value_rows[i] = grid::row_offset(args.value, token, kBytes);
+  const auto place_key = [&](typename Shared::Places& places, int i, const grid::Token& token) {
+    places.key_rows[i] = grid::row_offset(args.key, token, kBytes);
+    places.value_rows[i] = grid::row_offset(args.value, token, kBytes);
   };
-  const auto gather_keys = [&](typename Shared::Stage& stage) {
-    grid::gather_rows_async<Shared::kThreads>(stage.key, args.key, stage.key_rows, geometry.head_dim);
-    grid::gather_rows_async<Shared::kThreads>(stage.value, args.value, stage.value_rows, geometry.head_dim);
+  const auto gather_keys = [&](typename Shared::Stage& stage, const typename Shared::Places& places) {
+    grid::gather_rows_async<Shared::kThreads>(stage.key, args.key, places.key_rows, geometry.head_dim);
+    grid::gather_rows_async<Shared::kThreads>(stage.value, args.value, places.value_rows, geometry.head_dim);
     cuda::copy_async_commit();
   };
-  const auto place_keys = [&](typename Shared::Stage& stage, uint32_t key_tile) {
-    return grid::place_tokens<kTokens>(geometry, unit_of, key_tile * kTokens, stage.there,
-                                       [&](int i, const grid::Token& token) { place_key(stage, i, token); });
+  const auto find_keys = [&](uint32_t key_tile) {
+    typename Shared::Places& places = shared.places[key_tile % 3];
+    grid::find_tokens<kTokens>(geometry, unit_of, key_tile * kTokens, places.there,
+                               [&](int i, const grid::Token& token) { place_key(places, i, token); });
   };
   // Step 1. Tiles of short groups may be empty: such thread blocks return as a whole.
   const auto place_query = [&](int i, const grid::Token& token) {
@@ -242,13 +251,18 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
     shared.numbers[i] = grid::number_offset(geometry, token);
     const int64_t group = geometry.max_tokens;
     shared.bias_rows[i] = (token.head * group + token.number) * group;
-    if (is_single) place_key(shared.stages[0], i, token);
+    if (is_single) place_key(shared.places[0], i, token);
   };
   if (!grid::place_tokens<kTokens>(geometry, unit_of, tile * kTokens, shared.there, place_query)) return;
   grid::gather_rows_async<Shared::kThreads>(shared.query, args.query, shared.query_rows, geometry.head_dim);
-  // Step 2. The first tile of a group that has tokens is not empty.
-  if (!is_single) place_keys(shared.stages[0], 0);
-  gather_keys(shared.stages[0]);
+  // Step 2. Keys of a tile are found two tiles ahead, and copied one ahead.
+  if (!is_single) {
+    find_keys(0);
+    find_keys(1);
+    // Publishes the places of both tiles to all threads.
+    __syncthreads();
+  }
+  gather_keys(shared.stages[0], shared.places[0]);
   const int first_row = warp_id() * cuda::kBlockRows;
   const bool has_work = grid::tokens_there<16>(shared.there, first_row, Shared::kTokens) != 0;
   grid::Running<kHeadDim> running;
@@ -257,14 +271,14 @@ __global__ void __launch_bounds__(GridForwardSharedMemory<Element, kHeadDim>::kT
   for (uint32_t key_tile = 0; key_tile < geometry.num_tiles; ++key_tile) {
     typename Shared::Stage& stage = shared.stages[key_tile % 2];
     cuda::copy_async_wait<0>();
-    // Publishes keys and values, and the first time queries, to all warps; tells all threads that the tile before has
-    // been used and the next one may overwrite it.
+    // Publishes keys and values, the next tile's places, and the first time queries, to all warps; tells all threads that
+    // the tile before has been used and the next one may overwrite it.
     __syncthreads();
     if (key_tile + 1 < geometry.num_tiles) {
-      typename Shared::Stage& next = shared.stages[(key_tile + 1) % 2];
-      if (place_keys(next, key_tile + 1)) gather_keys(next);
+      gather_keys(shared.stages[(key_tile + 1) % 2], shared.places[(key_tile + 1) % 3]);
+      if (key_tile + 2 < geometry.num_tiles) find_keys(key_tile + 2);
     }
-    const uint32_t* there = is_single ? shared.there : stage.there;
+    const uint32_t* there = is_single ? shared.there : shared.places[key_tile % 3].there;
     if (has_work) grid::attend(args, shared, stage, there, key_tile, first_row, running);
   }
   if (has_work) grid::write_outputs<Element, kHeadDim>(args, shared, first_row, running);

@@ -83,11 +83,11 @@ __device__ __forceinline__ int64_t number_offset(const GridGeometry& geometry, c
 }
 
 // Finds tokens first_number.. of the units unit_of(slot), a thread a token: sets a bit of `there` for each that is
-// there, and calls on_token(token's place in the tile, token). A unit past the last is not there. False, to all threads,
-// if no token is. Called by all threads; a barrier that publishes what was set and what on_token wrote to all of them.
+// there, and calls on_token(token's place in the tile, token). A unit past the last is not there. Whether the thread's
+// token is. Called by all threads; a barrier has to publish what was set and what on_token wrote.
 template <int kTokens, typename UnitOf, typename OnToken>
-__device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const UnitOf& unit_of, uint32_t first_number,
-                                             uint32_t (&there)[kTokens / 32], const OnToken& on_token) {
+__device__ __forceinline__ bool find_tokens(const GridGeometry& geometry, const UnitOf& unit_of, uint32_t first_number,
+                                            uint32_t (&there)[kTokens / 32], const OnToken& on_token) {
   bool is_there = false;
   const int i = static_cast<int>(threadIdx.x);
   if (i < kTokens) {
@@ -109,6 +109,14 @@ __device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const
     const uint32_t of_warp = __ballot_sync(kAllLanes, is_there);
     if (lane_id() == 0) there[i / kLanes] = of_warp;
   }
+  return is_there;
+}
+
+// The same and the barrier. False, to all threads, if no token is there.
+template <int kTokens, typename UnitOf, typename OnToken>
+__device__ __forceinline__ bool place_tokens(const GridGeometry& geometry, const UnitOf& unit_of, uint32_t first_number,
+                                             uint32_t (&there)[kTokens / 32], const OnToken& on_token) {
+  const bool is_there = find_tokens<kTokens>(geometry, unit_of, first_number, there, on_token);
   return __syncthreads_or(is_there ? 1 : 0) != 0;
 }
 

@@ -28,12 +28,18 @@ struct MemoryBackwardCudaConfig {
 };
 
 struct ProductKeyCudaConfig {
-  // What the smallest supported processors give a thread block; on the larger ones two blocks share a multiprocessor,
-  // one selects while the other multiplies.
+  // What the smallest supported processors give a thread block, and what two can have each on those with more: one
+  // selects while the other multiplies.
   static constexpr int64_t kSharedBytes = 99 * 1024;
+  static constexpr int64_t kSharedBytesOfTwo = 112 * 1024;
   static constexpr int kBlocksPerProcessor = 2;
   static constexpr int kSliceBytes = 64;    // of every key's row that are copied and multiplied at a time
   static constexpr int64_t kMaxStages = 4;  // slices of keys in shared memory, of 2 at least
+  static constexpr int kPending = 64;       // entries of a row that have passed and not yet been merged, at most
+  static constexpr int kLeftPending = 24;   // so many may wait for the next chunk
+  // A chunk is taken whole where kYoungLists / top_k of it have been seen before: fewer scores pass then than there is
+  // room for.
+  static constexpr int kYoungLists = 48;
 };
 
 // A warp multiplies kRowBlocks x 16 tokens with kKeyBlocks x 8 keys; kRowGroups x kKeyGroups warps.

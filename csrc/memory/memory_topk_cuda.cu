@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cuda/limits.h"
 #include "memory_topk_cuda.cuh"
 
 namespace topgather {
@@ -51,7 +52,10 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&,
   const StageRange range("memory: product keys");
   const int64_t num_tiles = (params.num_tokens + kernel.rows - 1) / kernel.rows;
   require(num_tiles <= INT32_MAX / params.num_heads, "product_key_topk: more than 2^31 - 1 tiles of tokens");
-  const int64_t num_stages = kernel.stages(params.half_dim);
+  constexpr int64_t kOfTwo = ProductKeyCudaConfig::kSharedBytesOfTwo;
+  const bool is_room_for_two = static_cast<int64_t>(cuda::max_shared_bytes()) >= 2 * kOfTwo;
+  const int64_t num_stages =
+      kernel.stages(params.half_dim, is_room_for_two ? kOfTwo : ProductKeyCudaConfig::kSharedBytes);
   ProductKeyArguments args{};
   args.num_tiles = static_cast<uint32_t>(num_tiles);
   args.num_tokens = params.num_tokens;
@@ -73,8 +77,9 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&,
 void add_product_key_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const ProductKeyKernel& kernel : kKernels) {
     const char* name = kernel.max_top_k <= 32 ? "product_key_topk, top_k <= 32" : "product_key_topk, top_k <= 128";
+    const int64_t num_stages = kernel.stages(kProductKeyMaxHalfDim, ProductKeyCudaConfig::kSharedBytesOfTwo);
     facts.push_back({name, kernel.dtype, 2 * kProductKeyMaxHalfDim, kernel.threads,
-                     kernel.shared_bytes(kProductKeyMaxHalfDim, kernel.stages(kProductKeyMaxHalfDim))});
+                     kernel.shared_bytes(kProductKeyMaxHalfDim, num_stages)});
   }
   add_infinite_rows_kernel_facts(facts);
 }

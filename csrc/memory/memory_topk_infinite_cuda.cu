@@ -24,7 +24,6 @@ constexpr int kWarps = 4;
 constexpr int kPerLane = static_cast<int>(kProductKeyMaxTopK) / kLanes;
 constexpr int kListLength = kPerLane * kLanes;
 static_assert(kListLength == kProductKeyMaxTopK);
-constexpr uint32_t kMinusInfinityOrdinal = 0x007fffffu;
 
 // The first keys of a half that are of one kind, ascending, as entries; no more than are wanted.
 struct KeyList {

@@ -440,6 +440,10 @@ def test_shared_memory_limit(module: ModuleType) -> None:
         run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=99 * 1024 + 16)
     module.set_options(shared_limit=227 * 1024)
     run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=227 * 1024)
+    # A kernel that was allowed as much before is launched without asking the device.
+    module.reset_stats()
+    run(module, "many_barriers", integers(128), block=(128, 1, 1), shared_bytes=100 * 1024)
+    assert module.stats()["attributes_read"] == 0
 
 
 @pytest.mark.parametrize(

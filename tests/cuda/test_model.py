@@ -137,7 +137,7 @@ def test_way_enters_bodies_but_rare_ones(
 
 def instruction(model: ModuleType, operation: str, **options: Any) -> Any:
     fields = {"stall": 1, "write_scoreboard": 7, "read_scoreboard": 7, "waits_for": 0, **options}
-    return model.sass.Instruction(0, operation, "", **{"predicate": "", **fields})
+    return model.sass.Instruction(0, operation, **{"operands": "", "predicate": "", **fields})
 
 
 def cycles(model: ModuleType, *warps: list[Any]) -> int:
@@ -147,6 +147,16 @@ def cycles(model: ModuleType, *warps: list[Any]) -> int:
 def test_a_stall_delays_the_next_instruction(model: ModuleType) -> None:
     first, last = instruction(model, "IADD3", stall=5), instruction(model, "IADD3")
     assert cycles(model, [first, last]) == 5 + 1
+
+
+def test_groups_of_copies_are_waited_for_in_order(model: ModuleType) -> None:
+    """``DEPBAR.LE SB0, n`` lets n groups be under way."""
+    copy, commit = instruction(model, "LDGSTS", stall=100), instruction(model, "LDGDEPBAR", stall=1)
+    latency = model.processor.COPY_LATENCY
+    for groups_left, issued in ((0, 101), (1, 0), (2, None)):
+        wait = instruction(model, "DEPBAR.LE", operands=f"SB0, 0x{groups_left}")
+        taken = cycles(model, [copy, commit, copy, commit, wait])
+        assert taken == (2 * 101 + 1 if issued is None else issued + latency + 1)
 
 
 def test_a_result_is_waited_for_by_its_scoreboard(model: ModuleType) -> None:

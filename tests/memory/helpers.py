@@ -135,6 +135,15 @@ def assert_topk_gradients(
         assert_close(name, actual, wanted, square.sqrt(), tolerance, query.dtype, length)
 
 
+def crowded_rows(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Query and keys of ascending scores, which every key beats anew, beside rows of descending and mixed ones."""
+    signs = torch.tensor([1.0, -1.0, 0.0])
+    query = torch.stack([signs[torch.arange(40) % 3], signs[torch.arange(40) // 3 % 3]], -1)[:, None]
+    keys = torch.stack([torch.arange(300.0), torch.arange(300.0).roll(150)])[None, ..., None]
+    keys[0, 0, 256:, 0] = -1 - torch.arange(44.0)  # for rows that could take no more when others had no room
+    return query.to(device, dtype), keys.to(device, dtype)
+
+
 def check_topk(
     case: TopkCase, dtype: torch.dtype, device: torch.device, layout: str = "contiguous", seed: int = 0
 ) -> tuple[Tensor, Tensor]:

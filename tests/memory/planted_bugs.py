@@ -25,6 +25,7 @@ from tests.memory.helpers import (
     check_experts,
     check_lookup,
     check_topk,
+    crowded_rows,
     make_lookup,
     run_lookup,
 )
@@ -44,6 +45,8 @@ RUNS = LookupCase(num_rows=20, num_tokens=60, width=16, bag_size=11, pattern="po
 LONG_RUN = LookupCase(num_rows=3, num_tokens=4000, width=2, bag_size=8, pattern="hot")
 RAGGED = BagCase(rest=4, width=24)
 SEARCH = TopkCase(num_tokens=40, num_heads=2, num_keys=75, head_dim=48, top_k=20)
+# Several chunks of keys, entries that wait for the next one.
+CHUNKS = TopkCase(num_tokens=40, num_heads=1, num_keys=500, head_dim=24, top_k=20)
 LONG_LISTS = TopkCase(num_tokens=5, num_heads=1, num_keys=150, head_dim=24, top_k=100)
 
 
@@ -85,7 +88,7 @@ def bad_offsets_case() -> None:
 def one_half_case() -> None:
     """All of the first half's list is chosen, the last of it found after the others."""
     query, keys = torch.ones(1, 1, 2, dtype=BFLOAT16), torch.zeros(1, 2, 75, 1, dtype=BFLOAT16)
-    keys[0, 0, :19, 0], keys[0, 0, 40], keys[0, 1, 0] = torch.arange(40, 59).bfloat16(), 30, 64
+    keys[0, 0, :19, 0], keys[0, 0, 70], keys[0, 1, 0] = torch.arange(40, 59).bfloat16(), 30, 64
     assert_topk_contract(*tg.product_key_topk(query, keys, 20), query, keys, 20)
 
 
@@ -95,6 +98,22 @@ def ties_case() -> None:
     for top_k in (9, 100):
         indices = tg.product_key_topk(query, keys, top_k)[1]
         assert torch.equal(indices, reference.product_key_topk(query, keys, top_k)[1]), "indices: not the reference's"
+
+
+def crowded_case() -> None:
+    """Rows that most keys beat anew, beside rows that few do: some have no room for a chunk."""
+    query, keys = crowded_rows(BFLOAT16, CPU)
+    indices = tg.product_key_topk(query, keys, 9)[1]
+    assert torch.equal(indices, reference.product_key_topk(query, keys, 9)[1]), "indices: not the reference's"
+
+
+def left_out_case() -> None:
+    """The last of 32 chosen keys ties with another one, and nothing else does: the lower of the two is chosen."""
+    query, keys = torch.ones(1, 1, 2, dtype=BFLOAT16), torch.zeros(1, 2, 40, 1, dtype=BFLOAT16)
+    keys[0, 0, :, 0], keys[0, 1, 1:] = torch.arange(139, 99, -1), -1000
+    keys[0, 0, 39] = 108
+    expected = torch.arange(32)[None, None] * 40
+    assert torch.equal(tg.product_key_topk(query, keys, 32)[1], expected), "indices: not the first ones"
 
 
 def nonfinite_case() -> None:
@@ -131,6 +150,9 @@ MEMORY_CASES: dict[str, Callable[[], Any]] = {
     "ragged": ragged_case,
     "bad offsets": bad_offsets_case,
     "search": lambda: check_topk(SEARCH, BFLOAT16, CPU),
+    "search chunks": lambda: check_topk(CHUNKS, BFLOAT16, CPU),
+    "search crowded": crowded_case,
+    "search left out": left_out_case,
     "search long lists": lambda: check_topk(LONG_LISTS, BFLOAT16, CPU),
     "search one half": one_half_case,
     "search ties": ties_case,
@@ -149,7 +171,8 @@ LOOKUPS = "memory/memory_lookup_cuda.cu"
 ROWS = "cuda/lane_rows.cuh"
 BACKWARD = "memory/memory_backward_cuda.cu"
 TOPK = "memory/memory_topk_cuda.cuh"
-MEMORY_UNITS = {ROWS: ["memory_lookup_cuda.cu"], TOPK: ["memory_topk_cuda.cu"]}
+LISTS = "memory/memory_topk_lists_cuda.cuh"
+MEMORY_UNITS = {ROWS: ["memory_lookup_cuda.cu"], TOPK: ["memory_topk_cuda.cu"], LISTS: ["memory_topk_cuda.cu"]}
 INFINITE = "memory/memory_topk_infinite_cuda.cu"
 
 # fmt: off
@@ -249,33 +272,65 @@ MEMORY_BUGS = [
                "used and its stage may be overwritten. __syncthreads();", "", "search", f"{UNPUBLISHED}|{OVERWRITTEN}"),
     PlantedBug("search: copies not waited for", TOPK,
                "product_key::wait_for_slice(args.num_stages);", "", "search", f"{BEFORE_WAIT}|{UNPUBLISHED}"),
-    PlantedBug("search: scores not published", TOPK,
-               "Publishes the scores to all warps. __syncthreads();", "", "search", UNPUBLISHED),
-    PlantedBug("search: scores overwritten while read", TOPK,
-               "chunk before have: every slice has a barrier. __syncthreads();", "", "search", OVERWRITTEN),
-    PlantedBug("search: pending entries not published", TOPK,
+    PlantedBug("search: counts not published", TOPK,
+               "Publishes the counts to all warps. __syncthreads();", "", "search", f"{UNPUBLISHED}|{RACE}"),
+    PlantedBug("search: appended entries not published", TOPK,
+               "return __syncthreads_or(is_full ? 1 : 0) != 0;", "return is_full;", "search",
+               f"{UNPUBLISHED}|{UNINITIALIZED}|{RACE}"),
+    PlantedBug("search: rows not published between the parts of a chunk", TOPK,
+               "if (step > first_step) __syncthreads();", "", "search", f"{UNPUBLISHED}|{OVERWRITTEN}|{RACE}"),
+    PlantedBug("search: a list overwritten while read", TOPK,
+               "the list has been read and may be overwritten. __syncwarp();", "", "search", OVERWRITTEN),
+    PlantedBug("search: pending sums not published", LISTS,
                "Publishes the pending entries to the warp. __syncwarp(); list.enter(pending[lane_id()]);",
-               "\nlist.enter(pending[lane_id()]);", "search", f"{UNPUBLISHED}|{OVERWRITTEN}"),
-    PlantedBug("search: pending entries overwritten while read", TOPK,
+               "\nlist.enter(pending[lane_id()]);", "search long lists", f"{UNPUBLISHED}|{OVERWRITTEN}"),
+    PlantedBug("search: pending sums overwritten while read", LISTS,
                "they have been read and may be overwritten. __syncwarp(); if (passes", "\nif (passes",
-               "search", OVERWRITTEN),
+               "search long lists", OVERWRITTEN),
     PlantedBug("search: lists not cleared", TOPK,
-               "last_rank, 0.0f).clear();", "last_rank, 0.0f);", "search", UNINITIALIZED),
+               "product_key::clear_lists<kPerLane>(shared, half, num_rows);", "", "search", UNINITIALIZED),
     PlantedBug("search: pending keys forgotten", TOPK,
-               "product_key::finish_half<kPerLane>(shared, state, half, num_rows, last_rank);", "",
-               "search", f"{WRONG_SEARCH}|{UNINITIALIZED}"),
+               "product_key::Merging merging = product_key::Merging::kAll;",
+               "product_key::Merging merging = product_key::Merging::kMany;",
+               "search chunks", f"{WRONG_SEARCH}|{UNINITIALIZED}"),
+    PlantedBug("search: keys that are not there", TOPK,
+               "if (count < Shared::kKeys) product_key::hide_absent(sums, count - product_key);", "",
+               "search crowded", WRONG_SEARCH),
+    PlantedBug("search: a warp's keys in two parts of a chunk", TOPK,
+               "key_group / Shared::kGroupsPerPart == step - 1;", "key_group / Shared::kGroupsPerPart <= step - 1;",
+               "search", WRONG_SEARCH),
+    PlantedBug("search: places of other warps' entries", TOPK,
+               "if (group < key_group) own_start +=", "if (group <= key_group) own_start +=",
+               "search", f"{WRONG_SEARCH}|{UNINITIALIZED}|{RACE}"),
+    PlantedBug("search: a row takes more than it has room for", TOPK,
+               "return num_pending + num_new <= Shared::kPending;",
+               "return num_pending + num_new <= 2 * Shared::kPending;",
+               "search crowded", f"{WRONG_SEARCH}|{RACE}|{OVERWRITTEN}|{UNINITIALIZED}"),
+    PlantedBug("search: a chunk taken twice", TOPK,
+               "(is_whole ? has_room : appending.takes_none());", "false;", "search crowded", WRONG_SEARCH),
+    PlantedBug("search: rows that take nothing more", TOPK,
+               "merging == Merging::kParts && (is_whole", "merging != Merging::kMany && (is_whole",
+               "search crowded", WRONG_SEARCH),
     PlantedBug("search: one key of a half too few", TOPK,
                "min(args.top_k, args.num_keys) - 1;", "min(args.top_k, args.num_keys) - 2;",
                "search one half", WRONG_SEARCH),
     PlantedBug("search: halves of a pair exchanged", TOPK,
-               "shared.list_keys[0][row][a]) * static_cast<uint32_t>(args.num_keys) + shared.list_keys[1][row][b];",
-               "shared.list_keys[1][row][b]) * static_cast<uint32_t>(args.num_keys) + shared.list_keys[0][row][a];",
+               "shared.first_keys[row][a]) * static_cast<uint32_t>(num_keys) + shared.keys[row][b];",
+               "shared.keys[row][b]) * static_cast<uint32_t>(num_keys) + shared.first_keys[row][a];",
                "search", WRONG_SEARCH),
-    PlantedBug("search: lists of 128 not merged", TOPK,
+    PlantedBug("search: lists of 128 not merged", LISTS,
                "list[j + distance] = keep(first, second, false);", "list[j + distance] = second;",
                "search long lists", WRONG_SEARCH),
-    PlantedBug("search: ties of 27 bits in any order", TOPK,
+    PlantedBug("search: ties of 27 bits in any order", LISTS,
                "if (__any_sync(kAllLanes, is_tie) == 0) return", "if (true) return", "search ties", WRONG_SEARCH),
+    PlantedBug("search: ties of keys' words in any order", TOPK,
+               "if (!best.is_open()) { const bool is_there", "if (true) { const bool is_there",
+               "search ties", WRONG_SEARCH),
+    PlantedBug("search: ties of pairs' words in any order", TOPK,
+               "if (!best.is_open()) { if (lane < args.top_k)", "if (true) { if (lane < args.top_k)",
+               "search ties", WRONG_SEARCH),
+    PlantedBug("search: ties with what is left out", LISTS,
+               "is_order_open || is_choice_open) != 0;", "is_order_open) != 0;", "search left out", WRONG_SEARCH),
     PlantedBug("search: infinite rows left as they are", "memory/memory_topk_cuda.cu",
                "rewrite_infinite_rows(args, params.dtype, static_cast<cudaStream_t>(place.stream));", "",
                "search infinite", WRONG_SEARCH),

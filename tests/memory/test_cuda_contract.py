@@ -14,6 +14,7 @@ from tests.memory.helpers import (
     check_experts,
     check_lookup,
     check_topk,
+    crowded_rows,
     look_up,
     make_lookup,
     make_topk_inputs,
@@ -249,6 +250,14 @@ def test_every_list_length_of_the_search(top_k: int, dtype: torch.dtype, cuda_de
     expected_scores, expected = reference.product_key_topk(query, keys, top_k)
     assert torch.equal(indices, expected) and torch.equal(scores.double(), expected_scores)
     check_topk(TopkCase(num_tokens=5, num_heads=1, num_keys=90, head_dim=8, top_k=top_k), dtype, cuda_device)
+
+
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("top_k", [1, 30, 90])
+def test_rows_with_and_without_room(top_k: int, dtype: torch.dtype, cuda_device: torch.device) -> None:
+    """Some rows take a chunk of keys at once, others in parts; many scores tie where the dtype rounds them."""
+    query, keys = crowded_rows(dtype, cuda_device)
+    assert torch.equal(tg.product_key_topk(query, keys, top_k)[1], reference.product_key_topk(query, keys, top_k)[1])
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)

@@ -21,7 +21,10 @@ def _forward(grid_size: int) -> Launch:
         Passes("for (int key = first; key < end", 2),
         Passes("if (is_first) return", 0.5 / _tiles(grid_size)),
         Passes("if (key_tile + 1 < geometry.num_tiles)", 1 - 1 / _tiles(grid_size)),
-        Passes("if (!is_single) place_keys", min(1, _tiles(grid_size) - 1)),
+        Passes(
+            "if (key_tile + 2 < geometry.num_tiles)", 1 - 2 / (_tiles(grid_size) - 1) if _tiles(grid_size) > 2 else 0
+        ),
+        Passes("if (!is_single) {", min(1, _tiles(grid_size) - 1)),
         Passes("if (is_single) place_key", 2 - min(2, _tiles(grid_size))),
         Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )

@@ -113,26 +113,25 @@ RUNS = of_one_size(
 # --- product keys -----------------------------------------------------------------------------------------------------
 
 NUM_HEADS, NUM_KEYS, HEAD_DIM, TOP_K = 4, 1024, 512, 32
-ROWS, CHUNK, ROUND = 64, 128, 32
-MERGES, SUM_MERGES = 6.5, 3.0
-"""Times that a row merges 32 pending entries into its list: of each half, and among the sums; by simulation."""
-PASSING = 29 / 32
-"""Rounds of 32 keys with one that beats the worst of the row's list; by simulation."""
-_ROW = 8 * PASSING
+ROWS, CHUNK = 64, 128
+MERGES, GROUPS = 5.4, 7.95
+"""Times that a row merges its pending entries, and sets of up to 32 of them, of each half; by simulation."""
+STEPS = 1.15
+"""Times that a chunk's scores are appended: the first chunk's in two parts; by simulation."""
 _TOPK = Launch(
     NUM_TOKENS / ROWS * NUM_HEADS,
     (
         Passes("for (int half = 0; half < 2", 2),
         Passes("for (int first_key = 0; first_key < args.num_keys", NUM_KEYS / CHUNK),
         Passes("for (int slice = 0; slice < num_slices", HEAD_DIM / 2 / 32),
-        Passes("for (int round_key = 0", CHUNK / ROUND),
-        Passes("for (; rows != 0; rows &= rows - 1)", _ROW),
-        Passes("if (num_pending < kLanes) return", 1 - MERGES / (NUM_KEYS / ROUND * PASSING)),
-        Passes("for (int i = 0; i < args.num_stages - 1", 3),
+        Passes("for (int step = first_step", STEPS),
+        Passes("for (unsigned rows = __ballot_sync", 8 * MERGES / (NUM_KEYS / CHUNK * STEPS)),
+        Passes("if (num_pending > kLanes) best.enter", (GROUPS - MERGES) / MERGES),
+        Passes("for (int i = 0; i < args.num_stages - 1", 2),
         Passes("for (int r = 0; r < num_rows", 8),
-        Passes("for (int first = 0; first < args.num_pairs", 4),
+        Passes("for (int r = 0; r < Shared::kRowsPerWarp", 8),
+        Passes("for (int slot = lane; slot - lane < args.num_pairs", 4),
         Passes("for (int i = threadIdx.x; i < args.num_pairs", 1),
-        Passes("for (int r = 0; r < Shared::kRowsPerWarp", 8, unrolled=8),
     ),
     NUM_TOKENS * NUM_HEADS * (2 * HEAD_DIM + 12 * TOP_K),
 )  # fmt: skip
@@ -140,7 +139,8 @@ TOPK = of_one_size(
     "product_key_topk", "memory_topk_cuda", "product_key_topkINS_8BFloat16ELi1E", "a warp's part of 64 rows x 128 keys",
     _TOPK, HEAD_DIM, tile="for (int first_key = 0; first_key < args.num_keys", variant=", top_k <= 32",
     rare=(
-        "for (int size = 2; size <= kLanes; size *= 2)", "for (int stride = size / 2", "if (num_pending == 0) continue",
+        "hide_absent", "cuda::copy_async_wait<0>()", "cuda::copy_async_wait<2>()", "uint64_t list[kPerLane];",
+        "SumList<kPerLane> sums(args.top_k)",
     ),
 )  # fmt: skip
 

@@ -91,7 +91,14 @@ class _Warp:
     ready: float = 0.0
     scoreboards: list[float] = field(default_factory=lambda: [0.0] * 6)
     copies: float = 0.0
+    """When the copies since the last commit will have arrived."""
+    groups: list[float] = field(default_factory=list)
+    """The same of every committed group of copies and all before it."""
     arrived: float | None = None
+
+    def groups_arrive(self, groups_left: int) -> float:
+        """When all but the last few committed groups have arrived."""
+        return self.groups[-1 - groups_left] if groups_left < len(self.groups) else 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ class _Decoded:
     write: int
     read: int
     stall: int
+    groups_left: int
+    """Of DEPBAR: groups of copies that need not have arrived."""
 
 
 def _decode(sequence: Sequence[Instruction], latency: Mapping[str, float]) -> list[_Decoded]:
@@ -121,6 +130,7 @@ def _decode(sequence: Sequence[Instruction], latency: Mapping[str, float]) -> li
                 instruction.write_scoreboard,
                 instruction.read_scoreboard,
                 max(1, instruction.stall),
+                int(instruction.operands.split(",")[1], 16) if kind == "DEPBAR" and "," in instruction.operands else 0,
             )
         decoded.append(entry)
     return decoded
@@ -172,7 +182,7 @@ def simulate(
                 elif kind == "SPECIAL":
                     ready = max(ready, special_free[s])
                 elif kind == "DEPBAR":
-                    ready = max(ready, warp.copies)
+                    ready = max(ready, warp.groups_arrive(instruction.groups_left))
                 if ready > time:
                     soonest = min(soonest, ready)
                 elif chosen is None or warp is last[s]:
@@ -195,6 +205,8 @@ def simulate(
                 special_free[s] = max(special_free[s], time) + SPECIAL_CYCLES
             if kind == "LDGSTS":
                 warp.copies = max(warp.copies, time + COPY_LATENCY)
+            elif kind == "LDGDEPBAR":
+                warp.groups.append(max([warp.copies, *warp.groups[-1:]]))
             if instruction.write != NO_SCOREBOARD:
                 warp.scoreboards[instruction.write] = max(warp.scoreboards[instruction.write], done)
             if instruction.read != NO_SCOREBOARD:

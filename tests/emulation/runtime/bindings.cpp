@@ -86,7 +86,8 @@ py::dict statistics_as_dict() {
                                                       {"bank_conflicts", s.bank_conflicts},
                                                       {"async_copies", s.async_copies},
                                                       {"atomics", s.atomics},
-                                                      {"checked_accesses", s.checked_accesses}};
+                                                      {"checked_accesses", s.checked_accesses},
+                                                      {"attributes_read", s.attributes_read}};
   py::dict result;
   for (const auto& [name, count] : entries) result[name] = count;
   return result;

@@ -43,6 +43,7 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int v
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const topgather::emulation::Options& options = topgather::emulation::options;
+  ++topgather::emulation::statistics.attributes_read;
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 * 1024; break;
     case cudaDevAttrMultiProcessorCount: *value = options.num_multiprocessors; break;

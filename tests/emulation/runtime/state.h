@@ -46,7 +46,7 @@ struct Options {
 struct Statistics {
   uint64_t launches = 0, blocks = 0, threads = 0, switches = 0, block_barriers = 0, warp_barriers = 0, shuffles = 0,
            ballots = 0, matrix_products = 0, matrix_loads = 0, bank_conflicts = 0, async_copies = 0, atomics = 0,
-           checked_accesses = 0;
+           checked_accesses = 0, attributes_read = 0;
 };
 
 extern Options options;
