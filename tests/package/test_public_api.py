@@ -36,7 +36,7 @@ SOURCES = {
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package."""
-    modules: list[ModuleType] = [tg, tg.reference, tg.compat, tg.nn, tg.models, topgather.distributed]
+    modules: list[ModuleType] = [tg, tg.advisor, tg.reference, tg.compat, tg.nn, tg.models, topgather.distributed]
     if importlib.util.find_spec("transformers"):
         modules.append(tg.integrations.transformers)
     for module in modules:
