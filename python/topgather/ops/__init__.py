@@ -15,10 +15,12 @@ from .moba import (
 )
 from .replay import record_routing, replay_routing
 from .routing import BlockRouting, RoutingRecord
+from .statistics import RoutingStatistics, routing_statistics
 
 __all__ = [
     "BlockRouting",
     "RoutingRecord",
+    "RoutingStatistics",
     "block_centroids",
     "expert_lookup",
     "grid_attention",
@@ -31,5 +33,6 @@ __all__ = [
     "product_key_topk",
     "record_routing",
     "replay_routing",
+    "routing_statistics",
     "window_attention",
 ]
