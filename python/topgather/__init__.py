@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ._environment import apply_environment
+from ._on_import import import_after
 from .cache import MobaCache, PagedMobaCache, moba_decode
 from .ops import *  # noqa: F403  every op, as ops/__init__.py lists them
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 apply_environment()
+# Where there is triton, it is loaded with the counter.
+import_after("torch.utils.flop_counter", "topgather.ops._flops")
 
 __all__ = [
     "MobaCache",
