@@ -1,9 +1,13 @@
-"""``python -m topgather``: what this build is, what it sees, and whether it agrees with the reference."""
+"""``python -m topgather``: what this build is, what it sees, and whether it agrees with the reference.
+
+``python -m topgather advise`` measures which setting to take: :mod:`topgather.advisor`.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -88,11 +92,18 @@ def _check_once(dtype: torch.dtype, device: torch.device) -> float:
     return max(_largest_error(actual.detach(), wanted.detach().double()) for actual, wanted in pairs)
 
 
-def main() -> int:
-    """Describe, check, and return the exit code."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Describe, check, and return the exit code; or do what the first of ``arguments`` says."""
+    if arguments:
+        if arguments[0] == "advise":
+            from topgather.advisor import _command
+
+            return _command.run(arguments[1:])
+        print(f"usage: python -m topgather [advise ...]; there is no {arguments[0]!r}", file=sys.stderr)
+        return 2
     describe()
     return 0 if self_check() else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

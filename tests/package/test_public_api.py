@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import topgather as tg
-import topgather.distributed
 
 MOBA_FUNCTIONS = ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen", "block_centroids"]
 DECODE_FUNCTIONS = ["moba_decode"]
@@ -40,7 +39,7 @@ SOURCES = {
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package."""
-    modules: list[ModuleType] = [tg, tg.reference, tg.compat, tg.nn, tg.models, topgather.distributed]
+    modules: list[ModuleType] = [tg, tg.advisor, tg.reference, tg.compat, tg.nn, tg.models, tg.viz, tg.distributed]
     if importlib.util.find_spec("transformers"):
         modules.append(tg.integrations.transformers)
     for module in modules:
@@ -203,3 +202,17 @@ def test_import_is_quiet() -> None:
         [sys.executable, "-W", "error", "-c", "import topgather"], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_modules_that_need_more_are_loaded_at_their_first_use() -> None:
+    script = (
+        "import sys, topgather as tg\n"
+        "assert {'distributed', 'viz'} <= set(dir(tg))\n"
+        "assert not {'topgather.distributed', 'topgather.viz', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "tg.distributed.MemoryColwise, tg.viz.routing\n"
+        "assert 'topgather.viz' in sys.modules and 'matplotlib' not in sys.modules\n"
+        "try: tg.nothing\n"
+        "except AttributeError as error: assert 'nothing' in str(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

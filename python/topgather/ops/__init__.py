@@ -16,10 +16,12 @@ from .moba import (
 )
 from .replay import record_routing, replay_routing
 from .routing import BlockRouting, RoutingRecord
+from .statistics import RoutingStatistics, routing_statistics
 
 __all__ = [
     "BlockRouting",
     "RoutingRecord",
+    "RoutingStatistics",
     "block_centroids",
     "expert_lookup",
     "grid_attention",
@@ -34,5 +36,6 @@ __all__ = [
     "product_key_topk",
     "record_routing",
     "replay_routing",
+    "routing_statistics",
     "window_attention",
 ]
