@@ -103,6 +103,46 @@ def test_other_ops() -> None:
     assert counts(counter) == {"key_conv": 2 * 7 * 8 * 3, "key_conv_backward": 3 * 2 * 7 * 8 * 3}
 
 
+def test_a_window_counts_once() -> None:
+    """A query sees the newest 5 keys and its blocks, keys of both once."""
+    query, key = torch.randn(1, 2, 20, 8), torch.randn(1, 1, 20, 8)
+    routing = tg.moba_route(query, key, 4, 2)
+    pairs = 0
+    for head in routing.block_indices[0].tolist():
+        for i, blocks in enumerate(head):
+            pairs += sum(i - j < 5 or j // 4 in blocks for j in range(i + 1))
+    with FlopCounterMode(display=False) as counter:
+        tg.moba_attention(query, key, key, 4, routing=routing, window=5)
+    assert counts(counter) == {"moba_attention": 2 * pairs * 16}
+    cache = tg.MobaCache(1, 1, 8, block_size=4, max_seq_len=32)
+    with FlopCounterMode(display=False) as decoded:
+        for i in range(20):
+            cache.append(key[:, :, i : i + 1], key[:, :, i : i + 1])
+            tg.moba_decode(query[:, :, i : i + 1], cache, top_k=2, window=5)
+    assert counts(decoded)["moba_decode"] == 2 * pairs * 16
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_indexer(is_causal: bool) -> None:
+    index_query = torch.randn(1, 2, 12, 4, requires_grad=True)
+    index_key = torch.randn(1, 1, 15, 4, requires_grad=True)
+    query, key = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 15, 8)
+    everything = sum(min(15, i + 4) if is_causal else 15 for i in range(12))
+    with FlopCounterMode(display=False) as counter:
+        routing = tg.index_route(index_query, index_key, 4, 2, is_causal=is_causal)
+        _, lse = tg.moba_attention(query, key, key, 4, is_causal=is_causal, return_lse=True)
+        losses = tg.index_loss(index_query, index_key, query, key, lse, routing, 4, is_causal=is_causal)
+        losses.sum().backward()
+    pairs = pairs_of(routing.block_indices[0], 4, 12, 15, is_causal)
+    found = counts(counter)
+    assert found["index_route"] == 2 * everything * 2 * 4
+    assert found["index_loss"] == 2 * pairs * (4 + 2 * 8)
+    assert found["index_loss_backward"] == 2 * pairs * (3 * 4 + 2 * 8)
+    with FlopCounterMode(display=False) as dense:
+        tg.index_loss(index_query, index_key, query, key, lse, None, 4, is_causal=is_causal)
+    assert counts(dense)["index_loss"] == 2 * 2 * everything * (4 + 2 * 8)
+
+
 @pytest.mark.parametrize("is_window", [True, False])
 def test_grid_attention_is_counted_by_groups(is_window: bool) -> None:
     image = torch.randn(1, 2, 5, 7, 4, requires_grad=True)

@@ -9,6 +9,7 @@ Loaded behind ``torch.utils.flop_counter``, which loads triton where there is on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,12 +52,24 @@ def _lengths(cu_seqlens: Tensor) -> Tensor:
 # --- block attention ------------------------------------------------------------------------------------------------
 
 
-def _seen(block_indices: Tensor, positions: Tensor, num_keys: Tensor, block_size: int, is_causal: bool) -> int:
-    """Pairs that a choice ``[..., T, K]`` lets see each other; positions and numbers of keys ``[T]`` or as it."""
+def _seen(
+    block_indices: Tensor,
+    positions: Tensor,
+    num_keys: Tensor,
+    block_size: int,
+    is_causal: bool,
+    window: int | None = None,
+) -> int:
+    """Pairs that a choice ``[..., T, K]`` lets see each other; positions and numbers of keys ``[T]``.
+
+    With a window a query sees the newest keys, and of its blocks those that are older.
+    """
     limit = torch.minimum(num_keys, positions + 1) if is_causal else num_keys
-    total = 0
+    newest = limit.clamp(min=0) if window is None else limit.clamp(0, window)
+    older = limit - (0 if window is None else newest)
+    total = 0 if window is None else int(newest.sum()) * math.prod(block_indices.shape[:-2])
     for choice in block_indices.flatten(0, -3):  # a head at a time: what this takes beside the choice stays small
-        visible = (limit[..., None] - choice.long() * block_size).clamp(0, block_size)
+        visible = (older[..., None] - choice.long() * block_size).clamp(0, block_size)
         total += int(visible.masked_fill(choice < 0, 0).sum())
     return total
 
@@ -69,13 +82,15 @@ def _pairs(
     is_causal: bool,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    window: int | None = None,
 ) -> int:
     """Pairs of a query and a key, over all query heads."""
     is_packed = query.ndim == 3
     num_heads, num_keys = query.size(1), key.size(0 if is_packed else 2)
     sharing = num_heads // block_indices.size(-3)
     if not _is_readable(block_indices, cu_seqlens_q, cu_seqlens_k):
-        return block_indices.numel() * sharing * min(block_size, num_keys)
+        slots = block_indices.numel() * min(block_size, num_keys)
+        return sharing * (slots + block_indices.numel() // block_indices.size(-1) * (window or 0))
     device = block_indices.device
     if cu_seqlens_q is None or cu_seqlens_k is None:
         num_queries = query.size(2)
@@ -87,25 +102,25 @@ def _pairs(
         limit = _lengths(cu_seqlens_k)[of_query]
         positions = torch.arange(query.size(0), device=device) - cu_seqlens_q[of_query]
         positions = positions + limit - _lengths(cu_seqlens_q)[of_query]
-    return sharing * _seen(block_indices, positions, limit, block_size, is_causal)
+    return sharing * _seen(block_indices, positions, limit, block_size, is_causal, window)
 
 
 @_formula("moba_attention")
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor, block_size: int, is_causal: bool,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, window: int | None,
 ) -> int:  # fmt: skip
-    pairs = _pairs(query, key, block_indices, block_size, is_causal, cu_seqlens_q, cu_seqlens_k)
+    pairs = _pairs(query, key, block_indices, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, window)
     return 2 * pairs * (query.size(-1) + value.size(-1))
 
 
 @_formula("moba_attention_backward")
 def _attention_backward(
     query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor, block_size: int, is_causal: bool,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, window: int | None,
 ) -> int:  # fmt: skip
     """Scores again, and the gradients of query and key; of weights and values."""
-    pairs = _pairs(query, key, block_indices, block_size, is_causal, cu_seqlens_q, cu_seqlens_k)
+    pairs = _pairs(query, key, block_indices, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, window)
     return 2 * pairs * (3 * query.size(-1) + 2 * value.size(-1))
 
 
@@ -155,19 +170,73 @@ def _decode_route(
 @_formula("moba_decode")
 def _decode(
     query: Tensor, value_pages: Tensor, block_indices: Tensor, seq_lens: Tensor, num_tokens: Tensor | None,
-    block_size: int,
+    block_size: int, window: int | None,
 ) -> int:  # fmt: skip
     batch, num_heads, num_queries, head_dim = query.shape
     sharing, width = num_heads // block_indices.size(1), 2 * (head_dim + value_pages.size(3))
     if not _is_readable(block_indices, seq_lens, num_tokens):
-        return width * sharing * block_indices.numel() * block_size
+        rows = block_indices.numel() // block_indices.size(-1)
+        return width * sharing * (block_indices.numel() * block_size + rows * (window or 0))
     lengths = seq_lens.long()[:, None]
     new = torch.full_like(lengths, num_queries) if num_tokens is None else num_tokens.long()[:, None]
     row = torch.arange(num_queries, device=seq_lens.device)
     # A row past a sequence's new tokens sees nothing.
     positions = torch.where(row < new, lengths - new + row, -1)
-    seen = (_seen(block_indices[b : b + 1], positions[b], lengths[b], block_size, True) for b in range(batch))
+    seen = (_seen(block_indices[b : b + 1], positions[b], lengths[b], block_size, True, window) for b in range(batch))
     return width * sharing * sum(seen)
+
+
+# --- the indexer ----------------------------------------------------------------------------------------------------
+
+
+def _all_pairs(num_queries: int, num_keys: int, is_causal: bool) -> int:
+    """Pairs of a query and a key that it may see."""
+    if not is_causal:
+        return num_queries * num_keys
+    first = max(0, num_keys - num_queries)
+    return (num_keys * (num_keys + 1) - first * (first + 1)) // 2
+
+
+@_formula("index_route")
+def _index_route(index_query: Tensor, index_key: Tensor, is_causal: bool) -> int:
+    """Every key that a query sees is scored, for every index head."""
+    batch, num_heads, num_queries, head_dim = index_query.shape
+    return 2 * batch * num_heads * head_dim * _all_pairs(num_queries, index_key.size(2), is_causal)
+
+
+def _loss_pairs(
+    query: Tensor, key: Tensor, block_indices: Tensor | None, block_size: int, is_causal: bool, num_choices: int
+) -> int:
+    """Pairs of a query and a key, over the choices."""
+    num_queries, num_keys = query.size(2), key.size(2)
+    if block_indices is None:
+        return query.size(0) * num_choices * _all_pairs(num_queries, num_keys, is_causal)
+    if not _is_readable(block_indices):
+        return block_indices.numel() * min(block_size, num_keys)
+    positions = torch.arange(num_queries, device=block_indices.device) + num_keys - num_queries
+    return _seen(block_indices, positions, torch.full_like(positions, num_keys), block_size, is_causal)
+
+
+@_formula("index_loss")
+def _index_loss(
+    index_query: Tensor, query: Tensor, key: Tensor, block_indices: Tensor | None, block_size: int, is_causal: bool,
+    num_choices: int,
+) -> int:  # fmt: skip
+    """Scores of the index heads, and of the query heads, of which the attention's weights are made again."""
+    pairs = _loss_pairs(query, key, block_indices, block_size, is_causal, num_choices)
+    columns = index_query.size(1) * index_query.size(3) + query.size(1) * query.size(3)
+    return 2 * pairs * columns // num_choices
+
+
+@_formula("index_loss_backward")
+def _index_loss_backward(
+    index_query: Tensor, query: Tensor, key: Tensor, block_indices: Tensor | None, block_size: int, is_causal: bool,
+    num_choices: int,
+) -> int:  # fmt: skip
+    """Both scores again, and the gradients of index queries and index keys."""
+    pairs = _loss_pairs(query, key, block_indices, block_size, is_causal, num_choices)
+    columns = 3 * index_query.size(1) * index_query.size(3) + query.size(1) * query.size(3)
+    return 2 * pairs * columns // num_choices
 
 
 # --- the other ops --------------------------------------------------------------------------------------------------
