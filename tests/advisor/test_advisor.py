@@ -60,6 +60,8 @@ def test_without_enough_recall_the_highest_is_advised() -> None:
     better = row(4096, (64, 8), 0.9, 0.6)
     advice = decide(row(4096, None, 1.0), better, row(4096, (64, 4), 0.1, 0.3), row(4096, (64, 16), 1.1, 1.0))
     assert advice.recommended is better and "None that is faster" in advice.reason
+    close = row(4096, (32, 8), 0.4, 0.56)
+    assert decide(row(4096, None, 1.0), better, close, row(4096, (64, 4), 0.1, 0.3)).recommended is close
 
 
 def test_dense_attention_is_advised_where_it_is_faster_or_the_same() -> None:

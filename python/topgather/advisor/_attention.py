@@ -23,6 +23,7 @@ from ._shape import DEFAULT_SEQ_LEN, AttentionShape, shape_of_model
 
 BLOCK_SIZES = (32, 64, 128, 256)
 TOP_KS = (4, 8, 16)
+CLOSE = 0.05  # recalls that far apart are as good as one another
 SHORTEST = 512  # where the search for the crossover starts
 
 
@@ -151,7 +152,7 @@ def advise(
     Dense attention is ``torch.nn.functional.scaled_dot_product_attention``, causal. Candidates run in turn, and a time
     is the least of several. The advised setting is the fastest of those that are faster than dense attention at the
     longest length and whose expected recall (FlashMoBA, arXiv 2511.11571; docs/block-attention.md) reaches
-    ``min_recall``; where none does, of the faster ones the one with the highest recall.
+    ``min_recall``; where none does, of the faster ones the fastest whose recall is within 0.05 of the highest.
 
     Args:
         seq_len: tokens, one length or several; if None 16384, or what the model takes where that is less.
@@ -336,7 +337,8 @@ def _decide(
     if enough := [row for row in faster if row.recall >= min_recall]:
         recommended = min(enough, key=lambda row: row.seconds)
     elif faster:
-        recommended = max(faster, key=lambda row: (row.recall, -row.seconds))
+        most = max(row.recall for row in faster)
+        recommended = min((row for row in faster if row.recall >= most - CLOSE), key=lambda row: row.seconds)
     looked_at = recommended or min(sparse, key=lambda row: row.seconds, default=None)
     crossover, is_exact = None, False
     if looked_at is not None:
@@ -388,7 +390,8 @@ def _reason(
     if recommended.recall >= min_recall:
         return f"{gain}: the fastest setting that reaches {min_recall:g}."
     return (
-        f"{gain}. None that is faster than dense attention reaches {min_recall:g}; this one comes closest. More blocks "
+        f"{gain}. None that is faster than dense attention reaches {min_recall:g}; of those that come closest "
+        "(within 0.05) this is the fastest. More blocks "
         "(top_ks), a larger head_dim or a convolution of the keys raise it."
     )
 

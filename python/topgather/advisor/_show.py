@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _Rows = list[tuple[bool, list[str]]]  # whether the row is the advised one, and its cells
 
+_LINES = ("-", "--", "-.", ":")
 _ATTENTION_COLUMNS = ("tokens", "attention", "keys a query", "time", "to dense", "memory", "needle found")
 _MEMORY_COLUMNS = ("layer", "time", "a token", "memory", "parameters", "a token meets", "share")
 
@@ -92,10 +93,13 @@ def save_attention_html(advice: Advice, path: Path) -> None:
     figure, (times, recalls) = _figure(2)
     settings = {row.setting: None for row in advice.measurements if row.setting is not None}
     _curve(times, advice.curve(None), "black", "dense")
-    for i, setting in enumerate(settings):
-        chosen = advice.recommended is not None and setting == advice.recommended.setting
-        label = f"block_size {setting[0]}, top_k {setting[1]}"
-        _curve(times, advice.curve(setting), f"C{i % 10}", label, 3.0 if chosen else 1.2)
+    sizes = sorted({size for size, _ in settings})
+    counts = sorted({count for _, count in settings})
+    for size, count in settings:
+        chosen = advice.recommended is not None and (size, count) == advice.recommended.setting
+        color, line = f"C{sizes.index(size) % 10}", _LINES[counts.index(count) % len(_LINES)]
+        label = f"block_size {size}, top_k {count}"
+        _curve(times, advice.curve((size, count)), color, label, 3.0 if chosen else 1.2, line)
     times.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="time of a call")
     times.set_xscale("log", base=2)
     for row in advice.at(advice.seq_lens[-1]):
@@ -123,10 +127,16 @@ def save_attention_html(advice: Advice, path: Path) -> None:
     path.write_text(_page("Block attention", _attention_title(advice), figure, *table, notes, advised, advice.code))
 
 
-def _curve(axes: Any, rows: Sequence[Measurement], color: str, label: str, width: float = 1.8) -> None:
+def _curve(axes: Any, rows: Sequence[Measurement], color: str, label: str, width: float = 1.8, line: str = "-") -> None:
     measured = [row for row in rows if row.is_measured]
     axes.plot(
-        [r.seq_len for r in measured], [r.seconds for r in measured], color=color, lw=width, marker=".", label=label
+        [r.seq_len for r in measured],
+        [r.seconds for r in measured],
+        color=color,
+        lw=width,
+        ls=line,
+        marker=".",
+        label=label,
     )
     guessed = measured[-1:] + [row for row in rows if not row.is_measured]
     if len(guessed) > 1:
