@@ -121,6 +121,7 @@ def attend(problem: Problem, direction: str) -> list[Launch]:
     keys_of_thread = problem.block_size * problem.head_dim / 8 / 128
     passes = (
         Passes("for (int round = 0", entries / 128),
+        Passes("if (is_resident) {", 0),  # the compiler lays its body last
         Passes("for (int step = 0; step < end", problem.block_size / STEP_KEYS[problem.head_dim]),
         Passes("if (step + kStepKeys >= end) after_scores", STEP_KEYS[problem.head_dim] / problem.block_size),
         Passes("for (unsigned first = 0; first < kCopies", problem.head_dim / 8, unrolled=4),

@@ -337,6 +337,8 @@ def forced_within(slots: int, forced: tuple[int, int]) -> tuple[int, int]:
 
 def check_none_forced(forced: tuple[int, int]) -> None:
     """Raise where blocks are forced beside a ``routing``, which has them or not."""
+    for name, count in zip(("force_first", "force_last"), forced, strict=True):
+        checks.check_count(name, count, least=0)
     if forced != NONE_FORCED:
         raise ValueError(
             "force_first and force_last must be 0 and 1, as they are by default, where routing is given, "
