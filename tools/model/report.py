@@ -25,7 +25,7 @@ from pathlib import Path
 import find_cuda_packages
 import kernel_table
 
-from model import block_attention, decode, grid, key_conv, memory
+from model import block_attention, decode, grid, indexer, key_conv, memory
 from model.paths import Passes, Sources, Walker, WalkError
 from model.problems import PROBLEMS, PROFILED, Case, KernelModel, Launch, Problem
 from model.processor import (
@@ -68,9 +68,9 @@ CLASSES = {
     ),
 }
 """Opcodes by what they take; whatever is not here is counted as integer: addresses, indices, predicates, moves."""
-OPS = (block_attention, memory, grid, key_conv, decode)
+OPS = (block_attention, memory, grid, key_conv, decode, indexer)
 KERNELS: tuple[KernelModel, ...] = tuple(kernel for op in OPS for kernel in op.KERNELS)
-CASES: tuple[Case, ...] = (*memory.CASES, *grid.CASES, *key_conv.CASES, *decode.CASES)
+CASES: tuple[Case, ...] = (*memory.CASES, *grid.CASES, *key_conv.CASES, *decode.CASES, *indexer.CASES)
 HEADING = kernel_table.MODEL_HEADING
 COUNTS_END = "<!-- what follows is predicted, not counted -->"
 
