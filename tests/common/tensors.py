@@ -96,5 +96,6 @@ def assert_close(
 def assert_bitwise_equal(name: str, actual: Tensor, expected: Tensor) -> None:
     """The same bits, NaN payloads and signs of zero included."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{name}: dtype or shape differs"
-    same = actual.reshape(-1).view(torch.uint8).equal(expected.reshape(-1).view(torch.uint8))
-    assert same, f"{name}: bits differ"
+    # A single number may have any stride, and a tensor without dimensions has none.
+    left, right = (each.reshape(-1).clone(memory_format=torch.contiguous_format) for each in (actual, expected))
+    assert left.view(torch.uint8).equal(right.view(torch.uint8)), f"{name}: bits differ"
