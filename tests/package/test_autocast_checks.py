@@ -46,6 +46,16 @@ def decode_arguments() -> dict[str, Any]:
     return {"query": torch.randn(1, 2, 1, 8), "cache": cache, "top_k": 2}
 
 
+def indexer() -> dict[str, Tensor]:
+    return {"index_query": torch.randn(HEADS), "index_key": torch.randn(HEADS)}
+
+
+def index_loss_arguments() -> dict[str, Any]:
+    tensors = heads()
+    out = tg.moba_attention(**tensors, block_size=4, return_lse=True)
+    return {**indexer(), **without_value(tensors), "lse": out[1], "block_size": 4}
+
+
 # Arguments that are taken.
 ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "block_centroids": lambda: {"key": torch.randn(HEADS), "block_size": 4},
@@ -54,6 +64,8 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "moba_attention": lambda: {**heads(), "block_size": 4, "top_k": 2},
     "moba_attention_varlen": lambda: {**packed(), **sequences(), "block_size": 4, "top_k": 2},
     "moba_decode": decode_arguments,
+    "index_route": lambda: {**indexer(), "block_size": 4, "top_k": 2},
+    "index_loss": index_loss_arguments,
     "key_conv": lambda: {"key": torch.randn(HEADS), "weight": torch.randn(2, 8, 3)},
     "product_key_topk": lambda: {"query": torch.randn(6, 2, 8), "keys": torch.randn(2, 2, 4, 4), "top_k": 2},
     "memory_lookup": lambda: {"values": torch.randn(32, 8), "indices": INDICES, "weights": torch.rand(6, 4)},
@@ -82,8 +94,9 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def functions() -> set[str]:
-    """The public ops."""
-    return {name for name in tg.__all__ if inspect.isfunction(getattr(tg, name))}
+    """The public ops: functions that take a tensor."""
+    named = {name: getattr(tg, name) for name in tg.__all__ if inspect.isfunction(getattr(tg, name))}
+    return {name for name, each in named.items() if "Tensor" in inspect.get_annotations(each).values()}
 
 
 def test_every_op_is_tried() -> None:
