@@ -111,7 +111,8 @@ class BaseCache:
         self.value_pages = rows(self.value_dim)
         blocks = -(-self.page_size // self.block_size)
         shape = (num_pages, self.num_kv_heads, blocks, self.head_dim)
-        self.centroids = torch.empty(shape, dtype=sum_dtype(self.dtype), device=self.device)
+        # Zeros, so that caches may be compared: a block that no key has filled is not read.
+        self.centroids = torch.zeros(shape, dtype=sum_dtype(self.dtype), device=self.device)
         self.seq_lens = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
         # The last keys from before the convolution, newest last: zeros before a sequence's start, which is what they
         # count as; and how many of them are known.
