@@ -80,17 +80,24 @@ def check_slots(top_k: int, leading: Sequence[int], num_blocks: int) -> None:
         )
 
 
-def check_forced(force_first: int, force_last: int, top_k: int | None, is_causal: bool = True) -> None:
-    """Raise unless so many blocks can stand in every choice; a ``top_k`` of None is all of them."""
-    check_count("force_first", force_first, least=0)
+def forced_last(force_last: Any, is_causal: bool) -> int:
+    """How many of the newest blocks are forced; raises where ``force_last`` is no such number."""
     check_count("force_last", force_last, least=0)
-    if is_causal and force_last < 1:
-        raise ValueError("force_last must be at least 1 with is_causal, where a query's own block is always chosen")
     if not is_causal and force_last > 1:
         raise ValueError(
             f"force_last must be 1, or 0, without is_causal, where no block is the newest, got {force_last}"
         )
-    num_forced = force_first + (force_last if is_causal else 0)
+    number: int = force_last if is_causal else 0
+    return number
+
+
+def check_forced(force_first: int, force_last: int, top_k: int | None, is_causal: bool = True) -> None:
+    """Raise unless so many blocks can stand in every choice; a ``top_k`` of None is all of them."""
+    check_count("force_first", force_first, least=0)
+    num_last = forced_last(force_last, is_causal)
+    if is_causal and num_last < 1:
+        raise ValueError("force_last must be at least 1 with is_causal, where a query's own block is always chosen")
+    num_forced = force_first + num_last
     if top_k is not None and num_forced > 1 and num_forced > top_k:
         raise ValueError(
             f"top_k must be at least what force_first and force_last make together, {num_forced}, got {top_k}"

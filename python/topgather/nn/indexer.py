@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from .._common import checks
 from ..ops import BlockRouting, index_loss, index_route, moba_attention, replay
-from ..ops.indexer import forced_last, index_route_op
+from ..ops.indexer import index_route_op
 from ._init import reset_modules
-from .moba import PositionEmbedding
+from .moba import PositionEmbedding, sizes_of_heads
 
 STAGES = ("dense", "sparse")
 
@@ -76,18 +76,7 @@ class IndexedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_count("dim", dim)
-        checks.check_count("num_heads", num_heads)
-        if num_kv_heads is None:
-            num_kv_heads = num_heads
-        checks.check_count("num_kv_heads", num_kv_heads)
-        if num_heads % num_kv_heads != 0:
-            raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}")
-        if head_dim is None:
-            if dim % num_heads != 0:
-                raise ValueError(f"num_heads must divide dim, {dim}, unless head_dim is given, got {num_heads}")
-            head_dim = dim // num_heads
-        checks.check_count("head_dim", head_dim)
+        num_kv_heads, head_dim = sizes_of_heads(dim, num_heads, num_kv_heads, head_dim)
         if index_dim is None:
             index_dim = head_dim
         checks.check_count("index_dim", index_dim)
@@ -99,7 +88,7 @@ class IndexedAttention(nn.Module):
             raise ValueError(f"reduction must be 'max' or 'mean', got {reduction!r}")
         checks.check_count("force_first", force_first, least=0)
         checks.check_flag("is_causal", is_causal)
-        if force_first + forced_last(force_last, is_causal) > top_k:
+        if force_first + checks.forced_last(force_last, is_causal) > top_k:
             raise ValueError(
                 f"force_first and force_last must together be at most top_k, {top_k}, got {force_first} and "
                 f"{force_last}"
@@ -201,7 +190,7 @@ class IndexedAttention(nn.Module):
 
     def _choose(self, index_query: Tensor, index_key: Tensor, query: Tensor) -> BlockRouting:
         """By the indexer; inside ``record_routing`` and ``replay_routing``, and in checkpoints, as those say."""
-        last = forced_last(self.force_last, self.is_causal)
+        last = checks.forced_last(self.force_last, self.is_causal)
         options = (self.block_size, self.top_k, self.reduction, self.is_causal, self.force_first, last)
         if not replay.state.is_watched:
             return index_route(index_query, index_key, *options)

@@ -15,6 +15,23 @@ from ._init import reset_modules
 PositionEmbedding = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def sizes_of_heads(dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """``num_kv_heads`` and ``head_dim`` of a layer of attention, those that are None by its other sizes."""
+    checks.check_count("dim", dim)
+    checks.check_count("num_heads", num_heads)
+    if num_kv_heads is None:
+        num_kv_heads = num_heads
+    checks.check_count("num_kv_heads", num_kv_heads)
+    if num_heads % num_kv_heads != 0:
+        raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}")
+    if head_dim is None:
+        if dim % num_heads != 0:
+            raise ValueError(f"num_heads must divide dim, {dim}, unless head_dim is given, got {num_heads}")
+        head_dim = dim // num_heads
+    checks.check_count("head_dim", head_dim)
+    return num_kv_heads, head_dim
+
+
 class MobaAttention(nn.Module):
     """Multi-head block attention (MoBA, arXiv 2502.13189, section 2) with its four projections.
 
@@ -64,18 +81,7 @@ class MobaAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.check_count("dim", dim)
-        checks.check_count("num_heads", num_heads)
-        if num_kv_heads is None:
-            num_kv_heads = num_heads
-        checks.check_count("num_kv_heads", num_kv_heads)
-        if num_heads % num_kv_heads != 0:
-            raise ValueError(f"num_kv_heads must divide num_heads, {num_heads}, got {num_kv_heads}")
-        if head_dim is None:
-            if dim % num_heads != 0:
-                raise ValueError(f"num_heads must divide dim, {dim}, unless head_dim is given, got {num_heads}")
-            head_dim = dim // num_heads
-        checks.check_count("head_dim", head_dim)
+        num_kv_heads, head_dim = sizes_of_heads(dim, num_heads, num_kv_heads, head_dim)
         checks.check_count("block_size", block_size)
         checks.check_count("top_k", top_k)
         checks.check_flag("bias", bias)

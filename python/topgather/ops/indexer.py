@@ -79,7 +79,7 @@ def index_route(
     check_reduction(reduction)
     checks.check_flag("is_causal", is_causal)
     checks.check_count("force_first", force_first, least=0)
-    force_last = forced_last(force_last, is_causal)
+    force_last = checks.forced_last(force_last, is_causal)
     choices = _choices(num_choices, index_query)
     if weights is not None:
         checks.check_tensor("weights", weights)
@@ -199,17 +199,6 @@ def index_loss(
     )
     mean: Tensor = losses.sum() / max(losses.numel(), 1)
     return mean
-
-
-def forced_last(force_last: Any, is_causal: bool) -> int:
-    """How many of the newest blocks are forced."""
-    checks.check_count("force_last", force_last, least=0)
-    if not is_causal and force_last > 1:
-        raise ValueError(
-            f"force_last must be 1, or 0, without is_causal, where no block is the newest, got {force_last}"
-        )
-    number: int = force_last if is_causal else 0
-    return number
 
 
 def _choices(num_choices: int | None, index_query: Tensor) -> int:
