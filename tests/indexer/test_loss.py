@@ -1,5 +1,6 @@
 """The indexer's loss: its value and its gradients, against the definition in float64; what it does to an indexer."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import topgather as tg
+from tests.common.runs import run_in_fork
 from tests.common.tensors import random_tensor
 from tests.common.tolerances import TOLERANCES, accumulation_dtype
 from tests.indexer.helpers import IndexCase, make_attention, make_index
@@ -170,3 +172,21 @@ def test_no_matrix_of_queries_by_keys(monkeypatch: pytest.MonkeyPatch) -> None:
             made = _index_loss.Problem(**names)
             _index_loss.gradients(_index_loss.losses(made), made)
         assert largest.numbers <= 2**14 < 1024 * 1024 // 32
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_after_a_call_does_not_hang() -> None:
+    """Threads that multiplied matrices and ended would leave the child a lock of the library that does."""
+    torch.set_num_threads(3)
+    case = IndexCase(num_index_heads=2, num_kv_heads=2, query_len=300, key_len=300, block_size=64, dim=40)
+    arguments = problem(case, torch.float32, torch.device("cpu"), True)
+    expected = float(tg.index_loss(**arguments))
+
+    def work() -> bool:
+        torch.set_num_threads(1)
+        return float(tg.index_loss(**arguments)) == expected
+
+    for _ in range(20):
+        assert float(tg.index_loss(**arguments)) == expected
+        assert run_in_fork(work) == 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -30,35 +30,57 @@ Result = TypeVar("Result")
 PIECE_NUMBERS = 2**22
 MAX_PIECE, MIN_PIECE = 1024, 16
 
+# Beside the caller's own; a thread is made when all others are busy.
+MAX_THREADS = 63
 
-# The library that multiplies matrices counts threads for the whole process: one call at a time.
-_lock = threading.Lock()
+
+class _Threads:
+    """Threads that stay.
+
+    One that ends takes a lock of the library that multiplies matrices (MKL's memory manager), after Python has joined
+    it already: a process that forks at that moment leaves its child the lock for ever.
+    """
+
+    def __init__(self) -> None:
+        # The library counts threads for the whole process: one call at a time.
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    @contextmanager
+    def one_each(self) -> Iterator[int]:
+        """In which a product of matrices is one thread's; yields how many threads there are for several."""
+        with self._lock:
+            num_threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                yield num_threads
+            finally:
+                torch.set_num_threads(num_threads)
+
+    def run(self, work: Callable[[], None], count: int) -> None:
+        """``work()`` in ``count`` threads, of which the caller is one, inside ``one_each``."""
+        if count > 1 and self._pool is None:
+            self._pool = ThreadPoolExecutor(MAX_THREADS, "topgather", initializer=torch.set_num_threads, initargs=(1,))
+        others = [self._pool.submit(work) for _ in range(min(count, MAX_THREADS + 1) - 1)] if self._pool else []
+        try:
+            work()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
 
 
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
+_threads = _Threads()
+
+
+def _renew_threads() -> None:
+    global _threads
+    _threads = _Threads()
 
 
 if hasattr(os, "register_at_fork"):
-    # Another thread may have held it.
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
-def _take_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """In which a product of matrices is one thread's; yields how many threads there are for several."""
-    with _lock:
-        num_threads = torch.get_num_threads()
-        _take_one_thread()
-        try:
-            yield num_threads
-        finally:
-            torch.set_num_threads(num_threads)
+    # A child has none of them, and another thread may have held the lock.
+    os.register_at_fork(after_in_child=_renew_threads)
 
 
 @dataclass
@@ -106,11 +128,18 @@ class Problem:
 
         if self.query.device.type != "cpu":
             return [alone(task) for task in tasks]
-        with _one_thread_each() as num_threads:
-            if min(num_threads, len(tasks)) <= 1:
-                return [alone(task) for task in tasks]
-            with ThreadPoolExecutor(min(num_threads, len(tasks)), initializer=_take_one_thread) as pool:
-                return list(pool.map(alone, tasks))
+        results: dict[int, Result] = {}
+        # Its `next` is one step of the interpreter: no two threads get the same task.
+        left = iter(range(len(tasks)))
+
+        def take() -> None:
+            for task_idx in left:
+                results[task_idx] = alone(tasks[task_idx])
+
+        threads = _threads
+        with threads.one_each() as num_threads:
+            threads.run(take, min(num_threads, len(tasks)))
+        return [results[task_idx] for task_idx in range(len(tasks))]
 
     def heads(self, tensor: Tensor, choice: int) -> slice:
         """A choice's part of the heads of ``tensor``, which are a multiple of the choices."""
