@@ -199,7 +199,7 @@ def check_sharded_cache(mesh: DeviceMesh, folder: Path) -> None:
         try:
             many.append(key, value)
         except ValueError as raised:
-            assert "more than max_seq_len, 61" in str(raised)
+            assert "sequence 0, which holds 42: that is more than max_seq_len, 61" in str(raised)
         many.reset()
         assert many.length == 0
     try:
@@ -208,6 +208,73 @@ def check_sharded_cache(mesh: DeviceMesh, folder: Path) -> None:
         assert "all ranks of the group must have the same block_size, got [4, 5, 6, 7] by rank" in str(raised)
     else:
         raise AssertionError("ranks that differ were not refused")
+
+
+def check_ragged_sharded_cache(mesh: DeviceMesh, folder: Path) -> None:
+    """Sequences of different lengths: appends of different counts, cut off, one begun anew; rows are one cache's."""
+    group = dist.group.WORLD
+    query, key, value = made((3, 4, 64, 8), (3, 2, 64, 8), (3, 2, 64, 6))
+    for page_size in (4, 8):
+        one = tg.MobaCache(3, 2, 8, block_size=4, max_seq_len=40, value_dim=6, dtype=torch.float64)
+        many = tgd.ShardedCache(
+            group, 3, 2, 8, block_size=4, max_seq_len=40, value_dim=6, dtype=torch.float64, page_size=page_size
+        )
+        first = 0
+        steps: list[tuple[str, Any]] = [
+            ("zigzag", [13, 17, 2]), (None, [1, 1, 1]), (None, [3, 0, 2]), ("contiguous", [0, 9, 5]), (None, [6, 1, 4]),
+            ("cut", [18, 11, 13]), (None, [2, 1, 0]), ("cut", [5, 12, 0]), (None, None), ("contiguous", [9, 1, 7]),
+            ("cut", 5), ("zigzag", None), (None, torch.tensor([1, 2, 0])),
+        ]  # fmt: skip
+        for kind, counts in steps:
+            if kind == "cut":
+                one.truncate(counts)
+                many.truncate(counts)
+                assert many.lengths == one.lengths
+                continue
+            columns = 3 if counts is None else max(counts)
+            new = [tensor[:, :, first : first + int(columns)] for tensor in (key, value)]
+            first += int(columns)
+            one.append(*new, num_tokens=counts)
+            if kind is None:
+                many.append(*new, num_tokens=counts)
+            else:
+                cut = (tgd.shard_sequence(part, group, 2, kind) for part in new)
+                many.append_sharded(*cut, kind, num_tokens=counts)
+            assert many.lengths == one.lengths
+            newest = query[:, :, first - int(columns) : first]
+            for given in ({}, {"num_tokens": [min(2, length) for length in one.lengths]}):
+                asked = newest if not given else query[:, :, :3]
+                for top_k in (2, None):
+                    expected = tg.moba_decode(asked, one, top_k, return_lse=True, **given)
+                    found = many.decode(asked, top_k, return_lse=True, **given)
+                    for name, actual, wanted in zip(("out", "lse"), found, expected, strict=True):
+                        nothing = wanted == -torch.inf
+                        assert torch.equal(actual == -torch.inf, nothing)
+                        close(actual.masked_fill(nothing, 0), wanted.masked_fill(nothing, 0), f"{name} after {first}")
+        many.truncate([3, 6, 0])
+        refused_and_as_before(many, key, value)
+
+
+def refused_and_as_before(many: Any, key: Tensor, value: Tensor) -> None:
+    """What a cache of sequences of 3, 6 and 0 tokens refuses leaves it as it was."""
+    rank, of_one, of_two = dist.get_rank(), (key[:, :, :1], value[:, :, :1]), (key[:, :, :36], value[:, :, :36])
+    for words, call in (
+        ("lengths must be at most what a sequence holds, 0 for 2, got 1", lambda: many.truncate([3, 6, 1])),
+        ("must have the same lengths[1], got [0, 1, 2, 3]", lambda: many.truncate([3, rank, 0])),
+        ("at most the number of new tokens, 1, got 3", lambda: many.append(*of_one, num_tokens=[1, 3, 1])),
+        ("for sequence 1, which holds 6: that is more", lambda: many.append(*of_two, num_tokens=[1, 35, 1])),
+        ("the same num_tokens[2]", lambda: many.append_sharded(*of_one, num_tokens=[1, 1, rank])),
+        ("sequences must be equally long to have one length, got [3, 6, 0]", lambda: many.length),
+    ):
+        before = {name: held.clone() for name, held in vars(many).items() if isinstance(held, Tensor)}
+        try:
+            call()
+        except ValueError as raised:
+            assert words in str(raised), raised
+        else:
+            raise AssertionError(f"not refused: {words}")
+        assert many.lengths == [3, 6, 0]
+        assert all(torch.equal(getattr(many, name), held) for name, held in before.items())
 
 
 # --- a model's sequences ----------------------------------------------------------------------------------------------
