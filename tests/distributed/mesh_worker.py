@@ -367,6 +367,40 @@ def check_context_parallel(mesh: DeviceMesh, folder: Path) -> None:
     assert kept[0].size(1) < 21 and kept[1].size(1) == 21
 
 
+def check_record_over_ranks(mesh: DeviceMesh, folder: Path) -> None:
+    """A model's choices over ranks, saved and replayed after it has moved on, are one process's."""
+    world = init_device_mesh("cpu", (WORLD_SIZE,))
+    x, target = made((2, 21, 8), (2, 21, 8))
+
+    def moved_on() -> SmallModel:
+        model = SmallModel()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.linspace(-0.5, 0.5, parameter.numel(), dtype=torch.float64).view_as(parameter)
+        return model
+
+    with torch.no_grad(), tg.record_routing() as whole:
+        SmallModel()(x)
+    alone = moved_on()
+    with tg.replay_routing(whole):
+        (alone(x) * target).sum().backward()
+    path, kept = folder / f"choices{dist.get_rank()}.safetensors", [x.clone(), target.clone()]
+    for method in ("gather", "exchange"):
+        with tgd.context_parallel(world, kept, [1, 1], method=method):
+            with torch.no_grad(), tg.record_routing() as record:
+                SmallModel()(kept[0])
+            record.save(path)
+            model = moved_on()
+            with tg.replay_routing(tg.RoutingRecord.load(path)):
+                loss = (model(kept[0], is_checkpointed=True) * kept[1]).sum()
+            loss.backward()
+        for mine, choice in zip(record, whole, strict=True):
+            assert torch.equal(mine.block_indices, tgd.shard_sequence(choice.block_indices, world, 2, "zigzag"))
+        for one, other in zip(alone.parameters(), model.parameters(), strict=True):
+            assert other.grad is not None and one.grad is not None
+            close(summed(other.grad), one.grad, "gradient")
+
+
 def summed(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
