@@ -462,6 +462,14 @@ def check_transformers(mesh: DeviceMesh, folder: Path) -> None:
                     assert words in str(raised), raised
                 else:
                     raise AssertionError(f"not refused: {words}")
+            moba.register(block_size=4, top_k=2, window=3)
+            try:
+                loss_of(alone, *buffers, tgd.shard_sequence(torch.arange(num_tokens)[None], world, 1, "zigzag"))
+            except ValueError as raised:
+                assert "window must be 0, 1 and None within context_parallel, got 0, 1 and 3" in str(raised), raised
+            else:
+                raise AssertionError("a window was not refused")
+            moba.register()
 
 
 CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
