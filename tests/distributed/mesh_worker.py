@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import _attention as torchs
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import topgather as tg
@@ -365,6 +369,74 @@ def check_context_parallel(mesh: DeviceMesh, folder: Path) -> None:
         mine = half(kept[0])
     close(mine.detach(), tgd.shard_sequence(alone(x).detach(), mesh["dp"], 1, "zigzag"), "of the loaded model")
     assert kept[0].size(1) < 21 and kept[1].size(1) == 21
+
+
+def check_beside_torchs_context(mesh: DeviceMesh, folder: Path) -> None:
+    """Torch's own ``context_parallel`` cuts what ours reads, either around the other; neither touches the other's."""
+    group = mesh["dp"]
+    x, target = made((2, 20, 8), (2, 20, 8))
+    alone = SmallModel()
+    (alone(x) * target).sum().backward()
+    plain, (q, k) = F.scaled_dot_product_attention, made((1, 1, 5, 4), (1, 1, 5, 4))
+    for is_ours_outside in (False, True):
+        model, kept = SmallModel(), [x.clone(), target.clone()]
+        of_torch = context_parallel(group, buffers=kept, buffer_seq_dims=[1, 1])
+        ours = tgd.context_parallel(group)  # as torch cuts them: zigzag
+        with ExitStack() as stack:
+            stack.enter_context(ours if is_ours_outside else of_torch)
+            before = F.scaled_dot_product_attention
+            assert (before is plain) == is_ours_outside
+            stack.enter_context(of_torch if is_ours_outside else ours)
+            assert is_ours_outside or F.scaled_dot_product_attention is before
+            for part, whole in zip(kept, (x, target), strict=True):
+                assert torch.equal(part, tgd.shard_sequence(whole, group, 1, "zigzag"))
+            (model(kept[0], is_checkpointed=True) * kept[1]).sum().backward()
+        assert torch.equal(kept[0], x) and torch.equal(kept[1], target)
+        assert F.scaled_dot_product_attention is plain
+        for whole, other in zip(alone.parameters(), model.parameters(), strict=True):
+            assert other.grad is not None and whole.grad is not None
+            close(summed(other.grad) / 2, whole.grad, "gradient")  # two pairs of ranks
+    with tgd.context_parallel(group):
+        assert F.scaled_dot_product_attention is plain
+        plain(q, k, k)
+    # The reason why dense layers are not compared here: the day that they run, this says so.
+    with context_parallel(group, buffers=[q.clone()], buffer_seq_dims=[2]):
+        try:
+            F.scaled_dot_product_attention(q, k, k, is_causal=True)
+        except NotImplementedError as raised:
+            assert "_scaled_dot_product_flash_attention_for_cpu" in str(raised), raised
+        else:
+            raise AssertionError("torch's ring attention runs on the CPU: have test_dense_beside.py run there too")
+
+
+class FlexLayer(nn.Module):
+    """Torch's flexible attention as a module, which its style of context parallelism hooks."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Any:
+        return flex_attention(query, key, value, block_mask=block_mask)
+
+
+def check_beside_torchs_flexible_attention(mesh: DeviceMesh, folder: Path) -> None:
+    """A dense layer by torch's flexible attention over ranks, and block attention, in one forward."""
+    if not hasattr(torchs, "_ContextParallel"):  # torch before 2.10
+        return
+    group, num_tokens = mesh["dp"], 32
+    x = made((1, 2, num_tokens, 8), dtype=torch.float32)[0]
+    dense = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    expected = tg.moba_attention(dense, dense, dense, 4, 2)
+    layer, first = FlexLayer(), group.get_local_rank() * num_tokens // 2
+    style = torchs._ContextParallel(seq_dim=2, attention_type=torchs._ContextParallel.AttentionType.FLEX)
+    parallelize_module(layer, group, style)
+    mask = create_block_mask(
+        lambda b, h, q_idx, kv_idx: q_idx + first >= kv_idx, 1, 1, num_tokens // 2, num_tokens, device="cpu",
+        BLOCK_SIZE=16,
+    )  # fmt: skip
+    with torch.no_grad():  # on the CPU it has no gradient
+        (part,) = torchs._context_parallel_shard(group, [x], [2])
+        part = layer(part, part, part, mask)
+        out = tgd.moba_attention(part, part, part, group, block_size=4, top_k=2)
+    close(part, tgd.shard_sequence(dense, group, 2), "dense", 1e-5)
+    close(out, tgd.shard_sequence(expected, group, 2), "by blocks", 1e-5)
 
 
 def check_record_over_ranks(mesh: DeviceMesh, folder: Path) -> None:
