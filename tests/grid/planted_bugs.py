@@ -174,14 +174,19 @@ GRID_BUGS = [
                "find_keys(key_tile + 2);", "find_keys(key_tile + 3);", "grid large float32",
                f"{OVERWRITTEN}|{RACE}|{UNINITIALIZED}|{WRONG_OUT}"),
     PlantedBug("grid forward: room for one tile where there are several", FORWARD,
-               "Shared::bytes(is_single));", "Shared::bytes(true));", "grid large float32", OUT_OF_BOUNDS),
+               "Shared::bytes(is_single));", "Shared::bytes(true));", "grid large float32", OUT_OF_BOUNDS,
+               alone=True),
     PlantedBug("grid forward: copies not waited for", FORWARD,
-               "cuda::copy_async_wait<0>(); // Publishes keys and values, the next tile's", "", "grid",
+               "cuda::copy_async_wait<0>(); Publishes keys and values, the next tile's places, and the first time "
+               "queries, to all warps; tells all threads that the tile before has been used and the next one may overwrite it. "
+               "__syncthreads();", "__syncthreads();", "grid",
                f"{BEFORE_WAIT}|{UNPUBLISHED}|{NEVER_WAITED}"),
     PlantedBug("grid forward, large groups: the unit not published", FORWARD,
                "leave it there: registers are scarce. __syncthreads();", "", "grid large", UNPUBLISHED),
     PlantedBug("grid forward, large groups: copies not waited for", FORWARD,
-               "cuda::copy_async_wait<0>(); // Publishes keys and values, and the first", "", "grid large",
+               "cuda::copy_async_wait<0>(); Publishes keys and values, and the first time queries, to all warps; tells "
+               "all threads that the stage before has been used and may be overwritten. __syncthreads();",
+               "__syncthreads();", "grid large",
                f"{BEFORE_WAIT}|{UNPUBLISHED}|{NEVER_WAITED}"),
     PlantedBug("grid forward, large groups: keys overwritten while read", FORWARD,
                "the stage before has been used and may be overwritten. __syncthreads();", "", "grid large",
