@@ -40,11 +40,12 @@ demo: install
 
 CONFIGURE := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
   -DPython_EXECUTABLE=$(abspath $(RUN))
+PYBIND11 = -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
 
 # The CUDA kernels once more, compiled for the CPU: tests/emulation.
 EMULATION := build/emulation
 emulation: install
-	$(CONFIGURE) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) -S tests/emulation -B $(EMULATION)
+	$(CONFIGURE) $(PYBIND11) -S tests/emulation -B $(EMULATION)
 	$(VENV)/bin/cmake --build $(EMULATION)
 
 test: emulation
@@ -72,7 +73,7 @@ gpu:
 # preloaded so that the sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
 sanitize: install
-	$(CONFIGURE) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
+	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
 	$(VENV)/bin/cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package
