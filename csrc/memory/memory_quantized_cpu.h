@@ -38,6 +38,31 @@ inline float to_compute(Float8 value) {
   return bit_cast<float>(bits | static_cast<uint32_t>(value.bits & 0x80) << 24);
 }
 
+// A vector's lanes of bytes, widened to integers.
+template <typename Byte>
+inline IntegerVector<float> load_widened(const void* source) {
+  typedef Byte Bytes __attribute__((vector_size(kLanes<float>)));
+  Bytes bytes;
+  std::memcpy(&bytes, source, sizeof(bytes));
+  return __builtin_convertvector(bytes, IntegerVector<float>);
+}
+
+inline Vector<float> load_vector(const Int8* source) {
+  return __builtin_convertvector(load_widened<int8_t>(source), Vector<float>);
+}
+
+// to_compute of every lane.
+inline Vector<float> load_vector(const Float8* source) {
+  using Integers = IntegerVector<float>;
+  const Integers bits = load_widened<uint8_t>(source);
+  const Integers magnitude = bits & 0x7f;
+  const Integers normal = (magnitude << 20) + (120 << 23);
+  const Integers denormal = bit_cast<Integers>(bit_cast<Vector<float>>((magnitude << 20) + (121 << 23)) - 0x1p-6f);
+  const Integers number = magnitude < 8 ? denormal : normal;
+  const Integers nan = magnitude - magnitude + 0x7fc00000;
+  return bit_cast<Vector<float>>((magnitude == 0x7f ? nan : number) | (bits & 0x80) << 24);
+}
+
 template <typename Storage>
 struct ScaledRows {
   const Storage* values;

@@ -239,7 +239,10 @@ FORWARD_MODES: dict[str, Callable[[OpCase, Inputs], Any]] = {
     "jacfwd": through_columns,
     "dual numbers": lambda case, inputs: dual_numbers(case, inputs, *case.differentiable),
 }
-HAVE_FORWARD_MODE = {name for name, op in OPS.items() if op.forward_mode is not None} | {"expert_lookup", "quantized_lookup"}
+HAVE_FORWARD_MODE = {name for name, op in OPS.items() if op.forward_mode is not None} | {
+    "expert_lookup",
+    "quantized_lookup",
+}
 
 
 def test_which_ops_have_a_forward_mode() -> None:

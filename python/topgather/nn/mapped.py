@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,9 @@ class MappedMemoryPool(MemoryPool):
         self._pending: list[Tensor] = []
         self.values = nn.Parameter(file.values, requires_grad=trainable)
         if trainable:
-            self.values.register_hook(self._record)
+            # A table that nobody holds any more is let go of at once, with its file.
+            record = weakref.WeakMethod(self._record)
+            self.values.register_hook(lambda gradient: _call(record(), gradient))
 
     @property
     def step(self) -> int:
@@ -139,6 +142,11 @@ class MappedMemoryPool(MemoryPool):
     def extra_repr(self) -> str:
         """The table's options, as ``print`` shows them."""
         return f"{super().extra_repr()}, path={str(self.path)!r}, step={self.step}"
+
+
+def _call(record: Callable[[Tensor], None] | None, gradient: Tensor) -> None:
+    if record is not None:
+        record(gradient)
 
 
 def _chunks(num_rows: int, row_dim: int, dtype: torch.dtype, padding_row: int | None) -> Iterator[Tensor]:
