@@ -15,7 +15,8 @@ struct MemoryLookupCudaConfig {
   static constexpr int kRowsInFlight = 8;
 };
 
-// Of rows of 8 bits a load brings 16 columns, so fewer of them, and of blocks, leave registers for their numbers: 32 KB under way.
+// Of rows of 8 bits a load brings 16 columns, so fewer of them, and of blocks, leave registers for their numbers: 32 KB
+// under way.
 struct MemoryQuantizedCudaConfig {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerProcessor = 4;
