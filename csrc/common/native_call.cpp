@@ -67,6 +67,7 @@ Dtype dtype_of(const DlpackDtype& dtype, const char* name) {
     if (dtype.code == kBFloat && dtype.bits == 16) return Dtype::kBFloat16;
     if (dtype.code == kInt && dtype.bits == 32) return Dtype::kInt32;
     if (dtype.code == kInt && dtype.bits == 64) return Dtype::kInt64;
+    if (dtype.code == kInt && dtype.bits == 8) return Dtype::kInt8;
   }
   throw std::invalid_argument(std::string(name) + " has a dtype that no kernel takes");
 }

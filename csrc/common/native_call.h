@@ -39,6 +39,10 @@ template <>
 inline constexpr int kRequiredDtype<int32_t> = static_cast<int>(Dtype::kInt32);
 template <>
 inline constexpr int kRequiredDtype<int64_t> = static_cast<int>(Dtype::kInt64);
+template <>
+inline constexpr int kRequiredDtype<int8_t> = static_cast<int>(Dtype::kInt8);
+template <>
+inline constexpr int kRequiredDtype<float> = static_cast<int>(Dtype::kFloat32);
 
 template <typename Field>
 concept IsArray = requires { Field::kRank; };
