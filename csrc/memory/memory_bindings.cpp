@@ -51,12 +51,19 @@ void complete(MemoryBackwardParams& params) {
   require(params.num_targets <= INT32_MAX, "num_targets must fit 31 bits");
 }
 
+void complete(MemoryUpdateParams& params) {
+  complete_problem(params, params.weights);
+  require(params.squares.data != nullptr || (params.steps.data != nullptr || params.problem.num_rows == 0),
+          "rows are updated with their steps");
+}
+
 static void bind(pybind11::module_& module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "product_key_topk", &MemoryCpuKernels::product_key_topk);
   add_cpu_entry(module, "memory_lookup", &MemoryCpuKernels::lookup);
   add_cpu_entry(module, "memory_dot", &MemoryCpuKernels::dot);
   add_cpu_entry(module, "memory_backward", &MemoryCpuKernels::backward);
+  add_cpu_entry(module, "memory_update", &MemoryCpuKernels::update);
 #endif
 #if defined(TOPGATHER_HAVE_CUDA)
   add_cuda_entry<ProductKeyParams>(module, "product_key_topk", {&product_key_topk_cuda});

@@ -5,6 +5,7 @@
 #include "memory_backward_cpu.h"
 #include "memory_lookup_cpu.h"
 #include "memory_topk_cpu.h"
+#include "memory_update_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
@@ -25,8 +26,12 @@ void backward(const MemoryBackwardParams& params) {
   with_storage(params.problem.dtype, [&](auto storage) { memory_backward_storage<decltype(storage)>(params); });
 }
 
+void update(const MemoryUpdateParams& params) {
+  with_storage(params.problem.dtype, [&](auto storage) { memory_update_storage<decltype(storage)>(params); });
+}
+
 }  // namespace
 
-extern const MemoryCpuKernels kMemoryCpuKernels{&product_key_topk, &lookup, &dot, &backward};
+extern const MemoryCpuKernels kMemoryCpuKernels{&product_key_topk, &lookup, &dot, &backward, &update};
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -11,6 +11,7 @@ struct MemoryCpuKernels {
   void (*lookup)(const MemoryLookupParams& params);
   void (*dot)(const MemoryDotParams& params);
   void (*backward)(const MemoryBackwardParams& params);
+  void (*update)(const MemoryUpdateParams& params);
 };
 TOPGATHER_CPU_KERNELS(MemoryCpuKernels, avx512)
 
