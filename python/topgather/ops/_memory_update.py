@@ -54,9 +54,7 @@ def _check_entries_content(grad_out: Tensor, indices: Tensor, tokens: Tensor, va
             continue
         low, high = (bound.item() for bound in torch.aminmax(tensor))
         if low < least or high >= count:
-            raise IndexError(
-                f"{name} must be between {least} and {count - 1}, got {low if low < least else high}"
-            )
+            raise IndexError(f"{name} must be between {least} and {count - 1}, got {low if low < least else high}")
 
 
 def _check_update(
@@ -70,8 +68,12 @@ def _check_update(
     second: Tensor | None,
     decayed: Tensor | None,
     algorithm: str,
+    seed: int,
+    step: int,
 ) -> None:
     _check_entries(grad_out, indices, weights, tokens, values)
+    checks.check_count("seed", seed, least=0)
+    checks.check_count("step", step)
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     for name, state, dtype in (("steps", steps, torch.int32), ("decayed", decayed, torch.float64)):
@@ -128,10 +130,24 @@ memory_update = register(
     )
 )
 # What only an update has, and the kernel does not look at where it makes squares.
-_UNUSED = (
-    "steps first second decayed algorithm_code learning_rate first_rate second_rate eps weight_decay total_decay "
-    "grad_scale nesterov seed step stochastic_rounding"
-).split()
+_UNUSED = [
+    "steps",
+    "first",
+    "second",
+    "decayed",
+    "algorithm_code",
+    "learning_rate",
+    "first_rate",
+    "second_rate",
+    "eps",
+    "weight_decay",
+    "total_decay",
+    "grad_scale",
+    "nesterov",
+    "seed",
+    "step",
+    "stochastic_rounding",
+]
 memory_grad_square = register(
     Op(
         schema=f"memory_grad_square({_ENTRIES}, Tensor values) -> Tensor squares",

@@ -24,8 +24,8 @@ class RowSGD(RowOptimizer):
         decoupled_weight_decay: whether rows are multiplied by ``1 - lr * weight_decay`` instead, of every step: a row
             makes up at its next step, or at :meth:`settle`, for those that did not touch it.
         state_dtype: ``torch.bfloat16``, or ``torch.float32``; None: that of sums. States of float64 tables are float64.
-        stochastic_rounding: whether what is stored in bfloat16, states and tables, is rounded up or down by random bits,
-            so that small steps add up, rather than to nearest.
+        stochastic_rounding: whether what is stored in bfloat16, states and tables, is rounded up or down by random
+            bits, so that small steps add up, rather than to nearest.
         seed: of these bits, which a hash makes of seed, step, row and column.
 
     Raises:
@@ -72,9 +72,7 @@ class RowSGD(RowOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         momentum = float(group["momentum"])
-        return Rule(
-            "sgd", momentum, float(group["dampening"]), is_nesterov=group["nesterov"], has_first=momentum != 0
-        )
+        return Rule("sgd", momentum, float(group["dampening"]), is_nesterov=group["nesterov"], has_first=momentum != 0)
 
 
 class RowAdagrad(RowOptimizer):

@@ -46,9 +46,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     It takes over the tables it is given: the backward of :func:`topgather.memory_lookup` and
     :func:`topgather.expert_lookup` then makes no gradient of them, dense or sparse, but records what it would be made
-    of, ``grad_out [T, W]`` and each entry's row and weight. :meth:`step` sorts the entries of all lookups since the last
-    one, whichever layers of a shared table and whichever micro-batches they are of, sums each row's and steps the row,
-    in one pass over the touched rows and their states. Sparse gradients that lie in ``.grad`` are entries as well.
+    of, ``grad_out [T, W]`` and each entry's row and weight. :meth:`step` sorts the entries of all lookups since the
+    last one, whichever layers of a shared table and whichever micro-batches they are of, sums each row's and steps the
+    row, in one pass over the touched rows and their states. Sparse gradients that lie in ``.grad`` are entries as well.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:

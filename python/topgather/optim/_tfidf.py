@@ -22,8 +22,8 @@ def tfidf_rows(counts: Tensor, num_batches_with_row: Tensor, num_batches: int, n
         num_rows: that are wanted.
 
     Returns:
-        ``[rows]`` bool for :meth:`RowOptimizer.set_trainable_rows`: the ``num_rows`` rows of the highest scores, of equal
-        ones the lowest; fewer where fewer are used.
+        ``[rows]`` bool for :meth:`RowOptimizer.set_trainable_rows`: the ``num_rows`` rows of the highest scores, of
+        equal ones the lowest; fewer where fewer are used.
 
     Raises:
         TypeError: an argument of the wrong type.
