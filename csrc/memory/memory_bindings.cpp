@@ -57,7 +57,7 @@ void complete(MemoryUpdateParams& params) {
           "rows are updated with their steps");
 }
 
-static void bind(pybind11::module_& module) {
+static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "product_key_topk", &MemoryCpuKernels::product_key_topk);
   add_cpu_entry(module, "memory_lookup", &MemoryCpuKernels::lookup);

@@ -7,6 +7,7 @@ hands the optimizer what the gradient would be made of, ``grad_out [T, W]`` and 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -68,10 +69,22 @@ def _check_update(
     second: Tensor | None,
     decayed: Tensor | None,
     algorithm: str,
+    learning_rate: float,
+    first_rate: float,
+    second_rate: float,
+    eps: float,
+    weight_decay: float,
+    total_decay: float,
+    grad_scale: float,
     seed: int,
     step: int,
 ) -> None:
     _check_entries(grad_out, indices, weights, tokens, values)
+    numbers = {"learning_rate": learning_rate, "first_rate": first_rate, "second_rate": second_rate, "eps": eps}
+    numbers |= {"weight_decay": weight_decay, "total_decay": total_decay, "grad_scale": grad_scale}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}")
     checks.check_count("seed", seed, least=0)
     checks.check_count("step", step)
     if algorithm not in ALGORITHMS:

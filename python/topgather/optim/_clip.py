@@ -28,6 +28,8 @@ def clip_grad_norm_(
         row_optimizers: whose recorded gradients count.
         error_if_nonfinite: whether a norm that is not finite is an error.
 
+    A norm that is NaN leaves NaN in gradients, and the row optimizer's next step raises ``ValueError`` for it.
+
     Returns:
         The norm before clipping, ``[]`` float64.
 
