@@ -82,6 +82,12 @@ void complete(QuantizedLookupParams& params) {
 
 void complete(QuantizedDotParams& params) { complete_quantized(params); }
 
+void complete(MemoryUpdateParams& params) {
+  complete_problem(params, params.weights);
+  require(params.squares.data != nullptr || (params.steps.data != nullptr || params.problem.num_rows == 0),
+          "rows are updated with their steps");
+}
+
 static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "product_key_topk", &MemoryCpuKernels::product_key_topk);
@@ -90,6 +96,7 @@ static void bind(PyObject* module) {
   add_cpu_entry(module, "memory_backward", &MemoryCpuKernels::backward);
   add_cpu_entry(module, "memory_lookup_quantized", &MemoryCpuKernels::lookup_quantized);
   add_cpu_entry(module, "memory_dot_quantized", &MemoryCpuKernels::dot_quantized);
+  add_cpu_entry(module, "memory_update", &MemoryCpuKernels::update);
 #endif
 #if defined(TOPGATHER_HAVE_CUDA)
   add_cuda_entry<ProductKeyParams>(module, "product_key_topk", {&product_key_topk_cuda});

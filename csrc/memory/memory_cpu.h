@@ -13,6 +13,7 @@ struct MemoryCpuKernels {
   void (*backward)(const MemoryBackwardParams& params);
   void (*lookup_quantized)(const QuantizedLookupParams& params);
   void (*dot_quantized)(const QuantizedDotParams& params);
+  void (*update)(const MemoryUpdateParams& params);
 };
 TOPGATHER_CPU_KERNELS(MemoryCpuKernels, avx512)
 

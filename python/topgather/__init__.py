@@ -12,7 +12,7 @@ from ._on_import import import_after
 from .cache import MobaCache, PagedMobaCache, moba_decode
 from .ops import *  # noqa: F403  every op, as ops/__init__.py lists them
 
-from . import compat, integrations, models, nn, ops, reference  # isort: skip  these build on the ops
+from . import compat, integrations, models, nn, ops, optim, reference  # isort: skip  these build on the ops
 from . import advisor  # isort: skip  this on the layers
 from .advisor import advise, advise_memory  # isort: skip
 
@@ -37,6 +37,7 @@ __all__ = [
     "moba_decode",
     "models",
     "nn",
+    "optim",
     "reference",
 ]
 __all__ += ops.__all__

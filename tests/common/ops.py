@@ -31,7 +31,7 @@ from tests.indexer.op_cases import INDEXER, index_cases
 from tests.key_conv.helpers import KeyConvCase
 from tests.key_conv.helpers import make_inputs as make_key_conv_inputs
 from tests.memory.helpers import LookupCase, TopkCase, make_lookup, make_topk_inputs
-from tests.memory.op_cases import QUANTIZED, quantized_cases
+from tests.memory.op_cases import QUANTIZED, ROW_STEPS, quantized_cases
 from tests.memory.quantized_helpers import QuantizedCase
 
 ops = torch.ops.topgather
@@ -530,7 +530,7 @@ KEY_CONV = [
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-CASES = [*BLOCK_ATTENTION, *DECODES, *MEMORY, *GRIDS, *KEY_CONV, *INDEXER, *QUANTIZED]
+CASES = [*BLOCK_ATTENTION, *DECODES, *MEMORY, *ROW_STEPS, *GRIDS, *KEY_CONV, *INDEXER, *QUANTIZED]
 PUBLIC = [case for case in CASES if case.is_public]
 REGISTERED = [case for case in CASES if not case.is_public]
 DIFFERENTIABLE = [case for case in CASES if case.differentiable]

@@ -40,7 +40,8 @@ SOURCES = {
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package."""
-    modules: list[ModuleType] = [tg, tg.advisor, tg.reference, tg.compat, tg.nn, tg.models, tg.viz, tg.distributed]
+    modules: list[ModuleType] = [tg, tg.advisor, tg.reference, tg.compat, tg.nn, tg.optim, tg.models, tg.viz]
+    modules.append(tg.distributed)
     if importlib.util.find_spec("transformers"):
         modules.append(tg.integrations.transformers)
     for module in modules:
@@ -60,7 +61,7 @@ PUBLIC = dict(public_objects())
 
 def test_names_promised() -> None:
     classes = ["BlockRouting", "RoutingRecord", "record_routing", "replay_routing", "MobaCache", "PagedMobaCache"]
-    for name in [*FUNCTIONS, *classes, "compat", "nn", "reference"]:
+    for name in [*FUNCTIONS, *classes, "compat", "nn", "optim", "reference"]:
         assert name in tg.__all__, name
         assert hasattr(tg, name)
     assert set(tg.__all__) <= set(dir(tg))
@@ -176,6 +177,7 @@ def test_ops_are_registered() -> None:
     moba = ["block_centroids", "moba_route", "moba_attention", "moba_attention_backward"]
     memory = ["product_key_topk", "memory_lookup", "memory_dot", "memory_backward", "memory_backward_sparse"]
     memory += ["memory_lookup_quantized", "memory_dot_quantized"]
+    memory += ["memory_update", "memory_grad_square"]
     decode = ["moba_cache_append", "moba_decode_route", "moba_decode"]
     rest = ["grid_attention", "grid_attention_backward", "key_conv", "key_conv_backward"]
     index = ["index_route", "index_loss", "index_loss_backward"]
