@@ -65,6 +65,14 @@ def test_a_block_that_fails_is_named() -> None:
     assert documents.run("page.md", text)["y"] is None
 
 
+def test_the_text_for_package_indexes_stands_alone() -> None:
+    """An index shows it without the repository: no relative link or picture."""
+    readme = re.search(r'^readme = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert readme
+    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / readme[1]).read_text())
+    assert [target for target in targets if not target.startswith("https://")] == []
+
+
 def test_the_reference_has_every_public_name() -> None:
     pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
     there = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
