@@ -11,7 +11,7 @@ PIP_INSTALL := $(RUN) -m pip install --quiet
 # Without build isolation, so that a build folder's objects serve the next build too.
 INSTALL_TOPGATHER := $(PIP_INSTALL) --no-build-isolation
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') \
-           CMakeLists.txt tools/nvcc_architectures.cmake pyproject.toml
+           CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake pyproject.toml
 
 .PHONY: install docs quick demo test emulation kernels model gpu sanitize lint bench clean
 
@@ -48,12 +48,11 @@ demo: install
 
 CONFIGURE := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
   -DPython_EXECUTABLE=$(abspath $(RUN))
-PYBIND11 = -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
 
 # The CUDA kernels once more, compiled for the CPU: tests/emulation.
 EMULATION := build/emulation
 emulation: install
-	$(CONFIGURE) $(PYBIND11) -S tests/emulation -B $(EMULATION)
+	$(CONFIGURE) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) -S tests/emulation -B $(EMULATION)
 	$(VENV)/bin/cmake --build $(EMULATION)
 
 test: emulation
@@ -93,7 +92,7 @@ quick: $(VENV)/.tools
 # preloaded so that the sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
 sanitize: install
-	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
+	$(CONFIGURE) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
 	$(VENV)/bin/cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package

@@ -51,7 +51,7 @@ void complete(MemoryBackwardParams& params) {
   require(params.num_targets <= INT32_MAX, "num_targets must fit 31 bits");
 }
 
-static void bind(pybind11::module_& module) {
+static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "product_key_topk", &MemoryCpuKernels::product_key_topk);
   add_cpu_entry(module, "memory_lookup", &MemoryCpuKernels::lookup);
