@@ -41,7 +41,7 @@ $(VENV)/.docs: $(VENV)/.tools pyproject.toml
 	touch $@
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 demo: install
 	$(RUN) examples/byte_language_model.py --output build/demo.png

@@ -17,6 +17,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 # Pages of the repository that the site has too, where they stand.
 OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+# Classes without a page, whose methods stand with those that inherit them.
+SHOWN_AS = {"BaseCache": "MobaCache"}
 ROLE = re.compile(r":(func|class|meth|mod|attr|data):`([^`]+)`")
 
 
@@ -70,11 +72,16 @@ class Roles(griffe.Extension):
 
         def link(match: re.Match[str]) -> str:
             role, name = match.groups()
+            if role == "mod" and name not in self.names:
+                return f"`{name}`"  # pages have no module as a whole
             parent = obj if obj.is_class else obj.parent
             if role in ("meth", "attr") and "." not in name and parent is not None and parent.is_class:
-                target = f"{public_name(parent.name, obj.path, self.names)}.{name}"
+                owner = SHOWN_AS.get(parent.name, parent.name)
+                target = f"{public_name(owner, obj.path, self.names)}.{name}"
             else:
                 target = public_name(name, obj.path, self.names)
+            if role == "attr":
+                target = target.rpartition(".")[0]  # its class, whose docstring has it
             return f"[`{name}`][{target}]"
 
         obj.docstring.value = ROLE.sub(link, obj.docstring.value)
