@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from . import distributed as distributed
     from . import viz as viz
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 apply_environment()
 # Where there is triton, it is loaded with the counter.
