@@ -11,7 +11,7 @@ PIP_INSTALL := $(RUN) -m pip install --quiet
 # Without build isolation, so that a build folder's objects serve the next build too.
 INSTALL_TOPGATHER := $(PIP_INSTALL) --no-build-isolation
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') \
-           CMakeLists.txt tools/nvcc_architectures.cmake pyproject.toml
+           CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake pyproject.toml
 
 .PHONY: install demo test emulation kernels model gpu sanitize lint bench clean
 

@@ -2,8 +2,6 @@
 // knows which ops there are.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include "common/checks.h"
 #include "common/native_call.h"
 #if defined(TOPGATHER_HAVE_CUDA)
@@ -14,7 +12,7 @@ namespace topgather {
 
 class OpBindings {
  public:
-  using Bind = void (*)(pybind11::module_& module);
+  using Bind = void (*)(PyObject* module);
 
   // While the library is loaded.
   explicit OpBindings(Bind bind) : bind_(bind), next_(first_) { first_ = this; }
@@ -22,7 +20,7 @@ class OpBindings {
   OpBindings(const OpBindings&) = delete;
   OpBindings& operator=(const OpBindings&) = delete;
 
-  static void add_all(pybind11::module_& module) {
+  static void add_all(PyObject* module) {
     for (const OpBindings* bindings = first_; bindings != nullptr; bindings = bindings->next_) bindings->bind_(module);
   }
 

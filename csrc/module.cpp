@@ -1,4 +1,5 @@
 // The extension module: what was built, what runs, and every op's bindings.
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings.h"
@@ -28,6 +29,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_architectures", &cuda_architectures);
   module.def("cuda_toolkit", &cuda_toolkit);
   module.def("cuda_devices", &cuda_devices);
-  add_native_calls(module);
-  OpBindings::add_all(module);
+  add_native_calls(module.ptr());
+  OpBindings::add_all(module.ptr());
 }

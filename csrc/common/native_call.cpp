@@ -1,5 +1,8 @@
 #include "native_call.h"
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <stdexcept>
 
@@ -64,6 +67,7 @@ Dtype dtype_of(const DlpackDtype& dtype, const char* name) {
     if (dtype.code == kBFloat && dtype.bits == 16) return Dtype::kBFloat16;
     if (dtype.code == kInt && dtype.bits == 32) return Dtype::kInt32;
     if (dtype.code == kInt && dtype.bits == 64) return Dtype::kInt64;
+    if (dtype.code == kInt && dtype.bits == 8) return Dtype::kInt8;
   }
   throw std::invalid_argument(std::string(name) + " has a dtype that no kernel takes");
 }
@@ -190,7 +194,12 @@ double read_number(PyObject* object, const char* name) {
   return value;
 }
 
-void add_entry(py::module_& module, const std::string& name, std::vector<std::string> argument_names, NativeCall call) {
+PyObject* checked(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return object;
+}
+
+void add_entry(PyObject* module, const std::string& name, std::vector<std::string> argument_names, NativeCall call) {
   auto entry = std::make_unique<Entry>();
   entry->name = name;
   entry->argument_names = std::move(argument_names);
@@ -198,19 +207,22 @@ void add_entry(py::module_& module, const std::string& name, std::vector<std::st
   entry->definition = {entry->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_entry)),
                        METH_FASTCALL, nullptr};
   const py::capsule self(entry.get());
-  const py::object function =
-      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&entry->definition, self.ptr(), nullptr));
-  if (!function) throw py::error_already_set();
-  module.attr(name.c_str()) = function;
-  py::dict names = module.attr("argument_names");
-  names[name.c_str()] = py::cast(entry->argument_names);
+  const auto owner = py::reinterpret_borrow<py::module_>(module);
+  owner.attr(name.c_str()) =
+      py::reinterpret_steal<py::object>(checked(PyCFunction_NewEx(&entry->definition, self.ptr(), nullptr)));
+  owner.attr("argument_names")[name.c_str()] = entry->argument_names;
   entries().push_back(std::move(entry));
 }
 
-void add_native_calls(py::module_& module) {
-  module.attr("argument_names") = py::dict();
-  module.attr("aligned_arguments") = py::dict();  // of CUDA entry points, by name
-  module.def("use_exchange", &use_exchange);
+void set_aligned_arguments(PyObject* module, const std::string& name, const std::vector<std::string>& names) {
+  py::reinterpret_borrow<py::module_>(module).attr("aligned_arguments")[name.c_str()] = names;
+}
+
+void add_native_calls(PyObject* module) {
+  auto owner = py::reinterpret_borrow<py::module_>(module);
+  owner.attr("argument_names") = py::dict();
+  owner.attr("aligned_arguments") = py::dict();  // of CUDA entry points, by name
+  owner.def("use_exchange", &use_exchange);
 }
 
 }  // namespace topgather

@@ -3,8 +3,7 @@
 // (python/topgather/_common/spec.py), so no call depends on a position that somebody wrote down.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <Python.h>
 
 #include <functional>
 #include <string>
@@ -31,12 +30,19 @@ void read_array(PyObject* object, const char* name, int rank, int expected, void
 int64_t read_integer(PyObject* object, const char* name);  // 0 for None
 double read_number(PyObject* object, const char* name);    // 0 for None
 
+// What a call of Python's interface returned, a new reference; throws Python's error where that is null.
+PyObject* checked(PyObject* object);
+
 template <typename T>
 inline constexpr int kRequiredDtype = -1;  // void: any
 template <>
 inline constexpr int kRequiredDtype<int32_t> = static_cast<int>(Dtype::kInt32);
 template <>
 inline constexpr int kRequiredDtype<int64_t> = static_cast<int>(Dtype::kInt64);
+template <>
+inline constexpr int kRequiredDtype<int8_t> = static_cast<int>(Dtype::kInt8);
+template <>
+inline constexpr int kRequiredDtype<float> = static_cast<int>(Dtype::kFloat32);
 
 template <typename Field>
 concept IsArray = requires { Field::kRank; };
@@ -83,10 +89,10 @@ Params read_params(PyObject* const* arguments) {
   return params;
 }
 
-// An entry point as Python calls it. The arguments are there and counted.
+// An entry point as Python calls it: a new reference, or null for None. The arguments are there and counted.
 using NativeCall = std::function<PyObject*(PyObject* const* arguments)>;
-void add_entry(pybind11::module_& module, const std::string& name, std::vector<std::string> argument_names,
-               NativeCall call);
+void add_entry(PyObject* module, const std::string& name, std::vector<std::string> argument_names, NativeCall call);
+void set_aligned_arguments(PyObject* module, const std::string& name, const std::vector<std::string>& names);
 
 // Lets other Python threads run.
 class WithoutInterpreterLock {
@@ -103,9 +109,9 @@ class WithoutInterpreterLock {
 // Adds the CPU entry point `<name>_cpu`: the function `member` of the kernels in use. `check` throws for what tensors
 // hold where a kernel would follow it.
 template <typename Kernels, typename Params>
-void add_cpu_entry(pybind11::module_& module, const std::string& name, void (*Kernels::*member)(const Params&),
+void add_cpu_entry(PyObject* module, const std::string& name, void (*Kernels::*member)(const Params&),
                    void (*check)(const Params&) = nullptr) {
-  module.attr("aligned_arguments")[name.c_str()] = aligned_names<Params>();
+  set_aligned_arguments(module, name, aligned_names<Params>());
   add_entry(module, name + "_cpu", field_names<Params>(), [member, check](PyObject* const* arguments) {
     const Params params = read_params<Params>(arguments);
     if (check != nullptr) check(params);
@@ -116,6 +122,6 @@ void add_cpu_entry(pybind11::module_& module, const std::string& name, void (*Ke
 }
 
 // Adds what Python needs besides entry points: their names and argument names, and how tensors are read. Once a module.
-void add_native_calls(pybind11::module_& module);
+void add_native_calls(PyObject* module);
 
 }  // namespace topgather

@@ -87,7 +87,9 @@ void tile_gemm(const GemmOperands<T>& op, int64_t num_rows, int64_t num_columns)
 
 template void tile_gemm<false>(const GemmOperands<float>&, int64_t, int64_t);
 template void tile_gemm<true>(const GemmOperands<float>&, int64_t, int64_t);
+#if !TOPGATHER_MATRIX_UNIT  // which has bfloat16 alone, computed in float32
 template void tile_gemm<false>(const GemmOperands<double>&, int64_t, int64_t);
 template void tile_gemm<true>(const GemmOperands<double>&, int64_t, int64_t);
+#endif
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -48,7 +48,7 @@ void check_and_declare(const Params& params, const std::vector<std::string>& ali
 
 // Adds `<name>_cuda` and, where there is a workspace, `<name>_workspace_bytes`.
 template <typename Params>
-void add_cuda_entry(pybind11::module_& module, const std::string& name, const CudaEntry<Params>& entry) {
+void add_cuda_entry(PyObject* module, const std::string& name, const CudaEntry<Params>& entry) {
   std::vector<std::string> names = field_names<Params>();
   const std::vector<std::string> aligned = aligned_names<Params>();
   for (const std::string& field : aligned) {
@@ -89,12 +89,17 @@ void add_cuda_entry(pybind11::module_& module, const std::string& name, const Cu
 }
 
 // Adds `<name>`: a list of (kernel, dtype code, largest head_dim, threads, bytes of shared memory).
-inline void add_kernel_facts(pybind11::module_& module, const char* name, std::vector<CudaKernelFacts> (*facts)()) {
-  module.def(name, [facts] {
-    pybind11::list rows;
-    for (const CudaKernelFacts& kernel : facts()) {
-      rows.append(pybind11::make_tuple(kernel.name, static_cast<int>(kernel.dtype), kernel.max_head_dim, kernel.threads,
-                                       kernel.shared_bytes));
+inline void add_kernel_facts(PyObject* module, const char* name, std::vector<CudaKernelFacts> (*facts)()) {
+  add_entry(module, name, {}, [facts](PyObject* const*) {
+    const std::vector<CudaKernelFacts> kernels = facts();
+    PyObject* rows = checked(PyList_New(static_cast<Py_ssize_t>(kernels.size())));
+    for (size_t i = 0; i < kernels.size(); ++i) {
+      const CudaKernelFacts& kernel = kernels[i];
+      const auto number = [](int64_t value) { return static_cast<long long>(value); };
+      PyList_SET_ITEM(
+          rows, static_cast<Py_ssize_t>(i),
+          checked(Py_BuildValue("(siLLL)", kernel.name, static_cast<int>(kernel.dtype), number(kernel.max_head_dim),
+                                number(kernel.threads), number(kernel.shared_bytes))));
     }
     return rows;
   });

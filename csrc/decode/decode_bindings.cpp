@@ -102,7 +102,7 @@ void complete(DecodeParams& params) {
   params.problem.heads_per_choice = params.problem.num_query_heads / num_choice_heads;
 }
 
-static void bind(pybind11::module_& module) {
+static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "moba_cache_append", &DecodeCpuKernels::append, &check_lengths<CacheAppendParams, true>);
   add_cpu_entry(module, "moba_decode_route", &DecodeCpuKernels::route, &check_lengths<DecodeRouteParams, false>);

@@ -4,7 +4,8 @@
 //   1. grid_row_terms: eight lanes take a token's row, shift = dot(grad_out, out);
 //   2. grid_token_gradients with keys as rows;
 //   3. grid_token_gradients with queries as rows;
-//   or, of groups of one tile and 16-bit types, both at once: grid_group_gradients;
+//   or, of 16-bit types, of groups of one tile both at once: grid_group_gradients; of larger ones, head_dim up to 64,
+//   grid_large_gradients in their place;
 //   where the gradient of a bias is wanted:
 //   4. grid_bias_gradients: sums of pieces of the images and groups;
 //   5. grid_sum_bias: a thread adds the pieces of one element in order.
@@ -14,6 +15,7 @@
 #include <cmath>
 
 #include "grid_backward_groups_cuda.cuh"
+#include "grid_backward_large_cuda.cuh"
 
 namespace topgather {
 
@@ -80,12 +82,14 @@ namespace {
 struct GridBackwardKernel {
   Dtype dtype;
   int64_t max_head_dim;
+  const char* name;  // of the two kernels that take keys and queries as rows
   int64_t tokens;
   int64_t threads;
   int64_t shared_bytes;
   void (*launch_keys)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
   void (*launch_queries)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
-  int64_t group_shared_bytes;  // of the kernel that takes groups of one tile; 0 where there is none
+  int64_t group_tokens;        // of the kernel that takes groups of one tile; 0 where there is none
+  int64_t group_shared_bytes;  // of that kernel
   void (*launch_groups)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
 };
 
@@ -95,6 +99,8 @@ constexpr void add_group_kernel(GridBackwardKernel& kernel) {
   if constexpr (!std::is_same_v<Element, float>) {
     using Shared = GridGroupSharedMemory<Element, kHeadDim>;
     static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
+    static_assert(Shared::kThreads == GridLargeTiles<kHeadDim>::kWarps * kLanes, "one number of threads");
+    kernel.group_tokens = Shared::kTokens;
     kernel.group_shared_bytes = sizeof(Shared);
     kernel.launch_groups = [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
       cuda::launch(grid_group_gradients<Element, kHeadDim>, shape, args);
@@ -102,23 +108,36 @@ constexpr void add_group_kernel(GridBackwardKernel& kernel) {
   }
 }
 
+template <typename Shared, void (*kKeys)(GridBackwardArguments), void (*kQueries)(GridBackwardArguments)>
+constexpr GridBackwardKernel token_kernels(Dtype dtype, int64_t max_head_dim, const char* name) {
+  static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
+  return {
+      dtype,
+      max_head_dim,
+      name,
+      Shared::kTokens,
+      Shared::kThreads,
+      sizeof(Shared),
+      [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) { cuda::launch(kKeys, shape, args); },
+      [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) { cuda::launch(kQueries, shape, args); },
+      0,
+      0,
+      nullptr};
+}
+
 template <typename Element, int kHeadDim>
 constexpr GridBackwardKernel backward_kernel() {
-  using Shared = GridBackwardSharedMemory<Element, kHeadDim>;
-  static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
-  GridBackwardKernel kernel{kDtypeOf<Element>,
-                            kHeadDim,
-                            Shared::kTokens,
-                            Shared::kThreads,
-                            sizeof(Shared),
-                            [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
-                              cuda::launch(grid_token_gradients<Element, kHeadDim, true>, shape, args);
-                            },
-                            [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
-                              cuda::launch(grid_token_gradients<Element, kHeadDim, false>, shape, args);
-                            },
-                            0,
-                            nullptr};
+  GridBackwardKernel kernel{};
+  if constexpr (std::is_same_v<Element, float> || kHeadDim > 64) {
+    kernel = token_kernels<GridBackwardSharedMemory<Element, kHeadDim>, grid_token_gradients<Element, kHeadDim, true>,
+                           grid_token_gradients<Element, kHeadDim, false>>(kDtypeOf<Element>, kHeadDim,
+                                                                           "grid_token_gradients");
+  } else {
+    kernel =
+        token_kernels<GridLargeBackwardSharedMemory<Element, kHeadDim>, grid_large_gradients<Element, kHeadDim, true>,
+                      grid_large_gradients<Element, kHeadDim, false>>(kDtypeOf<Element>, kHeadDim,
+                                                                      "grid_large_gradients");
+  }
   add_group_kernel<Element, kHeadDim>(kernel);
   return kernel;
 }
@@ -229,11 +248,19 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   launch_row_terms(params, shift, stream);
 
   GridBackwardArguments args{};
-  args.geometry = grid::geometry_of(problem, kernel.tokens);
+  const bool are_groups_tiles = problem.max_tokens() <= kernel.group_tokens;
+  const int64_t tokens = are_groups_tiles ? kernel.group_tokens : kernel.tokens;
+  args.geometry = grid::geometry_of(problem, tokens);
   const auto scale = static_cast<float>(problem.scale);
   args.score_scale = scale * grid::kLog2E;
   args.d_score_scale = std::abs(scale) > 1.0f ? scale : 1.0f;
   args.gradient_scale = std::abs(scale) > 1.0f ? 1.0f : scale;
+  args.query_steps = grid::token_steps(problem, params.query);
+  args.key_steps = grid::token_steps(problem, params.key);
+  args.value_steps = grid::token_steps(problem, params.value);
+  args.grad_out_steps = grid::token_steps(problem, params.grad_out);
+  args.grad_first_steps = grid::token_steps(problem, params.grad_key);
+  args.grad_second_steps = grid::token_steps(problem, params.grad_value);
   args.query = params.query;
   args.key = params.key;
   args.value = params.value;
@@ -242,10 +269,9 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   args.lse = params.lse.at<float>();
   args.softmax_terms = params.softmax_terms.at<float>();
   args.shift = shift;
-  const bool are_groups_tiles = kernel.group_shared_bytes > 0 && args.geometry.num_tiles == 1;
   const int64_t shared_bytes = are_groups_tiles ? kernel.group_shared_bytes : kernel.shared_bytes;
-  const cuda::LaunchShape shape{grid::blocks_for(args.geometry, kernel.tokens),
-                                dim3(static_cast<unsigned>(kernel.threads)), static_cast<size_t>(shared_bytes), stream};
+  const cuda::LaunchShape shape{grid::blocks_for(args.geometry, tokens), dim3(static_cast<unsigned>(kernel.threads)),
+                                static_cast<size_t>(shared_bytes), stream};
   args.grad_first = params.grad_key;
   args.grad_second = params.grad_value;
   args.is_first_aligned = grid::has_whole_chunks(params.grad_key);
@@ -257,6 +283,7 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   } else {
     kernel.launch_keys(args, shape);
     args.grad_first = params.grad_query;
+    args.grad_first_steps = grid::token_steps(problem, params.grad_query);
     args.is_first_aligned = args.is_query_aligned;
     kernel.launch_queries(args, shape);
   }
@@ -268,8 +295,8 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
 
 void grid::add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridBackwardKernel& kernel : kBackwardKernels) {
-    facts.push_back({"grid_token_gradients", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
-    if (kernel.group_shared_bytes == 0) continue;
+    facts.push_back({kernel.name, kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
+    if (kernel.group_tokens == 0) continue;
     facts.push_back(
         {"grid_group_gradients", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.group_shared_bytes});
   }

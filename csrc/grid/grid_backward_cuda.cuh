@@ -46,6 +46,12 @@ struct GridBackwardArguments {
   bool is_first_aligned;
   bool is_second_aligned;
   bool is_query_aligned;
+  grid::TokenSteps query_steps;
+  grid::TokenSteps key_steps;
+  grid::TokenSteps value_steps;
+  grid::TokenSteps grad_out_steps;
+  grid::TokenSteps grad_first_steps;
+  grid::TokenSteps grad_second_steps;
   ConstImage query;            // [batch, head, row, column, D] dtype
   ConstImage key;              // [batch, head, row, column, D] dtype
   ConstImage value;            // [batch, head, row, column, D] dtype
@@ -109,16 +115,25 @@ __device__ __forceinline__ void note_token(const GridGeometry& geometry, GridPla
   places.head[i] = token.head;
 }
 
-// Softmax terms and shift of a token, by the thread that has it; the token is weighed with 0 where it is not there.
+// Softmax terms and shift of a token, which is weighed with 0 where it is not there.
+struct TermsOfQuery {
+  SoftmaxTerms<float> softmax;
+  float shift;
+};
+__device__ __forceinline__ TermsOfQuery terms_of(const GridBackwardArguments& args, bool is_there, int64_t offset) {
+  if (!is_there) return {{0.0f, 0.0f}, 0.0f};
+  const float* given_terms = args.softmax_terms == nullptr ? nullptr : args.softmax_terms + 2 * offset;
+  return {read_softmax_terms(given_terms, args.lse[offset]), args.shift[offset]};
+}
+
+// The same by the thread that has the token.
 template <typename Shared>
 __device__ __forceinline__ void load_terms_of(const GridBackwardArguments& args, bool is_there, int64_t offset,
                                               Shared& shared, int i) {
-  const float* given_terms = args.softmax_terms == nullptr ? nullptr : args.softmax_terms + 2 * offset;
-  const SoftmaxTerms<float> terms =
-      is_there ? read_softmax_terms(given_terms, args.lse[offset]) : SoftmaxTerms<float>{0.0f, 0.0f};
-  shared.largest[i] = terms.largest;
-  shared.factor[i] = terms.factor;
-  shared.shift[i] = is_there ? args.shift[offset] : 0.0f;
+  const TermsOfQuery terms = terms_of(args, is_there, offset);
+  shared.largest[i] = terms.softmax.largest;
+  shared.factor[i] = terms.softmax.factor;
+  shared.shift[i] = terms.shift;
 }
 
 // Step 2's numbers, a thread a token.

@@ -33,7 +33,7 @@ void complete_problem(Params& params) {
 void complete(GridForwardParams& params) { complete_problem(params); }
 void complete(GridBackwardParams& params) { complete_problem(params); }
 
-static void bind(pybind11::module_& module) {
+static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "grid_attention", &GridCpuKernels::forward);
   add_cpu_entry(module, "grid_attention_backward", &GridCpuKernels::backward);

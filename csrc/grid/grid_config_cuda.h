@@ -29,6 +29,19 @@ struct GridTiles {
   static constexpr int kBackwardBlocksPerProcessor = kHeadDim > 64 || kIsFloat ? 2 : 3;
 };
 
+// The forward of groups of more than 64 tokens of a 16-bit type: a warp takes 32 queries.
+template <int kHeadDim>
+struct GridLargeTiles {
+  static constexpr int kTokens = 128;
+  static constexpr int kWarps = kTokens / 32;
+  static constexpr int kKeys = kHeadDim > 64 ? 32 : 64;  // that are copied, and whose scores a warp holds, at a time
+  static constexpr int kBlocksPerProcessor = 2;
+  // The backward: columns that are copied at a time, and those whose scores a warp holds.
+  static constexpr int kBackwardColumns = 64;
+  static constexpr int kKeyStep = 16;
+  static constexpr int kQueryStep = 32;
+};
+
 // Sums of a bias' gradient are as many whatever head_dim is: one kernel for all.
 constexpr int kGridBiasHeadDim = 128;
 

@@ -33,6 +33,8 @@ struct GridAxisOnDevice {
   uint32_t num_groups;
   uint32_t group_step;
   uint32_t token_step;
+  uint32_t max_tokens;  // of a group
+  cuda::Divisor by_token_step;
 };
 
 struct GridGeometry {
@@ -153,11 +155,117 @@ __device__ __forceinline__ void gather_rows_async(Tile& tile, const ConstImage& 
   }
 }
 
-// Writes a warp's 16 results of head_dim columns, by way of its own rows of a tile that it needs no more.
-template <typename Tile, int kTokens, int kN>
-__device__ __forceinline__ void write_rows(const float (&sums)[1][kN][4], const float (&factors)[2], Tile& tile,
+// A unit as kernels take it whose tiles lie in one: no token's place is kept, each is made of the token's number.
+struct Unit {
+  uint32_t batch;
+  uint32_t head;
+  uint32_t first_row;  // of its first token
+  uint32_t first_column;
+  uint32_t num_rows;  // of its tokens
+  uint32_t num_columns;
+};
+
+__device__ __forceinline__ Unit find_unit(const GridGeometry& geometry, uint32_t number) {
+  const uint32_t image = geometry.by_heads.quotient(number), batch = geometry.by_groups.quotient(image);
+  const uint32_t group = image - batch * geometry.num_groups;
+  const uint32_t row_group = geometry.by_column_groups.quotient(group);
+  const uint32_t column_group = group - row_group * geometry.columns.num_groups;
+  const auto tokens_from = [](const GridAxisOnDevice& axis, uint32_t first) {
+    return min(axis.by_token_step.quotient(axis.size - 1 - first) + 1, axis.max_tokens);
+  };
+  const uint32_t row = row_group * geometry.rows.group_step, column = column_group * geometry.columns.group_step;
+  return {batch,  number - image * geometry.num_heads, row,
+          column, tokens_from(geometry.rows, row),     tokens_from(geometry.columns, column)};
+}
+
+// Where a token stands in its unit.
+struct TokenOfUnit {
+  uint32_t row;
+  uint32_t column;
+  bool is_there;
+};
+
+__device__ __forceinline__ TokenOfUnit token_of_unit(const GridGeometry& geometry, uint32_t num_rows,
+                                                     uint32_t num_columns, uint32_t number) {
+  const uint32_t row = geometry.by_max_columns.quotient(number), column = number - row * geometry.max_columns;
+  return {row, column, row < num_rows && column < num_columns};
+}
+
+// A bit for each of the 32 or 64 tokens from `first` on. All lanes of the warp take part.
+template <int kCount>
+__device__ __forceinline__ auto tokens_there(const GridGeometry& geometry, uint32_t num_rows, uint32_t num_columns,
+                                             uint32_t first) {
+  static_assert(kCount == 32 || kCount == 64, "a word");
+  std::conditional_t<kCount == 32, uint32_t, uint64_t> there = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kLanes) {
+    const uint32_t number = first + static_cast<uint32_t>(i + lane_id());
+    const bool is_there = token_of_unit(geometry, num_rows, num_columns, number).is_there;
+    there |= static_cast<decltype(there)>(__ballot_sync(kAllLanes, is_there)) << i;
+  }
+  return there;
+}
+
+// Where the row of a unit's first token starts in an image, in bytes.
+template <typename Image>
+__device__ __forceinline__ int64_t first_offset_of(const Image& image, const Unit& unit, int element_bytes) {
+  return image.offset(unit.batch, unit.head, unit.first_row, unit.first_column) * element_bytes;
+}
+__device__ __forceinline__ const char* first_row_of(const ConstImage& image, const Unit& unit, int element_bytes) {
+  return static_cast<const char*>(image.data) + first_offset_of(image, unit, element_bytes);
+}
+
+// From one token of a unit to the next, in bytes.
+struct TokenSteps {
+  uint64_t row;
+  uint64_t column;
+  __device__ __forceinline__ uint64_t to(const TokenOfUnit& token) const {
+    return token.row * row + token.column * column;
+  }
+};
+
+// Starts the copies of the rows of tokens first_number.. of a unit, of one or two tensors, all columns of the tiles;
+// those past head_dim and those of tokens that are not there become zeros.
+template <int kThreads, int kTensors, typename Tile>
+__device__ __forceinline__ void gather_unit_async(const GridGeometry& geometry, uint32_t num_rows, uint32_t num_columns,
+                                                  uint32_t first_number, Tile* const (&tiles)[kTensors],
+                                                  const char* const (&rows)[kTensors],
+                                                  const TokenSteps (&steps)[kTensors]) {
+  constexpr int kRowsAtOnce = kThreads / Tile::kChunks;
+  static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kRowsAtOnce == 0, "as many copies for every thread");
+  const int chunk = static_cast<int>(threadIdx.x) % Tile::kChunks,
+            first = static_cast<int>(threadIdx.x) / Tile::kChunks;
+  if (chunk * Tile::kPerChunk >= geometry.head_dim) num_rows = 0;
+#pragma unroll
+  for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
+    const int row = first + i * kRowsAtOnce;
+    const TokenOfUnit token = token_of_unit(geometry, num_rows, num_columns, first_number + static_cast<uint32_t>(row));
+#pragma unroll
+    for (int tensor = 0; tensor < kTensors; ++tensor) {
+      cuda::copy_async_16(tiles[tensor]->chunk(row, chunk), rows[tensor] + steps[tensor].to(token) + chunk * 16,
+                          token.is_there);
+    }
+  }
+}
+
+// What write_rows takes of a warp whose lanes know a row each. All lanes of the warp take part.
+struct RowsOfLanes {
+  int64_t mine;
+  int first_row;
+
+  __device__ __forceinline__ int64_t operator[](int row) const {
+    const auto of_lane = [&](int64_t bits) {
+      return static_cast<int64_t>(__shfl_sync(kAllLanes, static_cast<uint32_t>(bits), row - first_row));
+    };
+    return of_lane(mine >> 32) << 32 | of_lane(mine);
+  }
+};
+
+// Writes a warp's 16 or 32 results of head_dim columns, by way of its own rows of a tile that it needs no more.
+template <typename Tile, typename Offsets, int kM, int kN>
+__device__ __forceinline__ void write_rows(const float (&sums)[kM][kN][4], const float (&factors)[2 * kM], Tile& tile,
                                            int first_row, const MutableImage& image, bool is_aligned,
-                                           const RowOffsets<kTokens>& offsets, int head_dim) {
+                                           const Offsets& offsets, int head_dim) {
   using Element = std::remove_reference_t<decltype(tile.elements[0])>;
   const int g = lane_id() / 4, t = lane_id() % 4;
   // Tells the warp's lanes that the rows have been used and may be overwritten.
@@ -165,9 +273,9 @@ __device__ __forceinline__ void write_rows(const float (&sums)[1][kN][4], const 
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      cuda::store_pair(tile, first_row + h * 8 + g, n * 8 + 2 * t, sums[0][n][2 * h] * factors[h],
-                       sums[0][n][2 * h + 1] * factors[h]);
+    for (int h = 0; h < 2 * kM; ++h) {
+      const float* pair = &sums[h / 2][n][h % 2 * 2];
+      cuda::store_pair(tile, first_row + h * 8 + g, n * 8 + 2 * t, pair[0] * factors[h], pair[1] * factors[h]);
     }
   }
   // Publishes the warp's results to its lanes.
@@ -177,19 +285,20 @@ __device__ __forceinline__ void write_rows(const float (&sums)[1][kN][4], const 
     constexpr int kRowsAtOnce = kLanes / Tile::kChunks;
     const int chunk = lane_id() % Tile::kChunks;
 #pragma unroll
-    for (int i = 0; i < cuda::kBlockRows / kRowsAtOnce; ++i) {
+    for (int i = 0; i < kM * cuda::kBlockRows / kRowsAtOnce; ++i) {
       const int row = first_row + lane_id() / Tile::kChunks + i * kRowsAtOnce;
-      if (offsets[row] == kNotThere || chunk * Tile::kPerChunk >= head_dim) continue;
-      *reinterpret_cast<uint4*>(data + offsets[row] + chunk * 16) =
-          *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
+      const int64_t offset = offsets[row];
+      if (offset == kNotThere || chunk * Tile::kPerChunk >= head_dim) continue;
+      *reinterpret_cast<uint4*>(data + offset + chunk * 16) = *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
     }
     return;
   }
 #pragma unroll 1
-  for (int i = lane_id(); i < cuda::kBlockRows * head_dim; i += kLanes) {
+  for (int i = lane_id(); i < cuda::kBlockRows * head_dim * kM; i += kLanes) {
     const int row = first_row + i / head_dim, column = i % head_dim;
-    if (offsets[row] == kNotThere) continue;
-    reinterpret_cast<Element*>(data + offsets[row])[column] = tile.at(row, column);
+    const int64_t offset = offsets[row];
+    if (offset == kNotThere) continue;
+    reinterpret_cast<Element*>(data + offset)[column] = tile.at(row, column);
   }
 }
 
@@ -261,8 +370,8 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[1][kN][4], const
 inline GridGeometry geometry_of(const GridProblem& problem, int64_t tile_tokens) {
   const auto narrow = [](int64_t value) { return static_cast<uint32_t>(value < INT32_MAX ? value : INT32_MAX); };
   const auto axis = [&](const GroupAxis& from) {
-    return GridAxisOnDevice{narrow(from.size), narrow(from.num_groups), narrow(from.group_step),
-                            narrow(from.token_step)};
+    return GridAxisOnDevice{narrow(from.size),       narrow(from.num_groups), narrow(from.group_step),
+                            narrow(from.token_step), narrow(from.max_tokens), cuda::Divisor(narrow(from.token_step))};
   };
   require(problem.rows.size <= INT32_MAX / 2 && problem.columns.size <= INT32_MAX / 2 &&
               problem.max_tokens() <= INT32_MAX / 2,
@@ -297,6 +406,16 @@ inline dim3 blocks_for(const GridGeometry& geometry, int64_t tile_tokens) {
   const int64_t blocks = divide_up(geometry.num_units(), slots) * geometry.num_tiles;
   require(blocks <= INT32_MAX, "grid attention on CUDA takes at most 2^31 - 1 tiles of tokens");
   return dim3(static_cast<unsigned>(blocks));
+}
+
+template <typename Image>
+TokenSteps token_steps(const GridProblem& problem, const Image& image) {
+  // Unsigned: a step longer than the axis, which is never taken, may overflow.
+  const auto bytes = [&](int64_t stride, int64_t step) {
+    return static_cast<uint64_t>(stride) * static_cast<uint64_t>(step) *
+           static_cast<uint64_t>(element_bytes(problem.dtype));
+  };
+  return {bytes(image.strides[2], problem.rows.token_step), bytes(image.strides[3], problem.columns.token_step)};
 }
 
 inline bool is_empty(const GridProblem& problem) {

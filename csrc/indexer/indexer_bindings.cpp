@@ -40,7 +40,7 @@ void complete(IndexRouteParams& params) {
   params.list_length = std::min(params.top_k - forced, std::max<int64_t>(params.num_blocks - forced, 0));
 }
 
-static void bind(pybind11::module_& module) {
+static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "index_route", &IndexerCpuKernels::route);
 #endif

@@ -14,8 +14,8 @@
 //   1. a thread walks its run from the last token to the first, beginning W - 1 tokens after it, with the rows that the
 //      current token sees and the d_s of the W - 1 tokens after it in registers. key_conv_backward takes dense problems
 //      whose rows are vectors, one instance for each W up to kMaxDenseWidth: it takes kStep tokens at once, whose rows
-//      were requested one step before. key_conv_backward_any takes the others, token by token, and, in instances of
-//      their own, options: a bias, or no SiLU;
+//      were requested one step before. key_conv_backward_any takes the others, token by token, and options: a bias, or
+//      no SiLU. Rows that are vectors have instances that do not know of options;
 //   2. the runs' sums for the weight meet in shared memory, one tap at a time, and the first run's threads add them up:
 //      a piece for each thread block;
 //   3. key_conv_sum_weight: a thread adds the pieces of one weight in order.
@@ -32,13 +32,10 @@
 namespace topgather {
 
 namespace {
-constexpr int kThreads = KeyConvCudaConfig::kThreads;
 constexpr int kSumThreads = KeyConvCudaConfig::kSumThreads;
 constexpr int kSmallVector = 4;  // channels of a thread, where rows allow vectors
 // Up to so many taps a thread has registers for 16 bytes of any dtype.
 constexpr int kMaxWideWidth = 4;
-// The widest with an instance of its own: each takes seconds to compile, and models use 3 to 5.
-constexpr int kMaxDenseWidth = 5;
 // The most channels of a thread: what the workspace must have room for depends on no alignment.
 constexpr int kMaxVector = 8;
 
@@ -70,7 +67,7 @@ namespace {
 
 template <int kVector>
 struct SharedMemory {
-  float sums[kThreads][kVector];  // of every thread, for one tap
+  float sums[kKeyConvThreads][kVector];  // of every thread, for one tap
 };
 
 // Registers of a thread that walks a run of a dense problem, kStep tokens at once: with t the last of them,
@@ -395,13 +392,13 @@ __device__ __forceinline__ void walk_and_sum(const KeyConvBackwardArguments& arg
 }  // namespace
 
 template <typename Element, int kVector, int kWidth>
-__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
+__global__ void __launch_bounds__(kKeyConvThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
     key_conv_backward(const KeyConvBackwardArguments args) {
   walk_and_sum<Element, kVector, kWidth, true, false>(args);
 }
 
 template <typename Element, int kVector, int kTaps, bool kHasOptions>
-__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
+__global__ void __launch_bounds__(kKeyConvThreads, KeyConvCudaConfig::kBackwardBlocksPerProcessor)
     key_conv_backward_any(const KeyConvBackwardArguments args) {
   walk_and_sum<Element, kVector, kTaps, false, kHasOptions>(args);
 }
@@ -444,8 +441,8 @@ struct BackwardCut {
 
   BackwardCut(const KeyConvProblem& problem, int64_t vector) {
     const int64_t num_vectors = divide_up(problem.head_dim, vector);
-    vectors_per_block = std::min<int64_t>(num_vectors, kThreads);
-    runs_per_block = kThreads / vectors_per_block;
+    vectors_per_block = std::min<int64_t>(num_vectors, kKeyConvThreads);
+    runs_per_block = kKeyConvThreads / vectors_per_block;
     num_column_blocks = divide_up(num_vectors, vectors_per_block);
     tokens_per_run = KeyConvCudaConfig::kMinBackwardTokens;
     const int64_t rows = problem.batch_size * problem.num_heads * num_vectors;
@@ -496,7 +493,8 @@ void launch_backward(const KeyConvBackwardParams& params, float* pieces, cudaStr
   args.grad_key = params.grad_key;
   args.grad_state = params.grad_state;
   args.pieces = pieces;
-  cuda::launch(kernel, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(SharedMemory<kVector>), stream},
+  cuda::launch(kernel,
+               {dim3(static_cast<unsigned>(blocks)), dim3(kKeyConvThreads), sizeof(SharedMemory<kVector>), stream},
                args);
   if (pieces == nullptr) return;
   KeyConvSumArguments sums{};
@@ -522,24 +520,27 @@ bool has_vectors(const KeyConvBackwardParams& params) {
 }
 
 // Any problem, with options or without.
-template <typename Element, bool kHasOptions>
+template <typename Element>
 void backward_any_for(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream) {
-  if (!has_vectors<Element, kSmallVector>(params)) {
-    launch_backward<1>(params, pieces, stream, key_conv_backward_any<Element, 1, kFewTaps<1>, kHasOptions>);
-  } else if (params.problem.kernel_width <= kFewTaps<kSmallVector>) {
-    launch_backward<kSmallVector>(params, pieces, stream,
-                                  key_conv_backward_any<Element, kSmallVector, kFewTaps<kSmallVector>, kHasOptions>);
+  constexpr int kVector = kSmallVector;
+  const bool has_options = params.problem.has_options;
+  if (!has_vectors<Element, kVector>(params)) {
+    launch_backward<1>(params, pieces, stream, key_conv_backward_any<Element, 1, kKeyConvMaxTaps, true>);
+  } else if (params.problem.kernel_width <= kFewTaps) {
+    launch_backward<kVector>(params, pieces, stream,
+                             has_options ? key_conv_backward_any<Element, kVector, kFewTaps, true>
+                                         : key_conv_backward_any<Element, kVector, kFewTaps, false>);
   } else {
-    launch_backward<kSmallVector>(params, pieces, stream,
-                                  key_conv_backward_any<Element, kSmallVector, kKeyConvMaxTaps, kHasOptions>);
+    launch_backward<kVector>(params, pieces, stream,
+                             has_options ? key_conv_backward_any<Element, kVector, kKeyConvMaxTaps, true>
+                                         : key_conv_backward_any<Element, kVector, kKeyConvMaxTaps, false>);
   }
 }
 
 template <typename Element>
 void backward_for(const KeyConvBackwardParams& params, float* pieces, cudaStream_t stream) {
   const KeyConvProblem& problem = params.problem;
-  if (problem.has_options) return backward_any_for<Element, true>(params, pieces, stream);
-  if (problem.cu_seqlens.data == nullptr && problem.kernel_width <= kMaxDenseWidth) {
+  if (!problem.has_options && problem.cu_seqlens.data == nullptr && problem.kernel_width <= kMaxDenseWidth) {
     const bool is_done = with_width<kMaxDenseWidth>(problem.kernel_width, [&](auto width) {
       constexpr int kVector = kVectorOf<Element, width>;
       if (!has_vectors<Element, kVector>(params)) return false;
@@ -548,7 +549,7 @@ void backward_for(const KeyConvBackwardParams& params, float* pieces, cudaStream
     });
     if (is_done) return;
   }
-  backward_any_for<Element, false>(params, pieces, stream);
+  backward_any_for<Element>(params, pieces, stream);
 }
 
 }  // namespace

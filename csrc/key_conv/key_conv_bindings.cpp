@@ -37,7 +37,7 @@ void complete(KeyConvBackwardParams& params) {
   complete_problem(params, {&params.key, &params.grad_out}, params.grad_key);
 }
 
-static void bind(pybind11::module_& module) {
+static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "key_conv", &KeyConvCpuKernels::forward);
   add_cpu_entry(module, "key_conv_backward", &KeyConvCpuKernels::backward);

@@ -8,9 +8,10 @@
 //   1. weights and the W - 1 rows before the run go to registers;
 //   2. the next kStep rows are loaded together; where W is a compile-time constant, one step before they are needed;
 //   3. each token's result is made and written; the rows move on.
-// Kernels: key_conv_forward takes dense problems whose rows are vectors, one instance for each W. key_conv_forward_any
-// takes the others: packs, whose rows become zeros where a sequence begins, rows that allow no vectors, and, in instances
-// of their own, options: s_t begins with a bias, and without SiLU out_t = key_t + s_t.
+// Kernels: key_conv_forward takes dense problems whose rows are vectors, one instance for each W up to kMaxDenseWidth.
+// key_conv_forward_any takes the others: packs, whose rows become zeros where a sequence begins, rows that allow no
+// vectors, wider W, and options: s_t begins with a bias, and without SiLU out_t = key_t + s_t. Packs of few taps have an
+// instance that does not know of options; beyond, a bias costs next to nothing.
 // Memory: a key is read once, but for W - 1 rows a run, and a result written once.
 // Numerics: float32 sums, terms in ascending l, rounded once; bfloat16 and float16 are storage types. Without tokens
 // nothing is launched. A token of no sequence is NaN.
@@ -21,7 +22,6 @@
 namespace topgather {
 
 namespace {
-constexpr int kThreads = KeyConvCudaConfig::kThreads;
 constexpr int kStep = KeyConvCudaConfig::kStep;
 }  // namespace
 
@@ -84,11 +84,11 @@ __device__ __forceinline__ void write_token(const float (&taps)[kWidth][kVector]
 }  // namespace
 
 template <typename Element, int kVector, int kWidth>
-__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor<kVector * kWidth>)
+__global__ void __launch_bounds__(kKeyConvThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor<kVector * kWidth>)
     key_conv_forward(const KeyConvForwardArguments args) {
   using Row = Channels<Element, kVector>;
   constexpr int kHistory = kWidth - 1;
-  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t thread = blockIdx.x * kKeyConvThreads + threadIdx.x;
   if (thread >= args.num_threads) return;
   const KeyRun run = run_of(args, thread, kVector);
   const KeyPlace& place = run.place;
@@ -150,11 +150,11 @@ __global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPer
 // A width below kTaps is a test, the same for all threads, and not a weight of zero, which would turn keys that are not
 // finite into NaN.
 template <typename Element, int kVector, int kTaps, bool kHasOptions>
-__global__ void __launch_bounds__(kThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor<0>)
+__global__ void __launch_bounds__(kKeyConvThreads, KeyConvCudaConfig::kForwardBlocksPerProcessor<0>)
     key_conv_forward_any(const KeyConvForwardArguments args) {
   constexpr int kHistory = kTaps - 1;
   const KeyConvShape& shape = args.shape;
-  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t thread = blockIdx.x * kKeyConvThreads + threadIdx.x;
   if (thread >= args.num_threads) return;
   const KeyRun run = run_of(args, thread, kVector);
   const KeyPlace& place = run.place;
@@ -246,28 +246,22 @@ void launch_forward(const KeyConvForwardParams& params, cudaStream_t stream) {
   args.bias = params.bias.at<float>();
   args.has_silu = problem.has_silu;
   args.out = params.out;
-  const cuda::LaunchShape shape{dim3((args.num_threads + kThreads - 1) / kThreads), dim3(kThreads), 0, stream};
-  if (problem.has_options) {
-    if (problem.kernel_width <= kFewTaps<kVector>) {
-      cuda::launch(key_conv_forward_any<Element, kVector, kFewTaps<kVector>, true>, shape, args);
-    } else {
-      cuda::launch(key_conv_forward_any<Element, kVector, kKeyConvMaxTaps, true>, shape, args);
-    }
-    return;
-  }
+  const cuda::LaunchShape shape{dim3((args.num_threads + kKeyConvThreads - 1) / kKeyConvThreads), dim3(kKeyConvThreads),
+                                0, stream};
   if constexpr (kVector > 1) {
-    if (problem.cu_seqlens.data == nullptr) {
-      with_width<kKeyConvMaxTaps>(problem.kernel_width, [&](auto width) {
+    const bool is_dense = problem.cu_seqlens.data == nullptr;
+    if (!problem.has_options && is_dense && problem.kernel_width <= kMaxDenseWidth) {
+      return with_width<kMaxDenseWidth>(problem.kernel_width, [&](auto width) {
         cuda::launch(key_conv_forward<Element, kVector, width>, shape, args);
       });
-      return;
+    }
+    if (problem.kernel_width <= kFewTaps) {
+      const auto kernel = problem.has_options ? key_conv_forward_any<Element, kVector, kFewTaps, true>
+                                              : key_conv_forward_any<Element, kVector, kFewTaps, false>;
+      return cuda::launch(kernel, shape, args);
     }
   }
-  if (problem.kernel_width <= kFewTaps<kVector>) {
-    cuda::launch(key_conv_forward_any<Element, kVector, kFewTaps<kVector>, false>, shape, args);
-  } else {
-    cuda::launch(key_conv_forward_any<Element, kVector, kKeyConvMaxTaps, false>, shape, args);
-  }
+  cuda::launch(key_conv_forward_any<Element, kVector, kKeyConvMaxTaps, true>, shape, args);
 }
 
 template <typename Element>

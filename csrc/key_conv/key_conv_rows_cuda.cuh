@@ -13,6 +13,7 @@
 
 namespace topgather {
 
+constexpr int kKeyConvThreads = KeyConvCudaConfig::kThreads;
 constexpr float kKeyConvLog2E = 1.44269504088896340736f;
 
 // kVector elements of a row as they are stored; a single element as float32. Zeros are zeros of every type.
@@ -161,9 +162,11 @@ __device__ __forceinline__ float sigmoid(float x) {
 // --- host -----------------------------------------------------------------------------------------------------------
 
 constexpr int kKeyConvMaxTaps = 8;
-// Up to so many, a kernel of their own. Rows without vectors are slow either way: they have one for all.
-template <int kVector>
-constexpr int kFewTaps = kVector > 1 ? 4 : kKeyConvMaxTaps;
+// Up to so many, instances of their own for rows that are vectors. Rows without vectors are slow either way: they have
+// one instance for all, which knows of options.
+constexpr int kFewTaps = 4;
+// The widest with an instance of its own for dense problems: each takes seconds to compile, and models use 3 to 5.
+constexpr int kMaxDenseWidth = 5;
 
 // Calls `function` with the width, 2 to kMaxWidth, as a compile-time constant.
 template <int kMaxWidth, int kWidth = 2, typename Function>

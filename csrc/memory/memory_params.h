@@ -88,4 +88,37 @@ struct MemoryBackwardParams {
 TOPGATHER_FIELDS(MemoryBackwardParams, problem, grad_out, values, weights, order, sorted_rows, targets, tokens,
                  grad_rows, grad_weights)
 
+// Rows of 8 bits, signed integers or e4m3, each group of columns with a scale: a row is scales[row, d / group] *
+// values[row, d]. The columns divide into the groups evenly.
+struct QuantizedRows {
+  Array<const int8_t, 2> values;  // [num_rows, W] the bits
+  Array<const float, 2> scales;   // [num_rows, groups] float32
+  bool is_float8;                 // e4m3, not integers
+  // Derived from the tensors.
+  int64_t group_size;
+};
+TOPGATHER_FIELDS(QuantizedRows, values, scales, is_float8)
+
+// out_t = sum_k weights_tk * row indices_tk; ragged bags come with T = 1 and K = E
+struct QuantizedLookupParams {
+  MemoryProblem problem;
+  QuantizedRows rows;
+  Array<const int64_t, 2> indices;  // [T, K] int64
+  Array<const float, 2> weights;    // [T, K] float32
+  Array<const int64_t, 1> offsets;  // [T + 1] int64; data null where bags are not ragged
+  Array<float, 2> out;              // [T, W] float32
+};
+TOPGATHER_FIELDS(QuantizedLookupParams, problem, rows, indices, weights, offsets, out)
+
+// out_tk = dot(row indices_tk, x_t); ragged bags come with T = E and K = 1
+struct QuantizedDotParams {
+  MemoryProblem problem;
+  QuantizedRows rows;
+  Array<const int64_t, 2> indices;  // [T, K] int64
+  Array<const float, 2> x;          // [T, W] float32; [num_x, W] where there are tokens
+  Array<const int32_t, 1> tokens;   // [E] int32, row of x of each entry, -1: nobody's; data null: not ragged
+  Array<float, 2> out;              // [T, K] float32; 0 for nobody's entries
+};
+TOPGATHER_FIELDS(QuantizedDotParams, problem, rows, indices, x, tokens, out)
+
 }  // namespace topgather

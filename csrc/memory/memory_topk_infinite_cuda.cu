@@ -11,11 +11,16 @@
 //   3. the best sums of two numbers, as many as are still wanted: those of ranks a and b with (a + 1) (b + 1) at most
 //      that;
 //   4. pairs that rank as -inf, the first ones of all.
-// Numerics: plain float32 multiply-adds, in the order of a row's columns.
+// Numerics: plain float32 multiply-adds, in the order of a row's columns. One kernel for all dtypes: such rows are rare.
 // Determinism: a row's results depend on its own query and the keys alone.
 #include "memory_topk_cuda.cuh"
 
 namespace topgather {
+
+struct InfiniteRowsArguments {
+  ProductKeyArguments search;
+  Dtype dtype;  // of queries and keys
+};
 
 namespace product_key {
 namespace infinite {
@@ -63,10 +68,21 @@ __device__ __forceinline__ float dot(const Element* query, const Element* key, i
   return sum;
 }
 
+__device__ __forceinline__ float half_score(const InfiniteRowsArguments& args, int64_t token, int64_t head, int half,
+                                            int key) {
+  const auto score = [&](auto element) {
+    using Element = decltype(element);
+    return dot(args.search.query.at<Element>(token, head, half), args.search.keys.at<Element>(head, half, key),
+               args.search.half_dim);
+  };
+  if (args.dtype == Dtype::kBFloat16) return score(BFloat16{});
+  return args.dtype == Dtype::kFloat16 ? score(Float16{}) : score(0.0f);
+}
+
 // Step 1 of one half.
-template <typename Element>
-__device__ __forceinline__ KeyCounts look_at_keys(const ProductKeyArguments& args, WarpMemory& memory, int half,
-                                                  const Element* query, const Element* keys) {
+__device__ __forceinline__ KeyCounts look_at_keys(const InfiniteRowsArguments& rows, WarpMemory& memory, int half,
+                                                  int64_t token, int64_t head) {
+  const ProductKeyArguments& args = rows.search;
   const int lane = lane_id();
   KeyCounts counts{};
   SumList<kPerLane> best(args.top_k);
@@ -75,7 +91,7 @@ __device__ __forceinline__ KeyCounts look_at_keys(const ProductKeyArguments& arg
   for (int first = 0; first < args.num_keys; first += kLanes) {
     const int key = first + lane;
     const bool exists = key < args.num_keys;
-    const float score = exists ? dot(query, keys + key * args.keys.strides[2], args.half_dim) : 0.0f;
+    const float score = exists ? half_score(rows, token, head, half, key) : 0.0f;
     const uint64_t entry = half_entry(ordinal_of(score), static_cast<uint32_t>(key));
     const bool plus = exists && is_plus(entry), minus = exists && is_minus(entry);
     append(memory.keys[half][kPlus], counts.of_kind[kPlus], args.top_k, entry, plus);
@@ -160,11 +176,11 @@ __device__ __forceinline__ void append_numbers(const ProductKeyArguments& args, 
 }  // namespace infinite
 }  // namespace product_key
 
-template <typename Element>
 __global__ void __launch_bounds__(product_key::infinite::kWarps* kLanes)
-    product_key_infinite(const ProductKeyArguments args) {
+    product_key_infinite(const InfiniteRowsArguments rows) {
   using namespace product_key;
   using namespace product_key::infinite;
+  const ProductKeyArguments& args = rows.search;
   WarpMemory& memory = reinterpret_cast<WarpMemory*>(cuda::dynamic_shared_memory())[warp_id()];
   const int64_t num_rows = args.num_tokens * args.num_heads;
   const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp_id()) * kLanes;
@@ -178,10 +194,8 @@ __global__ void __launch_bounds__(product_key::infinite::kWarps* kLanes)
   for (unsigned wanted = __ballot_sync(kAllLanes, is_wanted); wanted != 0; wanted &= wanted - 1) {
     const int64_t row = first_row + __ffs(static_cast<int>(wanted)) - 1;
     const int64_t token = row / args.num_heads, head = row - token * args.num_heads;
-    const KeyCounts first =
-        look_at_keys(args, memory, 0, args.query.at<Element>(token, head, 0), args.keys.at<Element>(head, 0));
-    const KeyCounts second =
-        look_at_keys(args, memory, 1, args.query.at<Element>(token, head, 1), args.keys.at<Element>(head, 1));
+    const KeyCounts first = look_at_keys(rows, memory, 0, token, head);
+    const KeyCounts second = look_at_keys(rows, memory, 1, token, head);
     // Publishes the lists to the warp.
     __syncwarp();
     RowResults results{args.scores + row * args.top_k, args.indices + row * args.top_k, 0};
@@ -206,7 +220,7 @@ void rewrite_infinite_rows(const ProductKeyArguments& args, Dtype dtype, cudaStr
   require(num_thread_blocks <= INT32_MAX, "product_key_topk: more rows than thread blocks can take");
   const cuda::LaunchShape shape{dim3(static_cast<unsigned>(num_thread_blocks)), dim3(kRows),
                                 kWarps * sizeof(WarpMemory), stream};
-  with_element(dtype, [&](auto element) { cuda::launch(product_key_infinite<decltype(element)>, shape, args); });
+  cuda::launch(product_key_infinite, shape, InfiniteRowsArguments{args, dtype});
 }
 
 void add_infinite_rows_kernel_facts(std::vector<CudaKernelFacts>& facts) {

@@ -104,7 +104,7 @@ void throw_routing_fault(bool is_duplicate, int64_t head_idx, int64_t query, int
 }
 #endif
 
-static void bind(pybind11::module_& module) {
+static void bind(PyObject* module) {
 #if !defined(TOPGATHER_EMULATION)
   add_cpu_entry(module, "block_centroids", &MobaCpuKernels::centroids);
   add_cpu_entry(module, "moba_route", &MobaCpuKernels::route);
@@ -117,7 +117,9 @@ static void bind(pybind11::module_& module) {
   add_cuda_entry<MobaForwardParams>(module, "moba_attention", {&moba_forward_cuda, &moba_forward_workspace_bytes});
   add_cuda_entry<MobaBackwardParams>(module, "moba_attention_backward",
                                      {&moba_backward_cuda, &moba_backward_workspace_bytes});
-  module.def("moba_cuda_set_budget", &moba_cuda_set_budget);
+  add_entry(module, "moba_cuda_set_budget", {"bytes"}, [](PyObject* const* arguments) {
+    return PyLong_FromLongLong(moba_cuda_set_budget(read_integer(arguments[0], "bytes")));
+  });
   add_kernel_facts(module, "moba_cuda_kernel_facts", &moba_cuda_kernel_facts);
 #endif
 }

@@ -21,11 +21,11 @@ namespace topgather {
 
 namespace {
 
-constexpr int kThreads = MobaCentroidConfig::kThreads;
+constexpr int kCentroidThreads = MobaCentroidConfig::kThreads;
 constexpr int kMaxVector = 8;
 
 struct SharedMemory {
-  float sums[kThreads][kMaxVector];
+  float sums[kCentroidThreads][kMaxVector];
 };
 
 // Step 1. Rows that are 16-byte aligned come in whole vectors.
@@ -55,7 +55,7 @@ __device__ __forceinline__ void add_row(const Element* row, float (&sums)[kVecto
 }  // namespace
 
 template <typename Element, int kVector>
-__global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidArguments args) {
+__global__ void __launch_bounds__(kCentroidThreads) moba_block_centroids(const CentroidArguments args) {
   SharedMemory& shared = *reinterpret_cast<SharedMemory*>(cuda::dynamic_shared_memory());
   const MobaGeometry& geometry = args.geometry;
   const int64_t block = blockIdx.x;
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kThreads) moba_block_centroids(const CentroidA
   }
 
   const int num_vectors = static_cast<int>((args.row_elements + kVector - 1) / kVector);
-  const int panel = num_vectors < kThreads ? num_vectors : kThreads;
-  const int num_groups = kThreads / panel;
+  const int panel = num_vectors < kCentroidThreads ? num_vectors : kCentroidThreads;
+  const int num_groups = kCentroidThreads / panel;
   const int group = static_cast<int>(threadIdx.x) / panel;
   const int place = static_cast<int>(threadIdx.x) % panel;
   float largest = 0.0f;
@@ -127,8 +127,8 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
     if (args.is_by_unit)
       part.centroids.data = static_cast<float*>(args.centroids.data) + done * args.centroids.strides[1];
     if (args.largest != nullptr) part.largest += done;
-    const cuda::LaunchShape shape{dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)), dim3(kThreads),
-                                  sizeof(SharedMemory), stream};
+    const cuda::LaunchShape shape{dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count)),
+                                  dim3(kCentroidThreads), sizeof(SharedMemory), stream};
     if (is_vector) {
       cuda::launch(moba_block_centroids<Element, kVector>, shape, part);
     } else {

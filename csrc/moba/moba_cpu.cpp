@@ -9,11 +9,30 @@
 namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
 
+#if TOPGATHER_MATRIX_UNIT
+
+// The matrix unit multiplies bfloat16. All else is the AVX-512 build's.
+void centroids(const CentroidParams& params) { avx512::kMobaCpuKernels.centroids(params); }
+
+void route(const MobaRouteParams& params) { avx512::kMobaCpuKernels.route(params); }
+
+void forward(const MobaForwardParams& params) {
+  if (params.problem.dtype != Dtype::kBFloat16) return avx512::kMobaCpuKernels.forward(params);
+  forward_storage<BFloat16>(params);
+}
+
+void backward(const MobaBackwardParams& params) {
+  if (params.problem.dtype != Dtype::kBFloat16) return avx512::kMobaCpuKernels.backward(params);
+  backward_storage<BFloat16>(params);
+}
+
+#else
+
 void centroids(const CentroidParams& params) {
   with_storage(params.problem.dtype, [&](auto storage) {
     using Storage = decltype(storage);
     compute_centroids<Storage>(params.problem, params.key, [&](int64_t sequence, int64_t head, int64_t block) {
-      return params.centroids.at<ComputeOf<Storage>>(sequence, head, block);
+      return params.centroids.at<ComputeOf<Storage> >(sequence, head, block);
     });
   });
 }
@@ -29,6 +48,8 @@ void forward(const MobaForwardParams& params) {
 void backward(const MobaBackwardParams& params) {
   with_storage(params.problem.dtype, [&](auto storage) { backward_storage<decltype(storage)>(params); });
 }
+
+#endif
 
 }  // namespace
 

@@ -22,9 +22,9 @@
 
 #include "../common/parallel.h"
 #include "../cpu/convert.h"
-#include "../cpu/intrinsics.h"
 #include "../cpu/scratch.h"
 #include "../cpu/tile_gemm.h"
+#include "../cpu/top_lists.h"
 #include "moba_cpu.h"
 #include "moba_geometry.h"
 
@@ -80,43 +80,14 @@ struct RouteTask {
   int64_t list_length;  // blocks kept by score: top_k, less those forced, at most num_blocks
 
   // Scratch of one worker.
-  T* query_tile;           // [D, kTileQueries]
-  T* scores;               // [kChunkBlocks, kTileQueries]
-  T* kept_scores;          // [list_length, kTileQueries], descending
-  IntegerVector<T>* kept;  // [list_length, kVectorsPerTile] block numbers
+  T* query_tile;  // [D, kTileQueries]
+  T* scores;      // [kChunkBlocks, kTileQueries]
+  TopLists<T, kVectorsPerTile> kept;
 
   RouteTask(const MobaRouteParams& p, int64_t length, ScratchCutter& scratch) : params(p), list_length(length) {
     query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
     scores = scratch.take<T>(kChunkBlocks * kTileQueries);
-    kept_scores = scratch.take<T>(list_length * kTileQueries);
-    kept = scratch.take<IntegerVector<T>>(list_length * kVectorsPerTile);
-  }
-
-  // Step 3 for one vector of queries and one block: into the descending lists, of which num_kept entries are in use.
-  // `active` masks lanes that may see the block. Every rank decides by itself, from the bottom up: an entry beaten
-  // strictly takes its upper neighbour where that is beaten too, else the newcomer; so equals stay above.
-  void offer(int vector_idx, int64_t num_kept, const Vector<T>& score, const IntegerVector<T>& block,
-             const IntegerVector<T>& active) {
-    T* values = kept_scores + vector_idx * kLanes<T>;
-    IntegerVector<T>* blocks = kept + vector_idx;
-    int64_t rank = num_kept;
-    IntegerVector<T> beaten = active;
-    if (num_kept == list_length) {
-      --rank;
-      beaten = (score > load<T>(values + rank * kTileQueries)) & active;
-    }
-    for (; rank > 0; --rank) {
-      const Vector<T> above = load<T>(values + (rank - 1) * kTileQueries);
-      const IntegerVector<T> above_block = blocks[(rank - 1) * kVectorsPerTile];
-      const IntegerVector<T> above_beaten = (score > above) & active;
-      T* here = values + rank * kTileQueries;
-      IntegerVector<T>& here_block = blocks[rank * kVectorsPerTile];
-      store<T>(here, beaten ? (above_beaten ? above : score) : load<T>(here));
-      here_block = beaten ? (above_beaten ? above_block : block) : here_block;
-      beaten = above_beaten;
-    }
-    store<T>(values, beaten ? score : load<T>(values));
-    blocks[0] = beaten ? block : blocks[0];
+    kept.take(list_length, scratch);
   }
 
   // Steps 2 and 3: the lists of a tile of queries, the i-th of which may choose by score of blocks force_first to before
@@ -125,7 +96,7 @@ struct RouteTask {
   template <typename ChunkOf>
   void select(const ChunkOf& chunk_of, int64_t num_vectors, const IntegerVector<T>* end, int64_t max_end) {
     const int64_t head_dim = params.problem.head_dim;
-    for (int64_t i = 0; i < list_length * kVectorsPerTile; ++i) kept[i] = IntegerVector<T>{} - 1;
+    kept.clear();
     for (int64_t first = params.force_first; first < max_end; first += kChunkBlocks) {
       const int64_t count = min64(kChunkBlocks, max_end - first);
       const RowBlock<T> chunk = chunk_of(first, count);
@@ -140,12 +111,7 @@ struct RouteTask {
           Vector<T> score = load<T>(scores + j * kTileQueries + v * kLanes<T>);
           score = score == score ? score : broadcast(std::numeric_limits<T>::infinity());
           const IntegerVector<T> active = block_vector < end[v];
-          if (block - params.force_first < list_length) {
-            offer(v, block - params.force_first, score, block_vector, active);
-          } else {
-            const Vector<T> worst = load<T>(kept_scores + (list_length - 1) * kTileQueries + v * kLanes<T>);
-            if (any_lane((score > worst) & active)) offer(v, list_length, score, block_vector, active);
-          }
+          kept.offer(v, block - params.force_first, score, block_vector, active);
         }
       }
     }
@@ -169,18 +135,10 @@ struct RouteTask {
   // Step 4 for one query: ascending block numbers, then -1. Without scores, for there are no more blocks than may be
   // chosen, or none may by score, the first list_length of the others.
   void write_choices(int64_t lane, bool has_scores, const Scope& scope, int32_t* choices) {
-    using Integer = typename VectorTraits<T>::IntegerElement;
     int64_t count = 0;
     for (; count < scope.first_end; ++count) choices[count] = static_cast<int32_t>(count);
     if (has_scores) {
-      const Integer* column = reinterpret_cast<const Integer*>(kept) + lane;
-      for (int64_t rank = 0; rank < list_length; ++rank) {
-        const int32_t block = static_cast<int32_t>(column[rank * kTileQueries]);
-        if (block < 0) continue;
-        int64_t slot = count++;
-        for (; slot > scope.first_end && choices[slot - 1] > block; --slot) choices[slot] = choices[slot - 1];
-        choices[slot] = block;
-      }
+      count += kept.write_ascending(lane, choices + count);
     } else {
       const int64_t num_chosen = min64(scope.last_start - scope.first_end, list_length);
       for (int64_t i = 0; i < num_chosen; ++i, ++count) choices[count] = static_cast<int32_t>(count);

@@ -15,7 +15,7 @@
 namespace topgather {
 
 namespace {
-constexpr int kThreads = 256;
+constexpr int kWindowThreads = 256;
 }
 
 struct JoinArguments {
@@ -27,9 +27,9 @@ struct JoinArguments {
   int32_t* joined;                        // [batch, choice head, query, top_k] int32
 };
 
-__global__ void __launch_bounds__(kThreads) moba_join_window(const JoinArguments args) {
+__global__ void __launch_bounds__(kWindowThreads) moba_join_window(const JoinArguments args) {
   const MobaGeometry& geometry = args.geometry;
-  const int64_t query = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t query = static_cast<int64_t>(blockIdx.x) * kWindowThreads + threadIdx.x;
   if (query >= geometry.query_len) return;  // no barrier follows
   const uint32_t head_of_all = static_cast<uint32_t>(args.first_head) + blockIdx.y;
   const uint32_t batch = head_of_all / static_cast<uint32_t>(args.num_choice_heads);
@@ -80,8 +80,8 @@ Array<const int32_t, 4> join_window(const MobaProblem& problem, const MobaGeomet
   require(batch_size * num_heads <= INT32_MAX, "at most 2^31 - 1 heads of choices on CUDA");
   for (int64_t first = 0; first < batch_size * num_heads; first += MobaWaveConfig::kMaxUnits) {
     const auto count = static_cast<unsigned>(std::min(batch_size * num_heads - first, MobaWaveConfig::kMaxUnits));
-    const auto grid_x = static_cast<unsigned>(divide_up(problem.query_len, kThreads));
-    cuda::launch(moba_join_window, {dim3(grid_x, count), dim3(kThreads), 0, stream},
+    const auto grid_x = static_cast<unsigned>(divide_up(problem.query_len, kWindowThreads));
+    cuda::launch(moba_join_window, {dim3(grid_x, count), dim3(kWindowThreads), 0, stream},
                  {geometry, static_cast<int32_t>(problem.top_k), static_cast<int32_t>(num_heads),
                   static_cast<int32_t>(first), block_indices, joined});
   }

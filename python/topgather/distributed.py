@@ -53,9 +53,11 @@ pass and before clipping and the optimizer::
 
     pool.values.grad.div_(group_size)
 
-Clipping and optimizers. A model with a sharded table has parameters of two kinds, tensors and DTensors, which torch's
-``clip_grad_norm_`` and ``GradScaler`` cannot treat in one call; :func:`clip_grad_norm_` here can, and takes sparse
-gradients too. Optimizers with ``foreach=True`` or ``fused=True`` need each kind in a group of its own, as
+Clipping and optimizers. ``fully_shard(model, mesh=mesh["memory"], ignored_params={pool.values})``, over the table's own
+mesh, makes DTensors of all other parameters too: torch's ``clip_grad_norm_``, ``GradScaler`` and optimizers with
+``foreach=True`` or ``fused=True`` then work as they are. Otherwise a model with a sharded table has parameters of two
+kinds, tensors and DTensors, which those cannot treat in one call; :func:`clip_grad_norm_` here can, and takes sparse
+gradients too, and optimizers with ``foreach=True`` or ``fused=True`` need each kind in a group of its own, as
 :func:`topgather.nn.memory_parameter_groups` makes them where only pools are sharded.
 
 All ranks of a group must run the same lookups, forward and backward, in the same order, one with no tokens too (with

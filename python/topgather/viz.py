@@ -15,6 +15,7 @@ from ._common import checks
 from .cache._base import BaseCache
 from .nn._usage import UNIT_BITS, UsageCounters
 from .ops import BlockRouting, RoutingRecord
+from .ops.moba import forced_within
 from .ops.statistics import choices_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def routing(
     top_k: int = 8,
     max_bins: int = 256,
     ax: Axes | None = None,
+    force_first: int = 0,
+    force_last: int = 1,
+    window: int | None = None,
 ) -> Figure:
     """Draw which blocks of keys each head's queries attend to (MoBA, arXiv 2502.13189, section 2.2).
 
@@ -77,6 +81,8 @@ def routing(
         top_k: blocks per query, for a cache.
         max_bins: at most so many points along each axis.
         ax: axes of matplotlib to draw into.
+        force_first, force_last: blocks in every choice of a cache, as :func:`moba_decode` takes them.
+        window: of a cache, as :func:`moba_decode` takes it; the blocks that it reaches into count as chosen.
 
     Returns:
         The figure, a new one unless ``ax`` is given.
@@ -93,7 +99,7 @@ def routing(
             raise IndexError(f"call must be below {len(source)}, the choices of the record, got {call}")
         source = source[call]
     elif isinstance(source, BaseCache):
-        source, first_query = _choice_of_cache(source, query, top_k, batch)
+        source, first_query = _choice_of_cache(source, query, top_k, batch, (force_first, force_last), window)
     if not isinstance(source, BlockRouting):
         raise TypeError(
             f"source must be a topgather.BlockRouting, RoutingRecord, MobaCache or PagedMobaCache, got "
@@ -131,11 +137,15 @@ def routing(
     return figure
 
 
-def _choice_of_cache(cache: BaseCache, query: Tensor | None, top_k: int, batch: int) -> tuple[BlockRouting, int]:
+def _choice_of_cache(
+    cache: BaseCache, query: Tensor | None, top_k: int, batch: int, forced: tuple[int, int], window: int | None
+) -> tuple[BlockRouting, int]:
     if query is None:
         raise ValueError("query must be given for a cache: it keeps no choices, query makes one")
     checks.check_tensor("query", query)
     checks.check_count("top_k", top_k)
+    checks.check_forced(*forced, top_k)
+    checks.check_window(window)
     lengths = cache.lengths
     if not 0 <= batch < len(lengths):
         raise IndexError(f"batch must be below {len(lengths)}, the cache's sequences, got {batch}")
@@ -144,11 +154,24 @@ def _choice_of_cache(cache: BaseCache, query: Tensor | None, top_k: int, batch: 
     if first_query < 0:
         raise ValueError(f"query must have at most {lengths[batch]} tokens, those of the sequence, got {query.size(2)}")
     num_blocks = max(1, -(-max(lengths) // cache.block_size))
+    slots = min(top_k, num_blocks)
     chosen = torch.ops.topgather.moba_decode_route.default(
         query.detach(), cache.centroids, cache.seq_lens, cache.page_table, None, cache.block_size, cache.page_size,
-        min(top_k, num_blocks),
+        slots, *forced_within(slots, forced),
     )  # fmt: skip
+    if window is not None:
+        chosen = _with_window(chosen, first_query, cache.block_size, window)
     return BlockRouting(chosen, cache.block_size), first_query
+
+
+def _with_window(chosen: Tensor, first_query: int, block_size: int, window: int) -> Tensor:
+    """A choice and, where it has them not, the blocks of each query's newest ``window`` keys."""
+    position = first_query + torch.arange(chosen.size(2), device=chosen.device)
+    first, last = (position - window + 1).clamp(min=0) // block_size, position // block_size
+    blocks = first[:, None] + torch.arange(int((last - first).max()) + 1 if position.numel() else 0).to(chosen.device)
+    blocks = torch.where(blocks <= last[:, None], blocks, -1).to(torch.int32).expand(*chosen.shape[:3], -1)
+    is_there = (blocks[..., None] == chosen[..., None, :]).any(-1)
+    return torch.cat([chosen, blocks.masked_fill(is_there, -1)], dim=-1)
 
 
 def _maps(

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import _attention as torchs
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import topgather as tg
@@ -199,7 +203,7 @@ def check_sharded_cache(mesh: DeviceMesh, folder: Path) -> None:
         try:
             many.append(key, value)
         except ValueError as raised:
-            assert "more than max_seq_len, 61" in str(raised)
+            assert "sequence 0, which holds 42: that is more than max_seq_len, 61" in str(raised)
         many.reset()
         assert many.length == 0
     try:
@@ -208,6 +212,73 @@ def check_sharded_cache(mesh: DeviceMesh, folder: Path) -> None:
         assert "all ranks of the group must have the same block_size, got [4, 5, 6, 7] by rank" in str(raised)
     else:
         raise AssertionError("ranks that differ were not refused")
+
+
+def check_ragged_sharded_cache(mesh: DeviceMesh, folder: Path) -> None:
+    """Sequences of different lengths: appends of different counts, cut off, one begun anew; rows are one cache's."""
+    group = dist.group.WORLD
+    query, key, value = made((3, 4, 64, 8), (3, 2, 64, 8), (3, 2, 64, 6))
+    for page_size in (4, 8):
+        one = tg.MobaCache(3, 2, 8, block_size=4, max_seq_len=40, value_dim=6, dtype=torch.float64)
+        many = tgd.ShardedCache(
+            group, 3, 2, 8, block_size=4, max_seq_len=40, value_dim=6, dtype=torch.float64, page_size=page_size
+        )
+        first = 0
+        steps: list[tuple[str, Any]] = [
+            ("zigzag", [13, 17, 2]), (None, [1, 1, 1]), (None, [3, 0, 2]), ("contiguous", [0, 9, 5]), (None, [6, 1, 4]),
+            ("cut", [18, 11, 13]), (None, [2, 1, 0]), ("cut", [5, 12, 0]), (None, None), ("contiguous", [9, 1, 7]),
+            ("cut", 5), ("zigzag", None), (None, torch.tensor([1, 2, 0])),
+        ]  # fmt: skip
+        for kind, counts in steps:
+            if kind == "cut":
+                one.truncate(counts)
+                many.truncate(counts)
+                assert many.lengths == one.lengths
+                continue
+            columns = 3 if counts is None else max(counts)
+            new = [tensor[:, :, first : first + int(columns)] for tensor in (key, value)]
+            first += int(columns)
+            one.append(*new, num_tokens=counts)
+            if kind is None:
+                many.append(*new, num_tokens=counts)
+            else:
+                cut = (tgd.shard_sequence(part, group, 2, kind) for part in new)
+                many.append_sharded(*cut, kind, num_tokens=counts)
+            assert many.lengths == one.lengths
+            newest = query[:, :, first - int(columns) : first]
+            for given in ({}, {"num_tokens": [min(2, length) for length in one.lengths]}):
+                asked = newest if not given else query[:, :, :3]
+                for top_k in (2, None):
+                    expected = tg.moba_decode(asked, one, top_k, return_lse=True, **given)
+                    found = many.decode(asked, top_k, return_lse=True, **given)
+                    for name, actual, wanted in zip(("out", "lse"), found, expected, strict=True):
+                        nothing = wanted == -torch.inf
+                        assert torch.equal(actual == -torch.inf, nothing)
+                        close(actual.masked_fill(nothing, 0), wanted.masked_fill(nothing, 0), f"{name} after {first}")
+        many.truncate([3, 6, 0])
+        refused_and_as_before(many, key, value)
+
+
+def refused_and_as_before(many: Any, key: Tensor, value: Tensor) -> None:
+    """What a cache of sequences of 3, 6 and 0 tokens refuses leaves it as it was."""
+    rank, of_one, of_two = dist.get_rank(), (key[:, :, :1], value[:, :, :1]), (key[:, :, :36], value[:, :, :36])
+    for words, call in (
+        ("lengths must be at most what a sequence holds, 0 for 2, got 1", lambda: many.truncate([3, 6, 1])),
+        ("must have the same lengths[1], got [0, 1, 2, 3]", lambda: many.truncate([3, rank, 0])),
+        ("at most the number of new tokens, 1, got 3", lambda: many.append(*of_one, num_tokens=[1, 3, 1])),
+        ("for sequence 1, which holds 6: that is more", lambda: many.append(*of_two, num_tokens=[1, 35, 1])),
+        ("the same num_tokens[2]", lambda: many.append_sharded(*of_one, num_tokens=[1, 1, rank])),
+        ("sequences must be equally long to have one length, got [3, 6, 0]", lambda: many.length),
+    ):
+        before = {name: held.clone() for name, held in vars(many).items() if isinstance(held, Tensor)}
+        try:
+            call()
+        except ValueError as raised:
+            assert words in str(raised), raised
+        else:
+            raise AssertionError(f"not refused: {words}")
+        assert many.lengths == [3, 6, 0]
+        assert all(torch.equal(getattr(many, name), held) for name, held in before.items())
 
 
 # --- a model's sequences ----------------------------------------------------------------------------------------------
@@ -300,6 +371,108 @@ def check_context_parallel(mesh: DeviceMesh, folder: Path) -> None:
     assert kept[0].size(1) < 21 and kept[1].size(1) == 21
 
 
+def check_beside_torchs_context(mesh: DeviceMesh, folder: Path) -> None:
+    """Torch's own ``context_parallel`` cuts what ours reads, either around the other; neither touches the other's."""
+    group = mesh["dp"]
+    x, target = made((2, 20, 8), (2, 20, 8))
+    alone = SmallModel()
+    (alone(x) * target).sum().backward()
+    plain, (q, k) = F.scaled_dot_product_attention, made((1, 1, 5, 4), (1, 1, 5, 4))
+    for is_ours_outside in (False, True):
+        model, kept = SmallModel(), [x.clone(), target.clone()]
+        of_torch = context_parallel(group, buffers=kept, buffer_seq_dims=[1, 1])
+        ours = tgd.context_parallel(group)  # as torch cuts them: zigzag
+        with ExitStack() as stack:
+            stack.enter_context(ours if is_ours_outside else of_torch)
+            before = F.scaled_dot_product_attention
+            assert (before is plain) == is_ours_outside
+            stack.enter_context(of_torch if is_ours_outside else ours)
+            assert is_ours_outside or F.scaled_dot_product_attention is before
+            for part, whole in zip(kept, (x, target), strict=True):
+                assert torch.equal(part, tgd.shard_sequence(whole, group, 1, "zigzag"))
+            (model(kept[0], is_checkpointed=True) * kept[1]).sum().backward()
+        assert torch.equal(kept[0], x) and torch.equal(kept[1], target)
+        assert F.scaled_dot_product_attention is plain
+        for whole, other in zip(alone.parameters(), model.parameters(), strict=True):
+            assert other.grad is not None and whole.grad is not None
+            close(summed(other.grad) / 2, whole.grad, "gradient")  # two pairs of ranks
+    with tgd.context_parallel(group):
+        assert F.scaled_dot_product_attention is plain
+        plain(q, k, k)
+    # The reason why dense layers are not compared here: the day that they run, this says so.
+    with context_parallel(group, buffers=[q.clone()], buffer_seq_dims=[2]):
+        try:
+            F.scaled_dot_product_attention(q, k, k, is_causal=True)
+        except NotImplementedError as raised:
+            assert "_scaled_dot_product_flash_attention_for_cpu" in str(raised), raised
+        else:
+            raise AssertionError("torch's ring attention runs on the CPU: have test_dense_beside.py run there too")
+
+
+class FlexLayer(nn.Module):
+    """Torch's flexible attention as a module, which its style of context parallelism hooks."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Any:
+        return flex_attention(query, key, value, block_mask=block_mask)
+
+
+def check_beside_torchs_flexible_attention(mesh: DeviceMesh, folder: Path) -> None:
+    """A dense layer by torch's flexible attention over ranks, and block attention, in one forward."""
+    if not hasattr(torchs, "_ContextParallel"):  # torch before 2.10
+        return
+    group, num_tokens = mesh["dp"], 32
+    x = made((1, 2, num_tokens, 8), dtype=torch.float32)[0]
+    dense = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    expected = tg.moba_attention(dense, dense, dense, 4, 2)
+    layer, first = FlexLayer(), group.get_local_rank() * num_tokens // 2
+    style = torchs._ContextParallel(seq_dim=2, attention_type=torchs._ContextParallel.AttentionType.FLEX)
+    parallelize_module(layer, group, style)
+    mask = create_block_mask(
+        lambda b, h, q_idx, kv_idx: q_idx + first >= kv_idx, 1, 1, num_tokens // 2, num_tokens, device="cpu",
+        BLOCK_SIZE=16,
+    )  # fmt: skip
+    with torch.no_grad():  # on the CPU it has no gradient
+        (part,) = torchs._context_parallel_shard(group, [x], [2])
+        part = layer(part, part, part, mask)
+        out = tgd.moba_attention(part, part, part, group, block_size=4, top_k=2)
+    close(part, tgd.shard_sequence(dense, group, 2), "dense", 1e-5)
+    close(out, tgd.shard_sequence(expected, group, 2), "by blocks", 1e-5)
+
+
+def check_record_over_ranks(mesh: DeviceMesh, folder: Path) -> None:
+    """A model's choices over ranks, saved and replayed after it has moved on, are one process's."""
+    world = init_device_mesh("cpu", (WORLD_SIZE,))
+    x, target = made((2, 21, 8), (2, 21, 8))
+
+    def moved_on() -> SmallModel:
+        model = SmallModel()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.linspace(-0.5, 0.5, parameter.numel(), dtype=torch.float64).view_as(parameter)
+        return model
+
+    with torch.no_grad(), tg.record_routing() as whole:
+        SmallModel()(x)
+    alone = moved_on()
+    with tg.replay_routing(whole):
+        (alone(x) * target).sum().backward()
+    path, kept = folder / f"choices{dist.get_rank()}.safetensors", [x.clone(), target.clone()]
+    for method in ("gather", "exchange"):
+        with tgd.context_parallel(world, kept, [1, 1], method=method):
+            with torch.no_grad(), tg.record_routing() as record:
+                SmallModel()(kept[0])
+            record.save(path)
+            model = moved_on()
+            with tg.replay_routing(tg.RoutingRecord.load(path)):
+                loss = (model(kept[0], is_checkpointed=True) * kept[1]).sum()
+            loss.backward()
+        for mine, choice in zip(record, whole, strict=True):
+            assert torch.equal(mine.block_indices, tgd.shard_sequence(choice.block_indices, world, 2, "zigzag"))
+        for one, other in zip(alone.parameters(), model.parameters(), strict=True):
+            assert other.grad is not None and one.grad is not None
+            close(summed(other.grad), one.grad, "gradient")
+
+
 def summed(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
@@ -361,6 +534,14 @@ def check_transformers(mesh: DeviceMesh, folder: Path) -> None:
                     assert words in str(raised), raised
                 else:
                     raise AssertionError(f"not refused: {words}")
+            moba.register(block_size=4, top_k=2, window=3)
+            try:
+                loss_of(alone, *buffers, tgd.shard_sequence(torch.arange(num_tokens)[None], world, 1, "zigzag"))
+            except ValueError as raised:
+                assert "window must be 0, 1 and None within context_parallel, got 0, 1 and 3" in str(raised), raised
+            else:
+                raise AssertionError("a window was not refused")
+            moba.register()
 
 
 CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {

@@ -47,6 +47,10 @@ def _all_to_all(
     received.copy_(torch.cat(parts))
 
 
+def _all_gather_object(gathered: list[Any], sent: Any, group: PretendedGroup) -> None:
+    gathered[:] = group.post(sent)
+
+
 def on_pretended_ranks(num_ranks: int, run: Callable[[Any], Any]) -> list[Any]:
     """``run(group)`` on every rank; results by rank. What one raises is raised."""
     shared = {"posted": [None] * num_ranks, "barrier": threading.Barrier(num_ranks, timeout=20)}
@@ -63,6 +67,7 @@ def on_pretended_ranks(num_ranks: int, run: Callable[[Any], Any]) -> list[Any]:
     with (
         mock.patch.object(collectives, "_all_gather", _all_gather),
         mock.patch.object(dist, "all_to_all_single", _all_to_all),
+        mock.patch.object(dist, "all_gather_object", _all_gather_object),
         mock.patch.object(dist, "get_rank", lambda group: group.rank),
         mock.patch.object(dist, "get_world_size", lambda group: num_ranks),
         mock.patch.object(dist, "get_backend", lambda group: "pretended"),

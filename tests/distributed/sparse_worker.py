@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -115,6 +116,37 @@ def sharded(name: str, mesh: Any) -> dict[str, Any]:
     return {**results, "clipped": gradients(model)}
 
 
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": (torch.optim.AdamW, {}),
+    "AdamW foreach": (torch.optim.AdamW, {"foreach": True}),
+    "AdamW fused": (torch.optim.AdamW, {"fused": True}),
+    "SGD foreach": (torch.optim.SGD, {"lr": 0.1, "foreach": True}),
+}
+
+
+def all_dtensors(name: str, mesh: Any) -> dict[str, Any]:
+    """``fully_shard`` over the table's own mesh makes every parameter a DTensor of it: torch's own utilities work."""
+    norm_type, max_norm = NORMS[name]
+    results: dict[str, Any] = {}
+    for kind, (optimizer, options) in OPTIMIZERS.items():
+        model = make("shared", False)
+        parallelize_module(model, mesh, {"*": MemoryColwise()})
+        table = model[0].pool.values
+        fully_shard(model, mesh=mesh, ignored_params={table})
+        made = optimizer(model.parameters(), **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler.scale(model(tokens(mesh.get_local_rank())).square().sum(dim=1).mean()).backward()
+        scaler.unscale_(made)
+        table.grad.div_(WORLD_SIZE)
+        results[kind] = {"grad": gradients(model)}
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type)
+        results[kind] |= {"norm": full(norm), "clipped": gradients(model)}
+        scaler.step(made)
+        scaler.update()
+        results[kind]["after"] = {name: full(parameter) for name, parameter in model.named_parameters()}
+    return results
+
+
 def fsdp_on_meta(rank: int) -> dict[str, Any]:
     """FSDP1 gives a model on the meta device its memory, and has every module draw what it holds."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -145,6 +177,7 @@ def run(rank: int, folder: Path) -> None:
     cases = {
         **{f"ddp_{n}_{s}": lambda n=n, s=s: data_parallel(n, s, rank) for n in MODELS for s in (False, True)},
         **{f"sharded_{n}": lambda n=n: sharded(n, mesh) for n in NORMS},
+        **{f"all_dtensors_{n}": lambda n=n: all_dtensors(n, mesh) for n in NORMS},
         "fsdp_on_meta": lambda: fsdp_on_meta(rank),
     }
     for name, case in cases.items():

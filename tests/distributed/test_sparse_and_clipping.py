@@ -15,7 +15,7 @@ import topgather.distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sparse_worker import DIM, MODELS, NORMS, WORLD_SIZE, backward, gradients, make, tokens
+from sparse_worker import DIM, MODELS, NORMS, OPTIMIZERS, WORLD_SIZE, backward, gradients, make, tokens
 
 from tests.distributed.ranks import results_in, run_once
 
@@ -76,6 +76,24 @@ def test_clipping_with_a_sharded_table(name: str, ranks: list[dict[str, Any]]) -
         # Where this changes, so may the documentation.
         assert "mixed torch.Tensor and DTensor" in result["torch_clips"]
         assert "mixed torch.Tensor and DTensor" in result["foreach_mixed"]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_torchs_own_utilities_where_all_are_dtensors(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Clipping, GradScaler, foreach and fused optimizers give what they give in one process."""
+    norm_type, max_norm = NORMS[name]
+    expected = mean_gradients("shared")
+    norm, clipped = clipped_by_torch(expected, max_norm, norm_type)
+    for result in results_of(f"all_dtensors_{name}", ranks):
+        for kind, (optimizer, options) in OPTIMIZERS.items():
+            torch.testing.assert_close(result[kind]["grad"], expected)
+            torch.testing.assert_close(result[kind]["norm"], norm)
+            torch.testing.assert_close(result[kind]["clipped"], clipped)
+            model = make("shared", False)
+            for key, parameter in model.named_parameters():
+                parameter.grad = clipped[key]
+            optimizer(model.parameters(), **options).step()
+            torch.testing.assert_close(result[kind]["after"], dict(model.named_parameters()), check_device=False)
 
 
 def test_fsdp_on_the_meta_device(ranks: list[dict[str, Any]]) -> None:

@@ -8,8 +8,8 @@ namespace {
 
 void fill(pybind11::module_& module, bool is_checked) {
   topgather::emulation::bind_emulation(module, is_checked);
-  topgather::add_native_calls(module);
-  topgather::OpBindings::add_all(module);
+  topgather::add_native_calls(module.ptr());
+  topgather::OpBindings::add_all(module.ptr());
 }
 
 }  // namespace

@@ -64,6 +64,8 @@ LARGE_GROUPS = [
     # Groups of 64 numbers of which a block in the middle has no token.
     GridCase(batch=1, num_heads=1, rows=2, columns=38, step=(2, 32), head_dim=72, partition="window", has_bias=True),
     GridCase(batch=1, num_heads=1, rows=32, columns=32, step=(1, 1), head_dim=8),
+    # Rows of more than 64 channels, groups of four sizes.
+    GridCase(batch=1, num_heads=2, rows=19, columns=15, step=(2, 2), head_dim=72, has_bias=True),
 ]
 # So many groups that a thread takes several at a time, some of them short.
 MANY_GROUPS = [

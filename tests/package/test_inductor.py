@@ -24,7 +24,7 @@ class Stack(nn.Module):
 
 def memories(num_pools: int, sparse_grad: bool, gated: bool = True) -> nn.Module:
     pools = [tg.nn.MemoryPool(8, 16, sparse_grad=sparse_grad) for _ in range(num_pools)]
-    return Stack(*(tg.nn.ProductKeyMemory(16, pools[i % num_pools], 2, 4, 8, gated=gated) for i in range(3)))
+    return Stack(*(tg.nn.ProductKeyMemory(16, pools[i % num_pools], 2, 4, 8, gated=gated) for i in range(2)))
 
 
 def experts(is_shared: bool, sparse_grad: bool) -> nn.Module:

@@ -25,7 +25,10 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k"), 1),
     **dict.fromkeys(("num_key_value_heads", "linear_num_value_heads", "linear_num_key_heads", "mamba_expand"), 2),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "ssm_state_size"), 8),
+    "linear_num_heads": 2,
+    **dict.fromkeys(
+        ("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "ssm_state_size"), 8
+    ),
     **dict.fromkeys(("attention_dropout", "attn_pdrop"), 0.0),
     **dict.fromkeys(("initializer_range", "init_std"), 0.3),  # sharp enough that what is attended to matters
     "mamba_n_heads": 4,

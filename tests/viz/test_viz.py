@@ -75,6 +75,15 @@ def test_a_cache_chooses_as_attention_does() -> None:
     last = tg.viz.routing(cache, query=query[:, :, 30:], top_k=3, head=1)
     assert torch.equal(shown(last), shown(whole)[30:])
     assert last.axes[0].images[0].get_extent() == [0, 40, 40, 30]
+    forced = tg.viz.routing(tg.moba_route(query, key, 8, 3, force_first=1, force_last=2), head=1)
+    last = tg.viz.routing(cache, query=query[:, :, 30:], top_k=3, head=1, force_first=1, force_last=2)
+    assert torch.equal(shown(last), shown(forced)[30:]) and not torch.equal(shown(forced), shown(whole))
+    # A window of 10 keys reaches from position 30 into blocks 2 and 3, from 39 into 3 and 4.
+    last = shown(tg.viz.routing(cache, query=query[:, :, 30:], top_k=3, head=1, window=10)) > 0
+    expected = shown(whole)[30:] > 0
+    for row, position in enumerate(range(30, 40)):
+        expected[row, (position - 9) // 8 : position // 8 + 1] = True
+    assert torch.equal(last, expected) and bool((expected != (shown(whole)[30:] > 0)).any())
 
 
 def used_layer(num_keys: int = 8) -> tg.nn.ProductKeyMemory:

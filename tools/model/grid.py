@@ -8,52 +8,62 @@ from model.problems import Case, KernelModel, Launch, of_one_size
 NUM_HEADS, SIDE, HEAD_DIM = 5 * 32, 128, 64
 NUM_TOKENS = NUM_HEADS * SIDE * SIDE
 TENSOR_BYTES = NUM_TOKENS * HEAD_DIM * 2
-TILE = 64
+TILE, LARGE_TILE = 64, 128
 
 
 def _tiles(grid_size: int) -> int:
     return -(-grid_size * grid_size // TILE)
 
 
-def _forward(grid_size: int) -> Launch:
+def _forward() -> Launch:
     passes = (
-        Passes("for (uint32_t key_tile = 0", _tiles(grid_size)),
+        Passes("for (uint32_t key_tile = 0", 1),
         Passes("for (int key = first; key < end", 2),
-        Passes("if (is_first) return", 0.5 / _tiles(grid_size)),
-        Passes("if (key_tile + 1 < geometry.num_tiles)", 1 - 1 / _tiles(grid_size)),
-        Passes(
-            "if (key_tile + 2 < geometry.num_tiles)", 1 - 2 / (_tiles(grid_size) - 1) if _tiles(grid_size) > 2 else 0
-        ),
-        Passes("if (!is_single) {", min(1, _tiles(grid_size) - 1)),
-        Passes("if (is_single) place_key", 2 - min(2, _tiles(grid_size))),
+        Passes("if (is_first) return", 0.5),
         Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )
     return Launch(NUM_TOKENS / TILE, passes, 4 * TENSOR_BYTES + 12 * NUM_TOKENS)
 
 
+def _forward_large(grid_size: int) -> Launch:
+    tiles = _tiles(grid_size)
+    passes = (
+        Passes("for (uint32_t first_key = 0", tiles),
+        Passes("if (first_key + kKeys < geometry.max_tokens)", 1 - 1 / tiles),
+        Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
+    )
+    return Launch(NUM_TOKENS / LARGE_TILE, passes, 4 * TENSOR_BYTES + 12 * NUM_TOKENS)
+
+
 _RARE = (
     "if (args.bias != nullptr) add_bias", "add_bias", "const bool is_there = (mine >>", "if (!is_there) weights",
-    "reinterpret_cast<Element*>(data + offsets[row])[column]",
+    "const float* bias = args.bias", "if ((mine >> (n * 8 + e) & 1u)", "(mine >> (n * 8 + e % 2)",
+    "reinterpret_cast<Element*>(data + offset)[column]",
 )  # fmt: skip
 
 
-def _forward_kernel(grid_size: int, *, has_bias: bool = False) -> KernelModel:
-    is_single = _tiles(grid_size) == 1
-    keys = "all" if is_single else "64 of 256"
-    unit = f"a warp's 16 queries x {keys} keys, grid {grid_size}{', bias' if has_bias else ''}"
-    return of_one_size(
-        "grid_attend", "grid_forward_cuda", "grid_attendINS_8BFloat16ELi64E", unit,
-        _forward(grid_size), HEAD_DIM, tile="" if is_single else "for (uint32_t key_tile = 0",
-        variant=", one tile" if is_single else "",
-        rare=(
-            "if ((mine >> (n * 8 + e % 2)", "reinterpret_cast<Element*>(data + offsets[row])[column]",
-            *(() if has_bias else ("const float* bias = args.bias", "if ((mine >> (n * 8 + e) & 1u)")),
-        ),
+def _rare_in_forward(has_bias: bool) -> tuple[str, ...]:
+    return (
+        "if ((mine >> (n * 8 + e % 2)", "reinterpret_cast<Element*>(data + offset)[column]",
+        *(() if has_bias else ("const float* bias = args.bias", "if ((mine >> (n * 8 + e) & 1)")),
     )  # fmt: skip
 
 
-FORWARD = {size: _forward_kernel(size) for size in (8, 16)}
-FORWARD_WITH_BIAS = _forward_kernel(8, has_bias=True)
+def _forward_kernel(*, has_bias: bool = False) -> KernelModel:
+    return of_one_size(
+        "grid_attend", "grid_forward_cuda", "grid_attendINS_8BFloat16ELi64E",
+        f"a warp's 16 queries x all keys, grid 8{', bias' if has_bias else ''}", _forward(), HEAD_DIM,
+        variant=", one tile", rare=_rare_in_forward(has_bias),
+    )  # fmt: skip
+
+
+FORWARD = _forward_kernel()
+FORWARD_WITH_BIAS = _forward_kernel(has_bias=True)
+FORWARD_LARGE = of_one_size(
+    "grid_attend_large", "grid_forward_cuda", "grid_attend_largeINS_8BFloat16ELi64E",
+    "a warp's 32 queries x 64 of 256 keys, grid 16", _forward_large(16), HEAD_DIM,
+    tile="for (uint32_t first_key = 0", threads=128, rare=_rare_in_forward(False), shared_bytes=49280,
+)  # fmt: skip
 
 
 def _terms() -> Launch:
@@ -68,21 +78,24 @@ ROW_TERMS = of_one_size(
 
 def _gradients(grid_size: int, num_written: int) -> Launch:
     passes = (
-        Passes("for (uint32_t column_tile = 0", _tiles(grid_size)),
-        Passes("for (int column = columns.first; has_work", 2),
+        Passes("for (uint32_t first_column = 0", _tiles(grid_size)),
+        Passes("for (int column = 0; column < Shared::kColumns", 4 if num_written > 1 else 2),
+        Passes("const bool has_next", 1 - 1 / _tiles(grid_size)),
         Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )
-    return Launch(NUM_TOKENS / TILE, passes, (4 + num_written) * TENSOR_BYTES + 12 * NUM_TOKENS)
+    return Launch(NUM_TOKENS / LARGE_TILE, passes, (4 + num_written) * TENSOR_BYTES + 12 * NUM_TOKENS)
 
 
-KEY_GRADIENTS = of_one_size(
-    "grid_token_gradients", "grid_backward_cuda", "grid_token_gradientsINS_8BFloat16ELi64ELb1E",
-    "a warp's 16 keys x 64 queries", _gradients(16, 2), HEAD_DIM, tile="for (uint32_t column_tile = 0", rare=_RARE,
-)  # fmt: skip
-QUERY_GRADIENTS = of_one_size(
-    "grid_token_gradients", "grid_backward_cuda", "grid_token_gradientsINS_8BFloat16ELi64ELb0E",
-    "a warp's 16 queries x 64 keys", _gradients(16, 1), HEAD_DIM, tile="for (uint32_t column_tile = 0", rare=_RARE,
-)  # fmt: skip
+def _gradient_kernel(rows: str, columns: str, num_written: int) -> KernelModel:
+    return of_one_size(
+        "grid_large_gradients", "grid_backward_cuda", f"grid_large_gradientsINS_8BFloat16ELi64ELb{num_written - 1}E",
+        f"a warp's 32 {rows} x 64 {columns}", _gradients(16, num_written), HEAD_DIM, threads=128, shared_bytes=68736,
+        tile="for (uint32_t first_column = 0", rare=_RARE,
+    )  # fmt: skip
+
+
+KEY_GRADIENTS = _gradient_kernel("keys", "queries", 2)
+QUERY_GRADIENTS = _gradient_kernel("queries", "keys", 1)
 
 
 def _group_gradients() -> Launch:
@@ -123,15 +136,25 @@ SUM = of_one_size(
     tile="for (int piece = 0; piece < args.num_pieces",
 )  # fmt: skip
 
-KERNELS = (*FORWARD.values(), FORWARD_WITH_BIAS, ROW_TERMS, KEY_GRADIENTS, QUERY_GRADIENTS, GROUP_GRADIENTS, BIAS, SUM)
+KERNELS = (
+    FORWARD,
+    FORWARD_LARGE,
+    FORWARD_WITH_BIAS,
+    ROW_TERMS,
+    KEY_GRADIENTS,
+    QUERY_GRADIENTS,
+    GROUP_GRADIENTS,
+    BIAS,
+    SUM,
+)
 _SIZE = "32 images of 5 heads, 128 x 128, D 64, grid"
 _LOADS = 4 * TENSOR_BYTES
 CASES = (
-    Case(f"`grid_attention`, {_SIZE} 8", ((FORWARD[8], _forward(8)),), _LOADS),
+    Case(f"`grid_attention`, {_SIZE} 8", ((FORWARD, _forward()),), _LOADS),
     Case("its gradients", ((ROW_TERMS, _terms()), (GROUP_GRADIENTS, _group_gradients())), 2 * _LOADS),
-    Case("with a bias, grid 8", ((FORWARD_WITH_BIAS, _forward(8)),), _LOADS),
+    Case("with a bias, grid 8", ((FORWARD_WITH_BIAS, _forward()),), _LOADS),
     Case("the gradient of a bias, grid 8", ((BIAS, _bias()), (SUM, _SUM))),
-    Case(f"`grid_attention`, {_SIZE} 16", ((FORWARD[16], _forward(16)),), _LOADS),
+    Case(f"`grid_attention`, {_SIZE} 16", ((FORWARD_LARGE, _forward_large(16)),), _LOADS),
     Case(
         "its gradients, grid 16",
         ((ROW_TERMS, _terms()), (KEY_GRADIENTS, _gradients(16, 2)), (QUERY_GRADIENTS, _gradients(16, 1))),

@@ -6,6 +6,7 @@ What ranks must agree on is agreed on here; :mod:`gather` and :mod:`exchange` ar
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._common import checks
 from .._common.library import DTYPE_CODES
+from ..ops import _moba_ops, replay
 from . import collectives, exchange, gather
-from .gather import Options
+from .gather import Choice, Options
 from .placement import PLACEMENTS, Placement, Stretch, check_placement, group_of, placement_of
 from .plan import METHODS, Shapes, cheaper
 
@@ -109,12 +111,25 @@ def moba_attention(
             "method": -1 if method is None else METHODS.index(method),
             "cu_seqlens (a checksum)": _checksum(bounds),
         }
+        call, chosen, is_noted = None, None, False
+        if top_k is not None and replay.state.is_watched:
+            call = replay.Call(_moba_ops.per_query(query), key.size(1), None, block_size, top_k, query.device)
+            chosen, is_noted = replay.given(call)
+        facts["record_routing or replay_routing"] = 2 if chosen is not None else int(is_noted)
     except (TypeError, ValueError) as raised:
         error, facts, bounds, needs_grad = raised, {}, None, False
     lengths = _agree(group, error, facts, query, is_packed=bounds is not None)
     layout = placement_of(placement, group, lengths)
     if bounds is not None and bounds[-1] != layout.total:
         raise ValueError(f"cu_seqlens must end with the ranks' tokens together, {layout.total}, got {bounds[-1]}")
+    choice = Choice()
+    if chosen is not None:
+        choice = Choice(given=_checked_choice(chosen, query, layout, bounds, block_size, is_causal))
+    elif is_noted:
+        longest = layout.total if bounds is None else max((end - start for start, end in pairwise(bounds)), default=0)
+        slots = _moba_ops.num_slots(top_k, longest, block_size)
+        shape = _moba_ops.per_query(query, slots)
+        choice = Choice(made=torch.full(shape, -1, dtype=torch.int32, device=query.device))
     options = Options(block_size, top_k, is_causal, float(scale or 0), bool(deterministic), softcap, max_gathered_bytes)
     if method is None:
         batch = query.size(0) if bounds is None else 1
@@ -126,11 +141,13 @@ def moba_attention(
             with_backward=needs_grad,
         )  # fmt: skip
     if method == "gather" or layout.total == 0 or query.size(1) * (1 if bounds is not None else query.size(0)) == 0:
-        out, lse = gather.Attention.apply(query, key, value, layout, bounds, options)
+        out, lse = gather.Attention.apply(query, key, value, layout, bounds, options, choice)
     elif bounds is not None:
-        out, lse = exchange.Attention.apply(query, key, value, layout, bounds, options)
+        out, lse = exchange.Attention.apply(query, key, value, layout, bounds, options, choice)
     else:
-        out, lse = _exchange_batch(query, key, value, layout, options)
+        out, lse = _exchange_batch(query, key, value, layout, options, choice)
+    if choice.made is not None and call is not None:
+        replay.note(choice.made, call)
     if sinks is not None:
         # As ops/_moba_ops.py says it; a query that sees no key has an output of 0 whatever its share is.
         logits = sinks.to(lse.dtype)[:, None]
@@ -142,7 +159,7 @@ def moba_attention(
 
 
 def _exchange_batch(
-    query: Tensor, key: Tensor, value: Tensor, layout: Placement, options: Options
+    query: Tensor, key: Tensor, value: Tensor, layout: Placement, options: Options, choice: Choice
 ) -> tuple[Tensor, Tensor]:
     """A batch as packed sequences of one length, of which a rank has the same stretches each."""
     batch, _, num_tokens, _ = query.shape
@@ -152,7 +169,12 @@ def _exchange_batch(
         for of_rank in layout.stretches
     ]
     packed = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    out, lse = exchange.Attention.apply(*packed, layout._replace(stretches=stretches), bounds, options)
+    # [B, Hq, n, slots] and [Hq, B * n, slots].
+    given, made = (None if rows is None else rows.transpose(0, 1).flatten(1, 2) for rows in choice)
+    placed = layout._replace(stretches=stretches)
+    out, lse = exchange.Attention.apply(*packed, placed, bounds, options, Choice(given, made))
+    if choice.made is not None and made is not None:
+        choice.made.copy_(made.unflatten(1, (batch, num_tokens)).transpose(0, 1))
     out = out.unflatten(0, (batch, num_tokens)).transpose(1, 2)
     if query.stride(1) >= query.stride(2):
         out = out.contiguous()
@@ -161,7 +183,36 @@ def _exchange_batch(
 
 # --- what ranks must agree on ---------------------------------------------------------------------------------------
 
-NUM_FACTS = 17
+NUM_FACTS = 18
+
+
+def _checked_choice(
+    chosen: Tensor, query: Tensor, layout: Placement, bounds: list[int] | None, block_size: int, is_causal: bool
+) -> Tensor:
+    """A choice that this rank's queries were given, ``[B, Hq, n, slots]`` or ``[Hq, n, slots]``, without future blocks.
+
+    Raises:
+        IndexError: a block that does not exist, on every rank.
+        ValueError: a block twice in a row, on every rank.
+    """
+    edges = torch.tensor([0, layout.total] if bounds is None else bounds)
+    positions = torch.cat([torch.arange(stretch.start, stretch.end) for stretch in layout.mine])
+    sequence = torch.searchsorted(edges, positions, right=True) - 1
+    own = ((positions - edges[sequence]) // block_size).to(chosen.device)[:, None]
+    counts = ((edges.diff()[sequence] + block_size - 1) // block_size).to(chosen.device)[:, None]
+    ranked = chosen.sort(dim=-1).values
+    error: Exception | None = None
+    if bool(((chosen < -1) | (chosen >= counts)).any()):
+        error = IndexError("record must name blocks that exist, -1 for none, got others")
+    elif bool(((ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)).any()):
+        error = ValueError("record must name a block once for a query, got one twice")
+    what = "agreeing on the choice of a record"
+    device = collectives.agreement_device(layout.group)
+    (has_error,) = collectives.gather_numbers([int(error is not None)], layout.group, device, what)
+    collectives.raise_everywhere(error, has_error, layout.group, what)
+    num_heads, of_heads = query.size(1), chosen.size(-3)
+    chosen = chosen.repeat_interleave(num_heads // of_heads, dim=-3) if of_heads < num_heads else chosen
+    return chosen.masked_fill(chosen > own, -1) if is_causal else chosen
 
 
 def _check(

@@ -72,6 +72,9 @@ def gather_numbers(
         return [list(column) for column in zip(*gathered.view(-1, len(numbers)).tolist(), strict=True)]
 
 
+_KINDS: dict[str, type[Exception]] = {"TypeError": TypeError, "IndexError": IndexError}
+
+
 def require_same(meanings: Iterable[str], columns: Iterable[list[int]]) -> None:
     """Raise ``ValueError``, the same on all ranks, for the first meaning whose numbers differ by rank."""
     for meaning, column in zip(meanings, columns, strict=False):
@@ -91,7 +94,7 @@ def raise_everywhere(error: Exception | None, has_error: Sequence[int], group: d
         raise error
     rank = next(rank for rank, is_refused in enumerate(has_error) if is_refused)
     kind, text = texts[rank] or ("ValueError", "")
-    raise (TypeError if kind == "TypeError" else ValueError)(f"rank {rank} of the group was refused: {text}")
+    raise _KINDS.get(kind, ValueError)(f"rank {rank} of the group was refused: {text}")
 
 
 def all_to_all(

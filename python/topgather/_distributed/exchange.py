@@ -31,7 +31,7 @@ from .._common.library import sum_dtype
 from ..ops import _moba_ops
 from . import collectives
 from .blocks import Blocks, blocks_of
-from .gather import Options
+from .gather import Choice, Options
 from .placement import Placement
 
 _ops = torch.ops.topgather
@@ -307,13 +307,22 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Placement, bounds: list[int], options: Options
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Placement, bounds: list[int], options: Options,
+        asked: Choice,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         query, key, value = (tensors.contiguous_rows(tensor.detach()) for tensor in (query, key, value))
         blocks = blocks_of(layout, bounds, options.block_size, is_causal=options.is_causal)
         around = [blocks.transfer.fetch(tensor, layout, _TO_OWNERS) for tensor in (key, value)]
-        centroids = all_centroids(blocks.owned(around[0]), blocks, layout, options.block_size)
-        choice = _choose_by_heads(query, centroids, blocks, options)
+        if asked.given is not None:
+            choice = asked.given
+            # It may have no own block, and so one more of others.
+            options = options._replace(top_k=choice.size(2) + 1)
+        else:
+            centroids = all_centroids(blocks.owned(around[0]), blocks, layout, options.block_size)
+            choice = _choose_by_heads(query, centroids, blocks, options)
+            if asked.made is not None:
+                asked.made[..., : choice.size(2)] = choice
+                choice = asked.made
         num_kv_heads, group_size = key.size(1), query.size(1) // key.size(1)
         traffic = _count_rows(choice, blocks, layout, num_kv_heads, _bytes_of_row(query, value), options)
         out = query.new_empty((*query.shape[:2], value.size(2)))
@@ -322,7 +331,7 @@ class Attention(torch.autograd.Function):
         for some in traffic.heads:
             wide = slice(some.start * group_size, some.stop * group_size)
             queries, keys, values = query[:, wide], around[0][:, some], around[1][:, some]
-            merged = _at_home(queries, keys, values, blocks, options)
+            merged = _at_home(queries, keys, values, choice[wide], blocks, options)
             rows = _rows_to_send(choice[wide], blocks, group_size, options)
             trip = _Trip(rows, traffic, some, blocks, layout)
             far = _ops.moba_attention.default(
@@ -377,7 +386,7 @@ class Attention(torch.autograd.Function):
             )  # fmt: skip
             total = _grad_at_home(
                 grads, None if grad_lse is None else grad_lse[wide], queries, keys, values, out[:, wide], lse[wide],
-                terms[wide], [gradient[:, some] for gradient in grad_around], blocks, options,
+                terms[wide], choice[wide], [gradient[:, some] for gradient in grad_around], blocks, options,
             )  # fmt: skip
             part = trip.back(far[0][:, 0], "gradients of queries")
             for number in range(int(rows.ordinal.max()) + 1 if rows.ordinal.numel() else 0):
@@ -390,7 +399,7 @@ class Attention(torch.autograd.Function):
             blocks.transfer.give_back(gradient, like, layout, _TO_OWNERS)
             for gradient, like in zip(grad_around, (key, value), strict=True)
         )
-        return (grad_query, *returned, None, None, None)
+        return (grad_query, *returned, None, None, None, None)
 
 
 def _bytes_of_row(query: Tensor, value: Tensor) -> int:
@@ -398,7 +407,15 @@ def _bytes_of_row(query: Tensor, value: Tensor) -> int:
     return 2 * (query.size(-1) + value.size(-1)) * query.element_size()
 
 
-def _at_home(queries: Tensor, keys: Tensor, values: Tensor, blocks: Blocks, options: Options) -> _Merged:
+def _own_blocks(choice: Tensor, blocks: Blocks) -> Tensor:
+    """``[heads, n, 1]``: each row's own block as its call of attention counts it, -1 where it was not chosen."""
+    own = blocks.places.own_block.to(choice.device)
+    return torch.where((choice == own[:, None]).any(-1, keepdim=True), blocks.home_choice(choice.device), -1)
+
+
+def _at_home(
+    queries: Tensor, keys: Tensor, values: Tensor, choice: Tensor, blocks: Blocks, options: Options
+) -> _Merged:
     """Each row's own block; without a causal mask it is one of the others."""
     num_rows, dtype = queries.size(0) * queries.size(1), sum_dtype(queries.dtype)
     if not options.is_causal:
@@ -406,7 +423,7 @@ def _at_home(queries: Tensor, keys: Tensor, values: Tensor, blocks: Blocks, opti
         terms = lse.new_tensor((0.0, torch.inf)).expand(num_rows, 2)
         return _Merged(queries.new_zeros((num_rows, values.size(2))), terms, lse)
     out, lse, terms = _ops.moba_attention.default(
-        queries, keys, values, blocks.home_choice(queries.device), options.block_size, True, options.scale,
+        queries, keys, values, _own_blocks(choice, blocks), options.block_size, True, options.scale,
         *blocks.home_sequences(queries.device), options.deterministic, options.softcap,
     )  # fmt: skip
     return _Merged(_by_head(out)[:, 0], terms.flatten(0, 1), lse.flatten())
@@ -414,14 +431,14 @@ def _at_home(queries: Tensor, keys: Tensor, values: Tensor, blocks: Blocks, opti
 
 def _grad_at_home(
     grads: Tensor, grad_lse: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor,
-    terms: Tensor, grad_around: list[Tensor], blocks: Blocks, options: Options,
+    terms: Tensor, choice: Tensor, grad_around: list[Tensor], blocks: Blocks, options: Options,
 ) -> Tensor:  # fmt: skip
     """Rows' gradients of queries by their own blocks, ``[heads * tokens, D]``; those of keys and values are added."""
     dtype = sum_dtype(queries.dtype)
     if not options.is_causal:
         return queries.new_zeros((queries.size(0) * queries.size(1), queries.size(2)), dtype=dtype)
     found = _ops.moba_attention_backward.default(
-        grads, grad_lse, queries, keys, values, out, lse.contiguous(), blocks.home_choice(queries.device),
+        grads, grad_lse, queries, keys, values, out, lse.contiguous(), _own_blocks(choice, blocks),
         options.block_size, True, options.scale, *blocks.home_sequences(queries.device), options.deterministic,
         options.softcap, terms.contiguous(),
     )  # fmt: skip

@@ -44,6 +44,13 @@ class Options(NamedTuple):
     max_gathered_bytes: int
 
 
+class Choice(NamedTuple):
+    """Blocks of the rank's queries, ``[B, Hq, n, slots]`` or packed ``[Hq, n, slots]``: -1 for none."""
+
+    given: Tensor | None = None  # to attend to
+    made: Tensor | None = None  # to be filled in, where none is given
+
+
 class Part(NamedTuple):
     """A call of the attention: some of the rank's queries and a range of the gathered keys.
 
@@ -217,6 +224,7 @@ class Attention(torch.autograd.Function):
         layout: Placement,
         bounds: list[int] | None,
         options: Options,
+        choice: Choice,
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (tensors.contiguous_rows(tensor.detach()) for tensor in (query, key, value))
         is_packed = bounds is not None
@@ -231,10 +239,18 @@ class Attention(torch.autograd.Function):
                 queries = at(query, part.queries, wide, is_packed)
                 keys, values = (at(tensor, part.keys, slice(None), is_packed) for tensor in (all_keys, all_values))
                 longest = part.sequences[3] if is_packed else keys.size(2)
-                slots = _moba_ops.num_slots(options.top_k, longest, options.block_size)
-                chosen = _ops.moba_route.default(
-                    queries, keys, options.block_size, slots, options.is_causal, *part.sequences
-                )
+                if choice.given is not None:
+                    chosen = rows_at(choice.given, part.queries, wide, is_packed).contiguous()
+                else:
+                    slots = _moba_ops.num_slots(options.top_k, longest, options.block_size)
+                    chosen = _ops.moba_route.default(
+                        queries, keys, options.block_size, slots, options.is_causal, *part.sequences
+                    )
+                    if choice.made is not None:
+                        # As wide as it will be given to a repetition.
+                        made = rows_at(choice.made, part.queries, wide, is_packed)
+                        made[..., :slots] = chosen
+                        chosen = made.contiguous()
                 results = _ops.moba_attention.default(
                     queries, keys, values, chosen, options.block_size, options.is_causal, options.scale,
                     *part.sequences, options.deterministic, options.softcap,
@@ -281,7 +297,7 @@ class Attention(torch.autograd.Function):
             for gradient, total, tensor in zip(gradients[1:], sums, (key, value), strict=True):
                 returned = return_gradients(total.to(tensor.dtype), tensor[:, some], layout, seen, tokens_dim)
                 gradient[:, some] = returned
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def at(tensor: Tensor, tokens: slice, heads: slice, is_packed: bool) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,18 @@ from ._arguments import Scores
 
 @dataclass(frozen=True)
 class Settings:
-    """How a layer attends. ``top_k`` None: to everything."""
+    """How a layer attends. ``top_k`` None: to everything, and then there is nothing to force."""
 
     block_size: int
     top_k: int | None
+    force_first: int = 0
+    force_last: int = 1
+    window: int | None = None
+
+    @property
+    def of_op(self) -> dict[str, Any]:
+        """What the ops take of a choice, beside its sizes."""
+        return {"force_first": self.force_first, "force_last": self.force_last, "window": self.window}
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def attend(
         return moba_attention(query, key, value, routing.block_size, routing=routing, **scores.of_op)
     top_k = _num_blocks(settings, scores, key.shape[2])
     if top_k is not None:
-        return moba_attention(query, key, value, settings.block_size, top_k, **scores.of_op)
+        return moba_attention(query, key, value, settings.block_size, top_k, **settings.of_op, **scores.of_op)
     num_queries, num_keys = query.shape[2], key.shape[2]
     visible = None
     if 1 < num_queries < num_keys:
@@ -199,7 +208,7 @@ def attend_packed(
             block_size,
             top_k,
             routing=routing,
-            **scores.of_op,
+            **{**settings.of_op, **scores.of_op},
         )
     return queries.scatter(out, batch_size, num_tokens)
 

@@ -240,7 +240,8 @@ class MobaLayer(DynamicLayer):
         if new is not None:
             query = new.gather(query)
             routing = None if routing is None else replace(routing, block_indices=new.gather(routing.block_indices))
-        out = moba_decode(query, self.moba_cache, settings.top_k, routing=routing, **scores.of_op).to(dtype)
+        options = {**settings.of_op, **scores.of_op}
+        out = moba_decode(query, self.moba_cache, settings.top_k, routing=routing, **options).to(dtype)
         return out if new is None else new.scatter(out)
 
     def _append(self, key: Tensor, value: Tensor, mask: Tensor | None, settings: Settings) -> NewTokens | None:

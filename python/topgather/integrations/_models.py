@@ -119,7 +119,7 @@ def _check_model(model: PreTrainedModel) -> None:
 
 def _check_settings(model: PreTrainedModel) -> None:
     """Raise for settings that the model's forward would refuse, such as dense layers that it has not."""
-    from .transformers import settings_of_config
+    from ._settings import settings_of_config
 
     settings_of_config(model.config.get_text_config(decoder=True))
 
@@ -330,7 +330,7 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 def _replace_layer(cache: Cache, layer_idx: int) -> None:
     """Put a MoBA layer, with what is cached so far, in the place of a plain one."""
-    from .transformers import registered
+    from ._settings import registered
 
     if type(cache) is not DynamicCache or cache.offloading or torch.is_grad_enabled() or not registered().replace_cache:
         return

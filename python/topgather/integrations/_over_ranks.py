@@ -68,6 +68,11 @@ def attend_over_ranks(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """``[B, H, n, D]`` to ``[B, H, n, Dv]``; dense layers attend to every block."""
+    if settings.of_op != Settings(settings.block_size, settings.top_k).of_op:
+        raise ValueError(
+            "force_first, force_last and window must be 0, 1 and None within context_parallel, got "
+            f"{settings.force_first}, {settings.force_last} and {settings.window}"
+        )
     options: dict[str, Any] = {"block_size": settings.block_size, "top_k": settings.top_k, **scores.of_op}
     if cu_seqlens is None:
         return ranks.attend(query, key, value, **options)

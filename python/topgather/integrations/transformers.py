@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,43 +33,31 @@ except ImportError as error:
 
 from . import _forward
 from ._arguments import IMPLEMENTATION, OF_OTHER_PARTS, USED, Scores, by_us, check_causal, check_dropout, check_names
-from ._attend import (
-    PackedRows,
-    Settings,
-    as_autocast,
-    attend,
-    attend_packed,
-    sequence_starts,
-)
+from ._attend import PackedRows, Settings, as_autocast, attend, attend_packed, sequence_starts
 from ._cache import IndexedMobaLayer, MobaLayer
-from ._indexed import choice_of, choice_within_sequences, has_indexed_layers, keeps_index, of_columns
+from ._indexed import choice_of, choice_within_sequences, keeps_index, of_columns
 from ._models import hook_attention, is_local, layer_of, watch_models
 from ._over_ranks import attend_over_ranks, check_mask_over_ranks, check_over_ranks
+from ._settings import Registered, check_layers, check_layers_exist, set_registered, settings_of, settings_of_config
 
 __all__ = ["make_cache", "register", "set_moba"]
 
 
-@dataclass(frozen=True)
-class _Registered:
-    """What models whose config says nothing go by."""
-
-    block_size: int = 128
-    top_k: int = 8
-    dense_layers: tuple[int, ...] = ()
-    replace_cache: bool = True
-
-
-_registered = _Registered()
-
-
 def register(
-    block_size: int = 128, top_k: int = 8, dense_layers: Sequence[int] = (), *, replace_cache: bool = True
+    block_size: int = 128,
+    top_k: int = 8,
+    dense_layers: Sequence[int] = (),
+    *,
+    replace_cache: bool = True,
+    force_first: int = 0,
+    force_last: int = 1,
+    window: int | None = None,
 ) -> None:
     """Add ``attn_implementation="moba"`` (MoBA, arXiv 2502.13189) to transformers.
 
     Works for decoders that go through transformers' attention interface, such as Llama and Qwen3. May be called again
-    to change the settings, which a model's ``config.moba_block_size``, ``config.moba_top_k`` and
-    ``config.moba_dense_layers`` override where it has them; they are read at every forward.
+    to change the settings, which a model's ``config.moba_block_size``, ``config.moba_top_k`` and so on override where
+    it has them; they are read at every forward.
 
     Args:
         block_size: keys per block, at least 1.
@@ -80,25 +67,26 @@ def register(
         replace_cache: whether a plain ``DynamicCache``, which ``generate`` makes for itself, gets layers that hold
             :class:`topgather.MobaCache` in a forward without gradients. Otherwise it stays as it is, and every new
             token costs time that grows with all tokens before it.
+        force_first, force_last: how many of the first and of the newest blocks are in every choice, within ``top_k``,
+            as in :func:`topgather.moba_route`.
+        window: if given, a query sees the newest ``window`` tokens as well as those of its blocks, as in
+            :func:`topgather.moba_attention`. Layers that attend to a window of the model's own keep that.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: ``block_size`` or ``top_k`` below 1.
+        ValueError: ``block_size``, ``top_k`` or ``window`` below 1, or more forced blocks than ``top_k``.
         ImportError: from the import of this module, where transformers is missing or too old.
     """
-    global _registered
     checks.check_count("block_size", block_size)
     checks.check_count("top_k", top_k)
+    checks.check_forced(force_first, force_last, top_k)
+    checks.check_window(window)
     checks.check_flag("replace_cache", replace_cache)
-    _registered = _Registered(block_size, top_k, _check_layers("dense_layers", dense_layers), replace_cache)
+    layers = check_layers("dense_layers", dense_layers)
+    set_registered(Registered(block_size, top_k, layers, replace_cache, force_first, force_last, window))
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     watch_models()
-
-
-def registered() -> _Registered:
-    """What :func:`register` was called with last."""
-    return _registered
 
 
 def set_moba(
@@ -109,6 +97,9 @@ def set_moba(
     top_k: int | None = None,
     dense_layers: Sequence[int] | None = None,
     dense_implementation: str = "sdpa",
+    force_first: int | None = None,
+    force_last: int | None = None,
+    window: int | None = None,
 ) -> None:
     """Switch a model to block attention, or back to dense attention, at any time (MoBA, arXiv 2502.13189, section 3.2).
 
@@ -123,11 +114,13 @@ def set_moba(
         dense_layers: numbers of the layers that attend to everything, negative ones from the last, as
             ``config.moba_dense_layers``.
         dense_implementation: the ``attn_implementation`` to go to where not ``enabled``.
+        force_first, force_last, window: as in :func:`register`, as ``config.moba_force_first`` and so on; a ``window``
+            of 0 is none.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a size below 1, a layer that the model has not, or a model that does not go through transformers'
-            attention interface.
+        ValueError: a size below 1, more forced blocks than ``top_k``, a layer that the model has not, or a model that
+            does not go through transformers' attention interface.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
@@ -138,9 +131,11 @@ def set_moba(
     if top_k is not None:
         checks.check_count("top_k", top_k)
     if dense_layers is not None:
-        dense_layers = _check_layers("dense_layers", dense_layers)
-        num_layers = config.num_hidden_layers
-        _check_layers_exist("dense_layers", dense_layers, num_layers)
+        dense_layers = check_layers("dense_layers", dense_layers)
+        check_layers_exist("dense_layers", dense_layers, config.num_hidden_layers)
+    for name, count in (("force_first", force_first), ("force_last", force_last), ("window", window)):
+        if count is not None:
+            checks.check_count(name, count, least=0)
 
     if IMPLEMENTATION not in AttentionInterface().valid_keys():
         register()
@@ -149,10 +144,14 @@ def set_moba(
         "block_size": block_size,
         "top_k": top_k,
         "dense_layers": None if dense_layers is None else [*dense_layers],
+        "force_first": force_first,
+        "force_last": force_last,
+        "window": window,
     }
     before = dict(vars(config))
     vars(config).update({f"moba_{name}": value for name, value in given.items() if value is not None})
     try:
+        settings_of_config(config)  # together, which a model that is switched already is not asked again
         _switch(model, config, IMPLEMENTATION if enabled else dense_implementation)
     except BaseException:
         for name in given:
@@ -215,57 +214,6 @@ def make_cache(
         if kind is not None:
             layers[layer_idx] = kind(max_seq_len, paged, num_pages)
     return Cache(layers=layers)
-
-
-# ---------------------------------------------------------------------------------------------------------- settings
-
-
-def _check_layers(name: str, layers: Any) -> tuple[int, ...]:
-    if isinstance(layers, (str, bytes)) or not isinstance(layers, (Sequence, set, frozenset)):
-        raise TypeError(f"{name} must be a sequence of ints, got {type(layers).__name__}")
-    for layer_idx in layers:
-        if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
-            raise TypeError(f"{name} must hold ints, got {layer_idx!r} of type {type(layer_idx).__name__}")
-    return tuple(layers)
-
-
-def _check_layers_exist(name: str, layers: Sequence[int], num_layers: int) -> None:
-    for layer_idx in layers:
-        if not -num_layers <= layer_idx < num_layers:
-            raise ValueError(f"{name} must be from {-num_layers} to {num_layers - 1}, got {layer_idx}")
-
-
-def _settings_of(module: nn.Module) -> Settings:
-    """What ``module``, one layer's attention, goes by."""
-    config = getattr(module, "config", None)
-    block_size, top_k, dense_layers = settings_of_config(config)
-    layer_idx, num_layers = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
-    if dense_layers and layer_idx in [idx + (num_layers or 0) if idx < 0 else idx for idx in dense_layers]:
-        return Settings(block_size, None)
-    # Beside layers that choose by an indexer the others are dense, as the model was trained.
-    return Settings(block_size, None if has_indexed_layers(config) else top_k)
-
-
-def settings_of_config(config: Any) -> tuple[int, int, tuple[int, ...]]:
-    """What a model of ``config`` goes by, its config, else what was registered: ``block_size, top_k, dense_layers``.
-
-    Raises:
-        TypeError: a setting of the wrong type.
-        ValueError: a size below 1, or a layer that the model has not.
-    """
-
-    def setting(name: str) -> Any:
-        found = getattr(config, f"moba_{name}", None)
-        return getattr(_registered, name) if found is None else found
-
-    block_size, top_k = setting("block_size"), setting("top_k")
-    checks.check_count("config.moba_block_size", block_size)
-    checks.check_count("config.moba_top_k", top_k)
-    dense_layers = _check_layers("config.moba_dense_layers", setting("dense_layers"))
-    num_layers = getattr(config, "num_hidden_layers", None)
-    if dense_layers and num_layers is not None:
-        _check_layers_exist("dense_layers", dense_layers, num_layers)
-    return block_size, top_k, dense_layers
 
 
 # ------------------------------------------------------------------------------------------------------------- masks
@@ -567,7 +515,7 @@ def _attention(
         attention_mask = _forward.remembered(_of_keys, attention_mask)
     _check_mask(module, attention_mask)
     scores = Scores.of_arguments(module, scaling, kwargs)
-    settings = _settings_of(module)
+    settings = settings_of(module)
     layer = None if torch.compiler.is_compiling() else layer_of(module, key)
     ranks = over_ranks.active()
     if ranks is not None:

@@ -266,7 +266,7 @@ def _lookup_backward(values: Tensor, indices: Tensor, needs_grad_weights: bool) 
     return 2 * indices.numel() * values.size(1) * (1 + bool(needs_grad_weights))
 
 
-for _name in ("memory_lookup", "memory_dot"):
+for _name in ("memory_lookup", "memory_dot", "memory_lookup_quantized", "memory_dot_quantized"):
     _formula(_name)(_lookup)
 for _name in ("memory_backward", "memory_backward_sparse"):
     _formula(_name)(_lookup_backward)

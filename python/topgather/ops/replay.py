@@ -152,6 +152,29 @@ def choose(route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call)
     return block_indices
 
 
+class _NothingGiven(Exception):
+    """A call chooses by itself."""
+
+
+def _raise_nothing_given() -> Tensor:
+    raise _NothingGiven
+
+
+@torch.compiler.disable
+def given(call: Call) -> tuple[Tensor | None, bool]:
+    """For a call that chooses while it attends: the blocks it is given, and whether :func:`note` is to get its own."""
+    try:
+        return choose(_raise_nothing_given, (), call), False
+    except _NothingGiven:
+        return None, _active.get() is not None and _checkpoint()[1] is None
+
+
+@torch.compiler.disable
+def note(block_indices: Tensor, call: Call) -> None:
+    """Record what a call chose that was given nothing."""
+    choose(lambda: block_indices, (), call)
+
+
 class _Context:
     """What both contexts do."""
 
@@ -180,7 +203,8 @@ class record_routing(_Context):
         record.save("choices.safetensors")
 
     Every call of :func:`moba_attention`, :func:`moba_attention_varlen` and :func:`moba_decode` that chooses blocks by
-    itself is recorded in this thread (in this context, of contextvars): int32, on the device where it was made. Calls
+    itself is recorded in this thread (in this context, of contextvars): int32, on the device where it was made. Of a
+    sequence that is spread over ranks (:mod:`topgather.distributed`) each rank records its own tokens' choices. Calls
     with a ``routing`` of their own, or with ``top_k=None``, which attends to everything, choose nothing, and are not
     counted. What ``torch.utils.checkpoint`` repeats is not recorded twice, and chooses what its first pass chose, also
     after the context has ended.
