@@ -429,6 +429,7 @@ KERNEL_CASES: list[Case] = [
     *(DecodeCase(dtype, head_dim=21, value_dim=70, block_size=16, top_k=2) for dtype in FLOAT_TYPES),
     *(IndexRouteCase(dtype) for dtype in FLOAT_TYPES),
     *(IndexRouteCase(dtype, dim=128, is_sum=True) for dtype in FLOAT_TYPES),
+    IndexRouteCase(torch.bfloat16, dim=64, is_sum=True, has_whole_tiles=True),
 ]
 
 

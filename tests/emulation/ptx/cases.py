@@ -466,6 +466,7 @@ class IndexRouteCase:
     dtype: torch.dtype
     dim: int = 40
     is_sum: bool = False
+    has_whole_tiles: bool = False
 
     least_launches = 1
 
@@ -474,18 +475,18 @@ class IndexRouteCase:
 
     def run(self, recorder: Recorder) -> None:
         """Forced and scored blocks, and queries that see fewer than they may choose."""
-        heads, choices, tokens = 4, 2 if self.is_sum else 4, 70
+        heads, choices, tokens = 4, 2 if self.is_sum else 4, 130 if self.has_whole_tiles else 70
         recorder.call(
             "index_route",
             index_query=recorder.random(1, heads, tokens, self.dim, dtype=self.dtype),
             index_key=recorder.random(1, 2, tokens, self.dim, dtype=self.dtype),
             weights=recorder.random(1, heads, tokens, dtype=torch.float32) if self.is_sum else None,
-            block_size=9,
+            block_size=64 if self.has_whole_tiles else 9,
             reduction_code=2 if self.is_sum else int(self.dtype == torch.float16),
             is_causal=True,
             force_first=1,
             force_last=int(not self.is_sum),
-            block_indices=recorder.zeros(1, choices, tokens, 4, dtype=torch.int32),
+            block_indices=recorder.zeros(1, choices, tokens, 2 if self.has_whole_tiles else 4, dtype=torch.int32),
         )
 
 
