@@ -13,7 +13,7 @@ INSTALL_TOPGATHER := $(PIP_INSTALL) --no-build-isolation
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') \
            CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake pyproject.toml
 
-.PHONY: install demo test emulation kernels model gpu sanitize lint bench clean
+.PHONY: install docs quick demo test emulation kernels model gpu sanitize lint bench clean
 
 install: $(VENV)/.installed
 
@@ -35,16 +35,25 @@ $(VENV)/.dev: $(VENV)/.installed pyproject.toml
 	$(INSTALL_TOPGATHER) ".[dev]"
 	touch $@
 
+# The documentation as a site, build/site/index.html. Strict: a link or a name that leads nowhere fails.
+$(VENV)/.docs: $(VENV)/.tools pyproject.toml
+	$(PIP_INSTALL) --group docs
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 demo: install
 	$(RUN) examples/byte_language_model.py --output build/demo.png
 
 CONFIGURE := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
   -DPython_EXECUTABLE=$(abspath $(RUN))
+PYBIND11 = -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir)
 
 # The CUDA kernels once more, compiled for the CPU: tests/emulation.
 EMULATION := build/emulation
 emulation: install
-	$(CONFIGURE) -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) -S tests/emulation -B $(EMULATION)
+	$(CONFIGURE) $(PYBIND11) -S tests/emulation -B $(EMULATION)
 	$(VENV)/bin/cmake --build $(EMULATION)
 
 test: emulation
@@ -67,12 +76,24 @@ OUT ?= build/gpu/results
 gpu:
 	$(PYTHON) tools/gpu.py --output $(OUT) $(GPU)
 
+# A clone's first green tests: one op, the CPU alone, nothing installed but what that takes. TESTS names others.
+QUICK := build/quick
+TESTS ?= tests/key_conv/test_key_conv.py
+quick: $(VENV)/.tools
+	$(PIP_INSTALL) "pytest>=8" "hypothesis>=6.100" numpy
+	$(CONFIGURE) $(PYBIND11) -S . -B $(QUICK) -DCMAKE_INSTALL_PREFIX=$(QUICK)/package -DTOPGATHER_CUDA=OFF
+	$(VENV)/bin/cmake --build $(QUICK)
+	rm -rf $(QUICK)/package && mkdir -p $(QUICK)/package
+	cp -r python/topgather $(QUICK)/package/ && rm -f $(QUICK)/package/topgather/_native*
+	$(VENV)/bin/cmake --install $(QUICK) --prefix $(QUICK)/package
+	PYTHONPATH=$(QUICK)/package $(RUN) -m pytest -q $(TESTS)
+
 # The native code once more, built with address and undefined-behaviour sanitizers, under the tests marked `sanitize`,
 # which reach every kernel. Leaks are not looked for: the interpreter and torch never free what they own. libstdc++ is
 # preloaded so that the sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
 sanitize: install
-	$(CONFIGURE) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
+	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
 	$(VENV)/bin/cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package

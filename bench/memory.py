@@ -35,6 +35,7 @@ from _harness import (
 
 TOPK, FORWARD, DENSE, SPARSE = "top-k", "forward", "forward+backward, dense", "forward+backward, sparse"
 OURS, TORCH = "topgather", "torch"
+STEP = "forward+backward+step, Adam"
 COLORS = {TORCH: "#8a8f98", OURS: "#d1495b"}
 
 
@@ -78,7 +79,9 @@ class LookupProblem:
 def plan(device: torch.device, is_quick: bool) -> tuple[list[TopkProblem], list[LookupProblem]]:
     """What is measured."""
     if is_quick:
-        return [TopkProblem(256, 2, 64, 64, 16, "float32")], [LookupProblem(128, 32, 4096, 64, "float32")]
+        directions = (FORWARD, DENSE, SPARSE, STEP)
+        lookups = [LookupProblem(128, 32, 4096, 64, "float32", directions=directions)]
+        return [TopkProblem(256, 2, 64, 64, 16, "float32")], lookups
     if device.type == "cuda":
         topk = [TopkProblem(16384, 4, n, 512, 32, "bfloat16", 5.0 if n == 1024 else None) for n in (512, 1024, 2048)]
         targets = {DENSE: 5.0}
@@ -96,6 +99,9 @@ def plan(device: torch.device, is_quick: bool) -> tuple[list[TopkProblem], list[
     lookups += [LookupProblem(4096, 128, 2**18, 512, "float32", kind) for kind in ("power law", "one hot row")]
     lookups += [LookupProblem(4096, 128, 2**18, 512, "bfloat16", directions=(FORWARD, DENSE))]
     lookups += [LookupProblem(4096, 128, 2**p, 512, "float32", directions=(SPARSE,)) for p in (16, 20, 22)]
+    lookups += [
+        LookupProblem(4096, 128, 2**p, 512, "float32", directions=(STEP,), targets={STEP: 6.0}) for p in (16, 18)
+    ]
     return topk, lookups
 
 
@@ -155,6 +161,39 @@ def lookup_candidates(
     return candidates
 
 
+def step_candidates(
+    values: Tensor, indices: Tensor, weights: Tensor, grad_out: Tensor
+) -> dict[str, Callable[[], object]]:
+    """One training step of each peer, on a table of its own: SparseAdam, fused AdamW on a dense gradient, RowAdam."""
+
+    def stepping(
+        make: Callable[[Tensor], torch.optim.Optimizer], out: Callable[[Tensor], Tensor]
+    ) -> Callable[[], None]:
+        table = values.detach().clone().requires_grad_()
+        optimizer = make(table)
+
+        def step() -> None:
+            out(table).backward(grad_out)
+            optimizer.step()
+            optimizer.zero_grad()
+            weights.grad = None
+
+        return step
+
+    def ours(table: Tensor) -> Tensor:
+        return tg.memory_lookup(table, indices, weights)
+
+    def bag(table: Tensor) -> Tensor:
+        return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights, sparse=True)
+
+    return {
+        OURS: stepping(lambda table: tg.optim.RowAdam([table]), ours),
+        "bfloat16 states": stepping(lambda table: tg.optim.RowAdam([table], state_dtype=torch.bfloat16), ours),
+        TORCH: stepping(lambda table: torch.optim.SparseAdam([table]), bag),
+        "dense, fused AdamW": stepping(lambda table: torch.optim.AdamW([table], weight_decay=0, fused=True), ours),
+    }
+
+
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
@@ -212,7 +251,11 @@ def measure_lookup(problem: LookupProblem, device: torch.device) -> list[dict[st
     bandwidth = measure_bandwidth(device, values.detach())
     rows = []
     for direction in problem.directions:
-        times = time_candidates(lookup_candidates(problem, direction, values, indices, weights, grad_out), device)
+        if direction == STEP:
+            candidates = step_candidates(values, indices, weights, grad_out)
+        else:
+            candidates = lookup_candidates(problem, direction, values, indices, weights, grad_out)
+        times = time_candidates(candidates, device)
         row = row_of(str(problem), direction, problem, times, problem.targets.get(direction))
         row["bandwidth_bytes_per_second"] = bandwidth
         if direction == FORWARD:

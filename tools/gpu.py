@@ -267,9 +267,18 @@ def configure_and_build(
     if cmake is None or ninja is None:
         session.report(Step(name, FAILED, detail="cmake and ninja must be installed with the interpreter or on PATH"))
         return False
+    pybind11 = run_command([machine.python, "-m", "pybind11", "--cmakedir"], machine.environment, 30)
+    if pybind11.status != PASSED:
+        session.report(Step(name, FAILED, detail=f"pybind11: {last_line(pybind11.output)}"))
+        return False
     script = 'set -e; cmake="$1"; source="$2"; folder="$3"; shift 3; "$cmake" -S "$source" -B "$folder" "$@"; '
     script += '"$cmake" --build "$folder"'
-    fixed = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={machine.python}"]
+    fixed = [
+        "-GNinja",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DPython_EXECUTABLE={machine.python}",
+        f"-Dpybind11_DIR={pybind11.output.strip().splitlines()[-1]}",
+    ]
     command = ["sh", "-c", script, "sh", cmake, str(source), str(folder), *fixed, *options]
     return session.run(name, command, limit, judge_by(r"error|Error|\[\d+/\d+\] Linking")).status == PASSED
 
@@ -409,13 +418,10 @@ def test_emulated(session: Session) -> None:
     if session.seconds_left < EMULATION_SECONDS and session.machine.gpu is not None:
         session.report(Step("emulated tests", NOT_RUN, detail="no time left"))
         return
-    name, machine = "build of the emulation", session.machine
-    pybind11 = run_command([machine.python, "-m", "pybind11", "--cmakedir"], machine.environment, 30)
-    if pybind11.status != PASSED:
-        session.report(Step(name, FAILED, detail=f"pybind11: {last_line(pybind11.output)}"))
-        return
-    options = ["-DCMAKE_BUILD_TYPE=Release", f"-Dpybind11_DIR={pybind11.output.strip().splitlines()[-1]}"]
-    if not configure_and_build(session, name, ROOT / "tests" / "emulation", EMULATION, options, session.seconds_left):
+    options = ["-DCMAKE_BUILD_TYPE=Release"]
+    if not configure_and_build(
+        session, "build of the emulation", ROOT / "tests" / "emulation", EMULATION, options, session.seconds_left
+    ):
         return
     session.run(
         "emulated tests",

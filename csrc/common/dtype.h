@@ -5,7 +5,15 @@
 
 namespace topgather {
 
-enum class Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt32 = 4, kInt64 = 5 };
+enum class Dtype : int32_t {
+  kFloat32 = 0,
+  kFloat64 = 1,
+  kBFloat16 = 2,
+  kFloat16 = 3,
+  kInt32 = 4,
+  kInt64 = 5,
+  kInt8 = 6
+};
 
 constexpr int64_t element_bytes(Dtype dtype) {
   switch (dtype) {
@@ -13,6 +21,7 @@ constexpr int64_t element_bytes(Dtype dtype) {
     case Dtype::kInt64: return 8;
     case Dtype::kBFloat16:
     case Dtype::kFloat16: return 2;
+    case Dtype::kInt8: return 1;
     default: return 4;
   }
 }

@@ -1,31 +1,16 @@
 #include "native_call.h"
 
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <stdexcept>
+
+namespace py = pybind11;
 
 namespace topgather {
 
 namespace {
-
-// An attribute of the module, borrowed.
-PyObject* attribute(PyObject* module, const char* name) {
-  PyObject* value = checked(PyObject_GetAttrString(module, name));
-  Py_DECREF(value);  // the module keeps it
-  return value;
-}
-
-void set_texts(PyObject* dict, const std::string& key, const std::vector<std::string>& values) {
-  PyObject* list = texts(values);
-  const int failed = PyDict_SetItemString(dict, key.c_str(), list);
-  Py_DECREF(list);
-  if (failed != 0) throw PythonError();
-}
-
-// Instead of the error that is set.
-[[noreturn]] void throw_type_error(const std::string& message) {
-  PyErr_SetString(PyExc_TypeError, message.c_str());
-  throw PythonError();
-}
 
 // --- tensors --------------------------------------------------------------------------------------------------------
 
@@ -62,11 +47,11 @@ struct DlpackExchange {
 const DlpackExchange* exchange = nullptr;
 
 // Takes the capsule that torch offers; False, and tensors must come as tuples, where it is of another version.
-bool use_exchange(PyObject* capsule) {
+bool use_exchange(const py::object& capsule) {
   exchange = nullptr;
-  if (capsule == Py_None) return false;
-  auto* offered = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  if (offered == nullptr) throw PythonError();
+  if (capsule.is_none()) return false;
+  auto* offered = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (offered == nullptr) throw py::error_already_set();
   constexpr uint32_t kMajorVersion = 1;
   while (offered != nullptr && offered->major_version != kMajorVersion) offered = offered->previous;
   if (offered != nullptr && offered->tensor_from_object != nullptr) exchange = offered;
@@ -82,6 +67,7 @@ Dtype dtype_of(const DlpackDtype& dtype, const char* name) {
     if (dtype.code == kBFloat && dtype.bits == 16) return Dtype::kBFloat16;
     if (dtype.code == kInt && dtype.bits == 32) return Dtype::kInt32;
     if (dtype.code == kInt && dtype.bits == 64) return Dtype::kInt64;
+    if (dtype.code == kInt && dtype.bits == 8) return Dtype::kInt8;
   }
   throw std::invalid_argument(std::string(name) + " has a dtype that no kernel takes");
 }
@@ -115,7 +101,7 @@ void view_of(PyObject* object, const char* name, OwnedView& view) {
   }
   if (exchange == nullptr) throw std::invalid_argument(std::string(name) + " must come as a tuple with this torch");
   DlpackTensor tensor{};
-  if (exchange->tensor_from_object(object, &tensor) != 0) throw PythonError();
+  if (exchange->tensor_from_object(object, &tensor) != 0) throw py::error_already_set();
   view.data = static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
   view.dtype = dtype_of(tensor.dtype, name);
   view.num_dims = tensor.ndim;
@@ -148,7 +134,8 @@ PyObject* call_entry(PyObject* self, PyObject* const* arguments, Py_ssize_t num_
     PyObject* result = entry.call(arguments);
     if (result != nullptr) return result;
     Py_RETURN_NONE;
-  } catch (const PythonError&) {  // is set
+  } catch (py::error_already_set& error) {
+    error.restore();
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::out_of_range& error) {
@@ -191,7 +178,8 @@ int64_t read_integer(PyObject* object, const char* name) {
   if (object == Py_None) return 0;
   const long long value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred() != nullptr) {
-    throw_type_error(std::string(name) + " must be an int that fits 64 bits");
+    py::raise_from(PyExc_TypeError, (std::string(name) + " must be an int that fits 64 bits").c_str());
+    throw py::error_already_set();
   }
   return value;
 }
@@ -200,37 +188,15 @@ double read_number(PyObject* object, const char* name) {
   if (object == Py_None) return 0;
   const double value = PyFloat_AsDouble(object);
   if (value == -1.0 && PyErr_Occurred() != nullptr) {
-    throw_type_error(std::string(name) + " must be a number");
+    py::raise_from(PyExc_TypeError, (std::string(name) + " must be a number").c_str());
+    throw py::error_already_set();
   }
   return value;
 }
 
-std::string read_text(PyObject* object, const char* name) {
-  Py_ssize_t size = 0;
-  const char* characters = PyUnicode_AsUTF8AndSize(object, &size);
-  if (characters == nullptr) throw_type_error(std::string(name) + " must be a str");
-  return {characters, static_cast<size_t>(size)};
-}
-
 PyObject* checked(PyObject* object) {
-  if (object == nullptr) throw PythonError();
+  if (object == nullptr) throw py::error_already_set();
   return object;
-}
-
-PyObject* text(const std::string& text) {
-  return checked(PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size())));
-}
-
-PyObject* texts(const std::vector<std::string>& texts) {
-  PyObject* list = checked(PyList_New(static_cast<Py_ssize_t>(texts.size())));
-  for (size_t i = 0; i < texts.size(); ++i) PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), text(texts[i]));
-  return list;
-}
-
-void set_attribute(PyObject* module, const char* name, PyObject* value) {
-  const int failed = PyObject_SetAttrString(module, name, checked(value));
-  Py_DECREF(value);
-  if (failed != 0) throw PythonError();
 }
 
 void add_entry(PyObject* module, const std::string& name, std::vector<std::string> argument_names, NativeCall call) {
@@ -240,23 +206,23 @@ void add_entry(PyObject* module, const std::string& name, std::vector<std::strin
   entry->call = std::move(call);
   entry->definition = {entry->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_entry)),
                        METH_FASTCALL, nullptr};
-  PyObject* self = checked(PyCapsule_New(entry.get(), nullptr, nullptr));
-  PyObject* function = PyCFunction_NewEx(&entry->definition, self, nullptr);
-  Py_DECREF(self);
-  set_attribute(module, name.c_str(), function);
-  set_texts(attribute(module, "argument_names"), name, entry->argument_names);
+  const py::capsule self(entry.get());
+  const auto owner = py::reinterpret_borrow<py::module_>(module);
+  owner.attr(name.c_str()) =
+      py::reinterpret_steal<py::object>(checked(PyCFunction_NewEx(&entry->definition, self.ptr(), nullptr)));
+  owner.attr("argument_names")[name.c_str()] = entry->argument_names;
   entries().push_back(std::move(entry));
 }
 
 void set_aligned_arguments(PyObject* module, const std::string& name, const std::vector<std::string>& names) {
-  set_texts(attribute(module, "aligned_arguments"), name, names);
+  py::reinterpret_borrow<py::module_>(module).attr("aligned_arguments")[name.c_str()] = names;
 }
 
 void add_native_calls(PyObject* module) {
-  set_attribute(module, "argument_names", PyDict_New());
-  set_attribute(module, "aligned_arguments", PyDict_New());  // of CUDA entry points, by name
-  add_entry(module, "use_exchange", {"capsule"},
-            [](PyObject* const* arguments) { return PyBool_FromLong(use_exchange(arguments[0])); });
+  auto owner = py::reinterpret_borrow<py::module_>(module);
+  owner.attr("argument_names") = py::dict();
+  owner.attr("aligned_arguments") = py::dict();  // of CUDA entry points, by name
+  owner.def("use_exchange", &use_exchange);
 }
 
 }  // namespace topgather

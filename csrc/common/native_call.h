@@ -29,16 +29,9 @@ void read_array(PyObject* object, const char* name, int rank, int expected, void
                 int64_t* strides, Dtype* dtype);
 int64_t read_integer(PyObject* object, const char* name);  // 0 for None
 double read_number(PyObject* object, const char* name);    // 0 for None
-std::string read_text(PyObject* object, const char* name);
 
-// Thrown where Python's error is set.
-struct PythonError {};
-
-// What a call of Python's interface returned, a new reference; throws where that is null.
+// What a call of Python's interface returned, a new reference; throws Python's error where that is null.
 PyObject* checked(PyObject* object);
-PyObject* text(const std::string& text);
-PyObject* texts(const std::vector<std::string>& texts);                   // a list
-void set_attribute(PyObject* module, const char* name, PyObject* value);  // takes the reference
 
 template <typename T>
 inline constexpr int kRequiredDtype = -1;  // void: any
@@ -46,6 +39,10 @@ template <>
 inline constexpr int kRequiredDtype<int32_t> = static_cast<int>(Dtype::kInt32);
 template <>
 inline constexpr int kRequiredDtype<int64_t> = static_cast<int>(Dtype::kInt64);
+template <>
+inline constexpr int kRequiredDtype<int8_t> = static_cast<int>(Dtype::kInt8);
+template <>
+inline constexpr int kRequiredDtype<float> = static_cast<int>(Dtype::kFloat32);
 
 template <typename Field>
 concept IsArray = requires { Field::kRank; };

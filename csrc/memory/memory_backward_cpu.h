@@ -161,6 +161,24 @@ struct MemoryBackward {
     if (is_whole_block(first)) add_entries(first, first + kBlockEntries, true, block_sums + block * row_dim());
   }
 
+  // The sums of all whole blocks, which `block_sums` is set to.
+  AlignedBuffer sum_blocks() {
+    const int64_t num_blocks = num_entries / kBlockEntries;
+    int64_t num_whole_blocks = 0;
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      num_whole_blocks += is_whole_block(block * kBlockEntries) ? 1 : 0;
+    }
+    AlignedBuffer buffer;
+    if (num_whole_blocks == 0) return buffer;
+    buffer = allocate_aligned(static_cast<size_t>(num_blocks * row_dim()) * sizeof(T));
+    block_sums = reinterpret_cast<T*>(buffer.get());
+    const double num_operations = static_cast<double>(num_whole_blocks * kBlockEntries) *
+                                  static_cast<double>(row_dim()) * MemoryLookupConfig::kOperationsPerElement;
+    for_each_task(useful_threads(params.problem.num_threads, num_whole_blocks, num_operations), num_blocks,
+                  [&](int64_t block, int) { sum_block(block); });
+    return buffer;
+  }
+
   int64_t end_of_run(int64_t first) const {
     int64_t position = first + 1;
     while (position < num_entries && params.targets.data[position] == params.targets.data[first]) {
@@ -251,7 +269,6 @@ void memory_backward_storage(const MemoryBackwardParams& params) {
     --num_entries;
     if (grad_weights != nullptr) grad_weights[params.order.data[num_entries]] = 0;
   }
-  const int64_t num_blocks = num_entries / Config::kBlockEntries;
   const double cost_of_row = static_cast<double>(row_dim) * Config::kOperationsPerElement;
 
   MemoryBackward<Storage> backward{params, nullptr, 0, num_entries};
@@ -259,18 +276,7 @@ void memory_backward_storage(const MemoryBackwardParams& params) {
   const int64_t num_positions = params.num_targets + num_entries;
   backward.task_positions = positions_per_task(num_positions, row_dim);
 
-  int64_t num_whole_blocks = 0;
-  for (int64_t block = 0; block < num_blocks; ++block) {
-    num_whole_blocks += backward.is_whole_block(block * Config::kBlockEntries) ? 1 : 0;
-  }
-  AlignedBuffer block_sums;
-  if (num_whole_blocks > 0) {
-    block_sums = allocate_aligned(static_cast<size_t>(num_blocks * row_dim) * sizeof(T));
-    backward.block_sums = reinterpret_cast<T*>(block_sums.get());
-    const double num_operations = static_cast<double>(num_whole_blocks * Config::kBlockEntries) * cost_of_row;
-    for_each_task(useful_threads(problem.num_threads, num_whole_blocks, num_operations), num_blocks,
-                  [&](int64_t block, int) { backward.sum_block(block); });
-  }
+  const AlignedBuffer block_sums = backward.sum_blocks();
 
   const int64_t num_tasks = ceil_div(num_positions, backward.task_positions);
   const int num_threads =

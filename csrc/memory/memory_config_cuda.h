@@ -15,6 +15,14 @@ struct MemoryLookupCudaConfig {
   static constexpr int kRowsInFlight = 8;
 };
 
+// Of rows of 8 bits a load brings 16 columns, so fewer of them, and of blocks, leave registers for their numbers: 32 KB
+// under way.
+struct MemoryQuantizedCudaConfig {
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocksPerProcessor = 4;
+  static constexpr int kRowsInFlight = 4;
+};
+
 struct MemoryBackwardCudaConfig {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerProcessor = 2;

@@ -4,7 +4,9 @@
 #include "../cpu/dispatch.h"
 #include "memory_backward_cpu.h"
 #include "memory_lookup_cpu.h"
+#include "memory_quantized_cpu.h"
 #include "memory_topk_cpu.h"
+#include "memory_update_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
@@ -25,8 +27,23 @@ void backward(const MemoryBackwardParams& params) {
   with_storage(params.problem.dtype, [&](auto storage) { memory_backward_storage<decltype(storage)>(params); });
 }
 
+void lookup_quantized(const QuantizedLookupParams& params) {
+  if (params.rows.is_float8) return memory_lookup_quantized<Float8>(params);
+  memory_lookup_quantized<Int8>(params);
+}
+
+void dot_quantized(const QuantizedDotParams& params) {
+  if (params.rows.is_float8) return memory_dot_quantized<Float8>(params);
+  memory_dot_quantized<Int8>(params);
+}
+
+void update(const MemoryUpdateParams& params) {
+  with_storage(params.problem.dtype, [&](auto storage) { memory_update_storage<decltype(storage)>(params); });
+}
+
 }  // namespace
 
-extern const MemoryCpuKernels kMemoryCpuKernels{&product_key_topk, &lookup, &dot, &backward};
+extern const MemoryCpuKernels kMemoryCpuKernels{&product_key_topk, &lookup,        &dot,   &backward,
+                                                &lookup_quantized, &dot_quantized, &update};
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

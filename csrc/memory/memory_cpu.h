@@ -11,6 +11,9 @@ struct MemoryCpuKernels {
   void (*lookup)(const MemoryLookupParams& params);
   void (*dot)(const MemoryDotParams& params);
   void (*backward)(const MemoryBackwardParams& params);
+  void (*lookup_quantized)(const QuantizedLookupParams& params);
+  void (*dot_quantized)(const QuantizedDotParams& params);
+  void (*update)(const MemoryUpdateParams& params);
 };
 TOPGATHER_CPU_KERNELS(MemoryCpuKernels, avx512)
 

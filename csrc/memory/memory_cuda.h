@@ -25,6 +25,12 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace& 
 void memory_lookup_cuda(const MemoryLookupParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 void memory_dot_cuda(const MemoryDotParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
+// Rows of 8 bits; 16-byte loads where rows and groups allow them. No workspace.
+void memory_lookup_quantized_cuda(const QuantizedLookupParams& params, const CudaWorkspace& workspace,
+                                  const CudaPlace& place);
+void memory_dot_quantized_cuda(const QuantizedDotParams& params, const CudaWorkspace& workspace,
+                               const CudaPlace& place);
+
 // The same bits every time.
 int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, const CudaPlace& place);
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);

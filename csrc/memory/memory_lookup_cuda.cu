@@ -18,6 +18,7 @@
 // Determinism: every sum has an order fixed by shapes and alignment.
 #include "../cuda/dispatch.h"
 #include "../cuda/lane_rows.cuh"
+#include "memory_bags_cuda.cuh"
 #include "memory_config_cuda.h"
 #include "memory_cuda.h"
 
@@ -52,54 +53,6 @@ struct MemoryLookupArguments {
 };
 
 namespace {
-
-// What a group of lanes works on.
-struct Task {
-  int64_t token;
-  int part;
-  int lane_in_row;
-  bool is_there;
-};
-
-__device__ __forceinline__ Task task_of(const MemoryLookupArguments& args, uint32_t warp) {
-  const int lanes_per_row = args.shape.lanes_per_row;
-  const uint32_t tokens = warp / args.parts_per_token;
-  Task task;
-  task.part = static_cast<int>(warp - tokens * args.parts_per_token);
-  task.token = static_cast<int64_t>(tokens) * (kLanes / lanes_per_row) + lane_id() / lanes_per_row;
-  task.lane_in_row = lane_id() % lanes_per_row;
-  task.is_there = task.token < args.num_tokens;
-  return task;
-}
-
-constexpr int32_t kNoRow = -1;
-
-// The entries of a lookup's token.
-struct Bag {
-  int64_t first;
-  int32_t size;
-  int32_t longest;  // size of the longest one of the warp
-  bool is_valid;
-};
-
-template <bool kRagged>
-__device__ __forceinline__ Bag bag_of(const MemoryLookupArguments& args, const Task& task) {
-  if constexpr (!kRagged) return {task.token * args.bag_size, args.bag_size, args.bag_size, true};
-  Bag bag = {0, 0, 0, true};
-  if (task.is_there) {
-    const int64_t first = args.offsets[task.token], end = args.offsets[task.token + 1];
-    bag.is_valid = first >= 0 && first <= end && end <= args.num_entries;
-    if (bag.is_valid) {
-      bag.first = first;
-      bag.size = static_cast<int32_t>(end - first);
-    }
-  }
-  bag.longest = bag.size;
-  for (int distance = kMinLanesPerRow; distance < kLanes; distance *= 2) {
-    bag.longest = max(bag.longest, __shfl_xor_sync(kAllLanes, bag.longest, distance));
-  }
-  return bag;
-}
 
 struct Entry {
   int64_t index;

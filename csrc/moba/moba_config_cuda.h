@@ -24,6 +24,8 @@ struct MobaLayoutConfig {
   static constexpr int kChunksPerThreadBlock = 4;
   static constexpr int kCountRounds = 4;  // of rows that a warp counts, their choices on their way at once
   static constexpr int kScanUnroll = 16;  // chunks whose counts are on their way at once
+  static constexpr int kMaxScanThreads = 512;
+  static constexpr int kMaxBlocksOfOneScan = 128;  // a launch less outweighs that one thread block scans all chunks
   // Cursors of a thread block's chunks lie in shared memory up to this size, else in global memory.
   static constexpr int kMaxCursorBytes = 64 * 1024;
 };

@@ -2,7 +2,7 @@
 // come.
 //
 //   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
-//   max_e     = max of log2(e) * scale * dot(query, key), capped where there is a softcap                 [entry]
+//   max_e     = max of log2(e) * scale * dot(query, key), capped where there is a softcap, or up to 8 less  [entry]
 //   sum_e     = sum of 2^(score - max_e)                                                                  [entry]
 //   out_row   = sum_e 2^(max_e - max) sum_e partial_e / sum_e 2^(max_e - max) sum_e        (moba_merge_slots)
 //
@@ -14,7 +14,7 @@
 //   2. gather the entries' queries (started while the tile before was at step 5);
 //   per kStepKeys keys:
 //   3. scores, scaled to base 2; hidden keys to -inf;
-//   4. running maximum and sum per row (online softmax);
+//   4. base and sum per row (online softmax); a base moves only once a score is 2^8 times as heavy;
 //   5. outputs += weights x values;
 //   6. divide, round to the element type, write partial, maximum and sum.
 // Where outputs would not fit the registers (float32, V > 128), the grid's third dimension takes kValueColumns columns
@@ -86,6 +86,8 @@ using cuda::warp_id;
 
 // Keys that a row sees that is not there: more than any block has, so that it hides none.
 constexpr int32_t kSeesAll = INT32_MAX;
+// How far scores may be above what is subtracted from them, in powers of 2. No float16 weight gets near 65504.
+constexpr float kBaseSlack = 8.0f;
 
 // The columns of values and outputs that are this thread block's.
 template <typename Shared>
@@ -191,19 +193,19 @@ __device__ __forceinline__ int32_t max_of_warp(int32_t value) {
   return value;
 }
 
-// What a warp carries through a tile: outputs [rows, V], and per row the running maximum and the lane's part of the
-// sum.
+// What a warp carries through a tile: outputs [rows, V], and per row what is subtracted from scores, a maximum of some of
+// them, and the lane's part of the sum.
 template <int kRowBlocks, int kColumns>
 struct Running {
   float out[kRowBlocks][kColumns / 8][4];
-  float maximum[kRowBlocks][2];
+  float base[kRowBlocks][2];
   float sum[kRowBlocks][2];
 
   __device__ __forceinline__ void reset() {
     cuda::fill(out, 0.0f);
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) {
-      maximum[m][0] = maximum[m][1] = -INFINITY;
+      base[m][0] = base[m][1] = -INFINITY;
       sum[m][0] = sum[m][1] = 0.0f;
     }
   }
@@ -252,44 +254,68 @@ __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kStepBlock
   }
 }
 
-// Step 4: scores become weights.
+// How far below a base scores are of which a maximum is `maximum`, whether it is to be moved there. NaN moves it.
+__device__ __forceinline__ bool leaves_base(float maximum, float base) { return !(maximum <= base + kBaseSlack); }
+
+// Step 4's rare part: moves bases, and with them what rows have so far. has_outputs: there is something.
+template <int kRowBlocks, int kColumns>
+__device__ __forceinline__ void move_bases(Running<kRowBlocks, kColumns>& running,
+                                           const float (&maximum)[kRowBlocks][2], bool has_outputs) {
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+    float rescale[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float before = running.base[m][h];
+      const float base = leaves_base(maximum[m][h], before) ? cuda::max_or_nan(before, maximum[m][h]) : before;
+      rescale[h] = cuda::exp2_approximate(before - (base == -INFINITY ? 0.0f : base));
+      running.base[m][h] = base;
+      running.sum[m][h] *= rescale[h];
+    }
+    if (!has_outputs) continue;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) running.out[m][n][e] *= rescale[e / 2];
+    }
+  }
+}
+
+// Step 4: scores become weights. A row's base stays where it is until a score is kBaseSlack above it: weights are then at
+// most 2^kBaseSlack, with the same relative error, and there is nothing to rescale.
 template <int kRowBlocks, int kStepBlocks, int kColumns>
 __device__ __forceinline__ void online_softmax(float (&scores)[kRowBlocks][kStepBlocks][4],
                                                Running<kRowBlocks, kColumns>& running, bool is_first) {
-  float rescale[kRowBlocks][2];
+  float maximum[kRowBlocks][2];
+  bool moves_any = false;
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float maximum = scores[m][0][2 * h];
+      float of_lane = scores[m][0][2 * h];
 #pragma unroll
       for (int n = 0; n < kStepBlocks; ++n) {
-        maximum = cuda::max_or_nan(maximum, cuda::max_or_nan(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+        of_lane = cuda::max_or_nan(of_lane, cuda::max_or_nan(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
       }
-      maximum = cuda::max_or_nan(running.maximum[m][h], cuda::max_of_row(maximum));
-      const float base = maximum == -INFINITY ? 0.0f : maximum;
-      rescale[m][h] = cuda::exp2_approximate(running.maximum[m][h] - base);
-      running.maximum[m][h] = maximum;
-      float sum = 0.0f;
+      maximum[m][h] = cuda::max_of_row(of_lane);
+      moves_any = moves_any || leaves_base(maximum[m][h], running.base[m][h]);
+    }
+  }
+  if (__any_sync(kAllLanes, moves_any)) move_bases(running, maximum, !is_first);
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float base = running.base[m][h] == -INFINITY ? 0.0f : running.base[m][h];
 #pragma unroll
       for (int n = 0; n < kStepBlocks; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& score = scores[m][n][2 * h + e];
           score = cuda::exp2_approximate(score - base);
-          sum += score;
+          running.sum[m][h] += score;
         }
       }
-      running.sum[m][h] = running.sum[m][h] * rescale[m][h] + sum;
-    }
-  }
-  if (is_first) return;  // outputs are zeros yet
-#pragma unroll
-  for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) running.out[m][n][e] *= rescale[m][e / 2];
     }
   }
 }
@@ -370,6 +396,12 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
   if (end <= 0) after_scores();
 }
 
+// Of a sum of weights; to the last bits where outputs are float32.
+template <typename Element>
+__device__ __forceinline__ float reciprocal_of(float sum) {
+  return std::is_same_v<Element, float> ? 1.0f / sum : cuda::reciprocal_approximate(sum);
+}
+
 // Step 6.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void write_partials(const ForwardArguments& args, int64_t unit_in_wave,
@@ -383,9 +415,9 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
     for (int h = 0; h < 2; ++h) {
       const int32_t entry = __shfl_sync(kAllLanes, entry_of_lane, m * 16 + h * 8 + g);
       const float sum = cuda::sum_of_row(running.sum[m][h]);
-      const float maximum = running.maximum[m][h];
+      const float base = running.base[m][h];
       const bool is_there = entry >= 0;
-      const float factor = maximum == -INFINITY ? 1.0f : 1.0f / sum;
+      const float factor = base == -INFINITY ? 1.0f : reciprocal_of<Element>(sum);
       Element* out = static_cast<Element*>(args.partial_out) +
                      (first_entry + (is_there ? entry : 0)) * args.partial_elements + first_value_column<Shared>();
       // The whole warp trades, whatever rows are there and however wide they are. Rows are written in whole pairs of
@@ -409,7 +441,7 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
         }
       }
       if (is_there && t == 0 && blockIdx.z == 0) {
-        args.partial_max[first_entry + entry] = maximum;
+        args.partial_max[first_entry + entry] = base;
         args.partial_sum[first_entry + entry] = sum;
       }
     }

@@ -7,9 +7,10 @@
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
 //   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per
 //      (chunk, block); moba_count_many_choices where a row has more choices than a warp has lanes;
-//   2. moba_scan_chunks: a thread takes a block and turns its chunk counts into starts within the block's list;
+//   2. moba_scan_chunks: a lane takes a block, a warp a stretch of the chunks, and chunk counts become starts within the
+//      block's list;
 //   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks,
-//      and notes each item's block;
+//      and notes each item's block; moba_scan_few_blocks takes both steps where blocks are few;
 //   4. moba_fill_lists: a warp takes a chunk and walks its rows in order, one row's slots side by side, with a cursor
 //      per block. A valid row names no block twice, so the lanes of one step never meet, and the order of rows is the
 //      order of entries. Choices are read and judged several rows at a time, and entries written once all have a place.
@@ -255,36 +256,56 @@ __global__ void __launch_bounds__(kThreads, 1) moba_count_many_choices(const Lay
   }
 }
 
-// Step 2. Leaves each list's length in list_starts.
-__global__ void __launch_bounds__(kThreads, 1) moba_scan_chunks(const LayoutArguments args) {
+namespace {
+
+constexpr int kMaxScanWarps = MobaLayoutConfig::kMaxScanThreads / kLanes;
+
+struct ScanSharedMemory {
+  int32_t chunk_sums[kWarps][kLanes];  // of each warp's chunks, by block
+  int32_t warp_entries[kMaxScanWarps];
+  int32_t warp_items[kMaxScanWarps];
+};
+
+// Step 2 for 32 blocks, a lane each; every warp takes a stretch of the chunks. Leaves each list's length in list_starts.
+// Called by all threads of kWarps warps; a barrier.
+__device__ __forceinline__ void scan_chunks(const LayoutArguments& args, int64_t unit_in_wave, int32_t first_block,
+                                            ScanSharedMemory& shared) {
   constexpr int kUnroll = MobaLayoutConfig::kScanUnroll;
   const BlockListsOnDevice& lists = args.lists;
   const int64_t num_blocks = args.geometry.num_blocks;
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (block >= num_blocks) return;
-  int32_t* counts = lists.counts + blockIdx.y * lists.num_chunks * num_blocks + block;
+  const auto num_chunks = static_cast<int32_t>(lists.num_chunks);
+  const int32_t stretch = (num_chunks + kWarps - 1) / kWarps;
+  const int32_t first_chunk = warp_id() * stretch, end_chunk = min(first_chunk + stretch, num_chunks);
+  const int32_t block = first_block + lane_id();
+  const int32_t end = block < num_blocks ? end_chunk : 0;  // a block that is not there has no chunks
+  int32_t* counts = lists.counts + unit_in_wave * num_chunks * num_blocks + block;
   int32_t total = 0;
-  for (int64_t first = 0; first < lists.num_chunks; first += kUnroll) {
+#pragma unroll 1
+  for (int32_t first = first_chunk; first < end; first += kUnroll) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) total += first + i < end ? counts[(first + i) * num_blocks] : 0;
+  }
+  shared.chunk_sums[warp_id()][lane_id()] = total;
+  // Publishes every warp's sums to all warps.
+  __syncthreads();
+  int32_t start = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) start += w < warp_id() ? shared.chunk_sums[w][lane_id()] : 0;
+#pragma unroll 1
+  for (int32_t first = first_chunk; first < end; first += kUnroll) {
     int32_t count[kUnroll];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      count[i] = first + i < lists.num_chunks ? counts[(first + i) * num_blocks] : 0;
-    }
+    for (int i = 0; i < kUnroll; ++i) count[i] = first + i < end ? counts[(first + i) * num_blocks] : 0;
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i < lists.num_chunks) counts[(first + i) * num_blocks] = total;
-      total += count[i];
+      if (first + i < end) counts[(first + i) * num_blocks] = start;
+      start += count[i];
     }
   }
-  lists.list_starts[blockIdx.y * (num_blocks + 1) + block] = total;
+  if (warp_id() == kWarps - 1 && block < num_blocks) lists.list_starts[unit_in_wave * (num_blocks + 1) + block] = start;
+  // Publishes the lengths to all threads, and tells all warps that the sums have been read.
+  __syncthreads();
 }
-
-namespace {
-
-struct ScanSharedMemory {
-  int32_t warp_entries[kWarps];
-  int32_t warp_items[kWarps];
-};
 
 __device__ __forceinline__ int32_t sum_up_to_lane(int32_t value) {
   const int lane = lane_id();
@@ -295,20 +316,20 @@ __device__ __forceinline__ int32_t sum_up_to_lane(int32_t value) {
   return value;
 }
 
-}  // namespace
-
-// Step 3.
-__global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArguments args) {
-  ScanSharedMemory& shared = *reinterpret_cast<ScanSharedMemory*>(cuda::dynamic_shared_memory());
-  const int64_t num_blocks = args.geometry.num_blocks;
-  int32_t* list_starts = args.lists.list_starts + blockIdx.x * (num_blocks + 1);
-  int32_t* item_starts = args.lists.item_starts + blockIdx.x * (num_blocks + 1);
-  int32_t* item_blocks = args.lists.item_blocks + blockIdx.x * args.lists.max_items;
+// Step 3 for a unit, by the kNumWarps warps of the thread block.
+template <int kNumWarps>
+__device__ __forceinline__ void scan_blocks(const LayoutArguments& args, int64_t unit_in_wave,
+                                            ScanSharedMemory& shared) {
+  constexpr int kNumThreads = kNumWarps * kLanes;
+  const auto num_blocks = static_cast<int32_t>(args.geometry.num_blocks);
+  int32_t* list_starts = args.lists.list_starts + unit_in_wave * (num_blocks + 1);
+  int32_t* item_starts = args.lists.item_starts + unit_in_wave * (num_blocks + 1);
+  int32_t* item_blocks = args.lists.item_blocks + unit_in_wave * args.lists.max_items;
   int32_t entries_before = 0, items_before = 0;
-  for (int64_t first = 0; first < num_blocks; first += kThreads) {
-    const int64_t block = first + threadIdx.x;
+  for (int32_t first = 0; first < num_blocks; first += kNumThreads) {
+    const int32_t block = first + static_cast<int32_t>(threadIdx.x);
     const int32_t entries = block < num_blocks ? list_starts[block] : 0;
-    const int32_t items = static_cast<int32_t>(divide_up(entries, args.lists.entries_per_item));
+    const int32_t items = divide_up(entries, args.lists.entries_per_item);
     const int32_t entries_through = sum_up_to_lane(entries);
     const int32_t items_through = sum_up_to_lane(items);
     if (lane_id() == kLanes - 1) {
@@ -317,23 +338,22 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
     }
     // Publishes every warp's totals to all warps.
     __syncthreads();
-    int32_t warp_entries = 0, warp_items = 0;  // of the warps before this one, then of all
-    for (int w = 0; w < warp_id(); ++w) {
-      warp_entries += shared.warp_entries[w];
-      warp_items += shared.warp_items[w];
-    }
+    // A lane a warp: what the warps up to it have, then what those before this one have, and all.
+    const bool is_warp = lane_id() < kNumWarps;
+    const int32_t warp_entries = sum_up_to_lane(is_warp ? shared.warp_entries[lane_id()] : 0);
+    const int32_t warp_items = sum_up_to_lane(is_warp ? shared.warp_items[lane_id()] : 0);
+    const int before = warp_id() > 0 ? warp_id() - 1 : 0;
+    const int32_t entries_of_before = __shfl_sync(kAllLanes, warp_entries, before);
+    const int32_t items_of_before = __shfl_sync(kAllLanes, warp_items, before);
     if (block < num_blocks) {
-      list_starts[block] = entries_before + warp_entries + entries_through - entries;
-      const int32_t first_item = items_before + warp_items + items_through - items;
+      const bool is_first = warp_id() == 0;
+      list_starts[block] = entries_before + (is_first ? 0 : entries_of_before) + entries_through - entries;
+      const int32_t first_item = items_before + (is_first ? 0 : items_of_before) + items_through - items;
       item_starts[block] = first_item;
-      for (int32_t i = 0; i < items; ++i) item_blocks[first_item + i] = static_cast<int32_t>(block);
+      for (int32_t i = 0; i < items; ++i) item_blocks[first_item + i] = block;
     }
-    for (int w = warp_id(); w < kWarps; ++w) {
-      warp_entries += shared.warp_entries[w];
-      warp_items += shared.warp_items[w];
-    }
-    entries_before += warp_entries;
-    items_before += warp_items;
+    entries_before += __shfl_sync(kAllLanes, warp_entries, kLanes - 1);
+    items_before += __shfl_sync(kAllLanes, warp_items, kLanes - 1);
     // Tells all warps that the totals have been read and the next blocks may overwrite them.
     __syncthreads();
   }
@@ -341,6 +361,29 @@ __global__ void __launch_bounds__(kThreads) moba_scan_blocks(const LayoutArgumen
     list_starts[num_blocks] = entries_before;
     item_starts[num_blocks] = items_before;
   }
+}
+
+}  // namespace
+
+// Step 2, 32 blocks of a unit.
+__global__ void __launch_bounds__(kThreads, 1) moba_scan_chunks(const LayoutArguments args) {
+  ScanSharedMemory& shared = *reinterpret_cast<ScanSharedMemory*>(cuda::dynamic_shared_memory());
+  scan_chunks(args, blockIdx.y, static_cast<int32_t>(blockIdx.x) * kLanes, shared);
+}
+
+// Step 3.
+__global__ void __launch_bounds__(kMaxScanWarps* kLanes, 1) moba_scan_blocks(const LayoutArguments args) {
+  scan_blocks<kMaxScanWarps>(args, blockIdx.x, *reinterpret_cast<ScanSharedMemory*>(cuda::dynamic_shared_memory()));
+}
+
+// Steps 2 and 3 where blocks are few.
+__global__ void __launch_bounds__(kThreads, 1) moba_scan_few_blocks(const LayoutArguments args) {
+  ScanSharedMemory& shared = *reinterpret_cast<ScanSharedMemory*>(cuda::dynamic_shared_memory());
+#pragma unroll 1
+  for (int32_t first = 0; first < static_cast<int32_t>(args.geometry.num_blocks); first += kLanes) {
+    scan_chunks(args, blockIdx.x, first, shared);
+  }
+  scan_blocks<kWarps>(args, blockIdx.x, shared);
 }
 
 // Step 4. Dynamic shared memory, where there is any: cursors [chunk of the thread block, block] int32.
@@ -461,10 +504,15 @@ void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
       has_many_choices ? 1 : MobaLayoutConfig::kCountRounds * (kLanes / std::max<int64_t>(args.geometry.top_k, 1));
   cuda::launch(has_many_choices ? moba_count_many_choices : moba_count_choices,
                {dim3(grid(lists.num_rows, kWarps * rows_per_warp), num_units), dim3(kThreads), 0, stream}, args);
-  if (num_blocks > 0) {
-    cuda::launch(moba_scan_chunks, {dim3(grid(num_blocks, kThreads), num_units), dim3(kThreads), 0, stream}, args);
+  constexpr size_t kScanBytes = sizeof(ScanSharedMemory);
+  if (num_blocks <= MobaLayoutConfig::kMaxBlocksOfOneScan) {
+    cuda::launch(moba_scan_few_blocks, {dim3(num_units), dim3(kThreads), kScanBytes, stream}, args);
+  } else {
+    cuda::launch(moba_scan_chunks, {dim3(grid(num_blocks, kLanes), num_units), dim3(kThreads), kScanBytes, stream},
+                 args);
+    cuda::launch(moba_scan_blocks, {dim3(num_units), dim3(MobaLayoutConfig::kMaxScanThreads), kScanBytes, stream},
+                 args);
   }
-  cuda::launch(moba_scan_blocks, {dim3(num_units), dim3(kThreads), sizeof(ScanSharedMemory), stream}, args);
   // The more blocks, the fewer warps whose cursors shared memory holds.
   LayoutArguments fill = args;
   const int64_t warp_bytes = num_blocks * static_cast<int64_t>(sizeof(int32_t));

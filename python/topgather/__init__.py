@@ -12,7 +12,7 @@ from ._on_import import import_after
 from .cache import MobaCache, PagedMobaCache, moba_decode
 from .ops import *  # noqa: F403  every op, as ops/__init__.py lists them
 
-from . import compat, integrations, models, nn, ops, reference  # isort: skip  these build on the ops
+from . import compat, integrations, models, nn, ops, optim, reference  # isort: skip  these build on the ops
 from . import advisor  # isort: skip  this on the layers
 from .advisor import advise, advise_memory  # isort: skip
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from . import distributed as distributed
     from . import viz as viz
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 apply_environment()
 # Where there is triton, it is loaded with the counter.
@@ -37,6 +37,7 @@ __all__ = [
     "moba_decode",
     "models",
     "nn",
+    "optim",
     "reference",
 ]
 __all__ += ops.__all__

@@ -57,6 +57,7 @@ REACHES = {
     "moba_route_varlen": "moba_route",
     "window_attention": "grid_attention",
     "expert_lookup": "memory_dot",
+    "quantized_lookup": "memory_lookup_quantized",
 }
 
 

@@ -94,3 +94,17 @@ def test_one_compiled_graph_for_all_sizes(name: str) -> None:
             for left, right in zip(*gradients, strict=True):
                 torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 2
+
+
+def test_block_attention_of_any_length() -> None:
+    """Of one block, of fewer than ``top_k`` and of many: one program, two graphs at most, the numbers of the layer."""
+    layer = tg.nn.MobaAttention(16, 2, block_size=8, top_k=3, kernel_size=3)
+    program = export(layer, (torch.randn(1, 32, 16),), dynamic_shapes=({1: Dim("N", min=2, max=4096)},)).module()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for num_tokens in (32, 20, 100, 7, 2):
+        tokens = torch.randn(1, num_tokens, 16)
+        for run in (program, compiled):
+            torch.testing.assert_close(run(tokens), layer(tokens), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2

@@ -82,9 +82,10 @@ def tangents_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def assert_rounded(found: Any, expected: Any) -> None:
-    """Sums that come in another order."""
+    """Sums that come in another order, in float64, or in float32 where an op knows nothing wider."""
     for left, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+        is_wide = left.dtype == torch.float64
+        torch.testing.assert_close(left, right, rtol=1e-10 if is_wide else 1e-5, atol=1e-10 if is_wide else 1e-4)
 
 
 def assert_same(case: OpCase, found: Any, expected: Any) -> None:
@@ -150,7 +151,10 @@ def test_vmap_of_each_argument(case: OpCase) -> None:
         given = {name: together[name].movedim(0, dim) for name in mapped}
         run = vmap(lambda given: case.run(samples[0] | given), in_dims=(dict.fromkeys(mapped, dim),))
         if case.written:
-            with pytest.raises(NotImplementedError, match="topgather: moba_cache_append writes its arguments"):
+            with pytest.raises(
+                NotImplementedError,
+                match=f"topgather: {case.function._schema.name.removeprefix('topgather::')} writes its",
+            ):
                 run(given)
             continue
         found = run(given)
@@ -238,7 +242,10 @@ FORWARD_MODES: dict[str, Callable[[OpCase, Inputs], Any]] = {
     "jacfwd": through_columns,
     "dual numbers": lambda case, inputs: dual_numbers(case, inputs, *case.differentiable),
 }
-HAVE_FORWARD_MODE = {name for name, op in OPS.items() if op.forward_mode is not None} | {"expert_lookup"}
+HAVE_FORWARD_MODE = {name for name, op in OPS.items() if op.forward_mode is not None} | {
+    "expert_lookup",
+    "quantized_lookup",
+}
 
 
 def test_which_ops_have_a_forward_mode() -> None:

@@ -57,7 +57,7 @@ MANY_QUERIES = AttentionCase(
 # Blocks of more keys than the kernels hold on chip.
 LARGE_BLOCKS = AttentionCase(num_heads=1, query_len=150, key_len=430, head_dim=32, block_size=200, top_k=2)
 # More blocks than a kernel adds up in one go.
-MANY_BLOCKS = AttentionCase(num_heads=1, query_len=10, key_len=260, head_dim=16, block_size=1, top_k=2)
+MANY_BLOCKS = AttentionCase(num_heads=1, query_len=10, key_len=520, head_dim=16, block_size=1, top_k=2)
 # More queries of one block than one work item holds.
 LONG_LIST = AttentionCase(num_heads=1, query_len=4200, key_len=8, head_dim=16, block_size=8, top_k=1, is_causal=False)
 # So many blocks that their scores are bounded first.
@@ -192,6 +192,7 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "many queries": lambda: check_attention(MANY_QUERIES, BFLOAT16, CPU),
     "many queries float32": lambda: check_attention(MANY_QUERIES, torch.float32, CPU),
     "large blocks": lambda: check_attention(LARGE_BLOCKS, BFLOAT16, CPU),
+    "steep": lambda: check_attention(replace(MANY_QUERIES, scale=1.0), BFLOAT16, CPU),
     "many blocks": lambda: check_attention(MANY_BLOCKS, BFLOAT16, CPU),
     "long list": lambda: check_attention(LONG_LIST, BFLOAT16, CPU),
     "small waves": small_waves_case,
@@ -268,6 +269,10 @@ FORWARD_FLOAT32 = ["moba_forward_float32_cuda.cu"]
 
 # fmt: off
 BARRIERS = [
+    PlantedBug("layout: sums of chunks not published", LAYOUT,
+               "Publishes every warp's sums to all warps. __syncthreads();", "", "long list", UNPUBLISHED),
+    PlantedBug("layout: chunks of the warps before left out", LAYOUT,
+               "w < warp_id() ? shared.chunk_sums[w][lane_id()] : 0", "0", "long list", f"{RACE}|{UNINITIALIZED}"),
     PlantedBug("layout: totals not published", LAYOUT,
                "Publishes every warp's totals to all warps. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("layout: totals overwritten while read", LAYOUT,
@@ -387,7 +392,7 @@ LISTS = [
                "counts[block] + list_starts[block];", "counts[block] + list_starts[block] + 1;",
                "small", UNINITIALIZED),
     PlantedBug("layout: a chunk starts where it ends", LAYOUT,
-               "counts[(first + i) * num_blocks] = total;", "counts[(first + i) * num_blocks] = total + count[i];",
+               "counts[(first + i) * num_blocks] = start;", "counts[(first + i) * num_blocks] = start + count[i];",
                "small", f"{RACE}|{UNINITIALIZED}"),
     PlantedBug("layout: work items rounded down", LAYOUT,
                "divide_up(entries, args.lists.entries_per_item)", "(entries / args.lists.entries_per_item)",
@@ -492,9 +497,9 @@ ARITHMETIC = [
     PlantedBug("forward: hidden keys from one too late", FORWARD,
                "+ e - start) >= count)", "+ e - start) > count)", "small", WRONG_OUT),
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
-               "running.out[m][n][e] *= rescale[m][e / 2];", ";", "large blocks", WRONG_OUT),
+               "running.out[m][n][e] *= rescale[e / 2];", ";", "steep", WRONG_OUT),
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
-               "running.sum[m][h] * rescale[m][h] + sum", "running.sum[m][h] + sum", "large blocks", WRONG_OUT),
+               "running.sum[m][h] *= rescale[h];", ";", "steep", WRONG_OUT),
     PlantedBug("forward: hidden values that are not finite", FORWARD,
                "hides_keys && forward::has_unusual_values<Element>(", "false && forward::has_unusual_values<Element>(",
                "nonfinite", "AssertionError: out: NaN mask differs"),

@@ -93,13 +93,14 @@ def test_large_blocks_and_long_lists_deterministically(
         AttentionCase(num_heads=1, query_len=3, key_len=4000, head_dim=2, block_size=1, top_k=9),
         AttentionCase(num_heads=1, query_len=2500, key_len=5, head_dim=2, block_size=3, is_causal=False),
         AttentionCase(num_heads=1, query_len=5, key_len=4000, head_dim=4, block_size=3700),
+        AttentionCase(query_len=40, key_len=230, head_dim=72, block_size=120, is_causal=False, scale=1.0),
         AttentionCase(batch=5, num_heads=33, num_kv_heads=11, query_len=9, head_dim=2, block_size=4),
         AttentionCase(num_heads=3, num_kv_heads=1, query_len=130, key_len=0, head_dim=1, block_size=1, top_k=12),
     ],
     ids=str,
 )
 def test_more_of_everything(case: AttentionCase, dtype: torch.dtype, cuda_device: torch.device) -> None:
-    """More blocks, more queries of one block, more keys of one block, more heads, or more slots over no key at all."""
+    """More blocks, queries of one block, keys of one block, leaps of scores, heads, or slots over no key at all."""
     check_attention(case, dtype, cuda_device)
 
 

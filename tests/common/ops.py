@@ -31,6 +31,8 @@ from tests.indexer.op_cases import INDEXER, index_cases
 from tests.key_conv.helpers import KeyConvCase
 from tests.key_conv.helpers import make_inputs as make_key_conv_inputs
 from tests.memory.helpers import LookupCase, TopkCase, make_lookup, make_topk_inputs
+from tests.memory.op_cases import QUANTIZED, ROW_STEPS, quantized_cases
+from tests.memory.quantized_helpers import QuantizedCase
 
 ops = torch.ops.topgather
 
@@ -528,7 +530,7 @@ KEY_CONV = [
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-CASES = [*BLOCK_ATTENTION, *DECODES, *MEMORY, *GRIDS, *KEY_CONV, *INDEXER]
+CASES = [*BLOCK_ATTENTION, *DECODES, *MEMORY, *ROW_STEPS, *GRIDS, *KEY_CONV, *INDEXER, *QUANTIZED]
 PUBLIC = [case for case in CASES if case.is_public]
 REGISTERED = [case for case in CASES if not case.is_public]
 DIFFERENTIABLE = [case for case in CASES if case.differentiable]
@@ -582,6 +584,7 @@ SHARED = [
         IndexCase(query_len=300, dim=40, block_size=64, top_k=3, head_dim=16),
         True,
     ),
+    *quantized_cases("", QuantizedCase(num_rows=3000, width=50, num_tokens=200, bag_size=40, group_size=25)),
     *lookup_cases("few tokens", LookupCase(num_rows=6000, width=300, num_tokens=2, bag_size=300)),
 ]
 

@@ -189,6 +189,16 @@ TOLERANCES = {
         accumulation=4,
         reason="a dot product, stored in the dtype it is summed in",
     ),
+    ("quantized_lookup", "out"): Tolerance(
+        storage=0,
+        accumulation=8,
+        reason="a weighted sum in float32, of weights that were rounded with scales",
+    ),
+    ("quantized_lookup", "d_weights"): Tolerance(
+        storage=0,
+        accumulation=8,
+        reason="a dot product in float32, of each group times its scale",
+    ),
     ("expert_lookup", "out"): Tolerance(
         storage=1,
         accumulation=8,

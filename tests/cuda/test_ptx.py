@@ -26,6 +26,7 @@ from tests.emulation.ptx.cases import (
     MemoryCase,
     MobaCase,
     ProductKeyCase,
+    QuantizedCase,
     record,
 )
 from tests.emulation.ptx.instruction_cases import CASES, InstructionCase, run_case
@@ -408,6 +409,12 @@ KERNEL_CASES: list[Case] = [
     *(MemoryCase(dtype, row_dim=264 * 4 // dtype.itemsize, num_tokens=3, bag_size=9) for dtype in FLOAT_TYPES),
     # A run that fills two stretches of pieces.
     MemoryCase(torch.float32, row_dim=3, num_tokens=257, bag_size=128, hot=0.9, is_forward=False),
+    *(
+        QuantizedCase(dtype, dim, group_size, is_ragged=is_ragged)
+        for dtype in (torch.int8, torch.float8_e4m3fn)
+        for dim, group_size in ((160, 80), (30, 5))
+        for is_ragged in (False, True)
+    ),
     *(GridCase(dtype) for dtype in FLOAT_TYPES),
     *(GridCase(dtype, head_dim=24, size=(1, 70), stride=(1, 1), batch=1, has_bias=False) for dtype in FLOAT_TYPES),
     *(GridCase(dtype, head_dim=72, size=(5, 9), stride=(3, 2), batch=1) for dtype in FLOAT_TYPES),
@@ -422,6 +429,7 @@ KERNEL_CASES: list[Case] = [
     *(DecodeCase(dtype, head_dim=21, value_dim=70, block_size=16, top_k=2) for dtype in FLOAT_TYPES),
     *(IndexRouteCase(dtype) for dtype in FLOAT_TYPES),
     *(IndexRouteCase(dtype, dim=128, is_sum=True) for dtype in FLOAT_TYPES),
+    IndexRouteCase(torch.bfloat16, dim=64, is_sum=True, has_whole_tiles=True),
 ]
 
 

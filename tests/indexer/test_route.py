@@ -28,6 +28,8 @@ CASES = [
     replace(SUM, num_choices=1, force_last=0, block_size=3, query_len=60),
     replace(SUM, num_choices=None, has_weights=False, query_len=40, key_len=70, block_size=1),
     IndexCase(query_len=30, block_size=4, top_k=40),
+    IndexCase(query_len=150, dim=64, block_size=64, top_k=1, force_last=0),
+    IndexCase(query_len=50, block_size=1, top_k=20, dim=3),
 ]
 
 

@@ -29,6 +29,7 @@ from tests.memory.helpers import (
     make_lookup,
     run_lookup,
 )
+from tests.memory.quantized_helpers import FLOAT8, QuantizedCase, check_quantized
 from topgather import reference
 
 CPU = torch.device("cpu")
@@ -43,6 +44,9 @@ ODD_LOOKUP = LookupCase(num_rows=300, num_tokens=21, width=37, bag_size=11, widt
 RUNS = LookupCase(num_rows=20, num_tokens=60, width=16, bag_size=11, pattern="power_law")
 # A run of more than two stretches of pieces, by far.
 LONG_RUN = LookupCase(num_rows=3, num_tokens=4000, width=2, bag_size=8, pattern="hot")
+# Two groups of scales that a slab of lanes shares; then groups that no lane's 16 columns fit.
+QUANTIZED_ROWS = QuantizedCase(width=160, group_size=80, bag_size=9, num_tokens=5)
+ODD_QUANTIZED = QuantizedCase(width=30, group_size=5, num_tokens=5, bag_size=20, sizes=(3, 0, 41, 30, 19))
 RAGGED = BagCase(rest=4, width=24)
 SEARCH = TopkCase(num_tokens=40, num_heads=2, num_keys=75, head_dim=48, top_k=20)
 # Several chunks of keys, entries that wait for the next one.
@@ -139,6 +143,13 @@ def infinite_case() -> None:
         assert torch.equal(indices, reference.product_key_topk(query, keys, top_k)[1]), "indices: not the reference's"
 
 
+def nan_of_e4m3_case() -> None:
+    """The byte that stands for NaN, beside those of the largest and the smallest numbers."""
+    values = torch.tensor([[0x7F], [0x7E], [0x01], [0x87]]).to(torch.uint8).view(FLOAT8)
+    out = tg.quantized_lookup(values, torch.ones(4, 1), torch.arange(4).unsqueeze(1))
+    torch.testing.assert_close(out, values.float(), rtol=0, atol=0, equal_nan=True, msg="out: not what the bytes are")
+
+
 MEMORY_CASES: dict[str, Callable[[], Any]] = {
     "lookup": lambda: check_lookup(LOOKUP, BFLOAT16, CPU),
     "lookup odd": lambda: check_lookup(ODD_LOOKUP, BFLOAT16, CPU),
@@ -149,6 +160,9 @@ MEMORY_CASES: dict[str, Callable[[], Any]] = {
     "bad index": bad_index_case,
     "ragged": ragged_case,
     "bad offsets": bad_offsets_case,
+    "quantized": lambda: check_quantized(QUANTIZED_ROWS, torch.int8, CPU),
+    "quantized odd": lambda: check_quantized(ODD_QUANTIZED, FLOAT8, CPU),
+    "quantized nan": nan_of_e4m3_case,
     "search": lambda: check_topk(SEARCH, BFLOAT16, CPU),
     "search chunks": lambda: check_topk(CHUNKS, BFLOAT16, CPU),
     "search crowded": crowded_case,
@@ -168,11 +182,18 @@ WRONG_WEIGHTS = "AssertionError: d_weights"
 WRONG_SEARCH = "AssertionError: (indices|scores)"
 
 LOOKUPS = "memory/memory_lookup_cuda.cu"
+BAGS = "memory/memory_bags_cuda.cuh"
+QUANTIZED = "memory/memory_quantized_cuda.cu"
 ROWS = "cuda/lane_rows.cuh"
 BACKWARD = "memory/memory_backward_cuda.cu"
 TOPK = "memory/memory_topk_cuda.cuh"
 LISTS = "memory/memory_topk_lists_cuda.cuh"
-MEMORY_UNITS = {ROWS: ["memory_lookup_cuda.cu"], TOPK: ["memory_topk_cuda.cu"], LISTS: ["memory_topk_cuda.cu"]}
+MEMORY_UNITS = {
+    ROWS: ["memory_lookup_cuda.cu"],
+    BAGS: ["memory_lookup_cuda.cu"],
+    TOPK: ["memory_topk_cuda.cu"],
+    LISTS: ["memory_topk_cuda.cu"],
+}
 INFINITE = "memory/memory_topk_infinite_cuda.cu"
 
 # fmt: off
@@ -195,15 +216,15 @@ MEMORY_BUGS = [
                "task.lane_in_row / 4 == (e + i) / 4", "task.lane_in_row / 4 == e / 4", "experts", "AssertionError"),
     PlantedBug("dot: a bad index passed over", LOOKUPS,
                "my_row == kNoRow ? not_a_number() : my_dot", "my_dot", "bad index", "AssertionError: dots"),
-    PlantedBug("lookup: ragged bags without their last entry", LOOKUPS,
+    PlantedBug("lookup: ragged bags without their last entry", BAGS,
                "bag.size = static_cast<int32_t>(end - first);", "bag.size = static_cast<int32_t>(end - first) - 1;",
                "ragged", WRONG_OUT),
-    PlantedBug("lookup: ragged bags where equal ones lie", LOOKUPS,
+    PlantedBug("lookup: ragged bags where equal ones lie", BAGS,
                "bag.first = first;", "bag.first = task.token;", "ragged", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}"),
-    PlantedBug("lookup: a warp stops at its first bag's end", LOOKUPS,
+    PlantedBug("lookup: a warp stops at its first bag's end", BAGS,
                "bag.longest = max(bag.longest, __shfl_xor_sync(kAllLanes, bag.longest, distance));",
                "bag.longest = __shfl_sync(kAllLanes, bag.longest, 0);", "ragged", WRONG_OUT),
-    PlantedBug("lookup: wrong offsets followed", LOOKUPS,
+    PlantedBug("lookup: wrong offsets followed", BAGS,
                "first <= end && end <= args.num_entries;", "first <= end;", "bad offsets", READ_OUT_OF_BOUNDS),
     PlantedBug("lookup: wrong offsets passed over", LOOKUPS,
                "if (!bag.is_valid) {", "if (false) {", "bad offsets", WRONG_OUT),
@@ -212,6 +233,17 @@ MEMORY_BUGS = [
     PlantedBug("dot: entries of nobody not 0", LOOKUPS,
                "!has_x ? 0.0f : my_row == kNoRow ?", "my_row == kNoRow && has_x ? 1.0f : my_row >= 0 && !has_x ?",
                "ragged", "AssertionError: frozen"),
+    PlantedBug("quantized: scales of the first group", QUANTIZED,
+               "args.scales[row * args.scales_stride + column / args.group_size]",
+               "args.scales[row * args.scales_stride]", "quantized", WRONG_OUT),
+    PlantedBug("quantized: dot with the scale of the last row", QUANTIZED,
+               "sums[i] = fmaf(scales[i].of(0), of_lane, sums[i]);",
+               "sums[i] = fmaf(scales[kRowsInFlight - 1].of(0), of_lane, sums[i]);", "quantized", WRONG_WEIGHTS),
+    PlantedBug("quantized: one scale for columns apart", QUANTIZED,
+               "return values[kVector == 1 ? piece : 0];", "return values[0];",
+               "quantized odd", f"{WRONG_OUT}|{WRONG_WEIGHTS}"),
+    PlantedBug("quantized: NaN of e4m3 a number", QUANTIZED,
+               "magnitude == 0x7fu ? not_a_number() :", "false ? not_a_number() :", "quantized nan", WRONG_OUT),
     PlantedBug("rows: stored past their end", ROWS,
                "if (first + i * step < row_dim) row[first + i * step] = cuda::from_float",
                "if (true) row[first + i * step] = cuda::from_float",

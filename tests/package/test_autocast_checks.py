@@ -76,6 +76,12 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
         "indices": INDICES,
         "weights": torch.rand(6, 4),
     },
+    "quantized_lookup": lambda: {
+        "values": torch.ones(32, 8, dtype=torch.int8),
+        "scales": torch.rand(32, 1),
+        "indices": INDICES,
+        "weights": torch.rand(6, 4),
+    },
     "grid_attention": lambda: {**image(), "grid_size": 2, "bias": torch.randn(2, 4, 4)},
     "window_attention": lambda: {**image(), "window_size": 2, "bias": torch.randn(2, 4, 4)},
 }

@@ -37,6 +37,7 @@ def peer(**options: Any) -> nn.Module:
 # How each is made, with what makes it hold all that it can hold.
 MAKE: dict[str, list[Callable[[], nn.Module]]] = {
     "MemoryPool": [pool],
+    "QuantizedMemoryPool": [lambda: tg.nn.QuantizedMemoryPool(16, 64, group_size=32)],
     "ProductKeyMemory": [
         lambda: memory(query_norm="batch", track_usage=True),
         lambda: memory(query_norm="rms"),
@@ -78,7 +79,7 @@ def reset_alone(module: nn.Module) -> None:
     """The outermost ``reset_parameters``, and that of pools, which belong to no layer."""
     module.reset_parameters()
     for part in module.modules():
-        if isinstance(part, tg.nn.MemoryPool):
+        if isinstance(part, (tg.nn.MemoryPool, tg.nn.QuantizedMemoryPool)):
             part.reset_parameters()
 
 
@@ -126,7 +127,7 @@ def test_reset_draws_what_the_constructor_draws(
     module = make()
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
-            tensor.fill_(UNSET)
+            tensor.fill_(UNSET if tensor.dtype != torch.int8 else 77)
     reset(module)
     for name, tensor in tensors_of(module):
         assert_same_distribution(name, tensor, fresh[name])
@@ -142,7 +143,8 @@ def test_meta_then_memory_then_reset(make: Callable[[], nn.Module], reset: Calla
     module.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
-            tensor.fill_(UNSET)  # stands for whatever the memory holds
+            # Stands for whatever the memory holds.
+            tensor.fill_(UNSET if tensor.dtype != torch.int8 else 77)
     reset(module)
     assert {name for name, _ in tensors_of(module)} == set(fresh)
     for name, tensor in tensors_of(module):

@@ -19,7 +19,7 @@ import topgather as tg
 MOBA_FUNCTIONS = ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen", "block_centroids"]
 DECODE_FUNCTIONS = ["moba_decode"]
 KEY_CONV_FUNCTIONS = ["key_conv"]
-MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup"]
+MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup", "quantized_lookup"]
 GRID_FUNCTIONS = ["grid_attention", "window_attention"]
 INDEX_FUNCTIONS = ["index_route", "index_loss"]
 ATTENTION_FUNCTIONS = [*MOBA_FUNCTIONS, *DECODE_FUNCTIONS, *KEY_CONV_FUNCTIONS, *INDEX_FUNCTIONS]
@@ -32,6 +32,7 @@ SOURCES = {
     "product_key_topk": ["2412.09764", "1907.05242"],
     "memory_lookup": ["2412.09764"],
     "expert_lookup": ["2407.04153", "2412.09764"],
+    "quantized_lookup": ["2412.09764"],
     "grid_attention": ["2412.14598", "2204.01697"],
     "window_attention": ["2103.14030", "2412.14598"],
 }
@@ -39,7 +40,8 @@ SOURCES = {
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """Every public function, class and method of the package."""
-    modules: list[ModuleType] = [tg, tg.advisor, tg.reference, tg.compat, tg.nn, tg.models, tg.viz, tg.distributed]
+    modules: list[ModuleType] = [tg, tg.advisor, tg.reference, tg.compat, tg.nn, tg.optim, tg.models, tg.viz]
+    modules.append(tg.distributed)
     if importlib.util.find_spec("transformers"):
         modules.append(tg.integrations.transformers)
     for module in modules:
@@ -59,7 +61,7 @@ PUBLIC = dict(public_objects())
 
 def test_names_promised() -> None:
     classes = ["BlockRouting", "RoutingRecord", "record_routing", "replay_routing", "MobaCache", "PagedMobaCache"]
-    for name in [*FUNCTIONS, *classes, "compat", "nn", "reference"]:
+    for name in [*FUNCTIONS, *classes, "compat", "nn", "optim", "reference"]:
         assert name in tg.__all__, name
         assert hasattr(tg, name)
     assert set(tg.__all__) <= set(dir(tg))
@@ -158,6 +160,14 @@ def test_signatures() -> None:
             "include_last_offset": False,
         },
         "expert_lookup": {"activation": "gelu", "sparse_grad": False},
+        "quantized_lookup": {
+            "weights": None,
+            "offsets": None,
+            "mode": "sum",
+            "padding_idx": None,
+            "include_last_offset": False,
+            "dtype": torch.float32,
+        },
         "grid_attention": {"grid_size": None, "stride": None, "bias": None, "scale": None},
         "window_attention": {"bias": None, "scale": None},
     }
@@ -166,6 +176,8 @@ def test_signatures() -> None:
 def test_ops_are_registered() -> None:
     moba = ["block_centroids", "moba_route", "moba_attention", "moba_attention_backward"]
     memory = ["product_key_topk", "memory_lookup", "memory_dot", "memory_backward", "memory_backward_sparse"]
+    memory += ["memory_lookup_quantized", "memory_dot_quantized"]
+    memory += ["memory_update", "memory_grad_square"]
     decode = ["moba_cache_append", "moba_decode_route", "moba_decode"]
     rest = ["grid_attention", "grid_attention_backward", "key_conv", "key_conv_backward"]
     index = ["index_route", "index_loss", "index_loss_backward"]

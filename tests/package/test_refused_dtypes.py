@@ -16,7 +16,7 @@ NO_FLOATS = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torc
 def arguments_of(module: nn.Module) -> dict[str, Tensor | list[Tensor]]:
     """What its forward takes, by name."""
     name = type(module).__name__
-    if name == "MemoryPool":
+    if name in ("MemoryPool", "QuantizedMemoryPool"):
         indices, offsets = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 2, 4])
         return {"indices": indices, "weights": torch.ones(6), "offsets": offsets}
     if name == "LearnableFeatureFusion":

@@ -152,7 +152,8 @@ ATTEND = KernelModel(
     tile="for (int round = 0",
     threads=128,
     rare=(
-        *("last_start_up_to", "cap_scores", "hide_keys", "for (int first_key = first_seen", "keys_before_window"),
+        *("last_start_up_to", "cap_scores", "hide_keys", "move_bases"),
+        *("for (int first_key = first_seen", "keys_before_window"),
         "if (end <= 0) after_scores",
     ),
 )
@@ -229,21 +230,45 @@ def count_choices(problem: Problem, direction: str) -> list[Launch]:
     )  # fmt: skip
 
 
-def scan_chunks(problem: Problem, direction: str) -> list[Launch]:
+MAX_BLOCKS_OF_ONE_SCAN, SCAN_WARPS, SCAN_THREADS = 128, 8, 512
+
+
+def _scan_rounds(problem: Problem, direction: str) -> Passes:
+    """Rounds of 16 chunks that a warp scans, each of two times."""
     chunks = problem.num_tokens / 256 / max(1.0, waves_of(problem, direction) / problem.num_units)
+    return Passes("for (int32_t first = first_chunk", max(1, round(chunks / SCAN_WARPS / 16)))
+
+
+def _scan_items(problem: Problem, threads: int) -> tuple[Passes, ...]:
+    items = problem.top_k * problem.block_size / LIST_ITEM + 0.5
+    return (
+        Passes("for (int32_t first = 0; first < num_blocks", max(1.0, problem.num_blocks / threads)),
+        Passes("for (int32_t i = 0; i < items", round(items)),
+    )
+
+
+def scan_chunks(problem: Problem, direction: str) -> list[Launch]:
+    if problem.num_blocks <= MAX_BLOCKS_OF_ONE_SCAN:
+        return []
     return _layout(
-        problem, direction, lambda rows, units: units * -(-problem.num_blocks // 256), 8 * problem.num_blocks / 256,
-        Passes("for (int64_t first = 0; first < lists.num_chunks", max(1.0, chunks / 16)),
+        problem, direction, lambda rows, units: units * -(-problem.num_blocks // 32), 12 * problem.num_blocks / 256,
+        _scan_rounds(problem, direction),
     )  # fmt: skip
 
 
 def scan_blocks(problem: Problem, direction: str) -> list[Launch]:
-    items = problem.top_k * problem.block_size / LIST_ITEM + 0.5
+    if problem.num_blocks <= MAX_BLOCKS_OF_ONE_SCAN:
+        return []
+    return _layout(problem, direction, lambda rows, units: units, 0, *_scan_items(problem, SCAN_THREADS))
+
+
+def scan_few_blocks(problem: Problem, direction: str) -> list[Launch]:
+    if problem.num_blocks > MAX_BLOCKS_OF_ONE_SCAN:
+        return []
     return _layout(
-        problem, direction, lambda rows, units: units, 0,
-        Passes("for (int64_t first = 0; first < num_blocks", max(1.0, problem.num_blocks / 256)),
-        Passes("for (int w = 0; w < warp_id()", 4, unrolled=4), Passes("for (int32_t i = 0; i < items", round(items)),
-        Passes("for (int w = warp_id()", 4, unrolled=4),
+        problem, direction, lambda rows, units: units, 12 * problem.num_blocks / 256,
+        Passes("for (int32_t first = 0; first < static_cast", problem.num_blocks / 32),
+        _scan_rounds(problem, direction), *_scan_items(problem, 256),
     )  # fmt: skip
 
 
@@ -259,19 +284,20 @@ def fill_lists(problem: Problem, direction: str) -> list[Launch]:
     )  # fmt: skip
 
 
-def _layout_kernel(name: str, unit: str, launches: Launches, threads: int = 256, tile: str = "") -> KernelModel:
+def _layout_kernel(
+    name: str, unit: str, launches: Launches, threads: int = 256, tile: str = "", counted_tokens: int = 0
+) -> KernelModel:
     return KernelModel(
         name, "moba_layout_cuda", lambda _: name + "E", unit, launches, tile, threads,
-        rare=("last_start_up_to",), directions=("forward", "backward"), head_dims=(128,),
+        rare=("last_start_up_to",), directions=("forward", "backward"), head_dims=(128,), counted_tokens=counted_tokens,
     )  # fmt: skip
 
 
 LAYOUT = (
     _layout_kernel("moba_count_choices", "a warp's 16 rows of 8 choices", count_choices),
-    _layout_kernel(
-        "moba_scan_chunks", "a warp's 32 blocks x 16 chunks", scan_chunks, tile="for (int64_t first = 0; first < lists"
-    ),
-    _layout_kernel("moba_scan_blocks", "a warp's 32 of 256 blocks", scan_blocks, tile="for (int64_t first = 0"),
+    _layout_kernel("moba_scan_few_blocks", "64 blocks, 32 chunks", scan_few_blocks, counted_tokens=8 * 1024),
+    _layout_kernel("moba_scan_chunks", "a warp's 32 blocks x 32 chunks", scan_chunks),
+    _layout_kernel("moba_scan_blocks", "a warp's 32 blocks", scan_blocks, SCAN_THREADS),
     _layout_kernel("moba_fill_lists", "a warp's 16 rows of 8 choices", fill_lists, 128, "while (step_row < end)"),
 )
 

@@ -25,6 +25,7 @@ DTYPE_CODES = {
     torch.float16: 3,
     torch.int32: 4,
     torch.int64: 5,
+    torch.int8: 6,
 }
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}

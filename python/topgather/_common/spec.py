@@ -42,7 +42,7 @@ class Op:
         check_content: raises for what tensors hold; on the CPU alone.
         cuda_check: raises for what the CUDA kernels do not take.
         composed_on_cuda: returns the results by torch's own ops for sizes that the CUDA kernel does not take, else
-            None.
+            None. One of an op that returns nothing says so by anything that is not None.
         composed: returns the results by torch's own ops on every device: there is no native entry point. ``results``
             then says what they look like.
         locals: further values by name, in order.
@@ -283,7 +283,7 @@ class _Generator:
             source.line(source.call(extra_check, names))
         if device == "cuda" and op.composed_on_cuda is not None:
             source.line(f"composed = {source.call(op.composed_on_cuda, names)}")
-            source.line("if composed is not None: return composed")
+            source.line(f"if composed is not None: return{' composed' if self.results else ''}")
         for name, function in op.locals.items():
             source.line(f"{name} = {source.call(function, names)}")
             names[name] = name
@@ -439,7 +439,8 @@ class _Generator:
         source.line("with below():")
         source.line(f"result = op({self.passed})", 2)
         for name in self.written:
-            source.line(f"increment_version({name})")
+            condition = f"if {name} is not None: " if self._is_optional(name) else ""
+            source.line(f"{condition}increment_version({name})")
         source.line("return result")
         return source.compiled("count_versions")
 

@@ -1,11 +1,14 @@
 """Layers built on the ops, for people who want projections included."""
 
+from ..ops.quantized import quantize_rows
 from ._tables import memory_parameter_groups
 from ._usage import MemoryUsage
 from .grid import LearnableFeatureFusion, SparseSelfAttention2d
 from .indexer import IndexedAttention
-from .memory import MemoryPool, PeerMemory, ProductKeyMemory
+from .memory import PeerMemory, ProductKeyMemory
 from .moba import MobaAttention
+from .pool import MemoryPool
+from .quantized import QuantizedMemoryPool
 
 __all__ = [
     "IndexedAttention",
@@ -15,6 +18,8 @@ __all__ = [
     "MobaAttention",
     "PeerMemory",
     "ProductKeyMemory",
+    "QuantizedMemoryPool",
     "SparseSelfAttention2d",
     "memory_parameter_groups",
+    "quantize_rows",
 ]

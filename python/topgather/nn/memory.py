@@ -1,22 +1,22 @@
-"""Memory layers: a table of values looked up by product keys, and experts of one neuron."""
+"""Memory layers: tables of values looked up by product keys, and experts of one neuron."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._common import checks
-from ..ops import expert_lookup, memory_lookup, product_key_topk
-from ..ops._bags import check_mode, row_of_padding
-from ..ops._memory_ops import MAX_KEYS
+from ..ops import expert_lookup, product_key_topk
 from ..ops.memory import ACTIVATIONS
 from ._init import FanInNormalLinear, XavierLinear, reset_modules
 from ._tables import TableModule, check_number, copy_reference, linear_targets, parameter_to_load
 from ._usage import UsageCounters
+from .pool import MemoryPool, check_num_keys
+from .quantized import QuantizedMemoryPool
 
 QUERY_NORMS = ("batch", "rms", "layer")
 
@@ -24,120 +24,6 @@ SCORE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda scores: scores.softmax(dim=-1),
     "relu": F.relu,
 }
-
-
-class MemoryPool(TableModule, nn.EmbeddingBag):
-    """The table of values of memory layers, made once and handed to every layer that shares it (Memory Layers at Scale,
-    arXiv 2412.09764, section 3).
-
-    Args:
-        num_keys: keys of a half; the table has ``num_keys ** 2`` rows, one for each pair. From 1 to 46340.
-        value_dim: channels of a row.
-        sparse_grad: whether ``values`` gets a sparse gradient, over the touched rows alone, for
-            ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table. A table that
-            a parametrisation or pruning computes, whole at every call, has dense gradients all the same.
-        device: where the table is created; torch's default if None.
-        dtype: of the table; torch's default if None.
-        mode: ``"sum"``, or ``"mean"`` for lookups without weights: see :func:`topgather.memory_lookup`. A layer takes
-            a pool of ``"sum"`` alone.
-        padding_idx: row whose entries count for nothing: see :func:`topgather.memory_lookup`. It is at first 0.
-        include_last_offset: whether offsets come with the end of the last bag: see :func:`topgather.memory_lookup`.
-
-    To torch it is a kind of ``nn.EmbeddingBag``, with ``values`` as its weight, so that ``DistributedDataParallel``,
-    which asks for that type, knows whether to expect a sparse gradient.
-
-    Attributes:
-        values: ``[num_keys ** 2, value_dim]``, at first normal with a standard deviation of ``value_dim ** -0.5``.
-
-    Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a size out of range.
-    """
-
-    TABLES: ClassVar[dict[str, str]] = {"values": "values"}
-
-    # What an nn.EmbeddingBag has besides, and pools of earlier releases, unpickled, have not.
-    mode = "sum"
-    padding_idx: int | None = None
-    include_last_offset = False
-    max_norm = None
-    norm_type = 2.0
-    scale_grad_by_freq = False
-
-    def __init__(
-        self,
-        num_keys: int,
-        value_dim: int,
-        sparse_grad: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        mode: str = "sum",
-        padding_idx: int | None = None,
-        include_last_offset: bool = False,
-    ) -> None:
-        nn.Module.__init__(self)
-        _check_num_keys(num_keys)
-        checks.check_count("value_dim", value_dim)
-        checks.check_flag("sparse_grad", sparse_grad)
-        check_mode(mode)
-        checks.check_flag("include_last_offset", include_last_offset)
-        self.num_keys = num_keys
-        self.value_dim = value_dim
-        self.sparse_grad = sparse_grad
-        self.mode = mode
-        self.padding_idx = row_of_padding(padding_idx, num_keys**2)
-        self.include_last_offset = include_last_offset
-        self.values = nn.Parameter(torch.empty(num_keys**2, value_dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw ``values`` anew."""
-        nn.init.normal_(self.values, std=self.value_dim**-0.5)
-        if self.padding_idx is not None:
-            with torch.no_grad():
-                self.values[self.padding_idx].zero_()
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """``values``, under the name that it has in an ``nn.EmbeddingBag``."""
-        return self.values
-
-    @property
-    def sparse(self) -> bool:  # type: ignore[override]
-        """Whether gradients are sparse, under the name that it has in an ``nn.EmbeddingBag``."""
-        return self.sparse_grad and self._are_parameters("values")
-
-    @property
-    def num_embeddings(self) -> int:  # type: ignore[override]
-        """Rows of the table."""
-        return self.num_keys**2
-
-    @property
-    def embedding_dim(self) -> int:  # type: ignore[override]
-        """``value_dim``, under the name that it has in an ``nn.EmbeddingBag``."""
-        return self.value_dim
-
-    def forward(  # type: ignore[override]
-        self, indices: Tensor, weights: Tensor | None = None, offsets: Tensor | None = None
-    ) -> Tensor:
-        """Sums or means of rows, ``[T, value_dim]``: :func:`topgather.memory_lookup` of ``values``.
-
-        Args:
-            indices: ``[T, K]``, or ``[E]`` with ``offsets``.
-            weights: of the shape of ``indices``; ones if None.
-            offsets: ``[T]``, where each bag begins, and with ``include_last_offset`` the end of the last, ``[T + 1]``.
-        """
-        includes_last = self.include_last_offset and offsets is not None
-        return memory_lookup(
-            self.values, indices, weights, self.sparse, offsets, self.mode, self.padding_idx, includes_last
-        )
-
-    def extra_repr(self) -> str:
-        """The table's options, as ``print`` shows them."""
-        text = f"num_keys={self.num_keys}, value_dim={self.value_dim}, sparse_grad={self.sparse_grad}"
-        text += "" if self.mode == "sum" else f", mode={self.mode!r}"
-        text += "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return text + (", include_last_offset=True" if self.include_last_offset else "")
 
 
 class _ProductKeyLayer(TableModule, UsageCounters):
@@ -279,8 +165,8 @@ class ProductKeyMemory(_ProductKeyLayer):
 
     Args:
         dim: channels of the input.
-        pool: the table of values. Layers that are given the same pool share it, and its gradients add up; each layer
-            has keys of its own.
+        pool: the table of values, or one in 8 bits, which is not trained. Layers that are given the same pool share
+            it, and its gradients add up; each layer has keys of its own.
         num_heads: rows are chosen by so many queries.
         top_k: rows per head, from 1 to ``pool.num_keys ** 2``.
         key_dim: channels of a query, even: each half of it meets the half keys of one set.
@@ -317,7 +203,7 @@ class ProductKeyMemory(_ProductKeyLayer):
     def __init__(
         self,
         dim: int,
-        pool: MemoryPool,
+        pool: MemoryPool | QuantizedMemoryPool,
         num_heads: int = 4,
         top_k: int = 32,
         key_dim: int = 512,
@@ -335,8 +221,8 @@ class ProductKeyMemory(_ProductKeyLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(pool, MemoryPool):
-            raise TypeError(f"pool must be a topgather.nn.MemoryPool, got {type(pool).__name__}")
+        if not isinstance(pool, (MemoryPool, QuantizedMemoryPool)):
+            raise TypeError(f"pool must be a topgather.nn.MemoryPool or QuantizedMemoryPool, got {type(pool).__name__}")
         if pool.mode != "sum":
             raise ValueError(f"pool must have mode 'sum', for a layer weighs its rows, got {pool.mode!r}")
         super().__init__(
@@ -526,7 +412,7 @@ class PeerMemory(_ProductKeyLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_num_keys(num_keys)
+        check_num_keys(num_keys)
         super().__init__(
             dim,
             num_keys,
@@ -627,9 +513,3 @@ class PeerMemory(_ProductKeyLayer):
             f"{self._retrieval_repr()}, num_keys={self.num_keys}, activation={self.activation}, "
             f"sparse_grad={self.sparse_grad}"
         )
-
-
-def _check_num_keys(num_keys: Any) -> None:
-    checks.check_count("num_keys", num_keys)
-    if num_keys > MAX_KEYS:
-        raise ValueError(f"num_keys must be at most {MAX_KEYS}, got {num_keys}")

@@ -14,6 +14,7 @@ from .moba import (
     moba_route,
     moba_route_varlen,
 )
+from .quantized import quantized_lookup
 from .replay import record_routing, replay_routing
 from .routing import BlockRouting, RoutingRecord
 from .statistics import RoutingStatistics, routing_statistics
@@ -34,6 +35,7 @@ __all__ = [
     "moba_route",
     "moba_route_varlen",
     "product_key_topk",
+    "quantized_lookup",
     "record_routing",
     "replay_routing",
     "routing_statistics",

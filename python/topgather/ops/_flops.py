@@ -10,7 +10,7 @@ Loaded behind ``torch.utils.flop_counter``, which loads triton where there is on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -266,10 +266,19 @@ def _lookup_backward(values: Tensor, indices: Tensor, needs_grad_weights: bool) 
     return 2 * indices.numel() * values.size(1) * (1 + bool(needs_grad_weights))
 
 
-for _name in ("memory_lookup", "memory_dot"):
+for _name in ("memory_lookup", "memory_dot", "memory_lookup_quantized", "memory_dot_quantized"):
     _formula(_name)(_lookup)
 for _name in ("memory_backward", "memory_backward_sparse"):
     _formula(_name)(_lookup_backward)
+
+
+def _row_steps(grad_out: Sequence[int], indices: Sequence[int], *_: Any, **__: Any) -> int:
+    """The sums of entries; what a step does to a row are no products of matrices."""
+    return 2 * indices[0] * grad_out[1]
+
+
+for _name in ("memory_update", "memory_grad_square"):
+    _formula(_name)(_row_steps)
 
 
 def _pairs_along(size: int, step: int, is_window: bool) -> int:

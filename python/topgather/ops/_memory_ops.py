@@ -129,7 +129,7 @@ def _check_backward(grad_out: Tensor, values: Tensor, indices: Tensor, weights: 
     check_token_rows("grad_out", grad_out, indices, values, offsets=offsets)
 
 
-def _check_content(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
+def check_content(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
     """Raise ``IndexError`` where an index names no row, ``ValueError`` for wrong offsets. Waits for the device."""
     if offsets is not None and offsets.size(0) > 1:
         num_entries = indices.size(0)
@@ -156,7 +156,7 @@ def _cuda_check(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None
     """A kernel follows no index that names no row, so that nothing waits for the device unless that is asked for."""
     cuda.check_dtype("values", values)
     if os.environ.get(CHECK_INDICES_VARIABLE, "") not in ("", "0"):
-        _check_content(values, indices, offsets)
+        check_content(values, indices, offsets)
 
 
 # --- ragged bags ----------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ register(
     Op(
         schema=f"memory_backward({_backward_arguments}) -> (Tensor grad_rows, Tensor grad_weights)",
         check=_check_backward,
-        check_content=_check_content,
+        check_content=check_content,
         cuda_check=_cuda_check,
         locals={**_entry_locals, "targets": lambda sorted_rows: sorted_rows},
         inputs=_backward_inputs,
@@ -273,7 +273,7 @@ register(
         schema=f"memory_backward_sparse({_backward_arguments}) -> (Tensor grad_values, Tensor grad_weights)",
         native="memory_backward",
         check=_check_backward,
-        check_content=_check_content,
+        check_content=check_content,
         cuda_check=_cuda_check,
         locals={
             **_entry_locals,
@@ -393,7 +393,7 @@ memory_lookup = register(
             "Tensor? offsets=None) -> Tensor out"
         ),
         check=_check_lookup,
-        check_content=_check_content,
+        check_content=check_content,
         cuda_check=_cuda_check,
         inputs={"indices": tensors.boundaries, "weights": _in_sum_dtype, "offsets": tensors.boundaries},
         results=lambda values, indices, offsets: values.new_empty((num_tokens(indices, offsets), values.size(1))),
@@ -413,7 +413,7 @@ memory_dot = register(
             "-> Tensor out"
         ),
         check=_check_dot,
-        check_content=_check_content,
+        check_content=check_content,
         cuda_check=_cuda_check,
         locals={"tokens": tokens_of},
         inputs={"indices": _bags_of_dots, "x": tensors.contiguous_rows},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._common import checks, cuda, tensors
 from .._common.library import AUTOCAST_KEYS
-from . import _memory_ops
+from . import _memory_ops, _memory_update
 from ._bags import make_bags
 from ._memory_ops import check_indices, check_table, check_token_rows, check_weights, follow_table
 
@@ -114,6 +114,9 @@ def memory_lookup(
     if not (is_weighted and offsets is None and padding_idx is None and include_last_offset is False):
         bags = make_bags(values, indices, weights, offsets, mode, padding_idx, include_last_offset)
         indices, weights, offsets = bags
+    if _memory_update.is_recording:
+        assert weights is not None
+        return _memory_update.lookup(values, indices, weights, sparse_grad, offsets)
     out: Tensor = _memory_ops.memory_lookup(values, indices, weights, sparse_grad, offsets)
     return out
 
@@ -161,6 +164,10 @@ def expert_lookup(
         x = follow_table(x, values_in, device_type)
         weights = tensors.autocast_to_sums(weights, values_out, device_type)
     _check_experts(x, values_in, values_out, indices, weights)
+    if _memory_update.is_recording:
+        hidden = _memory_update.dot(values_in, indices, x, sparse_grad)
+        gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
+        return _memory_update.lookup(values_out, indices, gates, sparse_grad, None)
     hidden = _memory_ops.memory_dot(values_in, indices, x, sparse_grad)
     gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
     out: Tensor = _memory_ops.memory_lookup(values_out, indices, gates, sparse_grad)

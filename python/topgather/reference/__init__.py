@@ -8,7 +8,14 @@ from .decode import moba_decode, moba_decode_route
 from .grid import grid_attention, grid_groups, window_attention, window_groups
 from .indexer import index_loss, index_route, index_scores
 from .key_conv import key_conv
-from .memory import expert_lookup, memory_lookup, product_key_scores, product_key_topk, product_key_weights
+from .memory import (
+    expert_lookup,
+    memory_lookup,
+    product_key_scores,
+    product_key_topk,
+    product_key_weights,
+    quantized_rows,
+)
 from .moba import block_centroids, block_scores, moba_attention, moba_route
 
 __all__ = [
@@ -29,6 +36,7 @@ __all__ = [
     "product_key_scores",
     "product_key_topk",
     "product_key_weights",
+    "quantized_rows",
     "window_attention",
     "window_groups",
 ]

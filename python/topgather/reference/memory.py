@@ -163,6 +163,19 @@ def memory_lookup(
     return torch.cat(sums)
 
 
+def quantized_rows(values: Tensor, scales: Tensor) -> Tensor:
+    """The rows that a table in 8 bits stands for, ``scales[i, d // group_size] * values[i, d]``.
+
+    Args:
+        values: ``[rows, W]``, int8 or float8_e4m3fn.
+        scales: ``[rows, groups]``; the number of groups divides W.
+
+    Returns:
+        float64 ``[rows, W]``, for :func:`memory_lookup`.
+    """
+    return values.double() * scales.double().repeat_interleave(values.size(1) // scales.size(1), dim=1)
+
+
 def expert_lookup(
     x: Tensor, values_in: Tensor, values_out: Tensor, indices: Tensor, weights: Tensor, activation: str = "gelu"
 ) -> Tensor:

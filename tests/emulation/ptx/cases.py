@@ -253,6 +253,47 @@ class MemoryCase:
 
 
 @dataclass(frozen=True)
+class QuantizedCase:
+    """Lookup and dot of rows of 8 bits, e4m3 or integers, with a scale for every ``group_size`` columns."""
+
+    dtype: torch.dtype
+    row_dim: int = 160
+    group_size: int = 80
+    num_rows: int = 50
+    num_tokens: int = 5
+    bag_size: int = 9
+    is_ragged: bool = False
+
+    least_launches = 2
+
+    def __str__(self) -> str:
+        text = f"quantized-{str(self.dtype).removeprefix('torch.')}-{self.row_dim}"
+        return text + ("-ragged" if self.is_ragged else "")
+
+    def run(self, recorder: Recorder) -> None:
+        rows, dim, tokens, entries = self.num_rows, self.row_dim, self.num_tokens, self.bag_size
+        table: dict[str, Any] = {
+            "values": recorder.keep(torch.randint(-127, 128, (rows, dim)).to(torch.int8)),
+            "scales": recorder.keep(torch.rand(rows, dim // self.group_size)),
+            "is_float8": int(self.dtype == torch.float8_e4m3fn),
+        }
+        indices = recorder.keep(torch.randint(rows + 1, (tokens, entries)))
+        weights = recorder.random(tokens, entries, dtype=torch.float32)
+        offsets = owners = None
+        if self.is_ragged:
+            indices, weights = recorder.keep(indices.view(1, -1)), recorder.keep(weights.view(1, -1))
+            offsets = recorder.keep((torch.arange(tokens + 1) // 2 * 2 * entries).clamp(max=tokens * entries - 3))
+            owners = torch.searchsorted(offsets, torch.arange(tokens * entries), right=True)
+            owners = recorder.keep((torch.where(owners <= tokens, owners, 0) - 1).to(torch.int32))
+        out = recorder.zeros(tokens, dim, dtype=torch.float32)
+        recorder.call("memory_lookup_quantized", **table, indices=indices, weights=weights, offsets=offsets, out=out)
+        x = recorder.random(tokens, dim, dtype=torch.float32)
+        dots = recorder.zeros(tokens * entries, 1, dtype=torch.float32).view(-1, 1 if self.is_ragged else entries)
+        indices = indices.view_as(dots)
+        recorder.call("memory_dot_quantized", **table, indices=indices, x=x, tokens=owners, out=dots)
+
+
+@dataclass(frozen=True)
 class GridCase:
     """Grid attention forward and backward. ``head_dim`` fills rows of whole multiples of 16 bytes."""
 
@@ -425,6 +466,7 @@ class IndexRouteCase:
     dtype: torch.dtype
     dim: int = 40
     is_sum: bool = False
+    has_whole_tiles: bool = False
 
     least_launches = 1
 
@@ -433,22 +475,32 @@ class IndexRouteCase:
 
     def run(self, recorder: Recorder) -> None:
         """Forced and scored blocks, and queries that see fewer than they may choose."""
-        heads, choices, tokens = 4, 2 if self.is_sum else 4, 70
+        heads, choices, tokens = 4, 2 if self.is_sum else 4, 130 if self.has_whole_tiles else 70
         recorder.call(
             "index_route",
             index_query=recorder.random(1, heads, tokens, self.dim, dtype=self.dtype),
             index_key=recorder.random(1, 2, tokens, self.dim, dtype=self.dtype),
             weights=recorder.random(1, heads, tokens, dtype=torch.float32) if self.is_sum else None,
-            block_size=9,
+            block_size=64 if self.has_whole_tiles else 9,
             reduction_code=2 if self.is_sum else int(self.dtype == torch.float16),
             is_causal=True,
             force_first=1,
             force_last=int(not self.is_sum),
-            block_indices=recorder.zeros(1, choices, tokens, 4, dtype=torch.int32),
+            block_indices=recorder.zeros(1, choices, tokens, 2 if self.has_whole_tiles else 4, dtype=torch.int32),
         )
 
 
-Case = MobaCase | FilteredRouteCase | ProductKeyCase | MemoryCase | GridCase | DecodeCase | KeyConvCase | IndexRouteCase
+Case = (
+    MobaCase
+    | FilteredRouteCase
+    | ProductKeyCase
+    | MemoryCase
+    | QuantizedCase
+    | GridCase
+    | DecodeCase
+    | KeyConvCase
+    | IndexRouteCase
+)
 
 
 def record(module: ModuleType, case: Case) -> Recorder:

@@ -1,0 +1,353 @@
+"""What optimizers of table rows have in common: the entries that backwards record, states by row, and the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .._common import checks
+from .._common.library import sum_dtype
+from ..nn._tables import check_number
+from ..ops import _memory_update
+from ..ops._memory_ops import check_table
+from ..ops._memory_update import Entries, Recorder
+
+
+class Rule(NamedTuple):
+    """What a step does to a row, as the kernel takes it: :func:`torch.ops.topgather.memory_update`."""
+
+    algorithm: str
+    first_rate: float = 0.0
+    second_rate: float = 0.0
+    eps: float = 0.0
+    is_nesterov: bool = False
+    has_first: bool = True
+    has_second: bool = False
+    first_value: float = 0.0
+    """Of the first state, before a row's first step."""
+
+
+def check_rate(name: str, value: Any, below: float = math.inf) -> None:
+    """Raise unless ``value`` is a number of at least 0 and below ``below``."""
+    if isinstance(value, Tensor):
+        value = float(value)
+    check_number(name, value)
+    if not 0 <= value < below:
+        raise ValueError(f"{name} must be at least 0 and below {below}, got {value}")
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers of table rows; use :class:`RowSGD`, :class:`RowAdagrad` or :class:`RowAdam`.
+
+    It takes over the tables it is given: the backward of :func:`topgather.memory_lookup` and
+    :func:`topgather.expert_lookup` then makes no gradient of them, dense or sparse, but records what it would be made
+    of, ``grad_out [T, W]`` and each entry's row and weight. :meth:`step` sorts the entries of all lookups since the
+    last one, whichever layers of a shared table and whichever micro-batches they are of, sums each row's and steps the
+    row, in one pass over the touched rows and their states. Sparse gradients that lie in ``.grad`` are entries as well.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._recorders: dict[Tensor, Recorder] = {}
+        self._masks: dict[Tensor, Tensor] = {}
+        self._grad_scale = 1.0
+        super().__init__(params, defaults)
+
+    # --- tables -----------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take over more tables, with options of their own.
+
+        Raises:
+            TypeError: a parameter that is no plain tensor of floating-point numbers, an option of the wrong type.
+            ValueError: one that is no leaf or not ``[rows, W]``, or that another optimizer of rows has; an option out
+                of range.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for table in group["params"]:
+                if isinstance(table, DTensor):
+                    raise TypeError("params must be plain tensors: a table sharded over devices has no row optimizer")
+                check_table("params", table)
+                if _memory_update.recorder_of(table) is not None:
+                    raise ValueError("params must belong to one optimizer of rows; detach() the other first")
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        for table in group["params"]:
+            self._attach(table)
+
+    def _attach(self, table: Tensor) -> None:
+        self._recorders[table] = Recorder()
+        _memory_update.attach(table, self._recorders[table])
+
+    def detach(self) -> None:
+        """Let go of the tables: their lookups make gradients again. What was recorded is dropped."""
+        for table in self._recorders:
+            _memory_update.detach(table)
+        self._recorders.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what was recorded since the last :meth:`step`, and gradients."""
+        super().zero_grad(set_to_none)
+        self._grad_scale = 1.0
+        for recorder in self._recorders.values():
+            recorder.parts.clear()
+
+    # --- what a subclass says ---------------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_rate("lr", group["lr"])
+        check_rate("weight_decay", group["weight_decay"])
+        for name in ("decoupled_weight_decay", "maximize", "stochastic_rounding"):
+            checks.check_flag(name, group[name])
+        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+            raise TypeError(f"state_dtype must be torch.float32, torch.bfloat16 or None, got {group['state_dtype']}")
+        checks.check_count("seed", group["seed"], least=0)
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        raise NotImplementedError
+
+    # --- entries ----------------------------------------------------------------------------------------------------
+
+    def _take_sparse_grads(self) -> None:
+        """Sparse gradients, of DistributedDataParallel for one, become entries: of each row one, with weight 1."""
+        for table, recorder in self._recorders.items():
+            grad = table.grad
+            if grad is None:
+                continue
+            if not grad.is_sparse:
+                raise RuntimeError(
+                    "a table of a row optimizer has a dense gradient, for something other than memory_lookup and "
+                    "expert_lookup uses it; detach() the optimizer, or use torch's"
+                )
+            grad = grad.coalesce()
+            rows = grad.indices()[0]
+            weights = torch.ones(rows.numel(), 1, dtype=sum_dtype(table.dtype), device=table.device)
+            recorder.parts.append(_memory_update.entries_of(grad.values(), rows.unsqueeze(1), weights))
+            table.grad = None
+
+    def _entries(self, table: Tensor) -> Entries | None:
+        """What was recorded of ``table``, without the entries of rows that its mask leaves out."""
+        recorder = self._recorders.get(table)
+        if recorder is None or not recorder.parts:
+            return None
+        entries = _memory_update.merged(recorder.parts)
+        recorder.parts[:] = [entries]
+        mask = self._masks.get(table)
+        if mask is not None:
+            entries = entries._replace(tokens=torch.where(mask[entries.indices], entries.tokens, -1))
+        return entries
+
+    @torch.no_grad()
+    def grad_square(self) -> Tensor:
+        """The sum of squares of the gradients that the next :meth:`step` sees, ``[]`` float64, without making them.
+
+        One pass over the recorded entries; the same bits for any number of threads.
+        """
+        self._take_sparse_grads()
+        total: Tensor | None = None
+        for group in self.param_groups:
+            for table in group["params"]:
+                entries = self._entries(table)
+                if entries is not None:
+                    square = _memory_update.memory_grad_square(*entries, table.detach())[0]
+                    total = square if total is None else total + square.to(total.device)
+        if total is None:
+            return torch.zeros((), dtype=torch.float64)
+        return total * self._grad_scale**2
+
+    def scale_grad_(self, factor: float | Tensor) -> None:
+        """Multiply the gradients that the next :meth:`step` sees, as clipping and loss scaling do.
+
+        Args:
+            factor: a number.
+        """
+        self._grad_scale *= float(factor)
+
+    @torch.no_grad()
+    def row_counts(self, table: Tensor) -> Tensor:
+        """Entries recorded of each row since the last :meth:`step`, ``[rows]`` int64, masks not regarded.
+
+        Args:
+            table: one that this optimizer has.
+
+        Raises:
+            ValueError: another one.
+        """
+        self._check_own(table)
+        self._take_sparse_grads()
+        counts = torch.zeros(table.size(0), dtype=torch.int64, device=table.device)
+        for part in self._recorders[table].parts:
+            counts += torch.bincount(part.indices[part.tokens >= 0], minlength=table.size(0))
+        return counts
+
+    @torch.no_grad()
+    def set_trainable_rows(self, table: Tensor, rows: Tensor | None) -> None:
+        """Which rows of a table the next steps may change; a frozen row keeps its bits and states and does not decay.
+
+        Args:
+            table: one that this optimizer has.
+            rows: ``[rows]`` bool, or int64 numbers of the trainable rows. None: all of them.
+
+        Raises:
+            TypeError: ``rows`` of another dtype.
+            ValueError: another shape, or a table that this optimizer does not have.
+            IndexError: a number that names no row.
+        """
+        self._check_own(table)
+        mask = None if rows is None else _mask_of(table, rows)
+        state = self.state[table]
+        if "decayed" in state:
+            old = self._masks.get(table)
+            if old is not None:  # what the other rows decayed since the mask was set, a frozen row did not
+                state["decayed"][~old] += state["decay"] - state["decay_at_mask"]
+            state["decay_at_mask"] = state["decay"]
+        if mask is None:
+            self._masks.pop(table, None)
+        else:
+            self._masks[table] = mask
+
+    def _check_own(self, table: Tensor) -> None:
+        if table not in self._recorders:
+            raise ValueError("table must be one of the optimizer's params")
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step every row that an entry recorded since the last step names; what was recorded is used up.
+
+        Args:
+            closure: computes the loss anew, with its backward.
+
+        Returns:
+            What ``closure`` returns.
+
+        Raises:
+            RuntimeError: a table has a dense gradient: something other than a lookup uses it.
+            NotImplementedError: a table on CUDA.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._take_sparse_grads()
+            for group in self.param_groups:
+                for table in group["params"]:
+                    self._step_table(group, table)
+        self._grad_scale = 1.0
+        return loss
+
+    def _step_table(self, group: dict[str, Any], table: Tensor) -> None:
+        entries = self._entries(table)
+        rule, state = self._rule(group), self.state[table]
+        is_decoupled = group["decoupled_weight_decay"]
+        weight_decay = float(group["weight_decay"])
+        is_decaying = is_decoupled and weight_decay != 0 and float(group["lr"]) != 0
+        if entries is None and not is_decaying:
+            return
+        self._make_state(group, rule, table, is_decaying)
+        state["num_steps"] += 1
+        if is_decaying:
+            kept = 1 - float(group["lr"]) * weight_decay
+            if kept <= 0:
+                raise ValueError(f"lr * weight_decay must be below 1, got {1 - kept}")
+            state["decay"] += math.log(kept)
+        if entries is None:
+            return
+        _memory_update.memory_update(
+            *entries,
+            table.detach(),
+            state["steps"],
+            state.get("first"),
+            state.get("second"),
+            state.get("decayed"),
+            rule.algorithm,
+            float(group["lr"]),
+            rule.first_rate,
+            rule.second_rate,
+            rule.eps,
+            0.0 if is_decoupled else weight_decay,
+            state["decay"],
+            -self._grad_scale if group["maximize"] else self._grad_scale,
+            rule.is_nesterov,
+            group["seed"],
+            state["num_steps"],
+            group["stochastic_rounding"],
+        )
+        self._recorders[table].parts.clear()
+
+    def _make_state(self, group: dict[str, Any], rule: Rule, table: Tensor, is_decaying: bool) -> None:
+        """Memory of zeros costs nothing before it is written, on the CPU."""
+        state = self.state[table]
+        if "steps" not in state:
+            state["num_steps"], state["decay"] = 0, 0.0
+            state["steps"] = torch.zeros(table.size(0), dtype=torch.int32, device=table.device)
+        dtype = group["state_dtype"] or sum_dtype(table.dtype)
+        dtype = torch.float64 if table.dtype == torch.float64 else dtype
+        if rule.has_first and "first" not in state:
+            state["first"] = torch.zeros(table.shape, dtype=dtype, device=table.device)
+            if rule.first_value != 0:
+                state["first"].fill_(rule.first_value)
+        if rule.has_second and "second" not in state:
+            state["second"] = torch.zeros(table.shape, dtype=dtype, device=table.device)
+        if is_decaying and "decayed" not in state:
+            state["decayed"] = torch.full((table.size(0),), state["decay"], dtype=torch.float64, device=table.device)
+            state["decay_at_mask"] = state["decay"]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Apply the weight decay that rows still owe, to whole tables: before one is evaluated or saved."""
+        for group in self.param_groups:
+            for table in group["params"]:
+                state = self.state.get(table, {})
+                if "decayed" not in state:
+                    continue
+                factors = (state["decay"] - state["decayed"]).exp()
+                mask = self._masks.get(table)
+                if mask is not None:
+                    factors = torch.where(mask, factors, 1.0)
+                    state["decayed"][mask] = state["decay"]
+                else:
+                    state["decayed"].fill_(state["decay"])
+                table.detach().mul_(factors.to(sum_dtype(table.dtype)).unsqueeze(1))
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of another optimizer, with the dtypes that it has there.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+        """
+        super().load_state_dict(state_dict)
+        # torch gives states the dtype of their parameter.
+        saved_ids: Iterable[int] = (number for group in state_dict["param_groups"] for number in group["params"])
+        tables = (table for group in self.param_groups for table in group["params"])
+        for number, table in zip(saved_ids, tables, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and self.state[table][name].dtype != value.dtype:
+                    self.state[table][name] = value.to(table.device, copy=True)
+
+
+def _mask_of(table: Tensor, rows: Tensor) -> Tensor:
+    checks.check_tensor("rows", rows)
+    if rows.ndim != 1:
+        raise ValueError(f"rows must have 1 dimension, got shape {tuple(rows.shape)}")
+    if rows.dtype == torch.bool:
+        checks.check_size("rows", rows, 0, table.size(0), "rows of table")
+        return rows.to(table.device, copy=True)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows must have dtype torch.bool or torch.int64, got {rows.dtype}")
+    if rows.numel() > 0 and (int(rows.min()) < 0 or int(rows.max()) >= table.size(0)):
+        raise IndexError(f"rows must be between 0 and {table.size(0) - 1}")
+    mask = torch.zeros(table.size(0), dtype=torch.bool, device=table.device)
+    mask[rows.to(table.device)] = True
+    return mask
