@@ -178,8 +178,8 @@ GRID_BUGS = [
                alone=True),
     PlantedBug("grid forward: copies not waited for", FORWARD,
                "cuda::copy_async_wait<0>(); Publishes keys and values, the next tile's places, and the first time "
-               "queries, to all warps; tells all threads that the tile before has been used and the next one may overwrite it. "
-               "__syncthreads();", "__syncthreads();", "grid",
+               "queries, to all warps; tells all threads that the tile before has been used and the next one may "
+               "overwrite it. __syncthreads();", "__syncthreads();", "grid",
                f"{BEFORE_WAIT}|{UNPUBLISHED}|{NEVER_WAITED}"),
     PlantedBug("grid forward, large groups: the unit not published", FORWARD,
                "leave it there: registers are scarce. __syncthreads();", "", "grid large", UNPUBLISHED),
