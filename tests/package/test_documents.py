@@ -76,7 +76,7 @@ def test_the_text_for_package_indexes_stands_alone() -> None:
 def test_the_reference_has_every_public_name() -> None:
     pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
     there = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
-    modules = [tg, tg.nn, tg.models, tg.compat, tg.reference, tg.viz, tg.distributed, tg.advisor]
+    modules = [tg, tg.nn, tg.models, tg.compat, tg.reference, tg.viz, tg.distributed, tg.advisor, tg.optim]
     names = {
         f"{module.__name__}.{name}"
         for module in modules

@@ -137,7 +137,7 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
             group_size: columns that share a scale: see :func:`topgather.nn.quantize_rows`. Default: a row.
 
         Returns:
-            A :class:`QuantizedMemoryPool` on the same device with the same options, in the same mode.
+            A :class:`topgather.nn.QuantizedMemoryPool` on the same device with the same options, in the same mode.
         """
         values: Tensor = self.values
         pool = QuantizedMemoryPool(
@@ -191,9 +191,9 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
             value_dim: channels of a row; needed to make a file, else those of the file.
             dtype: of the table. Default: that of the file, torch's where it is made.
             trainable: whether rows are trained and written back.
-            mode: as in the constructor, and so are
-            padding_idx: and
-            include_last_offset.
+            mode: as in the constructor.
+            padding_idx: as in the constructor.
+            include_last_offset: as in the constructor.
 
         Returns:
             A pool with three methods more: ``flush(step=None)`` writes back, ``prefetch(indices)`` asks for rows ahead
