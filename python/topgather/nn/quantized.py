@@ -27,9 +27,9 @@ class QuantizedMemoryPool(nn.Module):
         group_size: channels that share a scale; a row if None.
         device: where the table is created; torch's default if None.
         dtype: of results, float32, bfloat16 or float16; torch's default if None, float32 for float64.
-        mode: as in :class:`MemoryPool`, and so are
-        padding_idx: and
-        include_last_offset.
+        mode: as in :class:`MemoryPool`.
+        padding_idx: as in :class:`MemoryPool`.
+        include_last_offset: as in :class:`MemoryPool`.
 
     Attributes:
         values: ``[num_keys ** 2, value_dim]``, a buffer: zeros at first.

@@ -116,10 +116,10 @@ def quantized_lookup(
         scales: ``[rows, groups]`` float32; the number of groups divides W.
         indices: ``[T, K]`` int64 or int32; ``[E]`` with ``offsets``.
         weights: of the shape of ``indices``, float32, bfloat16 or float16. Sums run in float32. None: ones.
-        offsets: as in :func:`memory_lookup`, and so are
-        mode: ``"sum"`` or ``"mean"``,
-        padding_idx: and
-        include_last_offset.
+        offsets: as in :func:`memory_lookup`.
+        mode: ``"sum"`` or ``"mean"``.
+        padding_idx: as in :func:`memory_lookup`.
+        include_last_offset: as in :func:`memory_lookup`.
         dtype: of the result, float32, bfloat16 or float16: the float32 sum, rounded once.
 
     Returns:
