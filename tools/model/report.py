@@ -120,11 +120,18 @@ def read_cubin(cubin: Path) -> Code:
     )
 
 
+def is_part(stem: str, compiled: Path) -> bool:
+    """Whether a source file is among those that an object was compiled from: ``compile_together`` in CMakeLists.txt."""
+    build = next(folder.parent for folder in compiled.parents if folder.name == "CMakeFiles")
+    together = build / "together" / compiled.name.removesuffix(".o")
+    return together.exists() and f"/{stem}.cu\"" in together.read_text()
+
+
 def extract(objects: Iterable[Path], stem: str) -> Path:
     """The sm_90 code of the object that a source file was compiled to, as a cubin of its own."""
     for compiled in objects:
-        if compiled.name.startswith(stem + ".cu"):
-            cubin = FOLDER / f"{stem}.sm_90.cubin"
+        if is_part(stem, compiled):
+            cubin = FOLDER / f"{compiled.name.partition('.')[0]}.sm_90.cubin"
             if not cubin.exists() or cubin.stat().st_mtime < compiled.stat().st_mtime:
                 FOLDER.mkdir(parents=True, exist_ok=True)
                 command = [find_tool("cuobjdump"), "-arch", "sm_90", "-xelf", "all", str(compiled.resolve())]
