@@ -124,7 +124,7 @@ def is_part(stem: str, compiled: Path) -> bool:
     """Whether a source file is among those that an object was compiled from: ``compile_together`` in CMakeLists.txt."""
     build = next(folder.parent for folder in compiled.parents if folder.name == "CMakeFiles")
     together = build / "together" / compiled.name.removesuffix(".o")
-    return together.exists() and f"/{stem}.cu\"" in together.read_text()
+    return together.exists() and f'/{stem}.cu"' in together.read_text()
 
 
 def extract(objects: Iterable[Path], stem: str) -> Path:
