@@ -231,7 +231,6 @@ class RowOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a table has a dense gradient: something other than a lookup uses it.
-            NotImplementedError: a table on CUDA.
         """
         loss = None
         if closure is not None:
