@@ -443,6 +443,16 @@ def test_a_large_bias_does_not_overflow(device: torch.device) -> None:
     assert expected.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [GridCase(rows=11), GridCase(1, 1, rows=9, columns=13, step=(1, 1))], ids=str)
+def test_scores_far_below_those_of_absent_tokens(case: GridCase, dtype: torch.dtype, device: torch.device) -> None:
+    """Groups leave room in their last tile: weights of tokens that are not there must stay 0, not exp(0 - lse)."""
+    inputs = make_inputs(case, dtype, device)
+    inputs.query = (inputs.query.detach() * 0.125 + 8).requires_grad_()
+    inputs.key = (inputs.key.detach() * 0.125 - 8).requires_grad_()
+    assert_grid_close(run_grid(inputs, case), inputs, case)
+
+
 # --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
