@@ -47,6 +47,15 @@ def nonfinite_case() -> None:
     assert_grid_close(run_grid(inputs, GRID), inputs, GRID)
 
 
+def low_scores_case() -> None:
+    """Scores so low that a token that is not there, whose own are 0, would outweigh them all."""
+    case = GridCase(1, 1, rows=9, columns=13, step=(1, 1))
+    inputs = make_inputs(case, BFLOAT16, CPU)
+    inputs.query = (inputs.query.detach() * 0.125 + 8).requires_grad_()
+    inputs.key = (inputs.key.detach() * 0.125 - 8).requires_grad_()
+    assert_grid_close(run_grid(inputs, case), inputs, case)
+
+
 def empty_case() -> None:
     """No image, but a bias; memory that nobody writes is NaN."""
     torch.use_deterministic_algorithms(True)
@@ -63,6 +72,7 @@ GRID_CASES: dict[str, Callable[[], Any]] = {
     "grid holes": lambda: check_grid(HOLES, BFLOAT16, CPU),
     "grid scaled": lambda: check_grid(SCALED, BFLOAT16, CPU),
     "grid nonfinite": nonfinite_case,
+    "grid low scores": low_scores_case,
     "grid empty": empty_case,
 }
 
@@ -269,6 +279,8 @@ GRID_BUGS = [
                "first_key + k * 16, Shared::kTokens) == 0) continue;",
                "first_key + k * 16, Shared::kTokens) == 0) break;",
                "grid holes", "AssertionError: d_query"),
+    PlantedBug("grid backward, large groups: tokens that are not there weigh something", LARGE_GROUPS,
+               "if (!is_there) weights[m][n][e] = d_scores[m][n][e] = 0.0f;", "", "grid low scores", WRONG_GRADIENT),
     PlantedBug("grid backward: columns overwritten while read", BACKWARD,
                "the tile has been used and the next one may overwrite it. __syncthreads();", "",
                "grid large float32", OVERWRITTEN),
