@@ -394,6 +394,8 @@ KERNEL_CASES: list[Case] = [
     *(MobaCase(dtype, head_dim=256, value_dim=200, num_tokens=40, is_causal=False) for dtype in FLOAT_TYPES),
     # A row with more choices than a warp has lanes.
     MobaCase(torch.float32, num_tokens=40, block_size=1, top_k=36),
+    # More blocks than one thread block scans the lists of.
+    MobaCase(torch.bfloat16, num_tokens=134, block_size=1, num_heads=1),
     # Blocks of a window, some seen in part.
     MobaCase(torch.bfloat16, top_k=1, window=60),
     *(FilteredRouteCase(dtype, head_dim) for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 128)),

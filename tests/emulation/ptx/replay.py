@@ -111,7 +111,7 @@ def global_functions() -> set[str]:
     """Names of all kernels, from the text of the sources."""
     names: set[str] = set()
     for path in [*kernel_sources(), *SOURCES.glob("*/*.cuh")]:
-        names |= set(re.findall(r"__global__[^;{]*?\b(\w+)\(const \w+ args\)", path.read_text()))
+        names |= set(re.findall(r"__global__[^;{]*?\b(\w+)\(const \w+ \w+\)", path.read_text()))
     return names
 
 
