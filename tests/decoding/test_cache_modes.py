@@ -16,6 +16,7 @@ from torch import Tensor
 
 import topgather as tg
 import topgather.cache
+from tests.memory.op_cases import ROW_STEPS
 
 CLASSES = [cls for cls in vars(topgather.cache).values() if inspect.isclass(cls)]
 ops = torch.ops.topgather
@@ -182,8 +183,16 @@ def append_arguments() -> tuple[Any, ...]:
             cache.seq_lens, cache.page_table, counts, cache.block_size)  # fmt: skip
 
 
-# Arguments of every op that writes to some of them.
-MUTABLE_ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {"moba_cache_append": append_arguments}
+def update_arguments() -> tuple[Any, ...]:
+    (case,) = (case for case in ROW_STEPS if case.written)
+    return tuple(case.inputs(torch.float32, torch.device("cpu")).values())
+
+
+# Arguments of every op that writes to some of them, in order.
+MUTABLE_ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "memory_update": update_arguments,
+    "moba_cache_append": append_arguments,
+}
 
 
 def test_every_mutable_op_has_arguments_here() -> None:
