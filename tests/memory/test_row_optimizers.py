@@ -288,3 +288,17 @@ def test_what_is_recorded_and_what_not() -> None:
     gc.collect()
     assert _memory_update.recorder_of(left) is None
     _memory_update.detach(left)
+
+
+def test_an_optimizer_that_is_dropped_lets_go_of_its_tables() -> None:
+    """Lookups make gradients again, and compile into one graph."""
+    table = torch.nn.Parameter(torch.randn(8, 4))
+    optimizer = tg.optim.RowAdam([table])
+    assert _memory_update.is_recording
+    del optimizer
+    gc.collect()
+    assert _memory_update.recorder_of(table) is None
+    assert not _memory_update.is_recording
+    look_up = torch.compile(tg.memory_lookup, fullgraph=True, backend="eager")
+    look_up(table, torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)).sum().backward()
+    assert table.grad is not None

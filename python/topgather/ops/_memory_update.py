@@ -231,22 +231,30 @@ class Recorder:
 
 # Of each table that an optimizer took over; the optimizer holds the recorder.
 _recorders: Any = WeakIdKeyDictionary()
-# Whether there is any: what a compiled call asks alone.
+# Whether there is any that lives: what a call asks first, and all that a compiled one does.
 is_recording = False
 
 
+def _forget_the_dead() -> None:
+    global is_recording
+    for table in [table for table, recorder in _recorders.items() if recorder() is None]:
+        del _recorders[table]
+    is_recording = len(_recorders) > 0
+
+
 def attach(table: Tensor, recorder: Recorder) -> None:
-    """Have the lookups of ``table`` record."""
+    """Have the lookups of ``table`` record, until ``detach`` or as long as ``recorder`` lives."""
     global is_recording
     _recorders[table] = weakref.ref(recorder)
+    # An optimizer that is dropped lets go of its tables.
+    weakref.finalize(recorder, _forget_the_dead).atexit = False
     is_recording = True
 
 
 def detach(table: Tensor) -> None:
     """Have the lookups of ``table`` make gradients again."""
-    global is_recording
     _recorders.pop(table, None)
-    is_recording = len(_recorders) > 0
+    _forget_the_dead()
 
 
 def recorder_of(table: Tensor) -> Recorder | None:

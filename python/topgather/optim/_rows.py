@@ -49,6 +49,10 @@ class RowOptimizer(torch.optim.Optimizer):
     of, ``grad_out [T, W]`` and each entry's row and weight. :meth:`step` sorts the entries of all lookups since the
     last one, whichever layers of a shared table and whichever micro-batches they are of, sums each row's and steps the
     row, in one pass over the touched rows and their states. Sparse gradients that lie in ``.grad`` are entries as well.
+
+    Args:
+        params: tables ``[rows, W]``, or groups of them with options of their own.
+        defaults: options of groups that name none.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -61,6 +65,9 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take over more tables, with options of their own.
+
+        Args:
+            param_group: ``params``, tables ``[rows, W]``, and options.
 
         Raises:
             TypeError: a parameter that is no plain tensor of floating-point numbers, an option of the wrong type.
@@ -94,7 +101,11 @@ class RowOptimizer(torch.optim.Optimizer):
         self._recorders.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop what was recorded since the last :meth:`step`, and gradients."""
+        """Drop what was recorded since the last :meth:`step`, and gradients.
+
+        Args:
+            set_to_none: gradients become None, not zeros.
+        """
         super().zero_grad(set_to_none)
         self._grad_scale = 1.0
         for recorder in self._recorders.values():
