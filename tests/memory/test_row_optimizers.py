@@ -299,6 +299,7 @@ def test_an_optimizer_that_is_dropped_lets_go_of_its_tables() -> None:
     gc.collect()
     assert _memory_update.recorder_of(table) is None
     assert not _memory_update.is_recording
+    torch._dynamo.reset()
     look_up = torch.compile(tg.memory_lookup, fullgraph=True, backend="eager")
     look_up(table, torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)).sum().backward()
     assert table.grad is not None
