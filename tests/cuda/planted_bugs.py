@@ -89,6 +89,7 @@ def make(build: Build, emulation: Path, folder: Path) -> None:
         for unit in build.units:
             output = next(name for name in commands if "kernels_checked" in name and name.endswith(f"/{unit}.o"))
             words = [word.replace(str(SOURCES), str(sources)) for word in shlex.split(commands[output])]
+            assert any(str(sources) in word for word in words), f"{emulation} was built from another checkout"
             words[words.index("-o") + 1] = str(built / f"{unit}.o")
             words[words.index("-MF") + 1] = os.devnull
             words[words.index("-c") : words.index("-c")] = ["-include", str(header)]
