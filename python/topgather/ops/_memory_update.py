@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .._common import checks, cuda, tensors
 from .._common.library import sum_dtype
 from .._common.spec import Op, register
-from ._memory_ops import _is_first, _sorted_entries, check_table, tokens_of
+from ._memory_ops import _is_first, _sorted_entries, check_content, check_table, tokens_of
 from ._row_steps import composed_square, composed_update
 
 _ops = torch.ops.topgather
@@ -50,12 +50,12 @@ def _check_entries(grad_out: Tensor, indices: Tensor, weights: Tensor, tokens: T
 
 
 def _check_entries_content(grad_out: Tensor, indices: Tensor, tokens: Tensor, values: Tensor) -> None:
-    for name, tensor, least, count in (("indices", indices, 0, values.size(0)), ("tokens", tokens, -1, len(grad_out))):
-        if tensor.numel() == 0:
-            continue
-        low, high = (bound.item() for bound in torch.aminmax(tensor))
-        if low < least or high >= count:
-            raise IndexError(f"{name} must be between {least} and {count - 1}, got {low if low < least else high}")
+    check_content(values, indices, None)
+    if tokens.numel() == 0:
+        return
+    low, high = (bound.item() for bound in torch.aminmax(tokens))
+    if low < -1 or high >= len(grad_out):
+        raise IndexError(f"tokens must be between -1 and {len(grad_out) - 1}, got {low if low < -1 else high}")
 
 
 def _check_update(

@@ -10,6 +10,11 @@ from .._common import checks
 from ._rows import RowOptimizer, Rule, check_rate
 
 
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a group, by name: all arguments of a constructor but its tables."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
 class RowSGD(RowOptimizer):
     """Stochastic gradient descent on the touched rows of tables, as ``torch.optim.SGD`` does it.
 
@@ -48,20 +53,7 @@ class RowSGD(RowOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        own = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                **own,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "state_dtype": state_dtype,
-                "stochastic_rounding": stochastic_rounding,
-                "seed": seed,
-            },
-        )
+        super().__init__(params, _options(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -111,20 +103,7 @@ class RowAdagrad(RowOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        own = {"lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value, "eps": eps}
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                **own,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "state_dtype": state_dtype,
-                "stochastic_rounding": stochastic_rounding,
-                "seed": seed,
-            },
-        )
+        super().__init__(params, _options(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -171,20 +150,7 @@ class RowAdam(RowOptimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "maximize": maximize,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "state_dtype": state_dtype,
-                "stochastic_rounding": stochastic_rounding,
-                "seed": seed,
-            },
-        )
+        super().__init__(params, _options(locals()))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
