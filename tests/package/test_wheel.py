@@ -79,6 +79,18 @@ def test_a_wheel_of_anything_else_is_refused(wheel: ModuleType, tmp_path: Path) 
     assert wheel.check_content(path) == ["holds tests/test_one.py", "holds 0 modules: []"]
 
 
+def test_a_wheel_is_laid_out_for_the_hub(wheel: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "topgather-0-cp310-abi3-linux_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("topgather/__init__.py", "x = 1")
+        archive.writestr("topgather-0.dist-info/METADATA", "")
+    for backend, kind in (("cpu", "cpu"), ("cu130", "cuda")):
+        variant = wheel.lay_out_for_hub(path, tmp_path / "hub", backend)
+        assert variant.name == f"torch-stable-abi26-{backend}-{platform.machine()}-linux"
+        assert sorted(entry.name for entry in variant.iterdir()) == ["__init__.py", "metadata.json"]
+        assert f'"type": "{kind}"' in (variant / "metadata.json").read_text()
+
+
 # --- CPython ---------------------------------------------------------------------------------------------------------
 
 
