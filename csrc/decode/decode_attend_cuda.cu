@@ -513,7 +513,7 @@ void moba_decode_cuda(const DecodeParams& params, const CudaWorkspace& given, co
   const DecodeProblem& problem = params.problem;
   if (is_empty(problem)) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("decode: attention");
+  const StageRange range("decode.attend");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   const DecodePlan plan = plan_decode(problem);
   WorkspaceCutter cutter(given.data);

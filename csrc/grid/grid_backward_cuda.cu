@@ -195,7 +195,7 @@ void launch_row_terms(const GridBackwardParams& params, float* shift, cudaStream
 // Steps 4 and 5.
 void launch_bias_gradients(const GridBackwardParams& params, GridBackwardArguments args, float* pieces,
                            cudaStream_t stream) {
-  const StageRange range("grid: gradient of the bias");
+  const StageRange range("grid.bias_gradient");
   const GridProblem& problem = params.problem;
   const int64_t tokens = bias_tile_tokens(problem.dtype), num_pieces = num_pieces_of(problem);
   args.geometry = grid::geometry_of(problem, tokens);
@@ -234,7 +234,7 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   const GridBackwardKernel& kernel = grid::kernel_for(kBackwardKernels, problem);
   const bool needs_grad_bias = params.grad_bias.data != nullptr;
   const DeviceGuard guard(place.device);
-  const StageRange range("grid: backward");
+  const StageRange range("grid.backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (grid::is_empty(problem)) {
     if (!needs_grad_bias || bias_sums_of(problem) == 0) return;

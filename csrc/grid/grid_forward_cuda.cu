@@ -505,7 +505,7 @@ void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace&, co
   const GridForwardKernel& kernel = grid::kernel_for(kForwardKernels, problem);
   if (grid::is_empty(problem)) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("grid: forward");
+  const StageRange range("grid.forward");
   const bool is_single = problem.max_tokens() <= kernel.of_one_tile.tokens;
   const GridForwardWay& way = is_single ? kernel.of_one_tile : kernel.of_several;
   GridForwardArguments args{};

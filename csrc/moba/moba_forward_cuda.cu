@@ -204,7 +204,7 @@ void launch_merge(const MergeArguments& args, cudaStream_t stream) {
 }
 
 void merge(Dtype dtype, const MergeArguments& args, cudaStream_t stream) {
-  const StageRange range("moba: merge");
+  const StageRange range("moba.merge");
   with_element(dtype, [&](auto element) {
     using Element = decltype(element);
     const int64_t num_chunks = divide_up(args.value_dim, 16 / static_cast<int64_t>(sizeof(Element)));
@@ -239,7 +239,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
   if (problem.query_len == 0 || count_units(problem) == 0) return;
   const DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const StageRange range("moba: forward");
+  const StageRange range("moba.forward");
   WorkspaceCutter cutter(given.data);
   const WavePlan plan = plan_forward(problem);
   const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
@@ -255,7 +255,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     const ForwardWorkspace workspace = take_workspace(problem, wave.num_units, wave.num_queries, wave_cutter);
     build_block_lists({geometry, wave, block_indices, workspace.lists}, stream);
     if (workspace.lists.max_items > 0) {
-      const StageRange attention("moba: attention");
+      const StageRange attention("moba.attend");
       ForwardArguments args{};
       args.geometry = geometry;
       args.wave = wave;
