@@ -139,7 +139,7 @@ GRID_BUGS = [
                "const bool is_copied = is_column && offset >= 0;", "const bool is_copied = offset >= 0;",
                "grid", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}|{UNINITIALIZED}"),
     PlantedBug("grid: results of tokens that are not there written", GEOMETRY,
-               "if (offset == kNotThere || chunk", "if (chunk", "grid", MISALIGNED),
+               "if (offset[i] == kNotThere || chunk", "if (chunk", "grid", MISALIGNED),
     PlantedBug("grid: results not published to the warp", GEOMETRY,
                "Publishes the warp's results to its lanes. __syncwarp();", "", "grid", f"{RACE}|{UNINITIALIZED}"),
     PlantedBug("grid: weights in float32 not published", GEOMETRY,
