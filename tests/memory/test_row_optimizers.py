@@ -276,9 +276,6 @@ def test_what_is_recorded_and_what_not() -> None:
         optim.RowAdam([nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match=r"betas\[1\] must be at least 0 and below 1"):
         optim.RowAdam([nn.Parameter(torch.ones(3, 2))], betas=(0.9, 1.0))
-    compiled = torch.compile(lambda: tg.memory_lookup(table, indices, weights), backend="eager")
-    compiled().backward(grad)
-    assert float(optimizer.grad_square()) > 0
     optimizer.detach()
     backward(table, 0)
     assert table.grad is not None
@@ -303,3 +300,48 @@ def test_an_optimizer_that_is_dropped_lets_go_of_its_tables() -> None:
     look_up = torch.compile(tg.memory_lookup, fullgraph=True, backend="eager")
     look_up(table, torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)).sum().backward()
     assert table.grad is not None
+
+
+def test_compiled_lookups_of_tables_with_and_without_an_optimizer() -> None:
+    """One graph each. That of a table without one does not change with another table's; an attached table's gradient is
+    sparse, which the step takes: once attached it is compiled anew, and again when it is let go of.
+    """
+    torch._dynamo.reset()
+    tables = [draw_table(torch.float32) for _ in range(4)]
+    attached, other, eager, taken = tables
+    ours, same = optim.RowAdam([attached]), optim.RowAdam([eager])
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def layers(table: Tensor, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        first = tg.memory_lookup(table * 1, indices, weights)  # what is computed from a table is none
+        return (
+            first.detach()
+            + tg.memory_lookup(table, indices, weights)
+            + tg.expert_lookup(x, table, table, indices, weights)
+        )
+
+    compiled = torch.compile(layers, fullgraph=True, backend=counter)
+    indices, weights, grad = draw_bags(0, torch.float32)
+    x = torch.linspace(-1, 1, TOKENS * WIDTH).view(TOKENS, WIDTH)
+    for table, call in ((attached, compiled), (other, compiled), (eager, layers)):
+        for _ in range(2):
+            call(table, x, indices, weights).backward(grad)
+    assert attached.grad is not None and attached.grad.is_sparse
+    assert other.grad is not None and not other.grad.is_sparse and eager.grad is None
+    torch.testing.assert_close(attached.grad.to_dense(), other.grad, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours.grad_square(), same.grad_square())
+    ours.step()
+    same.step()
+    torch.testing.assert_close(attached.detach(), eager.detach(), atol=1e-6, rtol=0)
+    num_graphs = counter.frame_count
+    assert num_graphs == 2
+    third = optim.RowAdam([taken])
+    compiled(other, x, indices, weights).backward(grad)
+    assert counter.frame_count == num_graphs
+    ours.detach()
+    attached.grad = None
+    compiled(attached, x, indices, weights).backward(grad)
+    assert attached.grad is not None and not attached.grad.is_sparse
+    assert counter.frame_count == num_graphs
+    for each in (same, third):
+        each.detach()

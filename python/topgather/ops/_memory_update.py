@@ -235,10 +235,21 @@ _recorders: Any = WeakIdKeyDictionary()
 is_recording = False
 
 
+# The attribute of an attached table. A compiled lookup asks for it, and is compiled anew for a table that has it or
+# lost it; those of other tables stay as they are.
+_MARK = "_topgather_has_row_optimizer"
+
+
+def _forget(table: Tensor) -> None:
+    _recorders.pop(table, None)
+    if hasattr(table, _MARK):
+        delattr(table, _MARK)
+
+
 def _forget_the_dead() -> None:
     global is_recording
     for table in [table for table, recorder in _recorders.items() if recorder() is None]:
-        del _recorders[table]
+        _forget(table)
     is_recording = len(_recorders) > 0
 
 
@@ -246,6 +257,7 @@ def attach(table: Tensor, recorder: Recorder) -> None:
     """Have the lookups of ``table`` record, until ``detach`` or as long as ``recorder`` lives."""
     global is_recording
     _recorders[table] = weakref.ref(recorder)
+    setattr(table, _MARK, True)
     # An optimizer that is dropped lets go of its tables.
     weakref.finalize(recorder, _forget_the_dead).atexit = False
     is_recording = True
@@ -253,7 +265,7 @@ def attach(table: Tensor, recorder: Recorder) -> None:
 
 def detach(table: Tensor) -> None:
     """Have the lookups of ``table`` make gradients again."""
-    _recorders.pop(table, None)
+    _forget(table)
     _forget_the_dead()
 
 
@@ -263,7 +275,15 @@ def recorder_of(table: Tensor) -> Recorder | None:
     return None if found is None else found()
 
 
-@torch.compiler.disable
+def is_marked(table: Tensor) -> bool:
+    """Whether an optimizer has ``table``, in words that ``torch.compile`` follows.
+
+    A compiled graph records nothing: an attached table's gradient is a sparse one there, which the optimizer's step
+    takes as entries.
+    """
+    return hasattr(table, _MARK)
+
+
 def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, offsets: Tensor | None) -> Tensor:
     """``memory_lookup``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)
@@ -274,7 +294,6 @@ def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, 
     return found
 
 
-@torch.compiler.disable
 def dot(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool) -> Tensor:
     """``memory_dot``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)
