@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import topgather as tg
 from tests.common.runs import assert_all_equal
-from tests.memory.op_cases import draw_entries
+from tests.memory.row_steps import CASES, check_row_steps
 from topgather import optim
 from topgather.ops import _memory_update
-from topgather.ops._row_steps import composed_square, composed_update
 
 CPU = torch.device("cpu")
 ROWS, WIDTH, TOKENS, BAG = 14, 70, 12, 4
@@ -90,33 +90,10 @@ def test_equals_torchs_optimizer_row_by_row(name: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.usefixtures("cpu_target")
-@pytest.mark.parametrize("algorithm", ["sgd", "adagrad", "adam"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_composition_takes_the_same_step(algorithm: str, dtype: torch.dtype) -> None:
-    """That of torch's ops, which runs on CUDA: by the same random bits, so that hardly a number rounds elsewhere."""
-    entries = draw_entries(dtype, CPU, 1)
-    has_second = algorithm == "adam"
-    states = {
-        "steps": torch.arange(12, dtype=torch.int32) % 4,
-        "first": torch.rand(12, 6).bfloat16(),
-        "second": torch.rand(12, 6).bfloat16() if has_second else None,
-        "decayed": -torch.rand(12, dtype=torch.float64),
-    }
-    options = (algorithm, 0.1, 0.9, 0.99, 1e-8, 0.01, -1.5, 0.5, algorithm == "sgd", 2**31 - 1, 7, True)
-    runs = []
-    for update in (torch.ops.topgather.memory_update.default, composed_update):
-        written = copy.deepcopy({"values": entries["values"], **states})
-        given = {**entries, **written}
-        update(*given.values(), *options)
-        runs.append(written)
-    assert not torch.equal(runs[0]["values"], entries["values"])
-    # Of bfloat16 a neighbour, where a sum's last bit decides.
-    for name, found in runs[0].items():
-        if found is not None:
-            torch.testing.assert_close(found, runs[1][name], atol=1e-5, rtol=2**-7 if found.itemsize == 2 else 1e-5)
-            assert found.itemsize > 2 or (found != runs[1][name]).float().mean() < 0.2, name
-    square = torch.ops.topgather.memory_grad_square(*entries.values())
-    torch.testing.assert_close(square, composed_square(*entries.values()), rtol=1e-2, atol=0)
+@pytest.mark.parametrize("name", CASES)
+def test_takes_the_steps_of_torchs_own_ops(name: str, device: torch.device) -> None:
+    """By the same random bits, so that hardly a number rounds elsewhere."""
+    check_row_steps(CASES[name], device)
 
 
 def train(table: nn.Parameter, optimizer: optim.RowOptimizer, first: int = 0, last: int = 3) -> nn.Parameter:
@@ -310,7 +287,7 @@ def test_compiled_lookups_of_tables_with_and_without_an_optimizer() -> None:
     tables = [draw_table(torch.float32) for _ in range(4)]
     attached, other, eager, taken = tables
     ours, same = optim.RowAdam([attached]), optim.RowAdam([eager])
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def layers(table: Tensor, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         first = tg.memory_lookup(table * 1, indices, weights)  # what is computed from a table is none

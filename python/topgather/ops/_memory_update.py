@@ -21,7 +21,6 @@ from .._common import checks, cuda, tensors
 from .._common.library import sum_dtype
 from .._common.spec import Op, register
 from ._memory_ops import _is_first, _sorted_entries, check_content, check_table, tokens_of
-from ._row_steps import composed_square, composed_update
 
 _ops = torch.ops.topgather
 
@@ -130,7 +129,6 @@ memory_update = register(
         check=_check_update,
         check_content=_check_entries_content,
         cuda_check=lambda values: cuda.check_dtype("values", values),
-        composed_on_cuda=composed_update,
         locals={**_locals, "algorithm_code": lambda algorithm: ALGORITHMS[algorithm], "squares": lambda: None},
         inputs={
             **_inputs,
@@ -168,7 +166,6 @@ memory_grad_square = register(
         check=_check_entries,
         check_content=_check_entries_content,
         cuda_check=lambda values: cuda.check_dtype("values", values),
-        composed_on_cuda=composed_square,
         locals={**_locals, **dict.fromkeys(_UNUSED, lambda: None)},
         inputs=_inputs,
         results=lambda values: values.new_empty((1,), dtype=torch.float64),
@@ -292,6 +289,17 @@ def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, 
         return out
     found: Tensor = _Lookup.apply(values, indices, weights, offsets, recorder)  # type: ignore[no-untyped-call]
     return found
+
+
+def sharded_lookup(table: Tensor, local: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+    """The lookup in ``local``, this rank's columns of ``table``, if that has a recorder."""
+    recorder = _recorder_for(table) if is_recording else None
+    if recorder is None:
+        return None
+    # A leaf of its own, which gets no gradient: DTensors make zeros of one that is not there.
+    leaf = local.detach().requires_grad_()
+    out: Tensor = _Lookup.apply(leaf, indices, weights, None, recorder)  # type: ignore[no-untyped-call]
+    return out
 
 
 def dot(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool) -> Tensor:
