@@ -90,7 +90,7 @@ from ._distributed.plan import Plan, plan
 from ._distributed.tensor_parallel import MobaHeadwise
 from .nn._tables import check_number
 from .nn.memory import MemoryPool
-from .ops import memory_lookup
+from .ops import _memory_update, memory_lookup
 from .ops._memory_ops import check_indices, check_weights
 
 __all__ = [
@@ -217,7 +217,9 @@ class ShardedMemoryPool(MemoryPool):
         # Every row has a number of 31 bits; what names no row must not become one that does.
         rows = _gather_tokens(indices.clamp(-1, values.size(0)).to(torch.int32), layout)
         all_weights = _GatherWeights.apply(weights, layout, sum_dtype(values.dtype))
-        columns = memory_lookup(local_values, rows, all_weights)
+        columns = _memory_update.sharded_lookup(self.values, local_values, rows, all_weights)
+        if columns is None:
+            columns = memory_lookup(local_values, rows, all_weights)
         out: Tensor = _ExchangeColumns.apply(columns, layout)
         return out
 

@@ -37,6 +37,7 @@ def peer(**options: Any) -> nn.Module:
 # How each is made, with what makes it hold all that it can hold.
 MAKE: dict[str, list[Callable[[], nn.Module]]] = {
     "MemoryPool": [pool],
+    "OffloadedMemoryPool": [lambda: tg.nn.OffloadedMemoryPool(16, 64, "cpu", cache_rows=4)],
     "QuantizedMemoryPool": [lambda: tg.nn.QuantizedMemoryPool(16, 64, group_size=32)],
     "ProductKeyMemory": [
         lambda: memory(query_norm="batch", track_usage=True),
