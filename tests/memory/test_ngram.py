@@ -154,6 +154,9 @@ def test_layer_is_that_of_transformers() -> None:
             their_norm.weight.copy_(norm.weight.flatten() - 1)
     assert list(layer.table_rows) == theirs.ple_embedding.head_vocab_sizes
     tokens, x = make_tokens(), make_x(requires_grad=True)
+    mask = torch.arange(LENGTH) >= torch.tensor([[3], [0]])
+    padded = theirs(x, torch.where(mask, tokens, END), None, conv_mask=mask)
+    torch.testing.assert_close(layer(x, tokens, mask=mask), padded)
     out, expected = layer(x, tokens), theirs(x, tokens, None)
     torch.testing.assert_close(out, expected)
     direction = torch.randn_like(out)
@@ -176,6 +179,19 @@ def test_tokens_one_by_one(options: dict[str, Any]) -> None:
             out, state = layer(piece_x, piece, state=state)
             found.append(out)
         torch.testing.assert_close(torch.cat(found, dim=1), expected)
+
+
+@pytest.mark.parametrize("end_token", [None, END])
+def test_padding_before_a_sequence_is_not_there(end_token: int | None) -> None:
+    """The second prompt is shorter by 5; both go on token by token."""
+    layer = make_layer(end_token=end_token)
+    tokens, x = make_tokens(), make_x()
+    mask = torch.arange(LENGTH) >= torch.tensor([[0], [5]])
+    expected = layer(x[1:, 5:], tokens[1:, 5:])[0]
+    torch.testing.assert_close(layer(x, tokens, mask=mask)[1, 5:], expected)
+    first, state = layer(x[:, :9], tokens[:, :9], state=layer.make_state(BATCH), mask=mask[:, :9])
+    rest, _ = layer(x[:, 9:], tokens[:, 9:], state=state)
+    torch.testing.assert_close(torch.cat([first, rest], dim=1)[1, 5:], expected)
 
 
 def test_packed_documents_are_each_alone() -> None:
@@ -264,6 +280,8 @@ def test_compile_and_export() -> None:
         (lambda: make_layer()(make_x()[:, 1:], make_tokens()), ValueError, "x must"),
         (lambda: make_layer()(make_x().long(), make_tokens()), TypeError, "x must"),
         (lambda: make_layer()(make_x(), make_tokens(), state=(1, 2)), TypeError, "state"),
+        (lambda: make_layer()(make_x(), make_tokens(), mask=make_tokens()), TypeError, "mask"),
+        (lambda: make_layer()(make_x(), make_tokens(), mask=torch.ones(1, 1).bool()), ValueError, "mask"),
         (lambda: make_layer()(make_x(), make_tokens(), state=make_layer().make_state(1)), ValueError, "state"),
     ],
 )

@@ -178,6 +178,11 @@ class NgramMemory(TableModule):
         return self.sparse_grad and self._are_parameters("values")
 
     @property
+    def _absent(self) -> int:
+        """What stands for a token that is not there."""
+        return NO_TOKEN if self.end_token is None else self.end_token
+
+    @property
     def _state_length(self) -> int:
         return (self.kernel_size - 1) * self.orders[-1]
 
@@ -193,8 +198,7 @@ class NgramMemory(TableModule):
         """
         checks.check_count("batch_size", batch_size, least=0)
         weight: Tensor = self.conv_weight
-        absent = NO_TOKEN if self.end_token is None else self.end_token
-        tokens = torch.full((batch_size, self.orders[-1] - 1), absent, dtype=torch.int64, device=weight.device)
+        tokens = torch.full((batch_size, self.orders[-1] - 1), self._absent, dtype=torch.int64, device=weight.device)
         return NgramState(tokens, weight.new_zeros(batch_size, self._state_length, weight.size(0)))
 
     def rows_of(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -219,15 +223,27 @@ class NgramMemory(TableModule):
         )
 
     @overload
-    def forward(self, x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None = None, state: None = None) -> Tensor: ...
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        state: None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor: ...
 
     @overload
     def forward(
-        self, x: Tensor, tokens: Tensor, cu_seqlens: None = None, *, state: NgramState
+        self, x: Tensor, tokens: Tensor, cu_seqlens: None = None, *, state: NgramState, mask: Tensor | None = None
     ) -> tuple[Tensor, NgramState]: ...
 
     def forward(
-        self, x: Tensor, tokens: Tensor, cu_seqlens: Tensor | None = None, state: NgramState | None = None
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        state: NgramState | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, NgramState]:
         """What the last tokens add to ``x``.
 
@@ -237,6 +253,8 @@ class NgramMemory(TableModule):
             cu_seqlens: int32 or int64 ``[num_sequences + 1]``, where packed documents start and end: neither n-grams
                 nor the convolution reach from one into another. None: ``x`` is dense.
             state: of :meth:`make_state`, or of the call before. Dense tokens only.
+            mask: bool, as ``tokens``; False for padding before a sequence, as batches of prompts have it. Padding
+                counts as no token, and its ``out`` is what the convolution makes of zeros. None: there is none.
 
         Returns:
             ``out`` in the shape and dtype of ``x``; with ``state`` the pair of it and the next call's state.
@@ -251,6 +269,12 @@ class NgramMemory(TableModule):
         if tuple(x.shape) != (*tokens.shape, self.num_streams * self.dim):
             expected = [*tokens.shape, self.num_streams * self.dim]
             raise ValueError(f"x must have shape {expected}, tokens and channels of all streams, got {tuple(x.shape)}")
+        if mask is not None:
+            checks.check_tensor("mask", mask)
+            checks.check_dtype("mask", mask, torch.bool)
+            if mask.shape != tokens.shape:
+                raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+            tokens = torch.where(mask, tokens, self._absent)
         new_tokens: Tensor | None = None
         if state is None:
             indices = self.rows_of(tokens, cu_seqlens)
@@ -279,6 +303,8 @@ class NgramMemory(TableModule):
         gate = (key * self.query_norm(x.unflatten(-1, streams))).sum(dim=-1, keepdim=True) * self.dim**-0.5
         gate = gate.abs().clamp(min=1e-6).sqrt() * gate.sign()
         gated = gate.sigmoid() * self.value_proj(embeddings).unsqueeze(-2)
+        if mask is not None:
+            gated = gated * mask[..., None, None]
         normed = self.conv_norm(gated).flatten(-2)
         taken, new_values = self._convolve(normed, cu_seqlens, None if state is None else state.values)
         out = (gated.flatten(-2) + F.silu(taken)).to(x.dtype)
