@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -288,6 +290,69 @@ def test_what_is_recorded_and_what_not() -> None:
     gc.collect()
     assert _memory_update.recorder_of(left) is None
     _memory_update.detach(left)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_tables_of_its_own(copied: Callable[[Any], Any]) -> None:
+    """With what was recorded, frozen rows and states; neither touches the other's table."""
+    table = draw_table(torch.float32)
+    optimizer = optim.RowAdam([table], lr=0.1)
+    backward(table, 0)
+    optimizer.step()
+    optimizer.set_trainable_rows(table, torch.arange(0, ROWS, 2))
+    backward(table, 1)
+    optimizer.scale_grad_(0.5)
+    other_table, other = copied((table, optimizer))
+    start = table.detach().clone()
+    optimizer.step()
+    assert torch.equal(other_table.detach(), start) and not torch.equal(table.detach(), start)
+    other.step()
+    assert torch.equal(other_table.detach(), table.detach())
+    for each_table, each in ((table, optimizer), (other_table, other)):
+        backward(each_table, 2)
+        assert each_table.grad is None
+        each.step()
+    assert torch.equal(other_table.detach(), table.detach())
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    tables = [draw_table(torch.float32), draw_table(torch.float32)]
+    optimizer = optim.RowAdam([{"params": [table]} for table in tables], lr=0.1, weight_decay=0.5)
+    before = tables[0].detach().clone()
+    group = optimizer.param_groups[1]
+
+    def refused(name: str, value: Any, match: str) -> None:
+        good, group[name] = group[name], value
+        for table in tables:
+            backward(table, 0)
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        assert all(torch.equal(table.detach(), before) for table in tables) and not optimizer.state
+        group[name] = good
+
+    refused("weight_decay", 10.0, "lr \\* weight_decay must be below 1, got 1.0")
+    refused("lr", -1.0, "lr must be at least 0")
+    refused("eps", float("nan"), "eps must be")
+    optimizer.scale_grad_(float("nan"))
+    refused("lr", 0.1, "the factors of scale_grad_ must be finite")
+    optimizer.zero_grad()
+    backward(tables[0], 0)
+    optimizer.step()
+    assert not torch.equal(tables[0].detach(), before)
+
+
+def test_a_gradient_that_is_asked_for_is_refused() -> None:
+    table = draw_table(torch.float32)
+    optimizer = optim.RowSGD([table])
+    indices, weights, grad = draw_bags(0, torch.float32)
+    out = tg.memory_lookup(table, indices, weights)
+    with pytest.raises(
+        RuntimeError, match=r"torch\.autograd\.grad of a table that an optimizer of topgather\.optim has"
+    ):
+        torch.autograd.grad(out, [table], grad)
+    assert float(optimizer.grad_square()) == 0
 
 
 def test_an_optimizer_that_is_dropped_lets_go_of_its_tables() -> None:

@@ -69,6 +69,14 @@ def test_names_promised() -> None:
         assert f"topgather.{name}" in PUBLIC
 
 
+def test_what_is_filled_says_how_it_is_copied() -> None:
+    """``copy.copy`` of a class that says nothing shares tensors, and an append to the copy changes the original."""
+    filled = {name: found for name, found in PUBLIC.items() if inspect.isclass(found) and hasattr(found, "append")}
+    assert {"topgather.MobaCache", "topgather.PagedMobaCache", "topgather.distributed.ShardedCache"} <= filled.keys()
+    for name, found in filled.items():
+        assert hasattr(found, "__copy__") and hasattr(found, "__deepcopy__"), name
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docstrings_name_every_argument(name: str) -> None:
     found = PUBLIC[name]

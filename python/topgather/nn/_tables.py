@@ -206,6 +206,20 @@ def copy_reference(
             target.copy_(tensor)
 
 
+def is_of_its_kind(table: Tensor, state_dict: Mapping[str, Any], name: str, errors: list[str]) -> bool:
+    """Whether ``state_dict[name]`` may be copied into ``table``; ``errors`` gets what stands in the way.
+
+    ``copy_`` converts any dtype to any other, and integers of 8 bits are no rows without their scales.
+    """
+    loaded = state_dict.get(name)
+    if not isinstance(loaded, Tensor) or loaded.dtype == table.dtype:
+        return True
+    if loaded.is_floating_point() and table.dtype.itemsize > 1 and loaded.dtype.itemsize > 1:
+        return True
+    errors.append(f"{name} is of {loaded.dtype}, the table is of {table.dtype}: quantise or make a pool of that dtype")
+    return False
+
+
 def check_number(name: str, value: Any) -> None:
     """Raise ``TypeError`` unless ``value`` is a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -257,6 +257,23 @@ def detach(table: Tensor) -> None:
     _forget_the_dead()
 
 
+# Of each table that lies in a file: what marks rows as changed.
+_listeners: Any = WeakIdKeyDictionary()
+
+
+def listen(table: Tensor, mark_rows: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
+    """Have ``mark_rows`` called with the rows of ``table`` that a step is about to change."""
+    _listeners[table] = mark_rows
+
+
+def tell_of_changes(table: Tensor, rows: Tensor) -> None:
+    """Say that rows of ``table`` are about to change, to whom it concerns."""
+    listener = _listeners.get(table)
+    mark_rows = None if listener is None else listener()
+    if mark_rows is not None:
+        mark_rows(rows)
+
+
 def recorder_of(table: Tensor) -> Recorder | None:
     """The recorder of ``table``, if there is one that lives."""
     found = _recorders.get(table)
@@ -298,7 +315,15 @@ def _recorder_for(values: Tensor) -> Recorder | None:
 def _is_asked_for(ctx: Any) -> bool:
     """Whether this backward is to reach the table: ``torch.autograd.grad`` of other tensors does not."""
     node = ctx.next_functions[0][0]
-    return bool(ctx.needs_input_grad[0]) and node is not None and torch._C._will_engine_execute_node(node)
+    if node is None or not ctx.needs_input_grad[0]:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        raise RuntimeError(
+            "torch.autograd.grad of a table that an optimizer of topgather.optim has: its lookups record rows and make "
+            "no gradient; detach() the optimizer first"
+        ) from None
 
 
 class _Lookup(torch.autograd.Function):

@@ -111,6 +111,16 @@ class RowOptimizer(torch.optim.Optimizer):
         for recorder in self._recorders.values():
             recorder.parts.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_recorders": self._recorders, "_masks": self._masks, "_grad_scale": self._grad_scale}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled, has tables of its own, and takes them over."""
+        super().__setstate__(state)
+        for table, recorder in self._recorders.items():
+            _memory_update.attach(table, recorder)
+
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -241,19 +251,31 @@ class RowOptimizer(torch.optim.Optimizer):
             What ``closure`` returns.
 
         Raises:
-            RuntimeError: a table has a dense gradient: something other than a lookup uses it.
+            RuntimeError: a table has a dense gradient: something other than a lookup uses it. No table was stepped.
+            ValueError: an option of a group is out of range, or the factor of :meth:`scale_grad_` not finite; likewise.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._take_sparse_grads()
+            self._check_step()
             for group in self.param_groups:
                 for table in group["params"]:
                     self._step_table(group, table)
         self._grad_scale = 1.0
         return loss
+
+    def _check_step(self) -> None:
+        """Whatever may be refused, before any table is stepped: schedules and users change options of groups."""
+        if not math.isfinite(self._grad_scale):
+            raise ValueError(f"the factors of scale_grad_ must be finite, their product is {self._grad_scale}")
+        for group in self.param_groups:
+            self._check_group(group)
+            decay = float(group["lr"]) * float(group["weight_decay"])
+            if group["decoupled_weight_decay"] and decay >= 1:
+                raise ValueError(f"lr * weight_decay must be below 1, got {decay}")
+        self._take_sparse_grads()
 
     def _step_table(self, group: dict[str, Any], table: Tensor) -> None:
         entries = self._entries(table)
@@ -266,12 +288,10 @@ class RowOptimizer(torch.optim.Optimizer):
         self._make_state(group, rule, table, is_decaying)
         state["num_steps"] += 1
         if is_decaying:
-            kept = 1 - float(group["lr"]) * weight_decay
-            if kept <= 0:
-                raise ValueError(f"lr * weight_decay must be below 1, got {1 - kept}")
-            state["decay"] += math.log(kept)
+            state["decay"] += math.log(1 - float(group["lr"]) * weight_decay)
         if entries is None:
             return
+        _memory_update.tell_of_changes(table, entries.indices[entries.tokens >= 0])
         _memory_update.memory_update(
             *entries,
             table.detach(),
@@ -327,6 +347,7 @@ class RowOptimizer(torch.optim.Optimizer):
                     state["decayed"][mask] = state["decay"]
                 else:
                     state["decayed"].fill_(state["decay"])
+                _memory_update.tell_of_changes(table, (factors != 1).nonzero())
                 table.detach().mul_(factors.to(sum_dtype(table.dtype)).unsqueeze(1))
 
     # --- state ------------------------------------------------------------------------------------------------------
