@@ -202,7 +202,7 @@ DECODE_BUGS = [
     PlantedBug("decode merge: a split that saw nothing added", ATTEND,
                "saw_none ? -1.0f : weight;", "weight;", "decode short blocks", f"{UNINITIALIZED}|{WRONG_OUT}"),
     PlantedBug("decode merge: lse without the maximum", ATTEND,
-               "(maximum + log2f(sum)) * kLn2", "log2f(sum) * kLn2", "decode", WRONG_OUT),
+               "(maximum + log2f(sum)) * kLn2", "(0.0f + log2f(sum)) * kLn2", "decode", WRONG_OUT),
     PlantedBug("decode merge: maxima not published", ATTEND,
                "// Publishes the warps' maxima to all. __syncthreads();", "", "decode short blocks", UNPUBLISHED),
     PlantedBug("decode merge: weights not published", ATTEND,
