@@ -73,7 +73,7 @@ class _Recording:
         self.watcher = next(_watchers)
         self.record = RoutingRecord((), share_every)
         self.last: Call | None = None
-        self.before = (0, 0, self.last)
+        self.before: tuple[int, int, Call | None] = (0, 0, None)
 
     def choose(self, route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call) -> Tensor:
         record = self.record
