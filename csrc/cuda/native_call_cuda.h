@@ -94,16 +94,14 @@ void add_cuda_entry(PyObject* module, const std::string& name, const CudaEntry<P
 inline void add_kernel_facts(PyObject* module, const char* name, std::vector<CudaKernelFacts> (*facts)()) {
   add_entry(module, name, {}, [facts](PyObject* const*) {
     const std::vector<CudaKernelFacts> kernels = facts();
-    PyObject* rows = checked(PyList_New(static_cast<Py_ssize_t>(kernels.size())));
-    for (size_t i = 0; i < kernels.size(); ++i) {
-      const CudaKernelFacts& kernel = kernels[i];
+    Owned rows(PyList_New(0));
+    for (const CudaKernelFacts& kernel : kernels) {
       const auto number = [](int64_t value) { return static_cast<long long>(value); };
-      PyList_SET_ITEM(
-          rows, static_cast<Py_ssize_t>(i),
-          checked(Py_BuildValue("(siLLL)", kernel.name, static_cast<int>(kernel.dtype), number(kernel.max_head_dim),
-                                number(kernel.threads), number(kernel.shared_bytes))));
+      const Owned row(Py_BuildValue("(siLLL)", kernel.name, static_cast<int>(kernel.dtype), number(kernel.max_head_dim),
+                                    number(kernel.threads), number(kernel.shared_bytes)));
+      if (PyList_Append(rows.get(), row.get()) != 0) throw PythonError();
     }
-    return rows;
+    return rows.release();
   });
 }
 

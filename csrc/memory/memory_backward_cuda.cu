@@ -296,7 +296,7 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   require(workspace.bytes >= memory_backward_workspace_bytes(params, place),
           "memory_backward: the workspace is too small");
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: backward");
+  const StageRange range("memory.backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (problem.num_entries == 0 || params.grad_out.sizes[0] == 0) {  // nobody has an entry
     const auto clear = [&](void* data, int64_t bytes) {

@@ -96,7 +96,7 @@ static void bind(PyObject* module) {
   add_cpu_entry(module, "memory_backward", &MemoryCpuKernels::backward);
   add_cpu_entry(module, "memory_lookup_quantized", &MemoryCpuKernels::lookup_quantized);
   add_cpu_entry(module, "memory_dot_quantized", &MemoryCpuKernels::dot_quantized);
-  add_cpu_entry(module, "memory_update", &MemoryCpuKernels::update);
+  add_cpu_entry(module, "memory_update", &MemoryUpdateCpuKernels::update);
 #endif
 #if defined(TOPGATHER_HAVE_CUDA)
   add_cuda_entry<ProductKeyParams>(module, "product_key_topk", {&product_key_topk_cuda});

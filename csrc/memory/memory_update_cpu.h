@@ -92,7 +92,7 @@ struct MemoryUpdate {
   template <bool kIsFirstStep, bool kHasFirst>
   void update_columns(const Factors& factors, const T* grads, int64_t begin, int64_t end, uint32_t bits_of_states,
                       uint32_t bits_of_values, Storage* values, State* first, State* second) const {
-#pragma GCC ivdep
+    TOPGATHER_INDEPENDENT_ITERATIONS
     for (int64_t d = begin; d < end; ++d) {
       const uint32_t bits = kStochastic ? column_bits(bits_of_states, static_cast<uint32_t>(d)) : 0;
       T value = to_compute(values[d]) * factors.decay;

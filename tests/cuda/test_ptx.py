@@ -424,6 +424,7 @@ KERNEL_CASES: list[Case] = [
     ),
     *(GridCase(dtype) for dtype in FLOAT_TYPES),
     *(GridCase(dtype, head_dim=24, size=(1, 70), stride=(1, 1), batch=1, has_bias=False) for dtype in FLOAT_TYPES),
+    GridCase(torch.bfloat16, head_dim=8, size=(1, 257), stride=(1, 1), batch=1, num_heads=1, has_bias=False),
     *(GridCase(dtype, head_dim=72, size=(5, 9), stride=(3, 2), batch=1) for dtype in FLOAT_TYPES),
     *(KeyConvCase(dtype) for dtype in FLOAT_TYPES),
     *(KeyConvCase(dtype, width=7, lengths=(9, 0, 1, 50)) for dtype in FLOAT_TYPES),

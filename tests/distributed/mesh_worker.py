@@ -556,6 +556,7 @@ CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
 
 
 def run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

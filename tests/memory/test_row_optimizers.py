@@ -186,7 +186,12 @@ def test_frozen_rows_keep_their_bits_and_do_not_decay() -> None:
     optimizer.settle()
     before = table.detach().clone()
     optimizer.set_trainable_rows(table, torch.tensor([2, 5]))
-    train(table, optimizer, 1, 4)
+    train(table, optimizer, 1, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert "trainable" not in optimizer.state[table]
+    optimizer.set_trainable_rows(table, None)
+    optimizer.load_state_dict(state)  # which has the mask
+    train(table, optimizer, 2, 4)
     optimizer.set_trainable_rows(table, None)
     optimizer.settle()
     changed = (table.detach() != before).any(1).nonzero().flatten().tolist()

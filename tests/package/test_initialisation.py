@@ -45,6 +45,7 @@ MAKE: dict[str, list[Callable[[], nn.Module]]] = {
         lambda: memory(query_norm="layer", bias=False),
         lambda: memory(gated=False),
     ],
+    "NgramMemory": [lambda: tg.nn.NgramMemory(64, 1000, rows=101, num_streams=2)],
     "PeerMemory": [lambda: peer(query_norm="batch", track_usage=True), lambda: peer(query_norm="rms")],
     "MobaAttention": [lambda: tg.nn.MobaAttention(128, 2, kernel_size=3, bias=True)],
     "IndexedAttention": [lambda: tg.nn.IndexedAttention(128, 2, index_dim=32, bias=True)],

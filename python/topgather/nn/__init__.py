@@ -7,6 +7,7 @@ from .grid import LearnableFeatureFusion, SparseSelfAttention2d
 from .indexer import IndexedAttention
 from .memory import PeerMemory, ProductKeyMemory
 from .moba import MobaAttention
+from .ngram import NgramMemory
 from .offloaded import CacheUsage, OffloadedMemoryPool
 from .pool import MemoryPool
 from .quantized import QuantizedMemoryPool
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryPool",
     "MemoryUsage",
     "MobaAttention",
+    "NgramMemory",
     "OffloadedMemoryPool",
     "PeerMemory",
     "ProductKeyMemory",

@@ -364,6 +364,14 @@ class RowOptimizer(torch.optim.Optimizer):
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """States of rows, options of groups, and which rows are trainable."""
+        saved = super().state_dict()
+        for number, table in enumerate(table for group in self.param_groups for table in group["params"]):
+            if table in self._masks:
+                saved["state"][number] = {**saved["state"].get(number, {}), "trainable": self._masks[table]}
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of another optimizer, with the dtypes that it has there.
 
@@ -371,12 +379,16 @@ class RowOptimizer(torch.optim.Optimizer):
             state_dict: what ``state_dict()`` returned.
         """
         super().load_state_dict(state_dict)
+        self._masks.clear()
         # torch gives states the dtype of their parameter.
         saved_ids: Iterable[int] = (number for group in state_dict["param_groups"] for number in group["params"])
         tables = (table for group in self.param_groups for table in group["params"])
         for number, table in zip(saved_ids, tables, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and self.state[table][name].dtype != value.dtype:
+                if name == "trainable":
+                    self._masks[table] = value.to(table.device, copy=True)
+                    del self.state[table][name]
+                elif isinstance(value, Tensor) and self.state[table][name].dtype != value.dtype:
                     self.state[table][name] = value.to(table.device, copy=True)
 
 

@@ -362,8 +362,8 @@ class GridCase:
 
     @property
     def least_launches(self) -> int:
-        """One forward, three backward, and with a bias one or two for its gradient."""
-        return 5 if self.has_bias else 4
+        """One forward; one backward, or three of float32; and with a bias one or two for its gradient."""
+        return 1 + (3 if self.dtype is torch.float32 else 1) + self.has_bias
 
     def __str__(self) -> str:
         rows, columns = self.size
