@@ -159,7 +159,6 @@ CASES = {
     "Adam, odd": StepCase("adam", torch.float32, torch.float32, width=7, num_entries=30),
     "Adam, float16": StepCase("adam", torch.float16),
 }
-LONG_RUNS = StepCase("adam", torch.float32, width=3, num_rows=4, num_entries=52000)
 
 
 def check_row_steps(case: StepCase, device: torch.device) -> None:

@@ -122,6 +122,8 @@ _OF_STEPS = (
     Passes("for (int slab = warp_id() % warps_per_piece", 1),
     Passes("for (int e = 0; e <= kEntriesPerPiece", PIECE),
     Passes("if (is_new_row && run_row != kNoRow)", NEW_ROW),
+    Passes("for (int other = thread + kLanes", 7),
+    Passes("for (int lane = 1; lane < kLanes", 31, unrolled=1),
 )
 _UPDATE = Launch(
     NUM_PIECES / 2, _OF_STEPS,
@@ -129,7 +131,7 @@ _UPDATE = Launch(
 )  # fmt: skip
 UPDATE = of_one_size(
     "memory_update_pieces", "memory_update_cuda", "memory_update_piecesINS_8BFloat16ELi8E",
-    "a warp's entry of 256 columns, and its share of a step", _UPDATE, tile="for (int e = 0; e <= kEntriesPerPiece",
+    "a warp's entry of 256 columns, within a run", _UPDATE, tile="for (int e = 0; e <= kEntriesPerPiece",
     shared_bytes=2048,
     rare=(
         "return args.sums + (2 * piece + 1)", "*reinterpret_cast<float4*>(row + first + i)",
