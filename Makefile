@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h'
            CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake tools/exports.map \
            pyproject.toml
 
-.PHONY: install docs quick demo test emulation kernels model gpu wheel sanitize lint bench clean
+.PHONY: install docs quick demo test emulation kernels model gpu wheel sanitize lint compilers bench clean
 
 install: $(VENV)/.installed
 
@@ -121,6 +121,18 @@ lint: $(VENV)/.dev
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror \
 	  $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+# The C++ sources by other compilers than the default one, a warning being an error: every file is read, CPU kernels once
+# per instruction set, and no code is made of it. With the default compiler CI builds everything so (.ci/run).
+COMPILERS ?= g++-11 clang++-14
+compilers: $(VENV)/.tools
+	set -e; for compiler in $(COMPILERS); do \
+	  build=build/compilers/$$compiler; \
+	  $(CONFIGURE) $(PYBIND11) -S . -B $$build -DTOPGATHER_CUDA=OFF -DCMAKE_CXX_COMPILER=$$compiler \
+	    -DCMAKE_CXX_FLAGS_RELEASE="-fsyntax-only -Werror"; \
+	  objects=$$($(VENV)/bin/ninja -C $$build -t targets all | sed -n 's/^\(.*\.o\): .*/\1/p'); \
+	  $(VENV)/bin/ninja -C $$build --quiet $$objects; \
+	done
 
 bench: install
 	$(RUN) bench/moba.py

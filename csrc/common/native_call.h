@@ -62,6 +62,8 @@ inline constexpr int kRequiredDtype = -1;  // void: any
 template <>
 inline constexpr int kRequiredDtype<int32_t> = static_cast<int>(Dtype::kInt32);
 template <>
+inline constexpr int kRequiredDtype<double> = static_cast<int>(Dtype::kFloat64);
+template <>
 inline constexpr int kRequiredDtype<int64_t> = static_cast<int>(Dtype::kInt64);
 template <>
 inline constexpr int kRequiredDtype<int8_t> = static_cast<int>(Dtype::kInt8);

@@ -34,7 +34,9 @@ void check_and_declare(const Params& params, const std::vector<std::string>& ali
   visit_all_fields(const_cast<Params&>(params), [&](const char* name, auto& field) {
     using Field = std::remove_reference_t<decltype(field)>;
     if constexpr (IsArray<Field>) {
-      require(field.dtype != Dtype::kFloat64, "CUDA kernels take float32, bfloat16 and float16, not float64");
+      // What is of the problem's dtype; a field that says double may be that.
+      require(!std::is_void_v<std::remove_const_t<typename Field::Element>> || field.dtype != Dtype::kFloat64,
+              "CUDA kernels take float32, bfloat16 and float16, not float64");
       if (field.extent() == 0) return;
       int64_t num_bytes = field.extent() * element_bytes(field.dtype);
       if (std::find(aligned.begin(), aligned.end(), name) != aligned.end()) {

@@ -260,7 +260,7 @@ __device__ __forceinline__ void attend_large(const GridForwardArguments& args, S
   const auto there = tokens_there<kKeys>(args.geometry, shared.num_rows, shared.num_columns, first_key);
   finish_scores(args, bias_rows, first_row, first_key, there, scores);
   online_softmax(scores, running, false);
-  cuda::multiply_registers<Element>(running.out, scores, stage.value, 0, kHeadDim, kKeys);
+  multiply_all_registers<KeyTile, Element>(running.out, scores, cuda::right_operand_by_columns(stage.value, 0));
 }
 
 // A row's lse and softmax terms, which stand at `offset`.
