@@ -106,8 +106,7 @@ static void bind(PyObject* module) {
                                        {&memory_backward_cuda, &memory_backward_workspace_bytes});
   add_cuda_entry<QuantizedLookupParams>(module, "memory_lookup_quantized", {&memory_lookup_quantized_cuda});
   add_cuda_entry<QuantizedDotParams>(module, "memory_dot_quantized", {&memory_dot_quantized_cuda});
-  add_cuda_entry<MemoryUpdateParams>(module, "memory_update",
-                                     {&memory_update_cuda, &memory_update_workspace_bytes});
+  add_cuda_entry<MemoryUpdateParams>(module, "memory_update", {&memory_update_cuda, &memory_update_workspace_bytes});
   add_kernel_facts(module, "memory_cuda_kernel_facts", &memory_cuda_kernel_facts);
 #endif
 }
