@@ -109,7 +109,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
   if (problem.query_len == 0 || count_units(problem) == 0) return;
   const DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const StageRange range("moba: forward");
+  const StageRange range("moba.forward");
   WorkspaceCutter cutter(given.data);
   const ForwardPlan plan = plan_forward(problem);
   const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
@@ -150,7 +150,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     args.partial_out = workspace.outputs[wave_idx % 2];
     args.terms = terms_of_group + unit_in_group * lists.num_rows * geometry.top_k;
     if (lists.max_items > 0 || args.merge.rows_of_unit > 0) {
-      const StageRange attention("moba: attention");
+      const StageRange attention("moba.attend");
       kernel.launch(args, stream);
     }
     args.merge.wave = args.wave;
@@ -158,7 +158,7 @@ void moba_forward_cuda(const MobaForwardParams& params, const CudaWorkspace& giv
     args.merge.partial_out = args.partial_out;
     args.merge.terms = args.terms;
   }
-  const StageRange merge("moba: merge");
+  const StageRange merge("moba.merge");
   args.lists.max_items = 0;  // nothing to attend to
   kernel.launch(args, stream);
 }

@@ -553,7 +553,7 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
 }
 
 void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
-  const StageRange range("moba: layout");
+  const StageRange range("moba.layout");
   const BlockListsOnDevice& lists = args.lists;
   const auto num_units = static_cast<unsigned>(args.wave.num_units);
   const int64_t num_blocks = args.geometry.num_blocks;

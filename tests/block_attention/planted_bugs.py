@@ -507,7 +507,7 @@ ARITHMETIC = [
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
                "running.out[m][n][e] *= rescale[e / 2];", ";", "steep", WRONG_OUT),
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
-               "running.sum[m][h] *= rescale[h];", ";", "steep", WRONG_OUT),
+               "running.sum[m][h] *= rescale[h];", "running.sum[m][h] *= 1.0f;", "steep", WRONG_OUT),
     PlantedBug("forward: hidden values that are not finite", FORWARD,
                "forward::hides_keys<Element, kHeadDim>(args, shared);", "false;",
                "nonfinite", "AssertionError: out: NaN mask differs"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from ..ops import memory_lookup
 from ..ops._bags import check_mode, row_of_padding
 from ..ops._memory_ops import MAX_KEYS
 from ..ops.quantized import quantize_rows
-from ._tables import TableModule
+from ._tables import TableModule, is_of_its_kind
 from .quantized import QuantizedMemoryPool
 
 if TYPE_CHECKING:
@@ -91,6 +92,12 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
             with torch.no_grad():
                 self.values[self.padding_idx].zero_()
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        if is_of_its_kind(self.values, state_dict, prefix + "values", lists[-1]):
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """``values``, under the name that it has in an ``nn.EmbeddingBag``."""
@@ -120,6 +127,11 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
             indices: ``[T, K]``, or ``[E]`` with ``offsets``.
             weights: of the shape of ``indices``; ones if None.
             offsets: ``[T]``, where each bag begins, and with ``include_last_offset`` the end of the last, ``[T + 1]``.
+
+        Raises:
+            TypeError: an argument of the wrong type, or of a dtype that cannot index or weigh rows.
+            ValueError: shapes that do not fit, or offsets that do not ascend within the entries.
+            IndexError: an index that is no row of the table, on the CPU.
         """
         includes_last = self.include_last_offset and offsets is not None
         return memory_lookup(

@@ -73,9 +73,11 @@ class _Recording:
         self.watcher = next(_watchers)
         self.record = RoutingRecord((), share_every)
         self.last: Call | None = None
+        self.before: tuple[int, int, Call | None] = (0, 0, None)
 
     def choose(self, route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call) -> Tensor:
         record = self.record
+        self.before = (record._num_calls, len(record._choices), self.last)
         if record._num_calls % record.share_every != 0:
             if call != self.last:
                 first = "" if self.last is None else _shown(self.last)
@@ -91,6 +93,10 @@ class _Recording:
             self.last = call
         record._num_calls += 1
         return record[-1].block_indices
+
+    def take_back(self) -> None:
+        self.record._num_calls, num_choices, self.last = self.before
+        del self.record._choices[num_choices:]
 
 
 class _Replaying:
@@ -112,6 +118,9 @@ class _Replaying:
         # What was made in inference mode cannot be kept for a backward.
         is_unkeepable = block_indices.is_inference() and not torch.is_inference_mode_enabled()
         return block_indices.clone() if is_unkeepable else block_indices
+
+    def take_back(self) -> None:
+        self.num_calls -= 1
 
     def _check(self, choice: BlockRouting, call: Call) -> None:
         shape = choice.block_indices.shape
@@ -150,6 +159,30 @@ def choose(route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call)
     if checkpoint is not None:
         _remember(checkpoint, block_indices)
     return block_indices
+
+
+@torch.compiler.disable
+def _take_back() -> None:
+    checkpoint, repetition = _checkpoint()
+    active = _active.get()
+    if repetition is not None or active is None:
+        return
+    active.take_back()
+    if checkpoint is not None:
+        _memories[checkpoint].choices.pop()
+
+
+class taken_back_by_errors:
+    """What a call does with the blocks of :func:`choose`: where it is refused, they are not chosen, nor replayed."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            _take_back()
 
 
 class _NothingGiven(Exception):
@@ -222,6 +255,7 @@ class record_routing(_Context):
         ValueError: ``share_every`` is below 1; contexts within one another; in a call, calls that would share a choice
             and differ in shapes; ``torch.utils.checkpoint`` with ``use_reentrant=True``, within another checkpoint, or
             with hooks of saved tensors within it; a transform of torch.func.
+        RuntimeError: ``torch.utils.checkpoint`` with torch before 2.8.
 
     Code under ``torch.compile`` is compiled anew and breaks its graph at every choice; with ``fullgraph=True`` it
     raises.
@@ -307,6 +341,8 @@ class _Memory:
 
 _memories: WeakKeyDictionary[Any, _Memory] = WeakKeyDictionary()
 _CHECKPOINT = torch.utils.checkpoint.__name__
+# Hooks of saved tensors, by which a checkpoint is known; None before torch 2.8, which does not show them.
+_top_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _CHECKPOINT_FILE = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__.co_filename
 
 
@@ -321,7 +357,7 @@ def _remember(checkpoint: Any, block_indices: Tensor) -> None:
 
 def _checkpoint() -> tuple[Any, Any]:
     """The checkpoint in which this runs, and, where it is repeated, what tells this repetition from others."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = None if _top_hooks is None else _top_hooks(True)
     if hooks is None:
         return None, None
     pack: Any = inspect.unwrap(hooks[0])
@@ -334,7 +370,10 @@ def _checkpoint() -> tuple[Any, Any]:
 
 
 def _refuse_hidden_checkpoints(checkpoint: Any) -> None:
-    """Raise ``ValueError`` where a call is in a checkpoint that could not be told when it is repeated."""
+    """Raise ``ValueError`` where a call is in a checkpoint that could not be told when it is repeated.
+
+    ``RuntimeError`` where that is for the version of torch.
+    """
     if torch._C._current_graph_task_id() != -1:
         raise ValueError(
             "record_routing and replay_routing do not know which call is repeated in a backward: use "
@@ -352,6 +391,11 @@ def _refuse_hidden_checkpoints(checkpoint: Any) -> None:
         return
     elif names.count("checkpoint") > 1:
         reason = "a checkpoint within another one"
+    elif "checkpoint" in names and _top_hooks is None:
+        raise RuntimeError(
+            "record_routing and replay_routing within torch.utils.checkpoint need torch 2.8 or newer, this is "
+            f"{torch.__version__}"
+        )
     elif "checkpoint" in names and checkpoint is None:
         reason = "hooks of saved tensors within the checkpoint"
     else:

@@ -21,7 +21,7 @@ from .._common import checks
 
 @dataclass(frozen=True, eq=False)
 class BlockRouting:
-    """Which key blocks each query attends to.
+    """Which key blocks each query attends to (MoBA, arXiv 2502.13189, section 2.2).
 
     Made by :func:`moba_route`, or by hand to bring another pattern. A pytree of its tensor, so that compiled, exported
     and mapped functions take and return it; ``==`` says whether it is the same object.
@@ -135,6 +135,10 @@ class RoutingRecord(Sequence[BlockRouting]):
     def __len__(self) -> int:
         """How many choices there are."""
         return len(self._choices)
+
+    def __copy__(self) -> RoutingRecord:
+        """A record of the same choices, which does not grow with this one."""
+        return RoutingRecord(self._choices, self.share_every, self.num_calls)
 
     def __repr__(self) -> str:
         """Counts alone."""
