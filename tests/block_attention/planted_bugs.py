@@ -519,7 +519,7 @@ ARITHMETIC = [
                "if (all || ((seen[s] >> j & 1) != 0 && chunks_left > c * kGroup))", "if (chunks_left > c * kGroup)",
                "small", UNINITIALIZED),
     PlantedBug("merge: the wave's own outputs instead of those of the wave before", FORWARD_STEPS,
-               "workspace.partials[wave_idx % 2]", "workspace.partials[0]", "small waves", RACE),
+               "workspace.outputs[wave_idx % 2]", "workspace.outputs[0]", "small waves", RACE),
     PlantedBug("layout: a choice that sees nothing left unmarked", LAYOUT,
                "args.terms != nullptr && entry[round] >= 0 && !is_seen", "false", "small", UNINITIALIZED),
     PlantedBug("merge: lse in base 2", MERGE,

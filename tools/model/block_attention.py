@@ -131,6 +131,19 @@ def forward_waves(problem: Problem) -> int:
     return num_waves(problem, FORWARD_PAIR_BUDGET, 2 * entry_bytes, 0)
 
 
+def list_builds(problem: Problem) -> int:
+    """For how many groups of waves the forward builds lists: ForwardPlan in csrc/moba/moba_forward_cuda.cu."""
+    waves = forward_waves(problem)
+    if waves == 1 or waves > problem.num_units:
+        return waves
+    units = -(-problem.num_units // waves)
+    outputs = problem.num_tokens * problem.top_k * problem.row_bytes
+    of_row = 2 * problem.top_k * 4 + 2 + -(-problem.num_blocks * 4 // 256) + 2 * 8 * problem.top_k
+    left = FORWARD_PAIR_BUDGET - 2 * units * outputs
+    fitting = left // ((4 * problem.num_blocks + 2) * 4 + problem.num_tokens * of_row)
+    return -(-waves // min(max(fitting // units, 1), waves))
+
+
 def backward_waves(problem: Problem) -> int:
     unit_bytes = problem.num_tokens * 2 * problem.head_dim * 4
     budget = max(BACKWARD_BUDGET, unit_bytes + (128 << 20))
@@ -231,7 +244,8 @@ MERGE = KernelModel(
 
 
 def waves_of(problem: Problem, direction: str) -> int:
-    return forward_waves(problem) if direction == "forward" else backward_waves(problem)
+    """How often lists are built."""
+    return list_builds(problem) if direction == "forward" else backward_waves(problem)
 
 
 def _layout(
