@@ -490,7 +490,7 @@ void memory_update_cuda(const MemoryUpdateParams& params, const CudaWorkspace& w
   require(problem.num_entries <= INT32_MAX - kEntriesPerPiece, "memory_update: at most 2^31 - 129 entries on CUDA");
   require(workspace.bytes >= memory_update_workspace_bytes(params, place), "memory_update: the workspace is too small");
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: update");
+  const StageRange range("memory.update");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (has_nothing(params)) {
     if (params.squares.data == nullptr) return;
