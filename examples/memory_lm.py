@@ -25,9 +25,9 @@ last layer's perceptron the second time.
     python examples/memory_lm.py
     python examples/memory_lm.py --facts 65536 --steps 800
 
-It prints three tables, writes a picture, and exits with status 1 if Memory did not recall more, if finetuning of rows
-forgot as much as that of all parameters, or if a language model did not learn. Needs torch 2.9 for its Muon optimizer;
-topgather itself does not.
+It prints three tables, writes two pictures, and exits with status 1 if Memory did not recall more, if finetuning of
+rows forgot as much as that of all parameters, or if a language model did not learn. Needs torch 2.9 for its Muon
+optimizer; topgather itself does not.
 """
 
 import argparse
@@ -431,26 +431,36 @@ def print_text(runs: list[Run], context: int) -> None:
 # ----------------------------------------------------------------------------------------------------- picture
 
 
-def draw(facts: list[Run], finetunings: list[Finetuning], texts: list[Run], path: Path) -> None:
-    """Write the picture: recall over steps and time, new facts against old ones, and the language models' losses."""
-    figure = Figure(figsize=(17, 4), layout="constrained")
-    by_step, by_time, both, losses = figure.subplots(1, 4)
+def draw(facts: list[Run], texts: list[Run], path: Path) -> None:
+    """Write the picture: recall over steps and over time, and the language models' losses."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    by_step, by_time, losses = figure.subplots(1, 3)
     for run in sorted(facts, key=lambda run: -len(run.scores)):  # short curves over the long one that they start like
         steps = range(1, len(run.scores) + 1)
         plot(by_step, run, steps)
         plot(by_time, run, run.seconds)
-    for finetuning in finetunings:
-        color = COLORS.get(finetuning.name, SPARSE_COLOR)
-        both.plot(finetuning.new, finetuning.old, color=color, label=finetuning.name, marker=".", linewidth=1.8)
     for run in texts:
         plot(losses, run, range(1, len(run.scores) + 1))
     by_step.set(xlabel="step", ylabel="share of a batch's facts recalled", title="Recall by step")
     by_time.set(xlabel="seconds of training", title="Recall by time")
-    both.set(xlabel="new facts recalled", ylabel="old facts recalled", ylim=(0, 1.03), title="Finetuning on new facts")
     losses.set(xlabel="step", ylabel="training loss, nats per byte", title="Language model, last layer")
-    for axes in (by_step, by_time, both, losses):
+    for axes in (by_step, by_time, losses):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_finetuning(runs: list[Finetuning], path: Path) -> None:
+    """Write the picture of new facts against old ones: a curve goes right as one learns, and down as one forgets."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for run in runs:
+        color = COLORS.get(run.name, SPARSE_COLOR)
+        axes.plot(run.new, run.old, color=color, label=run.name, marker=".", linewidth=1.8)
+    axes.set(xlabel="new facts recalled", ylabel="old facts recalled", ylim=(0, 1.03), title="Finetuning on new facts")
+    axes.legend(frameon=False, loc="lower left")
+    axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -492,8 +502,10 @@ def main() -> int:
         for name in ("dense", "Memory+")
     ]
     print_text(texts, options.context)
-    draw(facts, finetunings, texts, options.output)
-    console.print(f"Recall and losses: {options.output}")
+    draw(facts, texts, options.output)
+    of_finetuning = options.output.with_stem(options.output.stem + "_finetuning")
+    draw_finetuning(finetunings, of_finetuning)
+    console.print(f"Recall and losses: {options.output}; new facts: {of_finetuning}")
 
     most_dense = max(run.result for run in facts if run.name.startswith("dense"))
     failed = [run.name for run in facts if run.name.startswith("Memory") and run.result <= most_dense]
