@@ -5,7 +5,7 @@ byte. It trains on short sequences with dense attention first; one call, ``set_m
 for long ones, as the MoBA paper does (arXiv 2502.13189, section 3.2). Then ``model.generate`` continues a prompt of
 several thousand bytes that it never saw, with a topgather.MobaCache in the place of transformers' own cache.
 
-    pip install 'topgather[transformers,demo]'
+    pip install '.[transformers,demo]'  # in a checkout
     python examples/generate.py
     python examples/generate.py --steps 400 --prompt 8192
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -57,14 +56,14 @@ int useful_threads(int num_threads, int64_t num_tasks, double num_operations) {
   return static_cast<int>(std::clamp<double>(by_work, 1.0, static_cast<double>(std::max<int64_t>(limit, 1))));
 }
 
-void AlignedDelete::operator()(void* pointer) const noexcept { std::free(pointer); }
+constexpr std::align_val_t kAlignment{64};
+
+void AlignedDelete::operator()(void* pointer) const noexcept { ::operator delete(pointer, kAlignment); }
 
 AlignedBuffer allocate_aligned(size_t num_bytes) {
-  constexpr size_t kAlignment = 64;
-  const size_t rounded = std::max<size_t>((num_bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
-  void* pointer = std::aligned_alloc(kAlignment, rounded);
-  if (pointer == nullptr) throw std::bad_alloc();
-  return AlignedBuffer(static_cast<unsigned char*>(pointer));
+  constexpr size_t kPiece = static_cast<size_t>(kAlignment);
+  const size_t rounded = std::max((num_bytes + kPiece - 1) / kPiece * kPiece, kPiece);
+  return AlignedBuffer(static_cast<unsigned char*>(::operator new(rounded, kAlignment)));
 }
 
 }  // namespace topgather

@@ -64,7 +64,8 @@ inline Vector<float> log2_vector(const Vector<float>& x) {
   const Vector<float> finite =
       polynomial(fraction, kCoefficients) * fraction + __builtin_convertvector(exponent, Vector<float>);
   const Vector<float> special = x == 0.0f ? broadcast(-__builtin_inff()) : x;
-  return (x > 0.0f) & (x < __builtin_inff()) ? finite : special;
+  const IntegerVector<float> is_finite = (x > 0.0f) & (x < __builtin_inff());
+  return is_finite ? finite : special;
 }
 
 inline Vector<double> log2_vector(Vector<double> x) {

@@ -21,6 +21,13 @@
 #define TOPGATHER_MATRIX_UNIT 0
 #endif
 
+// Before a loop whose iterations touch nothing of each other's: it may become vectors without a check of that.
+#if defined(__clang__)
+#define TOPGATHER_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define TOPGATHER_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
+#endif
+
 namespace topgather::TOPGATHER_CPU_TARGET {
 
 #if defined(__AVX512F__)

@@ -1,6 +1,7 @@
 """Choices of a whole forward: recorded, replayed, saved, shared; checkpoints, threads and compiled code with them."""
 
 import copy
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -605,3 +606,15 @@ def test_a_full_graph_is_refused_in_a_context_only() -> None:
         compiled(x)
     assert_bitwise_equal("out", compiled(x), expected)
     torch._dynamo.reset()
+
+
+def test_a_torch_that_does_not_show_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.8 a context refuses a checkpoint by torch's version; all else works."""
+    model, x = Model(1, use_reentrant=False), tokens().requires_grad_()
+    expected = recorded(Model(1), x)[1]
+    monkeypatch.setattr("topgather.ops.replay._top_hooks", None)
+    assert_same_choices(recorded(Model(1), x)[1], expected)
+    model(x).sum().backward()
+    message = f"checkpoint need torch 2.8 or newer, this is {torch.__version__}"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        recorded(model, x)

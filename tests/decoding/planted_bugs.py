@@ -211,6 +211,9 @@ DECODE_BUGS = [
     PlantedBug("decode merge: weights overwritten while read", ATTEND,
                "// Tells all threads that they have been used and may be overwritten. __syncthreads();", "",
                "decode wide", OVERWRITTEN),
+    PlantedBug("decode merge: the last splits left out", ATTEND,
+               "some < count; some += kSplitsInFlight", "some + kSplitsInFlight <= count; some += kSplitsInFlight",
+               "decode", WRONG_OUT),
     PlantedBug("decode merge: choices that are twice there", ATTEND,
                "(block >= 0 && choices[other] == block);", "false;", "decode twice", WRONG),
 ]

@@ -1,6 +1,7 @@
 """Tables in files: equal to those in memory, larger than memory, whole after a kill at any moment."""
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -326,3 +327,15 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], match: str, t
         pool.flush(1)
     with pytest.raises(TypeError, match="rows must have dtype"):
         pool.mark_rows(torch.ones(3))
+
+
+def test_other_systems_import_what_they_cannot_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Windows has no fcntl: that must not keep the package from being imported there."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("topgather.nn._row_file_elsewhere", str(_row_file.__file__))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(NotImplementedError, match="need Linux"):
+        module.RowFile(tmp_path / "table", True)

@@ -100,7 +100,7 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
         before_bytes = _resident_peak()
         result = run()
         peak = _resident_peak()
-    except (OSError, AttributeError, IndexError):
+    except (OSError, AttributeError, IndexError, TypeError):  # not Linux; TypeError: Windows
         return None
     del result
     return max(0, peak - before_bytes)

@@ -18,7 +18,7 @@ def raise_unless_too_old(error: ImportError) -> NoReturn:
     has = "it is not installed" if found is None else f"{found[0]}.{found[1]} is installed"
     raise ImportError(
         f"topgather.integrations.transformers needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, and {has}: "
-        f"pip install 'topgather[transformers]' ({error})"
+        f"pip install 'transformers>={OLDEST[0]}.{OLDEST[1]}' ({error})"
     ) from error
 
 

@@ -177,7 +177,8 @@ def _switch(model: PreTrainedModel, config: Any, implementation: str) -> None:
 def make_cache(
     model: PreTrainedModel, max_seq_len: int | None = None, *, paged: bool = False, num_pages: int | None = None
 ) -> Cache:
-    """A cache for ``model.generate(..., past_key_values=...)`` that holds :class:`topgather.MobaCache` layers.
+    """A cache for ``model.generate(..., past_key_values=...)`` that holds :class:`topgather.MobaCache` layers
+    (MoBA, arXiv 2502.13189; pages as in arXiv 2309.06180).
 
     ``generate`` needs none given: it gets one that doubles when full. One of a known size never does, and a paged one
     lets beams share their prompt.

@@ -9,7 +9,6 @@ before the log has its name leaves the table as it was; one that ends later leav
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import mmap
 import os
@@ -24,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+if sys.platform != "win32":  # the package imports there; opening a table is refused
+    import fcntl
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FORMAT = "topgather.memory_pool"

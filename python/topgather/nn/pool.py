@@ -127,6 +127,11 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
             indices: ``[T, K]``, or ``[E]`` with ``offsets``.
             weights: of the shape of ``indices``; ones if None.
             offsets: ``[T]``, where each bag begins, and with ``include_last_offset`` the end of the last, ``[T + 1]``.
+
+        Raises:
+            TypeError: an argument of the wrong type, or of a dtype that cannot index or weigh rows.
+            ValueError: shapes that do not fit, or offsets that do not ascend within the entries.
+            IndexError: an index that is no row of the table, on the CPU.
         """
         includes_last = self.include_last_offset and offsets is not None
         return memory_lookup(

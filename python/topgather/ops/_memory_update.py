@@ -21,7 +21,6 @@ from .._common import checks, cuda, tensors
 from .._common.library import sum_dtype
 from .._common.spec import Op, register
 from ._memory_ops import _is_first, _sorted_entries, check_content, check_table, tokens_of
-from ._row_steps import composed_square, composed_update
 
 _ops = torch.ops.topgather
 
@@ -130,7 +129,6 @@ memory_update = register(
         check=_check_update,
         check_content=_check_entries_content,
         cuda_check=lambda values: cuda.check_dtype("values", values),
-        composed_on_cuda=composed_update,
         locals={**_locals, "algorithm_code": lambda algorithm: ALGORITHMS[algorithm], "squares": lambda: None},
         inputs={
             **_inputs,
@@ -168,7 +166,6 @@ memory_grad_square = register(
         check=_check_entries,
         check_content=_check_entries_content,
         cuda_check=lambda values: cuda.check_dtype("values", values),
-        composed_on_cuda=composed_square,
         locals={**_locals, **dict.fromkeys(_UNUSED, lambda: None)},
         inputs=_inputs,
         results=lambda values: values.new_empty((1,), dtype=torch.float64),
@@ -235,10 +232,21 @@ _recorders: Any = WeakIdKeyDictionary()
 is_recording = False
 
 
+# The attribute of an attached table. A compiled lookup asks for it, and is compiled anew for a table that has it or
+# lost it; those of other tables stay as they are.
+_MARK = "_topgather_has_row_optimizer"
+
+
+def _forget(table: Tensor) -> None:
+    _recorders.pop(table, None)
+    if hasattr(table, _MARK):
+        delattr(table, _MARK)
+
+
 def _forget_the_dead() -> None:
     global is_recording
     for table in [table for table, recorder in _recorders.items() if recorder() is None]:
-        del _recorders[table]
+        _forget(table)
     is_recording = len(_recorders) > 0
 
 
@@ -246,6 +254,7 @@ def attach(table: Tensor, recorder: Recorder) -> None:
     """Have the lookups of ``table`` record, until ``detach`` or as long as ``recorder`` lives."""
     global is_recording
     _recorders[table] = weakref.ref(recorder)
+    setattr(table, _MARK, True)
     # An optimizer that is dropped lets go of its tables.
     weakref.finalize(recorder, _forget_the_dead).atexit = False
     is_recording = True
@@ -253,7 +262,7 @@ def attach(table: Tensor, recorder: Recorder) -> None:
 
 def detach(table: Tensor) -> None:
     """Have the lookups of ``table`` make gradients again."""
-    _recorders.pop(table, None)
+    _forget(table)
     _forget_the_dead()
 
 
@@ -280,7 +289,15 @@ def recorder_of(table: Tensor) -> Recorder | None:
     return None if found is None else found()
 
 
-@torch.compiler.disable
+def is_marked(table: Tensor) -> bool:
+    """Whether an optimizer has ``table``, in words that ``torch.compile`` follows.
+
+    A compiled graph records nothing: an attached table's gradient is a sparse one there, which the optimizer's step
+    takes as entries.
+    """
+    return hasattr(table, _MARK)
+
+
 def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, offsets: Tensor | None) -> Tensor:
     """``memory_lookup``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)
@@ -291,7 +308,17 @@ def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, 
     return found
 
 
-@torch.compiler.disable
+def sharded_lookup(table: Tensor, local: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+    """The lookup in ``local``, this rank's columns of ``table``, if that has a recorder."""
+    recorder = _recorder_for(table) if is_recording else None
+    if recorder is None:
+        return None
+    # A leaf of its own, which gets no gradient: DTensors make zeros of one that is not there.
+    leaf = local.detach().requires_grad_()
+    out: Tensor = _Lookup.apply(leaf, indices, weights, None, recorder)  # type: ignore[no-untyped-call]
+    return out
+
+
 def dot(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool) -> Tensor:
     """``memory_dot``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)

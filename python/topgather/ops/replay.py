@@ -73,7 +73,7 @@ class _Recording:
         self.watcher = next(_watchers)
         self.record = RoutingRecord((), share_every)
         self.last: Call | None = None
-        self.before = (0, 0, self.last)
+        self.before: tuple[int, int, Call | None] = (0, 0, None)
 
     def choose(self, route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call) -> Tensor:
         record = self.record
@@ -255,6 +255,7 @@ class record_routing(_Context):
         ValueError: ``share_every`` is below 1; contexts within one another; in a call, calls that would share a choice
             and differ in shapes; ``torch.utils.checkpoint`` with ``use_reentrant=True``, within another checkpoint, or
             with hooks of saved tensors within it; a transform of torch.func.
+        RuntimeError: ``torch.utils.checkpoint`` with torch before 2.8.
 
     Code under ``torch.compile`` is compiled anew and breaks its graph at every choice; with ``fullgraph=True`` it
     raises.
@@ -340,6 +341,8 @@ class _Memory:
 
 _memories: WeakKeyDictionary[Any, _Memory] = WeakKeyDictionary()
 _CHECKPOINT = torch.utils.checkpoint.__name__
+# Hooks of saved tensors, by which a checkpoint is known; None before torch 2.8, which does not show them.
+_top_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _CHECKPOINT_FILE = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__.co_filename
 
 
@@ -354,7 +357,7 @@ def _remember(checkpoint: Any, block_indices: Tensor) -> None:
 
 def _checkpoint() -> tuple[Any, Any]:
     """The checkpoint in which this runs, and, where it is repeated, what tells this repetition from others."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = None if _top_hooks is None else _top_hooks(True)
     if hooks is None:
         return None, None
     pack: Any = inspect.unwrap(hooks[0])
@@ -367,7 +370,10 @@ def _checkpoint() -> tuple[Any, Any]:
 
 
 def _refuse_hidden_checkpoints(checkpoint: Any) -> None:
-    """Raise ``ValueError`` where a call is in a checkpoint that could not be told when it is repeated."""
+    """Raise ``ValueError`` where a call is in a checkpoint that could not be told when it is repeated.
+
+    ``RuntimeError`` where that is for the version of torch.
+    """
     if torch._C._current_graph_task_id() != -1:
         raise ValueError(
             "record_routing and replay_routing do not know which call is repeated in a backward: use "
@@ -385,6 +391,11 @@ def _refuse_hidden_checkpoints(checkpoint: Any) -> None:
         return
     elif names.count("checkpoint") > 1:
         reason = "a checkpoint within another one"
+    elif "checkpoint" in names and _top_hooks is None:
+        raise RuntimeError(
+            "record_routing and replay_routing within torch.utils.checkpoint need torch 2.8 or newer, this is "
+            f"{torch.__version__}"
+        )
     elif "checkpoint" in names and checkpoint is None:
         reason = "hooks of saved tensors within the checkpoint"
     else:

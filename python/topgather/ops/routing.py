@@ -21,7 +21,7 @@ from .._common import checks
 
 @dataclass(frozen=True, eq=False)
 class BlockRouting:
-    """Which key blocks each query attends to.
+    """Which key blocks each query attends to (MoBA, arXiv 2502.13189, section 2.2).
 
     Made by :func:`moba_route`, or by hand to bring another pattern. A pytree of its tensor, so that compiled, exported
     and mapped functions take and return it; ``==`` says whether it is the same object.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from .._common import checks
 from .._common.library import sum_dtype
@@ -70,7 +70,8 @@ class RowOptimizer(torch.optim.Optimizer):
             param_group: ``params``, tables ``[rows, W]``, and options.
 
         Raises:
-            TypeError: a parameter that is no plain tensor of floating-point numbers, an option of the wrong type.
+            TypeError: a parameter that is no tensor of floating-point numbers, or a DTensor that is not sharded by
+                columns alone; an option of the wrong type.
             ValueError: one that is no leaf or not ``[rows, W]``, or that another optimizer of rows has; an option out
                 of range.
         """
@@ -79,8 +80,12 @@ class RowOptimizer(torch.optim.Optimizer):
         try:
             self._check_group(group)
             for table in group["params"]:
-                if isinstance(table, DTensor):
-                    raise TypeError("params must be plain tensors: a table sharded over devices has no row optimizer")
+                if isinstance(table, DTensor) and tuple(table.placements) != (Shard(1),):
+                    raise TypeError(
+                        f"params must be plain tensors or DTensors sharded by columns alone, as MemoryColwise shards "
+                        f"them, got one with placements {table.placements}; have fully_shard leave the table as it is "
+                        f"by ignored_params, or use torch's optimizers"
+                    )
                 check_table("params", table)
                 if _memory_update.recorder_of(table) is not None:
                     raise ValueError("params must belong to one optimizer of rows; detach() the other first")
@@ -143,15 +148,19 @@ class RowOptimizer(torch.optim.Optimizer):
             grad = table.grad
             if grad is None:
                 continue
-            if not grad.is_sparse:
+            if grad.is_sparse:
+                grad = grad.coalesce()
+                rows, grads = grad.indices()[0], grad.values()
+            elif not bool(_local(grad).any()):
+                # torch.distributed.checkpoint has an optimizer make its states by a step with gradients of zero.
+                rows, grads = torch.zeros(0, dtype=torch.int64, device=table.device), _local(grad)[:0]
+            else:
                 raise RuntimeError(
                     "a table of a row optimizer has a dense gradient, for something other than memory_lookup and "
                     "expert_lookup uses it; detach() the optimizer, or use torch's"
                 )
-            grad = grad.coalesce()
-            rows = grad.indices()[0]
             weights = torch.ones(rows.numel(), 1, dtype=sum_dtype(table.dtype), device=table.device)
-            recorder.parts.append(_memory_update.entries_of(grad.values(), rows.unsqueeze(1), weights))
+            recorder.parts.append(_memory_update.entries_of(grads, rows.unsqueeze(1), weights))
             table.grad = None
 
     def _entries(self, table: Tensor) -> Entries | None:
@@ -170,7 +179,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def grad_square(self) -> Tensor:
         """The sum of squares of the gradients that the next :meth:`step` sees, ``[]`` float64, without making them.
 
-        One pass over the recorded entries; the same bits for any number of threads.
+        One pass over the recorded entries; the same bits for any number of threads. Of a sharded table all ranks call
+        this together, and each gets the sum over all columns.
         """
         self._take_sparse_grads()
         total: Tensor | None = None
@@ -178,7 +188,9 @@ class RowOptimizer(torch.optim.Optimizer):
             for table in group["params"]:
                 entries = self._entries(table)
                 if entries is not None:
-                    square = _memory_update.memory_grad_square(*entries, table.detach())[0]
+                    square = _memory_update.memory_grad_square(*entries, _local(table))[0]
+                    if isinstance(table, DTensor):
+                        square = DTensor.from_local(square, table.device_mesh, [Partial()]).full_tensor()
                     total = square if total is None else total + square.to(total.device)
         if total is None:
             return torch.zeros((), dtype=torch.float64)
@@ -282,7 +294,7 @@ class RowOptimizer(torch.optim.Optimizer):
         rule, state = self._rule(group), self.state[table]
         is_decoupled = group["decoupled_weight_decay"]
         weight_decay = float(group["weight_decay"])
-        is_decaying = is_decoupled and weight_decay != 0 and float(group["lr"]) != 0
+        is_decaying = is_decoupled and weight_decay != 0
         if entries is None and not is_decaying:
             return
         self._make_state(group, rule, table, is_decaying)
@@ -294,10 +306,10 @@ class RowOptimizer(torch.optim.Optimizer):
         _memory_update.tell_of_changes(table, entries.indices[entries.tokens >= 0])
         _memory_update.memory_update(
             *entries,
-            table.detach(),
+            _local(table),
             state["steps"],
-            state.get("first"),
-            state.get("second"),
+            _local(state.get("first")),
+            _local(state.get("second")),
             state.get("decayed"),
             rule.algorithm,
             float(group["lr"]),
@@ -323,11 +335,11 @@ class RowOptimizer(torch.optim.Optimizer):
         dtype = group["state_dtype"] or sum_dtype(table.dtype)
         dtype = torch.float64 if table.dtype == torch.float64 else dtype
         if rule.has_first and "first" not in state:
-            state["first"] = torch.zeros(table.shape, dtype=dtype, device=table.device)
+            state["first"] = _zeros_like(table, dtype)
             if rule.first_value != 0:
-                state["first"].fill_(rule.first_value)
+                _local(state["first"]).fill_(rule.first_value)
         if rule.has_second and "second" not in state:
-            state["second"] = torch.zeros(table.shape, dtype=dtype, device=table.device)
+            state["second"] = _zeros_like(table, dtype)
         if is_decaying and "decayed" not in state:
             state["decayed"] = torch.full((table.size(0),), state["decay"], dtype=torch.float64, device=table.device)
             state["decay_at_mask"] = state["decay"]
@@ -348,7 +360,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 else:
                     state["decayed"].fill_(state["decay"])
                 _memory_update.tell_of_changes(table, (factors != 1).nonzero())
-                table.detach().mul_(factors.to(sum_dtype(table.dtype)).unsqueeze(1))
+                _local(table).mul_(factors.to(sum_dtype(table.dtype)).unsqueeze(1))
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -378,6 +390,23 @@ class RowOptimizer(torch.optim.Optimizer):
                     del self.state[table][name]
                 elif isinstance(value, Tensor) and self.state[table][name].dtype != value.dtype:
                     self.state[table][name] = value.to(table.device, copy=True)
+
+
+def _local(tensor: Any) -> Any:
+    """What this rank has of a table or state, without its gradient."""
+    if tensor is None:
+        return None
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _zeros_like(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state, sharded as its table is, so that checkpoints may have other numbers of ranks."""
+    zeros = torch.zeros(_local(table).shape, dtype=dtype, device=table.device)
+    if not isinstance(table, DTensor):
+        return zeros
+    return DTensor.from_local(
+        zeros, table.device_mesh, table.placements, run_check=False, shape=table.shape, stride=table.stride()
+    )
 
 
 def _mask_of(table: Tensor, rows: Tensor) -> Tensor:
