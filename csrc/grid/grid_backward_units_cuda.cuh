@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(GridUnitSharedMemory<Element, kHeadDim>::kThre
     }
     cuda::copy_async_wait<0>();
     // Publishes the queries' rows and terms to all warps; tells all threads that the stage before and its d_scores have
-    // been used and may be overwritten.
+    // been used and the next ones may overwrite them.
     __syncthreads();
     const uint32_t next_query = first_query + kQueries;
     if (next_query < geometry.max_tokens) gather_queries(next_query);
