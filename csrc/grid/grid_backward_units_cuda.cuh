@@ -404,15 +404,7 @@ __global__ void __launch_bounds__(GridUnitSharedMemory<Element, kHeadDim>::kThre
       }
     }
   }
-  if (mine.there == 0 && args.grad_query.data != nullptr) {
-    // Tells the warp's lanes that the values have been taken: d_scores of keys that are not there are zeros.
-    __syncwarp();
-#pragma unroll 1
-    for (int i = lane_id(); i < 32 * Shared::KeyTile::kChunks; i += kLanes) {
-      const int row = mine.first_row + i / Shared::KeyTile::kChunks;
-      *reinterpret_cast<uint4*>(shared.d_scores.chunk(row, i % Shared::KeyTile::kChunks)) = uint4{0, 0, 0, 0};
-    }
-  }
+  // d_scores of keys that are not there are zeros, which their values are: a warp without keys leaves them.
   float grad_key[2][kHeadDim / 8][4], grad_value[2][kHeadDim / 8][4];
   cuda::fill(grad_key, 0.0f);
   cuda::fill(grad_value, 0.0f);
@@ -424,7 +416,7 @@ __global__ void __launch_bounds__(GridUnitSharedMemory<Element, kHeadDim>::kThre
     }
     cuda::copy_async_wait<0>();
     // Publishes the queries' rows and terms to all warps; tells all threads that the stage before and its d_scores have
-    // been used and may be overwritten.
+    // been used and the next ones may overwrite them.
     __syncthreads();
     const uint32_t next_query = first_query + kQueries;
     if (next_query < geometry.max_tokens) gather_queries(next_query);

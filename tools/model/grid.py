@@ -76,7 +76,6 @@ def _unit_gradients(grid_size: int) -> Launch:
         Passes("if (next_query < geometry.max_tokens)", 1 - 1 / queries),
         Passes("for (uint32_t key = 0", queries),
         Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
-        Passes("for (int i = lane_id(); i < 32 * Shared::KeyTile::kChunks", 0),
     )
     if is_whole:
         rare: tuple[str, ...] = ("if (args.out.data == nullptr) shared.minus_shift",)
@@ -93,7 +92,7 @@ UNIT_GRADIENTS = of_one_size(
     rare=(
         *_RARE, "clear_absent", "add_unit_bias", "scale_all", "if (args.bias != nullptr)",
         "if (args.d_score_scale != 1.0f)",
-        "if (mine.there == 0 && args.grad_query", "for (int c = column",
+        "for (int c = column",
     ),
 )  # fmt: skip
 
