@@ -8,12 +8,14 @@ export TOPGATHER_CUDA_TOOLCHAIN
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP_INSTALL := $(RUN) -m pip install --quiet
-# Without build isolation, so that a build folder's objects serve the next build too.
-INSTALL_TOPGATHER := $(PIP_INSTALL) --no-build-isolation
+# Without build isolation, so that a build folder's objects serve the next build too. With source lines, which `make
+# model` counts by.
+INSTALL_TOPGATHER := $(PIP_INSTALL) --no-build-isolation -C cmake.define.TOPGATHER_LINE_INFO=ON
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') \
-           CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake pyproject.toml
+           CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake tools/exports.map \
+           pyproject.toml
 
-.PHONY: install docs quick demo test emulation kernels model gpu sanitize lint compilers bench clean
+.PHONY: install docs quick demo test emulation kernels model gpu wheel sanitize lint compilers bench clean
 
 install: $(VENV)/.installed
 
@@ -76,12 +78,21 @@ OUT ?= build/gpu/results
 gpu:
 	$(PYTHON) tools/gpu.py --output $(OUT) $(GPU)
 
+# Wheels for any CPython from 3.10 on and any Linux from glibc 2.28 on, made and checked without containers: with CUDA
+# where nvcc is, and without. WHEELS=OFF makes the second alone.
+WHEELS ?= AUTO OFF
+wheel: $(VENV)/.tools
+	$(PIP_INSTALL) --group wheel
+	for cuda in $(WHEELS); do \
+	  $(RUN) tools/wheel.py --cuda $$cuda --output build/wheels/cuda-$$(echo $$cuda | tr A-Z a-z) --torch "$(TORCH)" || exit 1; \
+	done
+
 # A clone's first green tests: one op, the CPU alone, nothing installed but what that takes. TESTS names others.
 QUICK := build/quick
 TESTS ?= tests/key_conv/test_key_conv.py
 quick: $(VENV)/.tools
 	$(PIP_INSTALL) "pytest>=8" "hypothesis>=6.100" numpy
-	$(CONFIGURE) $(PYBIND11) -S . -B $(QUICK) -DCMAKE_INSTALL_PREFIX=$(QUICK)/package -DTOPGATHER_CUDA=OFF
+	$(CONFIGURE) -S . -B $(QUICK) -DCMAKE_INSTALL_PREFIX=$(QUICK)/package -DTOPGATHER_CUDA=OFF
 	$(VENV)/bin/cmake --build $(QUICK)
 	rm -rf $(QUICK)/package && mkdir -p $(QUICK)/package
 	cp -r python/topgather $(QUICK)/package/ && rm -f $(QUICK)/package/topgather/_native*
@@ -93,7 +104,7 @@ quick: $(VENV)/.tools
 # preloaded so that the sanitizer finds the function that throws exceptions.
 SANITIZED := build/sanitize
 sanitize: install
-	$(CONFIGURE) $(PYBIND11) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
+	$(CONFIGURE) -S . -B $(SANITIZED) -DCMAKE_INSTALL_PREFIX=$(SANITIZED)/package \
 	  -DTOPGATHER_CUDA=OFF -DTOPGATHER_SANITIZE=address,undefined
 	$(VENV)/bin/cmake --build $(SANITIZED)
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package

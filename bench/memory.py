@@ -84,7 +84,7 @@ def plan(device: torch.device, is_quick: bool) -> tuple[list[TopkProblem], list[
         return [TopkProblem(256, 2, 64, 64, 16, "float32")], lookups
     if device.type == "cuda":
         topk = [TopkProblem(16384, 4, n, 512, 32, "bfloat16", 5.0 if n == 1024 else None) for n in (512, 1024, 2048)]
-        targets = {DENSE: 5.0}
+        targets = {DENSE: 5.0, SPARSE: 5.0}
         lookups = [LookupProblem(16384, 128, 2**20, 1024, "bfloat16", targets=targets)]
         lookups += [LookupProblem(16384, 128, 2**20, 1024, "bfloat16", kind) for kind in ("power law", "one hot row")]
         lookups += [LookupProblem(16384, 128, 2**p, 1024, "bfloat16", directions=(SPARSE,)) for p in (16, 18, 22)]

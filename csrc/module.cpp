@@ -1,34 +1,74 @@
 // The extension module: what was built, what runs, and every op's bindings.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+//
+// Written against Python's limited API (Py_LIMITED_API), so that one module serves every CPython from 3.10 on. A build
+// for a free-threaded Python, which has none before 3.15, is its own, and says that it needs no interpreter lock: an
+// entry point reads its arguments, which no other thread changes, and keeps no state between calls.
 #include "bindings.h"
 #include "common/cpu_target.h"
 #include "common/native_call.h"
 #include "cuda/device.h"
 
-namespace py = pybind11;
+namespace {
 
-PYBIND11_MODULE(_native, module) {
-  using namespace topgather;
-  module.doc() = "Compiled kernels of topgather. Takes addresses and strides; use the functions of topgather instead.";
-  module.attr("compiler") = TOPGATHER_COMPILER;
-  module.attr("build_type") = TOPGATHER_BUILD_TYPE;
+using namespace topgather;
+
+void fill(PyObject* module) {
+  set_attribute(module, "compiler", to_python(TOPGATHER_COMPILER));
+  set_attribute(module, "build_type", to_python(TOPGATHER_BUILD_TYPE));
 #if defined(TOPGATHER_HAVE_CUDA)
-  module.attr("has_cuda") = true;
+  set_attribute(module, "has_cuda", PyBool_FromLong(1));
 #else
-  module.attr("has_cuda") = false;
+  set_attribute(module, "has_cuda", PyBool_FromLong(0));
 #endif
-  module.def("cpu_target", [] { return name_of(cpu_target()); });
-  module.def("set_cpu_target", &set_cpu_target);
-  module.def("available_cpu_targets", [] {
+  add_function(module, "cpu_target", 0, [](PyObject* const*) { return to_python(name_of(cpu_target())); });
+  add_function(module, "set_cpu_target", 1, [](PyObject* const* arguments) -> PyObject* {
+    set_cpu_target(read_text(arguments[0], "cpu target"));
+    return nullptr;
+  });
+  add_function(module, "available_cpu_targets", 0, [](PyObject* const*) {
     std::vector<std::string> names;
     for (const CpuTarget target : available_cpu_targets()) names.push_back(name_of(target));
-    return names;
+    return to_python(names);
   });
-  module.def("cuda_architectures", &cuda_architectures);
-  module.def("cuda_toolkit", &cuda_toolkit);
-  module.def("cuda_devices", &cuda_devices);
-  add_native_calls(module.ptr());
-  OpBindings::add_all(module.ptr());
+  add_function(module, "cuda_architectures", 0, [](PyObject* const*) { return to_python(cuda_architectures()); });
+  add_function(module, "cuda_toolkit", 0, [](PyObject* const*) { return to_python(cuda_toolkit()); });
+  add_function(module, "cuda_devices", 0, [](PyObject* const*) { return to_python(cuda_devices()); });
+  add_native_calls(module);
+  OpBindings::add_all(module);
 }
+
+int execute(PyObject* module) {
+  try {
+    fill(module);
+    return 0;
+  } catch (const PythonError&) {
+    return -1;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return -1;
+  }
+}
+
+PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, reinterpret_cast<void*>(&execute)},
+#if defined(Py_GIL_DISABLED)
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_native",
+    "Compiled kernels of topgather. Takes addresses and strides; use the functions of topgather instead.",
+    0,
+    nullptr,
+    slots,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModuleDef_Init(&definition); }

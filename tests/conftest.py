@@ -1,5 +1,6 @@
 """Fixtures every test file shares: the devices to run on, and global state put back after each test."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -15,6 +16,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # What torch.compile keeps on disk names the arguments of ops as they were when it was written, and is found again by
 # what stands in the graph alone. Tests therefore see nothing compiled before this run.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["TOPGATHER_TEST_FOLDER"], "inductor")
+# Processes that only import torch to compile what is small, and compiling to learn what the processor can do, take
+# longer than the tests that they serve.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 import torch
@@ -52,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:], left_out = select(items)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish() -> None:
+    """Tens of thousands of tests and all modules stay to the end: not to be looked through at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def kind_parameters(kinds: list[str]) -> list[Any]:

@@ -267,6 +267,7 @@ def configure_and_build(
     if cmake is None or ninja is None:
         session.report(Step(name, FAILED, detail="cmake and ninja must be installed with the interpreter or on PATH"))
         return False
+    # The emulated modules include it.
     pybind11 = run_command([machine.python, "-m", "pybind11", "--cmakedir"], machine.environment, 30)
     if pybind11.status != PASSED:
         session.report(Step(name, FAILED, detail=f"pybind11: {last_line(pybind11.output)}"))
@@ -286,7 +287,7 @@ def configure_and_build(
 def build(session: Session) -> bool:
     """The module, into a package folder of its own; whether it can be imported from there."""
     architecture = architecture_of(session.machine.compute_capability)
-    options = ["-DTOPGATHER_CUDA=ON", f"-DTOPGATHER_CUDA_ARCHITECTURES={architecture}"]
+    options = ["-DTOPGATHER_CUDA=ON", f"-DTOPGATHER_CUDA_ARCHITECTURES={architecture}", "-DTOPGATHER_LINE_INFO=ON"]
     limit = 140.0 if session.machine.gpu else 300.0
     if not configure_and_build(session, f"build for {architecture}", ROOT, BUILD, options, limit):
         return False

@@ -4,11 +4,11 @@
 #include "cpu_target.h"
 
 #if defined(TOPGATHER_HAVE_X86_TARGETS)
-#define TOPGATHER_X86_CASES(Kernels)              \
+#define TOPGATHER_X86_CASES(Kernels, avx512)      \
   case CpuTarget::kAvx2: return avx2::k##Kernels; \
   case CpuTarget::kAvx512: return avx512::k##Kernels;
 #else
-#define TOPGATHER_X86_CASES(Kernels)
+#define TOPGATHER_X86_CASES(Kernels, avx512)
 #endif
 #if defined(TOPGATHER_HAVE_AMX)
 #define TOPGATHER_AMX_CASE(Kernels, amx) \
@@ -18,8 +18,9 @@
 #endif
 
 // Declares the constant k<Kernels> of every instruction set, and kernels_in_use(tag) that returns the one to call.
-// `amx` is the namespace that processors with the matrix unit run: amx, or avx512 where nothing multiplies on it.
-#define TOPGATHER_CPU_KERNELS(Kernels, amx)              \
+// `avx512` and `amx` are the namespaces that such processors run: avx2 where wider vectors gain nothing, and avx512
+// where nothing multiplies on the matrix unit.
+#define TOPGATHER_CPU_KERNELS(Kernels, avx512, amx)      \
   namespace baseline {                                   \
   extern const Kernels k##Kernels;                       \
   }                                                      \
@@ -34,7 +35,7 @@
   }                                                      \
   inline const Kernels& kernels_in_use(const Kernels*) { \
     switch (cpu_target()) {                              \
-      TOPGATHER_X86_CASES(Kernels)                       \
+      TOPGATHER_X86_CASES(Kernels, avx512)               \
       TOPGATHER_AMX_CASE(Kernels, amx)                   \
       default: return baseline::k##Kernels;              \
     }                                                    \

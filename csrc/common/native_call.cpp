@@ -1,12 +1,8 @@
 #include "native_call.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <memory>
+#include <new>
 #include <stdexcept>
-
-namespace py = pybind11;
 
 namespace topgather {
 
@@ -47,11 +43,11 @@ struct DlpackExchange {
 const DlpackExchange* exchange = nullptr;
 
 // Takes the capsule that torch offers; False, and tensors must come as tuples, where it is of another version.
-bool use_exchange(const py::object& capsule) {
+bool use_exchange(PyObject* capsule) {
   exchange = nullptr;
-  if (capsule.is_none()) return false;
-  auto* offered = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (offered == nullptr) throw py::error_already_set();
+  if (capsule == Py_None) return false;
+  auto* offered = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (offered == nullptr) throw PythonError();
   constexpr uint32_t kMajorVersion = 1;
   while (offered != nullptr && offered->major_version != kMajorVersion) offered = offered->previous;
   if (offered != nullptr && offered->tensor_from_object != nullptr) exchange = offered;
@@ -80,20 +76,19 @@ struct OwnedView : TensorView {
 
 void view_of(PyObject* object, const char* name, OwnedView& view) {
   if (PyTuple_CheckExact(object)) {
-    if (PyTuple_GET_SIZE(object) != 4)
-      throw std::invalid_argument(std::string(name) + " is no description of a tensor");
-    PyObject* sizes = PyTuple_GET_ITEM(object, 2);
-    PyObject* strides = PyTuple_GET_ITEM(object, 3);
-    if (!PyTuple_Check(sizes) || !PyTuple_Check(strides) || PyTuple_GET_SIZE(sizes) != PyTuple_GET_SIZE(strides) ||
-        PyTuple_GET_SIZE(sizes) > kMaxDims) {
+    if (PyTuple_Size(object) != 4) throw std::invalid_argument(std::string(name) + " is no description of a tensor");
+    PyObject* sizes = PyTuple_GetItem(object, 2);
+    PyObject* strides = PyTuple_GetItem(object, 3);
+    if (!PyTuple_Check(sizes) || !PyTuple_Check(strides) || PyTuple_Size(sizes) != PyTuple_Size(strides) ||
+        PyTuple_Size(sizes) > kMaxDims) {
       throw std::invalid_argument(std::string(name) + " is no description of a tensor");
     }
-    view.data = reinterpret_cast<void*>(read_integer(PyTuple_GET_ITEM(object, 0), name));
-    view.dtype = static_cast<Dtype>(read_integer(PyTuple_GET_ITEM(object, 1), name));
-    view.num_dims = static_cast<int>(PyTuple_GET_SIZE(sizes));
+    view.data = reinterpret_cast<void*>(read_integer(PyTuple_GetItem(object, 0), name));
+    view.dtype = static_cast<Dtype>(read_integer(PyTuple_GetItem(object, 1), name));
+    view.num_dims = static_cast<int>(PyTuple_Size(sizes));
     for (int dim = 0; dim < view.num_dims; ++dim) {
-      view.numbers[dim] = read_integer(PyTuple_GET_ITEM(sizes, dim), name);
-      view.numbers[kMaxDims + dim] = read_integer(PyTuple_GET_ITEM(strides, dim), name);
+      view.numbers[dim] = read_integer(PyTuple_GetItem(sizes, dim), name);
+      view.numbers[kMaxDims + dim] = read_integer(PyTuple_GetItem(strides, dim), name);
     }
     view.sizes = view.numbers;
     view.strides = view.numbers + kMaxDims;
@@ -101,7 +96,7 @@ void view_of(PyObject* object, const char* name, OwnedView& view) {
   }
   if (exchange == nullptr) throw std::invalid_argument(std::string(name) + " must come as a tuple with this torch");
   DlpackTensor tensor{};
-  if (exchange->tensor_from_object(object, &tensor) != 0) throw py::error_already_set();
+  if (exchange->tensor_from_object(object, &tensor) != 0) throw PythonError();
   view.data = static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
   view.dtype = dtype_of(tensor.dtype, name);
   view.num_dims = tensor.ndim;
@@ -113,7 +108,7 @@ void view_of(PyObject* object, const char* name, OwnedView& view) {
 
 struct Entry {
   std::string name;
-  std::vector<std::string> argument_names;
+  size_t num_arguments;
   NativeCall call;
   PyMethodDef definition;
 };
@@ -127,15 +122,15 @@ std::vector<std::unique_ptr<Entry>>& entries() {
 PyObject* call_entry(PyObject* self, PyObject* const* arguments, Py_ssize_t num_arguments) {
   const Entry& entry = *static_cast<const Entry*>(PyCapsule_GetPointer(self, nullptr));
   try {
-    if (static_cast<size_t>(num_arguments) != entry.argument_names.size()) {
-      throw std::invalid_argument(entry.name + " takes " + std::to_string(entry.argument_names.size()) +
-                                  " arguments, got " + std::to_string(num_arguments));
+    if (static_cast<size_t>(num_arguments) != entry.num_arguments) {
+      throw std::invalid_argument(entry.name + " takes " + std::to_string(entry.num_arguments) + " arguments, got " +
+                                  std::to_string(num_arguments));
     }
     PyObject* result = entry.call(arguments);
     if (result != nullptr) return result;
     Py_RETURN_NONE;
-  } catch (py::error_already_set& error) {
-    error.restore();
+  } catch (const PythonError&) {
+    // set
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::out_of_range& error) {
@@ -146,6 +141,23 @@ PyObject* call_entry(PyObject* self, PyObject* const* arguments, Py_ssize_t num_
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
+}
+
+// Raises a TypeError whose cause is the error that is set.
+[[noreturn]] void throw_type_error(const std::string& message) {
+  PyObject *type = nullptr, *cause = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &cause, &traceback);
+  PyErr_NormalizeException(&type, &cause, &traceback);
+  if (traceback != nullptr) PyException_SetTraceback(cause, traceback);
+  Py_XDECREF(type);
+  Py_XDECREF(traceback);
+  PyErr_SetString(PyExc_TypeError, message.c_str());
+  PyObject *new_type = nullptr, *error = nullptr, *new_traceback = nullptr;
+  PyErr_Fetch(&new_type, &error, &new_traceback);
+  PyErr_NormalizeException(&new_type, &error, &new_traceback);
+  PyException_SetCause(error, cause);  // takes the reference over
+  PyErr_Restore(new_type, error, new_traceback);
+  throw PythonError();
 }
 
 }  // namespace
@@ -178,8 +190,7 @@ int64_t read_integer(PyObject* object, const char* name) {
   if (object == Py_None) return 0;
   const long long value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred() != nullptr) {
-    py::raise_from(PyExc_TypeError, (std::string(name) + " must be an int that fits 64 bits").c_str());
-    throw py::error_already_set();
+    throw_type_error(std::string(name) + " must be an int that fits 64 bits");
   }
   return value;
 }
@@ -188,41 +199,80 @@ double read_number(PyObject* object, const char* name) {
   if (object == Py_None) return 0;
   const double value = PyFloat_AsDouble(object);
   if (value == -1.0 && PyErr_Occurred() != nullptr) {
-    py::raise_from(PyExc_TypeError, (std::string(name) + " must be a number").c_str());
-    throw py::error_already_set();
+    throw_type_error(std::string(name) + " must be a number");
   }
   return value;
 }
 
 PyObject* checked(PyObject* object) {
-  if (object == nullptr) throw py::error_already_set();
+  if (object == nullptr) throw PythonError();
   return object;
 }
 
-void add_entry(PyObject* module, const std::string& name, std::vector<std::string> argument_names, NativeCall call) {
+PyObject* to_python(const std::string& text) {
+  return checked(PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size())));
+}
+
+PyObject* to_python(const std::vector<std::string>& texts) {
+  Owned list(PyList_New(0));
+  for (const std::string& text : texts) {
+    const Owned item(to_python(text));
+    if (PyList_Append(list.get(), item.get()) != 0) throw PythonError();
+  }
+  return list.release();
+}
+
+void set_attribute(PyObject* object, const char* name, PyObject* value) {
+  const Owned owned(value);
+  if (PyObject_SetAttrString(object, name, value) != 0) throw PythonError();
+}
+
+std::string read_text(PyObject* object, const char* name) {
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_Check(object) ? PyUnicode_AsUTF8AndSize(object, &size) : nullptr;
+  if (text == nullptr) {
+    if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_TypeError, (std::string(name) + " must be a str").c_str());
+    throw PythonError();
+  }
+  return std::string(text, static_cast<size_t>(size));
+}
+
+namespace {
+
+void set_item(PyObject* module, const char* dictionary, const std::string& name, PyObject* value) {
+  const Owned owned(value);
+  const Owned items(PyObject_GetAttrString(module, dictionary));
+  if (PyDict_SetItemString(items.get(), name.c_str(), value) != 0) throw PythonError();
+}
+
+}  // namespace
+
+void add_function(PyObject* module, const std::string& name, size_t num_arguments, NativeCall call) {
   auto entry = std::make_unique<Entry>();
   entry->name = name;
-  entry->argument_names = std::move(argument_names);
+  entry->num_arguments = num_arguments;
   entry->call = std::move(call);
   entry->definition = {entry->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_entry)),
                        METH_FASTCALL, nullptr};
-  const py::capsule self(entry.get());
-  const auto owner = py::reinterpret_borrow<py::module_>(module);
-  owner.attr(name.c_str()) =
-      py::reinterpret_steal<py::object>(checked(PyCFunction_NewEx(&entry->definition, self.ptr(), nullptr)));
-  owner.attr("argument_names")[name.c_str()] = entry->argument_names;
+  const Owned self(PyCapsule_New(entry.get(), nullptr, nullptr));
+  set_attribute(module, name.c_str(), PyCFunction_NewEx(&entry->definition, self.get(), nullptr));
   entries().push_back(std::move(entry));
 }
 
+void add_entry(PyObject* module, const std::string& name, std::vector<std::string> argument_names, NativeCall call) {
+  set_item(module, "argument_names", name, to_python(argument_names));
+  add_function(module, name, argument_names.size(), std::move(call));
+}
+
 void set_aligned_arguments(PyObject* module, const std::string& name, const std::vector<std::string>& names) {
-  py::reinterpret_borrow<py::module_>(module).attr("aligned_arguments")[name.c_str()] = names;
+  set_item(module, "aligned_arguments", name, to_python(names));
 }
 
 void add_native_calls(PyObject* module) {
-  auto owner = py::reinterpret_borrow<py::module_>(module);
-  owner.attr("argument_names") = py::dict();
-  owner.attr("aligned_arguments") = py::dict();  // of CUDA entry points, by name
-  owner.def("use_exchange", &use_exchange);
+  set_attribute(module, "argument_names", PyDict_New());
+  set_attribute(module, "aligned_arguments", PyDict_New());  // of CUDA entry points, by name
+  add_function(module, "use_exchange", 1,
+               [](PyObject* const* arguments) { return PyBool_FromLong(use_exchange(arguments[0])); });
 }
 
 }  // namespace topgather

@@ -7,6 +7,7 @@
 
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "array.h"
@@ -30,13 +31,38 @@ void read_array(PyObject* object, const char* name, int rank, int expected, void
 int64_t read_integer(PyObject* object, const char* name);  // 0 for None
 double read_number(PyObject* object, const char* name);    // 0 for None
 
-// What a call of Python's interface returned, a new reference; throws Python's error where that is null.
+// Thrown while Python has an error set, which is then what the call raises.
+struct PythonError {};
+
+// What a call of Python's interface returned, a new reference; throws PythonError where that is null.
 PyObject* checked(PyObject* object);
+
+// A reference of its own.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(checked(object)) {}
+  ~Owned() { Py_XDECREF(object_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
+// New references.
+PyObject* to_python(const std::string& text);
+PyObject* to_python(const std::vector<std::string>& texts);               // a list
+void set_attribute(PyObject* object, const char* name, PyObject* value);  // takes the reference over
+std::string read_text(PyObject* object, const char* name);
 
 template <typename T>
 inline constexpr int kRequiredDtype = -1;  // void: any
 template <>
 inline constexpr int kRequiredDtype<int32_t> = static_cast<int>(Dtype::kInt32);
+template <>
+inline constexpr int kRequiredDtype<double> = static_cast<int>(Dtype::kFloat64);
 template <>
 inline constexpr int kRequiredDtype<int64_t> = static_cast<int>(Dtype::kInt64);
 template <>
@@ -89,8 +115,10 @@ Params read_params(PyObject* const* arguments) {
   return params;
 }
 
-// An entry point as Python calls it: a new reference, or null for None. The arguments are there and counted.
+// A function as Python calls it: a new reference, or null for None. The arguments are there and counted.
 using NativeCall = std::function<PyObject*(PyObject* const* arguments)>;
+void add_function(PyObject* module, const std::string& name, size_t num_arguments, NativeCall call);
+// A function whose arguments' names Python can ask for.
 void add_entry(PyObject* module, const std::string& name, std::vector<std::string> argument_names, NativeCall call);
 void set_aligned_arguments(PyObject* module, const std::string& name, const std::vector<std::string>& names);
 

@@ -43,7 +43,7 @@ class DeviceGuard {
   bool is_changed_ = false;
 };
 
-// Names what is queued during its lifetime in profilers' timelines. Costs a few nanoseconds where none is attached.
+// Names what is queued during its lifetime, as <op>.<stage>, in profilers' timelines, where TOPGATHER_NVTX=1 asks for it.
 class StageRange {
  public:
   explicit StageRange(const char* name);

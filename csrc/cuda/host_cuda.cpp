@@ -1,4 +1,6 @@
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -64,8 +66,19 @@ void allow_shared_memory(const void* kernel, size_t bytes) {
 }
 
 #if defined(TOPGATHER_HAVE_NVTX)
-StageRange::StageRange(const char* name) { nvtxRangePushA(name); }
-StageRange::~StageRange() { nvtxRangePop(); }
+namespace {
+// Read once: a range that began ends.
+const bool are_stages_named = [] {
+  const char* wanted = std::getenv("TOPGATHER_NVTX");
+  return wanted != nullptr && std::strcmp(wanted, "1") == 0;
+}();
+}  // namespace
+StageRange::StageRange(const char* name) {
+  if (are_stages_named) nvtxRangePushA(name);
+}
+StageRange::~StageRange() {
+  if (are_stages_named) nvtxRangePop();
+}
 #else
 StageRange::StageRange(const char*) {}
 StageRange::~StageRange() {}

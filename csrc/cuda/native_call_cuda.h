@@ -34,7 +34,9 @@ void check_and_declare(const Params& params, const std::vector<std::string>& ali
   visit_all_fields(const_cast<Params&>(params), [&](const char* name, auto& field) {
     using Field = std::remove_reference_t<decltype(field)>;
     if constexpr (IsArray<Field>) {
-      require(field.dtype != Dtype::kFloat64, "CUDA kernels take float32, bfloat16 and float16, not float64");
+      // What is of the problem's dtype; a field that says double may be that.
+      require(!std::is_void_v<std::remove_const_t<typename Field::Element>> || field.dtype != Dtype::kFloat64,
+              "CUDA kernels take float32, bfloat16 and float16, not float64");
       if (field.extent() == 0) return;
       int64_t num_bytes = field.extent() * element_bytes(field.dtype);
       if (std::find(aligned.begin(), aligned.end(), name) != aligned.end()) {
@@ -92,16 +94,14 @@ void add_cuda_entry(PyObject* module, const std::string& name, const CudaEntry<P
 inline void add_kernel_facts(PyObject* module, const char* name, std::vector<CudaKernelFacts> (*facts)()) {
   add_entry(module, name, {}, [facts](PyObject* const*) {
     const std::vector<CudaKernelFacts> kernels = facts();
-    PyObject* rows = checked(PyList_New(static_cast<Py_ssize_t>(kernels.size())));
-    for (size_t i = 0; i < kernels.size(); ++i) {
-      const CudaKernelFacts& kernel = kernels[i];
+    Owned rows(PyList_New(0));
+    for (const CudaKernelFacts& kernel : kernels) {
       const auto number = [](int64_t value) { return static_cast<long long>(value); };
-      PyList_SET_ITEM(
-          rows, static_cast<Py_ssize_t>(i),
-          checked(Py_BuildValue("(siLLL)", kernel.name, static_cast<int>(kernel.dtype), number(kernel.max_head_dim),
-                                number(kernel.threads), number(kernel.shared_bytes))));
+      const Owned row(Py_BuildValue("(siLLL)", kernel.name, static_cast<int>(kernel.dtype), number(kernel.max_head_dim),
+                                    number(kernel.threads), number(kernel.shared_bytes)));
+      if (PyList_Append(rows.get(), row.get()) != 0) throw PythonError();
     }
-    return rows;
+    return rows.release();
   });
 }
 

@@ -164,7 +164,7 @@ void moba_cache_append_cuda(const CacheAppendParams& params, const CudaWorkspace
     return;
   }
   const DeviceGuard guard(place.device);
-  const StageRange range("decode: append");
+  const StageRange range("decode.append");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   with_element(problem.dtype, [&](auto element) { launch_for<decltype(element)>(params, stream); });
 }

@@ -40,6 +40,7 @@ static_assert(kRowsInFlight == 4, "lanes' sums are added four at a time");
 constexpr int kMaxPieces = 8;  // columns of a row that a lane holds
 constexpr int kMergeThreads = Config::kMergeThreads;
 constexpr int kMergeWarps = kMergeThreads / kLanes;
+constexpr int kSplitsInFlight = Config::kSplitsInFlight;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 }  // namespace
@@ -307,10 +308,9 @@ struct MergeSharedMemory {
 __device__ __forceinline__ bool are_choices_faulty(const DecodeRow& row, const int32_t* choices, int top_k) {
   bool is_faulty = false, is_unordered = false;
   for (int slot = threadIdx.x; slot < top_k; slot += kMergeThreads) {
-    const int32_t block = choices[slot];
+    const int32_t block = choices[slot], before = choices[max(slot - 1, 0)];
     is_faulty = is_faulty || block < -1 || block >= row.num_blocks;
-    is_unordered = is_unordered || (slot > 0 && block >= 0 && choices[slot - 1] >= block) ||
-                   (slot > 0 && block >= 0 && choices[slot - 1] < 0);
+    is_unordered = is_unordered || (slot > 0 && block >= 0 && (before >= block || before < 0));
   }
   if (__syncthreads_or(is_unordered ? 1 : 0) != 0) {
     for (int slot = threadIdx.x; slot < top_k; slot += kMergeThreads) {
@@ -375,14 +375,25 @@ __global__ void __launch_bounds__(kMergeThreads, 4) moba_decode_merge(const Deco
       // Publishes weights and sums to all threads.
       __syncthreads();
       const int count = min(kMergeThreads, args.num_splits - first);
-#pragma unroll 4
-      for (int s = 0; s < count; ++s) {
-        const float weight = shared.weights[s];
-        if (weight < 0.0f) continue;
-        sees_any = true;
-        sum = fmaf(weight, shared.sums[s], sum);
-        if (is_column) {
-          result = fmaf(weight, partial_out[static_cast<int64_t>(first + s) * geometry.value_dim + column], result);
+#pragma unroll 1
+      for (int some = 0; some < count; some += kSplitsInFlight) {
+        // Their outputs are on their way together.
+        float values[kSplitsInFlight];
+#pragma unroll
+        for (int i = 0; i < kSplitsInFlight; ++i) {
+          const int s = some + i;
+          values[i] = 0.0f;
+          if (!is_column || s >= count || shared.weights[s] < 0.0f) continue;
+          values[i] = partial_out[static_cast<int64_t>(first + s) * geometry.value_dim + column];
+        }
+#pragma unroll
+        for (int i = 0; i < kSplitsInFlight; ++i) {
+          const int s = some + i;
+          if (s >= count || shared.weights[s] < 0.0f) continue;
+          const float weight = shared.weights[s];
+          sees_any = true;
+          sum = fmaf(weight, shared.sums[s], sum);
+          result = fmaf(weight, values[i], result);
         }
       }
       // Tells all threads that they have been used and may be overwritten.
@@ -513,7 +524,7 @@ void moba_decode_cuda(const DecodeParams& params, const CudaWorkspace& given, co
   const DecodeProblem& problem = params.problem;
   if (is_empty(problem)) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("decode: attention");
+  const StageRange range("decode.attend");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   const DecodePlan plan = plan_decode(problem);
   WorkspaceCutter cutter(given.data);

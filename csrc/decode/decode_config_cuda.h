@@ -38,6 +38,7 @@ struct DecodeAttendCudaConfig {
   static constexpr int64_t kMaxKeys = 1024;
   static constexpr int64_t kMaxSplits = 128;
   static constexpr int kMergeThreads = 128;
+  static constexpr int kSplitsInFlight = 8;  // whose outputs a thread that merges loads together
 };
 
 }  // namespace topgather

@@ -392,7 +392,7 @@ void moba_decode_route_cuda(const DecodeRouteParams& params, const CudaWorkspace
   const DecodeProblem& problem = params.problem;
   if (is_empty(problem)) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("decode: route");
+  const StageRange range("decode.route");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   const DecodeRoutePlan plan = plan_route(params);
   WorkspaceCutter cutter(workspace.data);

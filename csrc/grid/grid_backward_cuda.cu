@@ -1,11 +1,13 @@
 // Grid and window attention backward on CUDA: launches, and the small kernels around those of grid_backward_cuda.cuh.
 //
 // Steps:
-//   1. grid_row_terms: eight lanes take a token's row, shift = dot(grad_out, out);
+//   1. grid_row_terms: eight lanes take a token's row, shift = dot(grad_out, out); kernels that see a whole group do
+//      that themselves;
 //   2. grid_token_gradients with keys as rows;
 //   3. grid_token_gradients with queries as rows;
 //   or, of 16-bit types, of groups of one tile both at once: grid_group_gradients; of larger ones, head_dim up to 64,
-//   grid_large_gradients in their place;
+//   grid_unit_gradients, which takes groups of up to 256 tokens in one pass, and of larger ones grid_large_gradients for
+//   the queries;
 //   where the gradient of a bias is wanted:
 //   4. grid_bias_gradients: sums of pieces of the images and groups;
 //   5. grid_sum_bias: a thread adds the pieces of one element in order.
@@ -16,6 +18,7 @@
 
 #include "grid_backward_groups_cuda.cuh"
 #include "grid_backward_large_cuda.cuh"
+#include "grid_backward_units_cuda.cuh"
 
 namespace topgather {
 
@@ -91,6 +94,11 @@ struct GridBackwardKernel {
   int64_t group_tokens;        // of the kernel that takes groups of one tile; 0 where there is none
   int64_t group_shared_bytes;  // of that kernel
   void (*launch_groups)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
+  int64_t
+      unit_tokens;  // of the kernel that takes keys as rows, and whole groups of up to so many; 0 where there is none
+  int64_t unit_threads;
+  int64_t unit_shared_bytes;
+  void (*launch_units)(const GridBackwardArguments& args, const cuda::LaunchShape& shape);
 };
 
 // The kernel for groups of one tile, where there is one.
@@ -122,6 +130,10 @@ constexpr GridBackwardKernel token_kernels(Dtype dtype, int64_t max_head_dim, co
       [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) { cuda::launch(kQueries, shape, args); },
       0,
       0,
+      nullptr,
+      0,
+      0,
+      0,
       nullptr};
 }
 
@@ -133,10 +145,18 @@ constexpr GridBackwardKernel backward_kernel() {
                            grid_token_gradients<Element, kHeadDim, false>>(kDtypeOf<Element>, kHeadDim,
                                                                            "grid_token_gradients");
   } else {
+    using Shared = GridUnitSharedMemory<Element, kHeadDim>;
+    static_assert(sizeof(Shared) <= 99 * 1024, "one table for all architectures");
     kernel =
-        token_kernels<GridLargeBackwardSharedMemory<Element, kHeadDim>, grid_large_gradients<Element, kHeadDim, true>,
-                      grid_large_gradients<Element, kHeadDim, false>>(kDtypeOf<Element>, kHeadDim,
-                                                                      "grid_large_gradients");
+        token_kernels<GridLargeBackwardSharedMemory<Element, kHeadDim>, grid_large_gradients<Element, kHeadDim>,
+                      grid_large_gradients<Element, kHeadDim>>(kDtypeOf<Element>, kHeadDim, "grid_large_gradients");
+    kernel.launch_keys = nullptr;
+    kernel.unit_tokens = Shared::kTokens;
+    kernel.unit_threads = Shared::kThreads;
+    kernel.unit_shared_bytes = sizeof(Shared);
+    kernel.launch_units = [](const GridBackwardArguments& args, const cuda::LaunchShape& shape) {
+      cuda::launch(grid_unit_gradients<Element, kHeadDim>, shape, args);
+    };
   }
   add_group_kernel<Element, kHeadDim>(kernel);
   return kernel;
@@ -195,7 +215,7 @@ void launch_row_terms(const GridBackwardParams& params, float* shift, cudaStream
 // Steps 4 and 5.
 void launch_bias_gradients(const GridBackwardParams& params, GridBackwardArguments args, float* pieces,
                            cudaStream_t stream) {
-  const StageRange range("grid: gradient of the bias");
+  const StageRange range("grid.bias_gradient");
   const GridProblem& problem = params.problem;
   const int64_t tokens = bias_tile_tokens(problem.dtype), num_pieces = num_pieces_of(problem);
   args.geometry = grid::geometry_of(problem, tokens);
@@ -234,7 +254,7 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   const GridBackwardKernel& kernel = grid::kernel_for(kBackwardKernels, problem);
   const bool needs_grad_bias = params.grad_bias.data != nullptr;
   const DeviceGuard guard(place.device);
-  const StageRange range("grid: backward");
+  const StageRange range("grid.backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (grid::is_empty(problem)) {
     if (!needs_grad_bias || bias_sums_of(problem) == 0) return;
@@ -245,10 +265,11 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   require(workspace.bytes >= grid_backward_workspace_bytes(params, place),
           "grid_attention_backward: the workspace is smaller than grid_backward_workspace_bytes says");
   auto* shift = static_cast<float*>(workspace.data);
-  launch_row_terms(params, shift, stream);
 
   GridBackwardArguments args{};
   const bool are_groups_tiles = problem.max_tokens() <= kernel.group_tokens;
+  const bool are_units_whole = problem.max_tokens() <= kernel.unit_tokens;
+  if (!are_groups_tiles && !are_units_whole) launch_row_terms(params, shift, stream);
   const int64_t tokens = are_groups_tiles ? kernel.group_tokens : kernel.tokens;
   args.geometry = grid::geometry_of(problem, tokens);
   const auto scale = static_cast<float>(problem.scale);
@@ -261,6 +282,8 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   args.grad_out_steps = grid::token_steps(problem, params.grad_out);
   args.grad_first_steps = grid::token_steps(problem, params.grad_key);
   args.grad_second_steps = grid::token_steps(problem, params.grad_value);
+  args.grad_query_steps = grid::token_steps(problem, params.grad_query);
+  args.out_steps = grid::token_steps(problem, params.out);
   args.query = params.query;
   args.key = params.key;
   args.value = params.value;
@@ -279,7 +302,21 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
   args.grad_query = params.grad_query;
   args.is_query_aligned = grid::has_whole_chunks(params.grad_query);
   if (are_groups_tiles) {
-    kernel.launch_groups(args, shape);
+    GridBackwardArguments of_groups = args;
+    of_groups.out = params.out;
+    kernel.launch_groups(of_groups, shape);
+  } else if (kernel.unit_tokens > 0) {
+    GridBackwardArguments of_units = args;
+    of_units.geometry = grid::geometry_of(problem, kernel.unit_tokens);
+    if (are_units_whole) {
+      of_units.out = params.out;
+    } else {
+      of_units.grad_query.data = nullptr;
+    }
+    kernel.launch_units(of_units, {grid::blocks_for(of_units.geometry, kernel.unit_tokens),
+                                   dim3(static_cast<unsigned>(kernel.unit_threads)),
+                                   static_cast<size_t>(kernel.unit_shared_bytes), stream});
+    if (!are_units_whole) kernel.launch_queries(args, shape);
   } else {
     kernel.launch_keys(args, shape);
     args.grad_first = params.grad_query;
@@ -296,6 +333,10 @@ void grid_backward_cuda(const GridBackwardParams& params, const CudaWorkspace& w
 void grid::add_backward_kernel_facts(std::vector<CudaKernelFacts>& facts) {
   for (const GridBackwardKernel& kernel : kBackwardKernels) {
     facts.push_back({kernel.name, kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.shared_bytes});
+    if (kernel.unit_tokens > 0) {
+      facts.push_back(
+          {"grid_unit_gradients", kernel.dtype, kernel.max_head_dim, kernel.unit_threads, kernel.unit_shared_bytes});
+    }
     if (kernel.group_tokens == 0) continue;
     facts.push_back(
         {"grid_group_gradients", kernel.dtype, kernel.max_head_dim, kernel.threads, kernel.group_shared_bytes});

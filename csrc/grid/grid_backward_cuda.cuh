@@ -52,6 +52,8 @@ struct GridBackwardArguments {
   grid::TokenSteps grad_out_steps;
   grid::TokenSteps grad_first_steps;
   grid::TokenSteps grad_second_steps;
+  grid::TokenSteps grad_query_steps;
+  grid::TokenSteps out_steps;
   ConstImage query;            // [batch, head, row, column, D] dtype
   ConstImage key;              // [batch, head, row, column, D] dtype
   ConstImage value;            // [batch, head, row, column, D] dtype
@@ -59,7 +61,8 @@ struct GridBackwardArguments {
   const float* bias;           // [head, G, G] float32, or null
   const float* lse;            // [batch, head, row, column] float32
   const float* softmax_terms;  // [batch, head, row, column, 2] float32, or null
-  const float* shift;          // [batch, head, row, column] float32
+  ConstImage out;              // [batch, head, row, column, D] dtype; or data null: shift is given
+  float* shift;                // [batch, head, row, column] float32; written where out is given
   MutableImage grad_first;     // of query or key, dtype
   MutableImage grad_second;    // of value, dtype; where keys are rows
   MutableImage grad_query;     // dtype; of groups of one tile, which have keys as rows
@@ -115,25 +118,37 @@ __device__ __forceinline__ void note_token(const GridGeometry& geometry, GridPla
   places.head[i] = token.head;
 }
 
-// Softmax terms and shift of a token, which is weighed with 0 where it is not there.
-struct TermsOfQuery {
-  SoftmaxTerms<float> softmax;
-  float shift;
-};
-__device__ __forceinline__ TermsOfQuery terms_of(const GridBackwardArguments& args, bool is_there, int64_t offset) {
-  if (!is_there) return {{0.0f, 0.0f}, 0.0f};
+// Softmax terms of a token, which is weighed with 0 where it is not there, and its shift where that is given.
+__device__ __forceinline__ SoftmaxTerms<float> softmax_terms_of(const GridBackwardArguments& args, bool is_there,
+                                                                int64_t offset) {
+  if (!is_there) return {0.0f, 0.0f};
   const float* given_terms = args.softmax_terms == nullptr ? nullptr : args.softmax_terms + 2 * offset;
-  return {read_softmax_terms(given_terms, args.lse[offset]), args.shift[offset]};
+  return read_softmax_terms(given_terms, args.lse[offset]);
+}
+__device__ __forceinline__ float given_shift_of(const GridBackwardArguments& args, bool is_there, int64_t offset) {
+  return is_there ? args.shift[offset] : 0.0f;
+}
+
+// What 16 bytes of out and of grad_out add to the shift of their token.
+template <typename Element>
+__device__ __forceinline__ float part_of_shift(const uint4& out, const uint4& grad_out) {
+  constexpr int kCount = 16 / static_cast<int>(sizeof(Element));
+  float left[kCount], right[kCount], sum = 0.0f;
+  cuda::unpack_chunk<Element>(out, left);
+  cuda::unpack_chunk<Element>(grad_out, right);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum = fmaf(left[i], right[i], sum);
+  return sum;
 }
 
 // The same by the thread that has the token.
 template <typename Shared>
 __device__ __forceinline__ void load_terms_of(const GridBackwardArguments& args, bool is_there, int64_t offset,
                                               Shared& shared, int i) {
-  const TermsOfQuery terms = terms_of(args, is_there, offset);
-  shared.largest[i] = terms.softmax.largest;
-  shared.factor[i] = terms.softmax.factor;
-  shared.shift[i] = terms.shift;
+  const SoftmaxTerms<float> terms = softmax_terms_of(args, is_there, offset);
+  shared.largest[i] = terms.largest;
+  shared.factor[i] = terms.factor;
+  if (args.out.data == nullptr) shared.shift[i] = given_shift_of(args, is_there, offset);
 }
 
 // Step 2's numbers, a thread a token.

@@ -3,14 +3,14 @@
 //
 // Who owns what: a thread block owns a tile of tokens of one unit, or of several where groups are small, with the rows of
 // all four tensors in shared memory; a warp owns 16 tokens, first as keys, then as queries. Steps:
-//   1. place the tile's tokens, gather their rows; softmax terms and shift of each;
+//   1. place the tile's tokens, gather their rows; softmax terms and shift of each, for which out is read;
 //   per kBackwardStep queries of the warp's slot:
 //   2. weights and d_scores of the warp's keys;
 //   3. grad_value += weights x grad_out, grad_key += d_scores x query; d_scores go to shared memory;
 //   then:
 //   4. round and write gradients of keys and values, by way of the warp's own rows of values, which nobody else reads;
 //   5. grad_query = d_scores, with queries as rows, x keys; round and write.
-// Operations a token: 10 G D where the two passes of larger groups take 14. Bytes: four rows read, three written. 16-bit
+// Operations a token: 10 G D where the two passes of larger groups take 14. Bytes: five rows read, three written. 16-bit
 // types alone: float32 has no matrix unit to wait for.
 // Numerics, determinism: as in grid_backward_cuda.cuh.
 #pragma once
@@ -35,6 +35,7 @@ struct GridGroupSharedMemory {
   GridPlaces<kTokens> places;                            // with the rows of keys and values
   Rows query_rows;
   Rows grad_out_rows;
+  Rows out_rows;
   Rows grad_query_rows;
   Rows grad_key_rows;
   Rows grad_value_rows;
@@ -71,6 +72,34 @@ __device__ __forceinline__ void add_keys(Shared& shared, int first_query, int fi
       cuda::multiply_accumulate<Element>(grad_query[0][2 * n], of_queries, of_keys[0], of_keys[1]);
       cuda::multiply_accumulate<Element>(grad_query[0][2 * n + 1], of_queries, of_keys[2], of_keys[3]);
     }
+  }
+}
+
+// The shifts of all queries: a thread multiplies the chunks of grad_out that it copied itself, which have to be there
+// after wait(), with those of out.
+template <typename Element, typename Shared, typename Wait>
+__device__ __forceinline__ void make_shifts(const GridBackwardArguments& args, Shared& shared, const Wait& wait) {
+  constexpr int kChunks = Shared::Tile::kChunks, kRowsAtOnce = Shared::kThreads / kChunks;
+  constexpr int kCount = Shared::kTokens / kRowsAtOnce;
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks, first = static_cast<int>(threadIdx.x) / kChunks;
+  const bool is_column = chunk * Shared::Tile::kPerChunk < args.geometry.head_dim;
+  const char* data = static_cast<const char*>(args.out.data);
+  uint4 out[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t offset = shared.out_rows[first + i * kRowsAtOnce];
+    out[i] = uint4{0, 0, 0, 0};
+    if (is_column && offset != kNotThere) out[i] = *reinterpret_cast<const uint4*>(data + offset + chunk * 16);
+  }
+  wait();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int row = first + i * kRowsAtOnce;
+    const uint4 grad_out = *reinterpret_cast<const uint4*>(shared.column_second.chunk(row, chunk));
+    const float shift = cuda::sum_over_lanes<kChunks>(part_of_shift<Element>(out[i], grad_out));
+    if (chunk != 0) continue;
+    shared.shift[row] = shift;
+    if (is_token_there(shared.places.there, row)) args.shift[shared.places.numbers[row]] = shift;
   }
 }
 
@@ -128,6 +157,7 @@ __global__ void __launch_bounds__(GridGroupSharedMemory<Element, kHeadDim>::kThr
     grid::note_token(geometry, shared.places, i, token, args.key, args.value, kBytes);
     shared.query_rows[i] = grid::row_offset(args.query, token, kBytes);
     shared.grad_out_rows[i] = grid::row_offset(args.grad_out, token, kBytes);
+    shared.out_rows[i] = grid::row_offset(args.out, token, kBytes);
     shared.grad_query_rows[i] = grid::row_offset(args.grad_query, token, kBytes);
     shared.grad_key_rows[i] = grid::row_offset(args.grad_first, token, kBytes);
     shared.grad_value_rows[i] = grid::row_offset(args.grad_second, token, kBytes);
@@ -143,8 +173,8 @@ __global__ void __launch_bounds__(GridGroupSharedMemory<Element, kHeadDim>::kThr
   gather(shared.row_second, args.value, shared.places.second);
   gather(shared.column_second, args.grad_out, shared.grad_out_rows);
   cuda::copy_async_commit();
-  cuda::copy_async_wait<0>();
-  // Publishes rows to all warps.
+  grid::make_shifts<Element>(args, shared, [] { cuda::copy_async_wait<0>(); });
+  // Publishes rows and shifts to all warps.
   __syncthreads();
   const int first_row = warp_id() * cuda::kBlockRows;
   const int first = first_row & -geometry.slot_tokens;

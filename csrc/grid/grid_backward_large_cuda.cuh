@@ -1,8 +1,9 @@
-// The backward of grid and window attention on CUDA for groups of more than a tile, 16-bit types and head_dim up to 64:
-// grid_token_gradients with 32 rows a warp and tiles of columns copied ahead. grid_backward_cuda.cuh has the plan.
+// The gradient of queries of grid and window attention on CUDA for groups of more than the tokens that
+// grid_unit_gradients takes as a whole (grid_backward_units_cuda.cuh), 16-bit types and head_dim up to 64:
+// grid_token_gradients with 32 queries a warp and tiles of keys copied ahead. grid_backward_cuda.cuh has the plan.
 //
-// A thread block owns 128 tokens of one unit. What bounds the kernels is shared memory: a fragment of columns that is
-// loaded meets two tiles of rows. No place is kept, addresses are made of tokens' numbers (grid_geometry_cuda.cuh).
+// A thread block owns 128 tokens of one unit. What bounds the kernel is shared memory: a fragment of keys that is
+// loaded meets two tiles of queries. No place is kept, addresses are made of tokens' numbers (grid_geometry_cuda.cuh).
 #pragma once
 
 #include "grid_backward_cuda.cuh"
@@ -18,21 +19,20 @@ struct GridLargeBackwardSharedMemory {
   using RowTile = cuda::SharedTile<Element, kTokens, kHeadDim>;
   using ColumnTile = cuda::SharedTile<Element, kColumns, kHeadDim>;
   struct Stage {
-    ColumnTile first;   // query or key
-    ColumnTile second;  // grad_out or value
+    ColumnTile key;
+    ColumnTile value;
   };
 
-  RowTile row_first;   // key or query
-  RowTile row_second;  // value or grad_out
+  RowTile query;
+  RowTile grad_out;
   Stage stages[2];
-  // Of the side that is queries, the columns' by stage:
-  float largest[2][kTokens];  // of softmax terms
-  float factor[2][kTokens];   // of softmax terms
-  float shift[2][kTokens];
+  // Of the queries:
+  float largest[kTokens];  // of softmax terms
+  float factor[kTokens];   // of softmax terms
+  float shift[kTokens];
   // Of the thread block's unit:
-  const char* column_first;
-  const char* column_second;
-  int64_t first_number;  // where its first token's lse stands
+  const char* key;
+  const char* value;
   uint32_t num_rows;
   uint32_t num_columns;
   uint32_t head;
@@ -40,30 +40,18 @@ struct GridLargeBackwardSharedMemory {
 
 namespace grid {
 
-// Softmax terms and shift of token `number` of the unit in shared memory.
-template <typename Shared>
-__device__ __forceinline__ TermsOfQuery terms_of_unit(const GridBackwardArguments& args, const Shared& shared,
-                                                      uint32_t number) {
-  const GridGeometry& geometry = args.geometry;
-  const TokenOfUnit token = token_of_unit(geometry, shared.num_rows, shared.num_columns, number);
-  const int64_t row = static_cast<int64_t>(token.row * geometry.rows.token_step) * geometry.columns.size;
-  return terms_of(args, token.is_there, shared.first_number + row + token.column * geometry.columns.token_step);
-}
-
 // Steps 3 and 4 of a warp's 32 rows and the columns of a stage. first_row is counted in the tile, first_number in the
 // unit, as first_column is.
-template <bool kAreRowsKeys, typename Element, typename Shared, int kN, int kSecond>
+template <typename Element, typename Shared, int kN>
 __device__ __forceinline__ void differentiate_large(const GridBackwardArguments& args, Shared& shared, int stage_idx,
                                                     int first_row, uint32_t first_number, uint32_t first_column,
-                                                    uint32_t rows_there, float (&grad_first)[2][kN][4],
-                                                    float (&grad_second)[2][kSecond][4]) {
+                                                    uint32_t rows_there, float (&grad_query)[2][kN][4]) {
   using RowTile = typename Shared::RowTile;
   using ColumnTile = typename Shared::ColumnTile;
-  constexpr int kStep = kAreRowsKeys ? Shared::Tiles::kKeyStep : Shared::Tiles::kQueryStep, kBlocks = kStep / 8;
+  constexpr int kStep = Shared::Tiles::kQueryStep, kBlocks = kStep / 8;
   constexpr uint32_t kAll = 0xffffffffu >> (32 - kStep);
   const int g = lane_id() / 4, t = lane_id() % 4;
   auto& stage = shared.stages[stage_idx];
-  const int terms = kAreRowsKeys ? stage_idx : 0;
 #pragma unroll 1
   for (int column = 0; column < Shared::kColumns; column += kStep) {
     const uint32_t number = first_column + static_cast<uint32_t>(column);
@@ -71,8 +59,8 @@ __device__ __forceinline__ void differentiate_large(const GridBackwardArguments&
     if (there == 0) continue;
     float weights[2][kBlocks][4], d_scores[2][kBlocks][4];
     cuda::fill(weights, 0.0f);
-    cuda::multiply_all_rows<RowTile, ColumnTile, Element>(weights, cuda::left_operand(shared.row_first, first_row),
-                                                          cuda::right_operand_by_rows(stage.first, column));
+    cuda::multiply_all_rows<RowTile, ColumnTile, Element>(weights, cuda::left_operand(shared.query, first_row),
+                                                          cuda::right_operand_by_rows(stage.key, column));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -88,31 +76,31 @@ __device__ __forceinline__ void differentiate_large(const GridBackwardArguments&
       for (int h = 0; h < 4; ++h) {
         const int64_t row = first_number + h * 8 + g;
         if ((rows_there >> (h * 8 + g) & 1u) == 0) continue;
-        const float* bias = args.bias + shared.head * group * group + row * (kAreRowsKeys ? 1 : group);
+        const float* bias = args.bias + shared.head * group * group + row * group;
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& score = weights[h / 2][n][h % 2 * 2 + e];
             const int64_t other = static_cast<int64_t>(number) + n * 8 + 2 * t + e;
-            if ((mine >> (n * 8 + e) & 1u) != 0) score = fmaf(bias[other * (kAreRowsKeys ? group : 1)], kLog2E, score);
+            if ((mine >> (n * 8 + e) & 1u) != 0) score = fmaf(bias[other], kLog2E, score);
           }
         }
       }
     }
     cuda::fill(d_scores, 0.0f);
-    cuda::multiply_all_rows<RowTile, ColumnTile, Element>(d_scores, cuda::left_operand(shared.row_second, first_row),
-                                                          cuda::right_operand_by_rows(stage.second, column));
+    cuda::multiply_all_rows<RowTile, ColumnTile, Element>(d_scores, cuda::left_operand(shared.grad_out, first_row),
+                                                          cuda::right_operand_by_rows(stage.value, column));
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int query = kAreRowsKeys ? column + n * 8 + 2 * t + e % 2 : first_row + m * 16 + e / 2 * 8 + g;
+          const int query = first_row + m * 16 + e / 2 * 8 + g;
           float& weight = weights[m][n][e];
-          weight = cuda::exp2_approximate(weight - shared.largest[terms][query]) * shared.factor[terms][query];
-          d_scores[m][n][e] = weight * (d_scores[m][n][e] - shared.shift[terms][query]);
+          weight = cuda::exp2_approximate(weight - shared.largest[query]) * shared.factor[query];
+          d_scores[m][n][e] = weight * (d_scores[m][n][e] - shared.shift[query]);
         }
       }
     }
@@ -125,13 +113,10 @@ __device__ __forceinline__ void differentiate_large(const GridBackwardArguments&
           for (int e = 0; e < 4; ++e) {
             const bool is_there =
                 (mine >> (n * 8 + e % 2) & 1u) != 0 && (rows_there >> (m * 16 + e / 2 * 8 + g) & 1u) != 0;
-            if (!is_there) weights[m][n][e] = d_scores[m][n][e] = 0.0f;
+            if (!is_there) d_scores[m][n][e] = 0.0f;
           }
         }
       }
-    }
-    if constexpr (kAreRowsKeys) {
-      cuda::multiply_registers<Element>(grad_second, weights, stage.second, column, ColumnTile::kColumns, kStep);
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -141,13 +126,13 @@ __device__ __forceinline__ void differentiate_large(const GridBackwardArguments&
         for (int e = 0; e < 4; ++e) d_scores[m][n][e] *= args.d_score_scale;
       }
     }
-    cuda::multiply_registers<Element>(grad_first, d_scores, stage.first, column, ColumnTile::kColumns, kStep);
+    cuda::multiply_registers<Element>(grad_query, d_scores, stage.key, column, ColumnTile::kColumns, kStep);
   }
 }
 
 }  // namespace grid
 
-template <typename Element, int kHeadDim, bool kAreRowsKeys>
+template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(GridLargeBackwardSharedMemory<Element, kHeadDim>::kThreads, 2)
     grid_large_gradients(const GridBackwardArguments args) {
   using Shared = GridLargeBackwardSharedMemory<Element, kHeadDim>;
@@ -157,93 +142,69 @@ __global__ void __launch_bounds__(GridLargeBackwardSharedMemory<Element, kHeadDi
   const GridGeometry& geometry = args.geometry;
   const uint32_t unit_number = blockIdx.x / geometry.num_tiles;
   const uint32_t first_token = (blockIdx.x - unit_number * geometry.num_tiles) * kTokens;
-  const ConstImage& row_first = kAreRowsKeys ? args.key : args.query;
-  const ConstImage& row_second = kAreRowsKeys ? args.value : args.grad_out;
-  const ConstImage& column_first = kAreRowsKeys ? args.query : args.key;
-  const ConstImage& column_second = kAreRowsKeys ? args.grad_out : args.value;
   // Step 1.
   {
     const grid::Unit unit = grid::find_unit(geometry, unit_number);
     if (threadIdx.x == 0) {
-      shared.column_first = grid::first_row_of(column_first, unit, kBytes);
-      shared.column_second = grid::first_row_of(column_second, unit, kBytes);
+      shared.key = grid::first_row_of(args.key, unit, kBytes);
+      shared.value = grid::first_row_of(args.value, unit, kBytes);
       shared.num_rows = unit.num_rows;
       shared.num_columns = unit.num_columns;
       shared.head = unit.head;
-      shared.first_number =
-          grid::number_offset(geometry, grid::Token{true, unit.batch, unit.head, unit.first_row, unit.first_column, 0});
     }
     grid::gather_unit_async<Shared::kThreads, 2>(
-        geometry, unit.num_rows, unit.num_columns, first_token, {&shared.row_first, &shared.row_second},
-        {grid::first_row_of(row_first, unit, kBytes), grid::first_row_of(row_second, unit, kBytes)},
-        {kAreRowsKeys ? args.key_steps : args.query_steps, kAreRowsKeys ? args.value_steps : args.grad_out_steps});
+        geometry, unit.num_rows, unit.num_columns, first_token, {&shared.query, &shared.grad_out},
+        {grid::first_row_of(args.query, unit, kBytes), grid::first_row_of(args.grad_out, unit, kBytes)},
+        {args.query_steps, args.grad_out_steps});
+    const int mine = static_cast<int>(threadIdx.x);
+    const uint32_t number = first_token + static_cast<uint32_t>(mine);
+    const grid::TokenOfUnit token = grid::token_of_unit(geometry, unit.num_rows, unit.num_columns, number);
+    const grid::Token in_image{token.is_there,
+                               unit.batch,
+                               unit.head,
+                               unit.first_row + token.row * geometry.rows.token_step,
+                               unit.first_column + token.column * geometry.columns.token_step,
+                               number};
+    grid::load_terms_of(args, token.is_there, grid::number_offset(geometry, in_image), shared, mine);
   }
   // Publishes the unit to all threads, which leave it there: registers are scarce.
   __syncthreads();
-  const int mine = static_cast<int>(threadIdx.x);
-  const auto gather_columns = [&](uint32_t column) {
-    auto& stage = shared.stages[column / kColumns % 2];
-    grid::gather_unit_async<Shared::kThreads, 2>(
-        geometry, shared.num_rows, shared.num_columns, column, {&stage.first, &stage.second},
-        {shared.column_first, shared.column_second},
-        {kAreRowsKeys ? args.query_steps : args.key_steps, kAreRowsKeys ? args.grad_out_steps : args.value_steps});
+  const auto gather_keys = [&](uint32_t key) {
+    auto& stage = shared.stages[key / kColumns % 2];
+    grid::gather_unit_async<Shared::kThreads, 2>(geometry, shared.num_rows, shared.num_columns, key,
+                                                 {&stage.key, &stage.value}, {shared.key, shared.value},
+                                                 {args.key_steps, args.value_steps});
     cuda::copy_async_commit();
   };
-  const auto store_terms = [&](int stage, const grid::TermsOfQuery& terms) {
-    shared.largest[stage][mine] = terms.softmax.largest;
-    shared.factor[stage][mine] = terms.softmax.factor;
-    shared.shift[stage][mine] = terms.shift;
-  };
-  const bool has_column = kAreRowsKeys && mine < static_cast<int>(kColumns);
-  // Step 2. Columns are copied one stage ahead.
-  gather_columns(0);
-  if (has_column || !kAreRowsKeys) {
-    store_terms(0, grid::terms_of_unit(args, shared, (kAreRowsKeys ? 0 : first_token) + static_cast<uint32_t>(mine)));
-  }
+  // Step 2. Keys are copied one stage ahead.
+  gather_keys(0);
   const int first_row = warp_id() * 2 * cuda::kBlockRows;
   const uint32_t first_number = first_token + static_cast<uint32_t>(first_row);
   const uint32_t rows_there = grid::tokens_there<32>(geometry, shared.num_rows, shared.num_columns, first_number);
-  float grad_first[2][kHeadDim / 8][4];
-  float grad_second[2][kAreRowsKeys ? kHeadDim / 8 : 1][4];
-  cuda::fill(grad_first, 0.0f);
-  cuda::fill(grad_second, 0.0f);
+  float grad_query[2][kHeadDim / 8][4];
+  cuda::fill(grad_query, 0.0f);
 #pragma unroll 1
   for (uint32_t first_column = 0; first_column < geometry.max_tokens; first_column += kColumns) {
     cuda::copy_async_wait<0>();
-    // Publishes the columns' rows and terms, and the first time those of the rows, to all warps; tells all threads that
+    // Publishes the keys' rows, and the first time rows and terms of the queries, to all warps; tells all threads that
     // the stage before has been used and may be overwritten.
     __syncthreads();
-    const bool has_next = first_column + kColumns < geometry.max_tokens;
-    grid::TermsOfQuery terms{};
-    if (has_next) {
-      gather_columns(first_column + kColumns);
-      if (has_column) terms = grid::terms_of_unit(args, shared, first_column + kColumns + static_cast<uint32_t>(mine));
-    }
-    const int stage = static_cast<int>(first_column / kColumns % 2);
-    if (rows_there != 0) {
-      grid::differentiate_large<kAreRowsKeys, Element>(args, shared, stage, first_row, first_number, first_column,
-                                                       rows_there, grad_first, grad_second);
-    }
-    if (has_next && has_column) store_terms(1 - stage, terms);
+    if (first_column + kColumns < geometry.max_tokens) gather_keys(first_column + kColumns);
+    if (rows_there == 0) continue;
+    grid::differentiate_large<Element>(args, shared, static_cast<int>(first_column / kColumns % 2), first_row,
+                                       first_number, first_column, rows_there, grad_query);
   }
   // Step 5.
   if (rows_there == 0) return;
   const grid::Unit unit = grid::find_unit(geometry, unit_number);
   const grid::TokenOfUnit token =
       grid::token_of_unit(geometry, unit.num_rows, unit.num_columns, first_number + static_cast<uint32_t>(lane_id()));
-  const auto rows_of = [&](const MutableImage& image, const grid::TokenSteps& steps) {
-    const int64_t first = grid::first_offset_of(image, unit, kBytes);
-    return grid::RowsOfLanes{token.is_there ? first + static_cast<int64_t>(steps.to(token)) : grid::kNotThere,
-                             first_row};
-  };
+  const int64_t first = grid::first_offset_of(args.grad_query, unit, kBytes);
+  const grid::RowsOfLanes rows{
+      token.is_there ? first + static_cast<int64_t>(args.grad_query_steps.to(token)) : grid::kNotThere, first_row};
   const float factors[4] = {args.gradient_scale, args.gradient_scale, args.gradient_scale, args.gradient_scale};
-  grid::write_rows(grad_first, factors, shared.row_first, first_row, args.grad_first, args.is_first_aligned,
-                   rows_of(args.grad_first, args.grad_first_steps), geometry.head_dim);
-  if constexpr (kAreRowsKeys) {
-    const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    grid::write_rows(grad_second, ones, shared.row_second, first_row, args.grad_second, args.is_second_aligned,
-                     rows_of(args.grad_second, args.grad_second_steps), geometry.head_dim);
-  }
+  grid::write_rows(grad_query, factors, shared.query, first_row, args.grad_query, args.is_query_aligned, rows,
+                   geometry.head_dim);
 }
 
 }  // namespace topgather

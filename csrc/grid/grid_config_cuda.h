@@ -36,10 +36,12 @@ struct GridLargeTiles {
   static constexpr int kWarps = kTokens / 32;
   static constexpr int kKeys = kHeadDim > 64 ? 32 : 64;  // that are copied, and whose scores a warp holds, at a time
   static constexpr int kBlocksPerProcessor = 2;
-  // The backward: columns that are copied at a time, and those whose scores a warp holds.
+  // The backward with queries as rows: keys that are copied at a time, and those whose scores a warp holds.
   static constexpr int kBackwardColumns = 64;
-  static constexpr int kKeyStep = 16;
   static constexpr int kQueryStep = 32;
+  // The backward with keys as rows: keys of a thread block, and queries that come at a time.
+  static constexpr int kUnitTokens = 256;
+  static constexpr int kUnitQueries = 64;
 };
 
 // Sums of a bias' gradient are as many whatever head_dim is: one kernel for all.

@@ -260,7 +260,7 @@ __device__ __forceinline__ void attend_large(const GridForwardArguments& args, S
   const auto there = tokens_there<kKeys>(args.geometry, shared.num_rows, shared.num_columns, first_key);
   finish_scores(args, bias_rows, first_row, first_key, there, scores);
   online_softmax(scores, running, false);
-  cuda::multiply_registers<Element>(running.out, scores, stage.value, 0, kHeadDim, kKeys);
+  multiply_all_registers<KeyTile, Element>(running.out, scores, cuda::right_operand_by_columns(stage.value, 0));
 }
 
 // A row's lse and softmax terms, which stand at `offset`.
@@ -505,7 +505,7 @@ void grid_forward_cuda(const GridForwardParams& params, const CudaWorkspace&, co
   const GridForwardKernel& kernel = grid::kernel_for(kForwardKernels, problem);
   if (grid::is_empty(problem)) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("grid: forward");
+  const StageRange range("grid.forward");
   const bool is_single = problem.max_tokens() <= kernel.of_one_tile.tokens;
   const GridForwardWay& way = is_single ? kernel.of_one_tile : kernel.of_several;
   GridForwardArguments args{};

@@ -284,12 +284,22 @@ __device__ __forceinline__ void write_rows(const float (&sums)[kM][kN][4], const
   if (is_aligned) {
     constexpr int kRowsAtOnce = kLanes / Tile::kChunks;
     const int chunk = lane_id() % Tile::kChunks;
+    constexpr int kCount = kM * cuda::kBlockRows / kRowsAtOnce, kTogether = kCount < 4 ? kCount : 4;
 #pragma unroll
-    for (int i = 0; i < kM * cuda::kBlockRows / kRowsAtOnce; ++i) {
-      const int row = first_row + lane_id() / Tile::kChunks + i * kRowsAtOnce;
-      const int64_t offset = offsets[row];
-      if (offset == kNotThere || chunk * Tile::kPerChunk >= head_dim) continue;
-      *reinterpret_cast<uint4*>(data + offset + chunk * 16) = *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
+    for (int first = 0; first < kCount; first += kTogether) {
+      int64_t offset[kTogether];
+      uint4 chunks[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int row = first_row + lane_id() / Tile::kChunks + (first + i) * kRowsAtOnce;
+        offset[i] = offsets[row];
+        chunks[i] = *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (offset[i] == kNotThere || chunk * Tile::kPerChunk >= head_dim) continue;
+        *reinterpret_cast<uint4*>(data + offset[i] + chunk * 16) = chunks[i];
+      }
     }
     return;
   }
@@ -361,6 +371,50 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[1][kN][4], const
     __syncwarp();
   } else {
     cuda::multiply_registers<Element>(sums, weights, rows, first, Tile::kColumns, count);
+  }
+}
+
+// Sixteen rows of a tile, all columns, as the right operand of a product.
+template <typename Tile, int kPairs>
+__device__ __forceinline__ void load_columns(uint32_t (&columns)[kPairs][4], cuda::SharedRow first, int num_rows,
+                                             uint32_t bytes_on = 0) {
+#pragma unroll
+  for (int n = 0; n < kPairs; ++n) {
+    cuda::load_matrix_x4_transposed(columns[n], Tile::further_here(first, n * 2, num_rows, bytes_on));
+  }
+}
+
+// Two blocks of a result as the left operand of a step of another product, rounded.
+template <typename Element, int kM, int kBlocks>
+__device__ __forceinline__ void pack_left(uint32_t (&left)[kM][4], const float (&from)[kM][kBlocks][4], int first) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      left[m][i] = cuda::pack2<Element>(from[m][first + i / 2][i % 2 * 2], from[m][first + i / 2][i % 2 * 2 + 1]);
+    }
+  }
+}
+
+// c += W B with W in registers, as a product left it, and B rows of a tile, all of its columns: what a step loads is on
+// its way before it multiplies.
+template <typename TileB, typename Element, int kM, int kDepthBlocks, int kN>
+__device__ __forceinline__ void multiply_all_registers(float (&c)[kM][kN][4], const float (&w)[kM][kDepthBlocks][4],
+                                                       cuda::SharedRow b) {
+#pragma unroll
+  for (int k = 0; k < kDepthBlocks / 2; ++k) {
+    uint32_t columns[kN / 2][4];
+    load_columns<TileB>(columns, b, k * 16);
+    uint32_t left[kM][4];
+    pack_left<Element>(left, w, 2 * k);
+#pragma unroll
+    for (int n = 0; n < kN / 2; ++n) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        cuda::multiply_accumulate<Element>(c[m][2 * n], left[m], columns[n][0], columns[n][1]);
+        cuda::multiply_accumulate<Element>(c[m][2 * n + 1], left[m], columns[n][2], columns[n][3]);
+      }
+    }
   }
 }
 

@@ -538,7 +538,7 @@ void index_route_cuda(const IndexRouteParams& params, const CudaWorkspace& works
               params.top_k <= INT32_MAX && params.num_index_heads <= INT32_MAX,
           "index_route: more than 2^31 - 1 tokens or heads");
   const DeviceGuard guard(place.device);
-  const StageRange range("indexer: route");
+  const StageRange range("indexer.route");
   WorkspaceCutter cutter(workspace.data);
   IndexRouteArguments args{};
   args.index_query = params.index_query;

@@ -569,7 +569,7 @@ void key_conv_backward_cuda(const KeyConvBackwardParams& params, const CudaWorks
                             const CudaPlace& place) {
   const KeyConvProblem& problem = params.problem;
   const DeviceGuard guard(place.device);
-  const StageRange range("key_conv: backward");
+  const StageRange range("key_conv.backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (key_conv_is_empty(problem)) {
     const auto clear = [&](void* gradient, int64_t count) {

@@ -280,7 +280,7 @@ void forward_for(const KeyConvForwardParams& params, cudaStream_t stream) {
 void key_conv_forward_cuda(const KeyConvForwardParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (key_conv_is_empty(params.problem)) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("key_conv: forward");
+  const StageRange range("key_conv.forward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   with_element(params.problem.dtype, [&](auto element) { forward_for<decltype(element)>(params, stream); });
 }

@@ -23,85 +23,26 @@
 // had an index outside the table: no row gets it, and its grad_weights is NaN; or it is of no token, and that is 0.
 // Determinism: every sum has an order fixed by sorted positions, shapes and alignment.
 #include "../cuda/dispatch.h"
-#include "../cuda/lane_rows.cuh"
 #include "../cuda/rounding.h"
-#include "memory_config_cuda.h"
 #include "memory_cuda.h"
+#include "memory_runs_cuda.cuh"
 
 namespace topgather {
 
-namespace {
-constexpr int kThreads = MemoryBackwardCudaConfig::kThreads;
-constexpr int kMaxWarps = kThreads / kLanes;
-constexpr int kBlocksPerProcessor = MemoryBackwardCudaConfig::kBlocksPerProcessor;
-constexpr int kEntriesPerPiece = MemoryBackwardCudaConfig::kEntriesPerPiece;
-constexpr int kEntriesInFlight = MemoryBackwardCudaConfig::kEntriesInFlight;
-constexpr int kPiecesPerStretch = MemoryBackwardCudaConfig::kPiecesPerStretch;
-constexpr int kPiecesInFlight = MemoryBackwardCudaConfig::kPiecesInFlight;
-constexpr int kMaxGroups = kLanes / kMinLanesPerRow;
-static_assert(kEntriesPerPiece % kLanes == 0, "pieces are read in whole rounds of any group");
-static_assert(kEntriesInFlight == 4, "lanes' sums are added four at a time");
-}  // namespace
-
-// What a walk needs of an entry, in sorted order: one load of 16 bytes.
-struct alignas(16) SortedEntry {
-  int32_t row;  // kNoRow: of no row
-  int32_t target;
-  int32_t token;
-  float weight;
-};
-
-struct MemoryBackwardArguments {
-  RowShape shape;
-  uint32_t bag_size;
-  int32_t num_rows;
-  int32_t num_entries;
-  int32_t num_pieces;
-  int32_t warps_per_piece;  // that the slabs of a piece go round
-  const void* values;       // [num_rows, W] dtype; null where grad_weights is
+struct MemoryBackwardArguments : MemoryRunArguments {
+  const void* values;  // [num_rows, W] dtype; null where grad_weights is
   int64_t values_stride;
-  const int64_t* order;        // [T * K] int64
-  const int32_t* sorted_rows;  // [T * K] int32
-  const int32_t* targets;      // [T * K] int32
-  const int32_t* tokens;       // [E] int32, -1: of none; null where bags are not ragged
-  const float* weights;        // [T, K] float32
-  const void* grad_out;        // [T, W] dtype
-  int64_t grad_out_stride;
   void* grad_rows;      // [num_targets, W] dtype
   float* grad_weights;  // [T, K] float32, or null
   int64_t num_targets;
-  int64_t num_padded_entries;
-  SortedEntry* entries;  // [num_padded_entries], those past T * K of no row
-  float* sums;           // [num_pieces, 2, W] float32: head and tail of each piece
 };
 
 namespace {
-
-constexpr int32_t kNoRow = -1;
 
 // Of a group that walks a piece, in one round: products of every entry with values, added over a slab's columns.
 struct SharedMemory {
   float dots[kMaxWarps][kMaxGroups][kEntriesPerPiece];
 };
-
-// The row of sorted entry `position`, kNoRow where there is no such entry or it has none.
-__device__ __forceinline__ int32_t row_at(const MemoryBackwardArguments& args, int64_t position) {
-  if (position < 0 || position >= args.num_entries) return kNoRow;
-  const int32_t row = args.sorted_rows[position];
-  return row >= 0 && row < args.num_rows ? row : kNoRow;
-}
-
-__device__ __forceinline__ float* head_sum(const MemoryBackwardArguments& args, int64_t piece) {
-  return args.sums + 2 * piece * args.shape.row_dim;
-}
-__device__ __forceinline__ float* tail_sum(const MemoryBackwardArguments& args, int64_t piece) {
-  return args.sums + (2 * piece + 1) * args.shape.row_dim;
-}
-
-__device__ __forceinline__ SortedEntry load_entry(const SortedEntry* entry) {
-  const int4 words = *reinterpret_cast<const int4*>(entry);
-  return {words.x, words.y, words.z, __int_as_float(words.w)};
-}
 
 // Whether an entry's gradient goes to row `target` of grad_rows.
 __device__ __forceinline__ bool is_target(const MemoryBackwardArguments& args, int32_t target) {
@@ -116,14 +57,6 @@ __device__ __forceinline__ bool is_target(const MemoryBackwardArguments& args, i
   }
   return low < args.num_entries && args.targets[low] == target && row_at(args, low) != kNoRow;
 }
-
-// A piece as the group that walks it sees it.
-struct Piece {
-  int32_t idx;
-  int64_t first;       // sorted position
-  int32_t row_before;  // of the entry before the piece, of the entry after it
-  int32_t row_after;
-};
 
 // Where the sum of a run goes, as far as it lies in the piece.
 template <typename Element, int kVector>
@@ -215,15 +148,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_gather(const MemoryBackwardArguments args) {
   const int64_t position = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (position >= args.num_padded_entries) return;
-  const int32_t row = row_at(args, position);
-  int4 words = {kNoRow, 0, 0, 0};
-  if (row != kNoRow) {
-    const int64_t place = args.order[position];
-    int32_t token = static_cast<int32_t>(static_cast<uint32_t>(place) / args.bag_size);
-    if (args.tokens != nullptr) token = args.tokens[place];
-    words = {row, args.targets[position], token, __float_as_int(args.weights[place])};
-  }
-  reinterpret_cast<int4*>(args.entries)[position] = words;
+  store_entry(args.entries + position, gather_entry(args, position));
 }
 
 template <typename Element, int kVector>
@@ -290,122 +215,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   }
 }
 
-namespace {
-
-// A warp's columns of rows of sums.
-constexpr int kSumColumns = 4;  // of a lane, a warp's width apart
-constexpr int kSumSlab = kSumColumns * kLanes;
-
-struct SumTask {
-  int32_t idx;  // of a piece or stretch
-  int first_column;
-};
-
-__device__ __forceinline__ SumTask sum_task(const MemoryBackwardArguments& args, uint32_t warp) {
-  const uint32_t num_slabs = (static_cast<uint32_t>(args.shape.row_dim) + kSumSlab - 1) / kSumSlab;
-  const uint32_t idx = warp / num_slabs;
-  return {static_cast<int32_t>(idx), static_cast<int>(warp - idx * num_slabs) * kSumSlab + lane_id()};
-}
-
-// Adds the rows sums[first], sums[first + step], .. in order, several under way at once.
-__device__ __forceinline__ void add_sums(const float* sums, int64_t step, int count, int first_column, int row_dim,
-                                         float (&totals)[kSumColumns]) {
-#pragma unroll 1
-  for (int first = 0; first < count; first += kPiecesInFlight) {
-    float terms[kPiecesInFlight][kSumColumns];
-#pragma unroll
-    for (int i = 0; i < kPiecesInFlight; ++i) {
-#pragma unroll
-      for (int c = 0; c < kSumColumns; ++c) {
-        const int column = first_column + c * kLanes;
-        terms[i][c] = first + i < count && column < row_dim ? sums[(first + i) * step + column] : 0.0f;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kPiecesInFlight; ++i) {
-#pragma unroll
-      for (int c = 0; c < kSumColumns; ++c) totals[c] += terms[i][c];
-    }
-  }
-}
-
-// How many of max_count positions first, first + step, .. lie in the run of `row`, one after the other.
-__device__ __forceinline__ int count_in_run(const MemoryBackwardArguments& args, int64_t first, int64_t step,
-                                            int max_count, int32_t row) {
-  int count = 0;
-  while (count < max_count) {
-    const int mine = count + lane_id();
-    const bool is_in_run = mine < max_count && row_at(args, first + mine * step) == row;
-    const unsigned outside = ~__ballot_sync(kAllLanes, is_in_run);
-    if (outside != 0) return count + __ffs(static_cast<int>(outside)) - 1;
-    count += kLanes;
-  }
-  return count;
-}
-
-}  // namespace
-
-// Step 3. Stretches are counted from the second: no run reaches into the first from before.
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    memory_backward_stretches(const MemoryBackwardArguments args) {
-  const SumTask task = sum_task(args, blockIdx.x * kMaxWarps + static_cast<uint32_t>(warp_id()));
-  const int64_t first_piece = (static_cast<int64_t>(task.idx) + 1) * kPiecesPerStretch;
-  if (first_piece + kPiecesPerStretch > args.num_pieces) return;  // whole warps, and nothing is done by the block
-  const int32_t row = row_at(args, first_piece * kEntriesPerPiece - 1);
-  if (row == kNoRow || row_at(args, (first_piece + kPiecesPerStretch) * kEntriesPerPiece - 1) != row) return;
-  const int row_dim = args.shape.row_dim;
-  float totals[kSumColumns] = {};
-  add_sums(head_sum(args, first_piece), 2 * static_cast<int64_t>(row_dim), kPiecesPerStretch, task.first_column,
-           row_dim, totals);
-  float* sum = tail_sum(args, first_piece);
-#pragma unroll
-  for (int c = 0; c < kSumColumns; ++c) {
-    const int column = task.first_column + c * kLanes;
-    if (column < row_dim) sum[column] = totals[c];
-  }
-}
-
 // Step 4.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     memory_backward_runs(const MemoryBackwardArguments args) {
   const SumTask task = sum_task(args, blockIdx.x * kMaxWarps + static_cast<uint32_t>(warp_id()));
-  if (task.idx >= args.num_pieces - 1) return;  // whole warps, and nothing is done by the block
-  const int64_t begin = task.idx;
-  const int64_t last_entry = (begin + 1) * kEntriesPerPiece - 1;
-  const int32_t row = row_at(args, last_entry);
-  if (row == kNoRow || row_at(args, last_entry + 1) != row) return;  // no run goes on in the next piece
-  if (row_at(args, begin * kEntriesPerPiece - 1) == row) return;     // it began in an earlier one
+  const LongRun run = long_run_of(args, task);
+  if (run.row == kNoRow) return;  // whole warps, and nothing is done by the block
   const int row_dim = args.shape.row_dim;
-  const int64_t sum_step = 2 * static_cast<int64_t>(row_dim);
   float totals[kSumColumns] = {};
-  add_sums(tail_sum(args, begin), sum_step, 1, task.first_column, row_dim, totals);
-
-  const auto add_heads = [&](int64_t first_piece, int64_t end_piece) {
-    const int num_heads = static_cast<int>(end_piece - first_piece);
-    const int count = count_in_run(args, first_piece * kEntriesPerPiece, kEntriesPerPiece, num_heads, row);
-    add_sums(head_sum(args, first_piece), sum_step, count, task.first_column, row_dim, totals);
-    return count == num_heads;
-  };
-  // Heads up to the next stretch.
-  const int64_t num_pieces = args.num_pieces;
-  int64_t piece = begin + 1;
-  const int64_t next_stretch = (piece + kPiecesPerStretch - 1) / kPiecesPerStretch * kPiecesPerStretch;
-  bool goes_on = add_heads(piece, next_stretch < num_pieces ? next_stretch : num_pieces);
-  piece = next_stretch;
-  if (goes_on && piece < num_pieces) {
-    // Stretches that the run fills: their last entries are the run's.
-    const int whole_stretches = static_cast<int>((num_pieces - piece) / kPiecesPerStretch);
-    const int count = count_in_run(args, (piece + kPiecesPerStretch) * kEntriesPerPiece - 1,
-                                   kPiecesPerStretch * kEntriesPerPiece, whole_stretches, row);
-    add_sums(tail_sum(args, piece), kPiecesPerStretch * sum_step, count, task.first_column, row_dim, totals);
-    piece += static_cast<int64_t>(count) * kPiecesPerStretch;
-    // Heads of the stretch in which it ends.
-    const int64_t end = piece + kPiecesPerStretch < num_pieces ? piece + kPiecesPerStretch : num_pieces;
-    if (piece < end) add_heads(piece, end);
-  }
-
-  Element* grad_row = static_cast<Element*>(args.grad_rows) + args.targets[last_entry] * static_cast<int64_t>(row_dim);
+  sum_long_run(args, task, run.row, totals);
+  Element* grad_row =
+      static_cast<Element*>(args.grad_rows) + args.targets[run.last_entry] * static_cast<int64_t>(row_dim);
 #pragma unroll
   for (int c = 0; c < kSumColumns; ++c) {
     const int column = task.first_column + c * kLanes;
@@ -414,16 +235,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 namespace {
-
-int64_t num_pieces_of(const MemoryProblem& problem) {
-  return (problem.num_entries + kEntriesPerPiece - 1) / kEntriesPerPiece;
-}
-
-// Pieces of a whole thread block, and the entries that are loaded a step ahead.
-int64_t num_padded_entries_of(const MemoryProblem& problem) {
-  constexpr int64_t kEntriesPerBlock = int64_t{kMaxWarps} * kMaxGroups * kEntriesPerPiece;
-  return divide_up(problem.num_entries, kEntriesPerBlock) * kEntriesPerBlock + kEntriesInFlight;
-}
 
 int64_t dot_bytes(int64_t warps) { return warps * static_cast<int64_t>(sizeof(float)) * kMaxGroups * kEntriesPerPiece; }
 
@@ -463,25 +274,20 @@ void backward_for(const MemoryBackwardParams& params, MemoryBackwardArguments ar
   }
   if (args.num_pieces < 2 || row_dim == 0) return;
   args.shape.row_dim = static_cast<int32_t>(row_dim);
-  const int64_t slabs = (row_dim + kSumSlab - 1) / kSumSlab;
-  const auto shape_for = [&](int64_t count) {
-    require(count * slabs <= INT32_MAX, "too many entries for one launch of memory_backward");
-    return cuda::LaunchShape{dim3(static_cast<unsigned>((count * slabs + kMaxWarps - 1) / kMaxWarps)), dim3(kThreads),
-                             0, stream};
-  };
   const int64_t num_stretches = args.num_pieces / kPiecesPerStretch;
-  if (num_stretches > 1) cuda::launch(memory_backward_stretches, shape_for(num_stretches - 1), args);
-  cuda::launch(memory_backward_runs<Element>, shape_for(args.num_pieces - 1), args);
+  if (num_stretches > 1) {
+    cuda::launch(memory_backward_stretches<MemoryBackwardArguments>, shape_of_sums(num_stretches - 1, row_dim, stream),
+                 args);
+  }
+  cuda::launch(memory_backward_runs<Element>, shape_of_sums(args.num_pieces - 1, row_dim, stream), args);
 }
 
 }  // namespace
 
 int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, const CudaPlace&) {
   const MemoryProblem& problem = params.problem;
-  const int64_t num_pieces = num_pieces_of(problem);
-  const int64_t num_sums = num_pieces < 2 ? 0 : num_pieces * 2 * problem.row_dim;
-  return num_padded_entries_of(problem) * static_cast<int64_t>(sizeof(SortedEntry)) +
-         num_sums * static_cast<int64_t>(sizeof(float));
+  return num_padded_entries_of(problem, kEntriesInFlight) * static_cast<int64_t>(sizeof(SortedEntry)) +
+         sum_bytes_of(problem);
 }
 
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place) {
@@ -490,7 +296,7 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   require(workspace.bytes >= memory_backward_workspace_bytes(params, place),
           "memory_backward: the workspace is too small");
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: backward");
+  const StageRange range("memory.backward");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   if (problem.num_entries == 0 || params.grad_out.sizes[0] == 0) {  // nobody has an entry
     const auto clear = [&](void* data, int64_t bytes) {
@@ -521,7 +327,7 @@ void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspac
   args.grad_rows = params.grad_rows.data;
   args.grad_weights = params.grad_weights.at<float>();
   args.num_targets = params.num_targets;
-  args.num_padded_entries = num_padded_entries_of(problem);
+  args.num_padded_entries = num_padded_entries_of(problem, kEntriesInFlight);
   args.entries = static_cast<SortedEntry*>(workspace.data);
   args.sums = reinterpret_cast<float*>(args.entries + args.num_padded_entries);
   with_element(problem.dtype, [&](auto element) { backward_for<decltype(element)>(params, args, stream); });

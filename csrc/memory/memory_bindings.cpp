@@ -96,7 +96,7 @@ static void bind(PyObject* module) {
   add_cpu_entry(module, "memory_backward", &MemoryCpuKernels::backward);
   add_cpu_entry(module, "memory_lookup_quantized", &MemoryCpuKernels::lookup_quantized);
   add_cpu_entry(module, "memory_dot_quantized", &MemoryCpuKernels::dot_quantized);
-  add_cpu_entry(module, "memory_update", &MemoryCpuKernels::update);
+  add_cpu_entry(module, "memory_update", &MemoryUpdateCpuKernels::update);
 #endif
 #if defined(TOPGATHER_HAVE_CUDA)
   add_cuda_entry<ProductKeyParams>(module, "product_key_topk", {&product_key_topk_cuda});
@@ -106,6 +106,8 @@ static void bind(PyObject* module) {
                                        {&memory_backward_cuda, &memory_backward_workspace_bytes});
   add_cuda_entry<QuantizedLookupParams>(module, "memory_lookup_quantized", {&memory_lookup_quantized_cuda});
   add_cuda_entry<QuantizedDotParams>(module, "memory_dot_quantized", {&memory_dot_quantized_cuda});
+  add_cuda_entry<MemoryUpdateParams>(module, "memory_update",
+                                     {&memory_update_cuda, &memory_update_workspace_bytes});
   add_kernel_facts(module, "memory_cuda_kernel_facts", &memory_cuda_kernel_facts);
 #endif
 }

@@ -6,7 +6,6 @@
 #include "memory_lookup_cpu.h"
 #include "memory_quantized_cpu.h"
 #include "memory_topk_cpu.h"
-#include "memory_update_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
@@ -37,13 +36,9 @@ void dot_quantized(const QuantizedDotParams& params) {
   memory_dot_quantized<Int8>(params);
 }
 
-void update(const MemoryUpdateParams& params) {
-  with_storage(params.problem.dtype, [&](auto storage) { memory_update_storage<decltype(storage)>(params); });
-}
-
 }  // namespace
 
-extern const MemoryCpuKernels kMemoryCpuKernels{&product_key_topk, &lookup,        &dot,   &backward,
-                                                &lookup_quantized, &dot_quantized, &update};
+extern const MemoryCpuKernels kMemoryCpuKernels{&product_key_topk, &lookup,           &dot,
+                                                &backward,         &lookup_quantized, &dot_quantized};
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -34,5 +34,7 @@ void memory_dot_quantized_cuda(const QuantizedDotParams& params, const CudaWorks
 // The same bits every time.
 int64_t memory_backward_workspace_bytes(const MemoryBackwardParams& params, const CudaPlace& place);
 void memory_backward_cuda(const MemoryBackwardParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
+int64_t memory_update_workspace_bytes(const MemoryUpdateParams& params, const CudaPlace& place);
+void memory_update_cuda(const MemoryUpdateParams& params, const CudaWorkspace& workspace, const CudaPlace& place);
 
 }  // namespace topgather

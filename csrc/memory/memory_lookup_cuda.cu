@@ -256,7 +256,7 @@ void dot_for(const MemoryDotParams& params, cudaStream_t stream) {
 void memory_lookup_cuda(const MemoryLookupParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (params.problem.num_tokens == 0 || params.problem.row_dim == 0) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: lookup");
+  const StageRange range("memory.lookup");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   with_element(params.problem.dtype, [&](auto element) { lookup_for<decltype(element)>(params, stream); });
 }
@@ -264,7 +264,7 @@ void memory_lookup_cuda(const MemoryLookupParams& params, const CudaWorkspace&, 
 void memory_dot_cuda(const MemoryDotParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (params.problem.num_entries == 0) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: dot");
+  const StageRange range("memory.dot");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   with_element(params.problem.dtype, [&](auto element) { dot_for<decltype(element)>(params, stream); });
 }

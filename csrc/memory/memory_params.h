@@ -138,9 +138,9 @@ struct MemoryUpdateParams {
   InOutArray<int32_t, 2> steps;         // [num_rows, 1] int32, that the row has taken
   InOutArray<void, 2> first;            // [num_rows, W] sum type or bfloat16: momentum, sum of squares, first moment
   InOutArray<void, 2> second;           // the same: second moment. Data null where the algorithm has no such state
-  InOutArray<void, 2> decayed;  // [num_rows, 1] float64, total_decay at the row's last step; data null: no decay
-  Array<void, 1> squares;       // [1] float64; data null: rows are updated
-  int64_t algorithm_code;       // a RowAlgorithm
+  InOutArray<double, 2> decayed;  // [num_rows, 1] float64, total_decay at the row's last step; data null: no decay
+  Array<double, 1> squares;       // [1] float64; data null: rows are updated
+  int64_t algorithm_code;         // a RowAlgorithm
   double learning_rate;
   double first_rate;    // momentum of SGD, first beta of Adam
   double second_rate;   // dampening of SGD, lr_decay of Adagrad, second beta of Adam

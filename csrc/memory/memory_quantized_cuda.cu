@@ -331,7 +331,7 @@ void dot_of(const QuantizedDotParams& params, cudaStream_t stream) {
 void memory_lookup_quantized_cuda(const QuantizedLookupParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (params.problem.num_tokens == 0 || params.problem.row_dim == 0) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: lookup of 8 bits");
+  const StageRange range("memory.lookup_8bit");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   params.rows.is_float8 ? lookup_of<Float8>(params, stream) : lookup_of<Int8>(params, stream);
 }
@@ -339,7 +339,7 @@ void memory_lookup_quantized_cuda(const QuantizedLookupParams& params, const Cud
 void memory_dot_quantized_cuda(const QuantizedDotParams& params, const CudaWorkspace&, const CudaPlace& place) {
   if (params.problem.num_entries == 0) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: dot of 8 bits");
+  const StageRange range("memory.dot_8bit");
   const auto stream = static_cast<cudaStream_t>(place.stream);
   params.rows.is_float8 ? dot_of<Float8>(params, stream) : dot_of<Int8>(params, stream);
 }

@@ -49,7 +49,7 @@ void product_key_topk_cuda(const ProductKeyParams& params, const CudaWorkspace&,
   const ProductKeyKernel& kernel = kernel_for(params);
   if (params.num_tokens == 0 || params.num_heads == 0) return;
   const DeviceGuard guard(place.device);
-  const StageRange range("memory: product keys");
+  const StageRange range("memory.product_keys");
   const int64_t num_tiles = (params.num_tokens + kernel.rows - 1) / kernel.rows;
   require(num_tiles <= INT32_MAX / params.num_heads, "product_key_topk: more than 2^31 - 1 tiles of tokens");
   constexpr int64_t kOfTwo = ProductKeyCudaConfig::kSharedBytesOfTwo;

@@ -20,22 +20,9 @@
 #include <cmath>
 
 #include "memory_backward_cpu.h"
+#include "memory_row_bits.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
-
-// Random bits of a row: a 64-bit mixture (splitmix64) of what is the row's, then a 32-bit one of each column.
-inline uint64_t mix_bits(uint64_t bits) {
-  bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
-  bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
-  return bits ^ bits >> 31;
-}
-
-inline uint32_t column_bits(uint32_t row_bits, uint32_t column) {
-  uint32_t bits = row_bits + column * 0x9e3779b9u;
-  bits = (bits ^ bits >> 16) * 0x7feb352du;
-  bits = (bits ^ bits >> 15) * 0x846ca68bu;
-  return bits ^ bits >> 16;
-}
 
 // `bits`: 16 random ones, 0x8000 where rounding is not random.
 template <typename Storage, bool kStochastic>
@@ -48,15 +35,6 @@ inline Storage round_to(ComputeOf<Storage> value, uint32_t bits) {
   } else {
     return from_compute<Storage>(value);
   }
-}
-
-// base^exponent by squaring.
-inline double whole_power(double base, int64_t exponent) {
-  double power = 1;
-  for (; exponent > 0; exponent >>= 1, base *= base) {
-    if ((exponent & 1) != 0) power *= base;
-  }
-  return power;
 }
 
 template <typename T>
@@ -90,7 +68,7 @@ struct MemoryUpdate {
     factors.eps = static_cast<T>(params.eps);
     factors.decay = 1;
     if (params.decayed.data != nullptr) {
-      factors.decay = static_cast<T>(std::exp(params.total_decay - *params.decayed.template at<double>(row)));
+      factors.decay = static_cast<T>(std::exp(params.total_decay - *params.decayed.at<double>(row)));
     }
     double rate = params.learning_rate;
     if constexpr (kAlgorithm == RowAlgorithm::kSgd) {
@@ -149,8 +127,7 @@ struct MemoryUpdate {
   template <bool kIsFirstStep, bool kHasFirst>
   void update_row(int64_t row, int64_t next_row, int64_t step, const T* grads) const {
     const Factors factors = factors_of(row, step);
-    const uint64_t mixed = mix_bits(mix_bits(static_cast<uint64_t>(params.seed)) + static_cast<uint64_t>(params.step));
-    const uint64_t bits = mix_bits(mixed + static_cast<uint64_t>(row));
+    const uint64_t bits = mix_bits(bits_of_step(params.seed, params.step) + static_cast<uint64_t>(row));
     const auto bits_of_states = static_cast<uint32_t>(bits), bits_of_values = static_cast<uint32_t>(bits >> 32);
     Storage* values = params.values.template at<Storage>(row);
     const Storage* next_values = params.values.template at<Storage>(next_row);
@@ -198,7 +175,23 @@ struct MemoryUpdate {
       update_row<false, true>(row, next_row, step, grads);
     }
     *steps = static_cast<int32_t>(step < INT32_MAX ? step : INT32_MAX);
-    if (params.decayed.data != nullptr) *params.decayed.template at<double>(row) = params.total_decay;
+    if (params.decayed.data != nullptr) *params.decayed.at<double>(row) = params.total_decay;
+  }
+
+  // In float64. Additions of one chain would wait for each other four cycles long.
+  double sum_of_squares(const T* sums) const {
+    constexpr int kChains = 8;
+    double chains[kChains] = {};
+    int64_t d = 0;
+    for (; d + kChains <= backward.row_dim(); d += kChains) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kChains; ++i)
+        chains[i] += static_cast<double>(sums[d + i]) * static_cast<double>(sums[d + i]);
+    }
+    double sum = 0;
+    for (; d < backward.row_dim(); ++d) sum += static_cast<double>(sums[d]) * static_cast<double>(sums[d]);
+    for (const double chain : chains) sum += chain;
+    return sum;
   }
 
   // Runs whose first entry is among `task`'s positions; returns the sum of their squares where that is asked for.
@@ -214,9 +207,7 @@ struct MemoryUpdate {
       const int64_t last = backward.end_of_run(position);
       backward.sum_run(position, last, sums);
       if (params.squares.data != nullptr) {
-        double sum = 0;
-        for (int64_t d = 0; d < backward.row_dim(); ++d) sum += static_cast<double>(sums[d]) * sums[d];
-        squares += sum;
+        squares += sum_of_squares(sums);
       } else {
         update_row(rows[position], rows[last < backward.num_entries ? last : position], sums);
       }

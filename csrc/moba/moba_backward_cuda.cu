@@ -275,7 +275,7 @@ BackwardWorkspace take_workspace(const MobaProblem& problem, bool is_determinist
 // Step 4. The deterministic way takes the chunks of large blocks one after the other: each adds to the same rows.
 void attend_backward(const BackwardKernel& kernel, BackwardArguments args, cudaStream_t stream) {
   if (args.lists.max_items == 0) return;
-  const StageRange range("moba: attention backward");
+  const StageRange range("moba.attend_backward");
   const auto num_chunks = static_cast<int32_t>(divide_up(args.geometry.block_size, kernel.keys_per_chunk));
   const auto needed = static_cast<int32_t>(divide_up(args.geometry.key_len, kernel.keys_per_chunk));
   args.num_chunks = std::min(num_chunks, needed);
@@ -316,7 +316,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
   const BackwardKernel& kernel = kernel_for(problem);
   if (count_units(problem) == 0 || (problem.query_len == 0 && problem.key_len == 0)) return;
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const StageRange range("moba: backward");
+  const StageRange range("moba.backward");
   WorkspaceCutter cutter(given.data);
   const WavePlan plan = plan_backward(problem, is_deterministic);
   const MobaGeometry geometry = prepare_geometry(problem, 1, cutter, stream);
@@ -411,7 +411,7 @@ void moba_backward_cuda(const MobaBackwardParams& params, const CudaWorkspace& g
       });
     }
     if (wave.first_query + wave.num_queries == problem.query_len && problem.key_len > 0) {
-      const StageRange rounding("moba: gradients of keys");
+      const StageRange rounding("moba.key_gradients");
       with_element(problem.dtype, [&](auto element) {
         cuda::launch(moba_write_grad_keys<decltype(element)>, key_rows(problem, wave.num_units, stream), keys);
       });

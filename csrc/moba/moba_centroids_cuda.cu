@@ -141,7 +141,7 @@ void launch_for(const CentroidArguments& args, int64_t num_units, cudaStream_t s
 
 void launch_centroids(Dtype dtype, const CentroidArguments& args, int64_t num_units, cudaStream_t stream) {
   if (num_units == 0 || args.geometry.num_blocks == 0 || args.row_elements == 0) return;
-  const StageRange range("moba: centroids");
+  const StageRange range("moba.centroids");
   with_element(dtype, [&](auto element) { launch_for<decltype(element)>(args, num_units, stream); });
 }
 

@@ -12,7 +12,8 @@ namespace topgather {
 
 struct MobaWaveConfig {
   // Partial outputs and lists of one wave. Large enough that waves follow each other without idling the device.
-  static constexpr int64_t kForwardBudget = int64_t{512} << 20;
+  static constexpr int64_t kForwardBudget = int64_t{512} << 20;      // of all, if one wave does
+  static constexpr int64_t kForwardPairBudget = int64_t{768} << 20;  // else of two waves' outputs and one's lists
   static constexpr int64_t kBackwardBudget = int64_t{1} << 30;
   static constexpr int64_t kRouteBudget = int64_t{512} << 20;
   static constexpr int64_t kMaxUnits = 32768;  // a grid's second dimension

@@ -4,7 +4,7 @@
 //   partial_e = softmax over the visible keys of one choice e (row, slot) applied to their values      [entry, V]
 //   max_e     = max of log2(e) * scale * dot(query, key), capped where there is a softcap, or up to 8 less  [entry]
 //   sum_e     = sum of 2^(score - max_e)                                                                  [entry]
-//   out_row   = sum_e 2^(max_e - max) sum_e partial_e / sum_e 2^(max_e - max) sum_e        (moba_merge_slots)
+//   out_row   = sum_e 2^(max_e - max) sum_e partial_e / sum_e 2^(max_e - max) sum_e        (moba_merge_cuda.cuh)
 //
 // Who owns what: a thread block owns a work item, up to kEntriesPerItem entries of one block's list. Its warps take
 // tiles of kRowsPerWarp entries in turn, each on its own: a tile's queries lie in the warp's part of shared memory, its
@@ -31,6 +31,7 @@
 #include "../cuda/launch.cuh"
 #include "../cuda/scores.cuh"
 #include "moba_cuda.h"
+#include "moba_merge_cuda.cuh"
 #include "moba_stages_cuda.cuh"
 
 namespace topgather {
@@ -48,8 +49,8 @@ struct ForwardArguments {
   Array<const void, 4> key;    // [batch, kv head, key, D] dtype
   Array<const void, 4> value;  // [batch, kv head, key, V] dtype
   void* partial_out;           // [unit, entry, partial_elements] dtype
-  float* partial_max;          // [unit, entry] float32, base 2
-  float* partial_sum;          // [unit, entry] float32
+  float2* terms;               // [unit, entry] maximum, base 2, and sum
+  MergeArguments merge;        // rows of the wave before
 };
 
 template <typename Element, int kHeadDim>
@@ -121,21 +122,51 @@ __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, co
 }
 
 // Whether any value of the block is NaN or inf. Called by all threads; a barrier. Rows are whole chunks of 16 bytes,
-// with zeros behind their columns.
-template <typename Element>
+// with zeros behind their columns. is_resident: the block's values are in shared memory, those of the columns that this
+// thread block has.
+template <typename Element, int kHeadDim>
 __device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args, const Unit& unit,
-                                                   const KeyBlock& block, int num_threads) {
+                                                   const KeyBlock& block, bool is_resident,
+                                                   ForwardSharedMemory<Element, kHeadDim>& shared) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
-  const Element* rows = args.value.at<Element>(unit.batch_idx, unit.kv_head, block.first_key);
-  const int row_chunks = (args.value_dim + kPerChunk - 1) / kPerChunk;
+  bool found = false;
+  if (is_resident) {
+    // As they lie, in whatever order.
+    const auto* chunks = reinterpret_cast<const uint4*>(shared.value.elements);
+    const int num_rows = (block.num_keys + Shared::kStepKeys - 1) / Shared::kStepKeys * Shared::kStepKeys;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < num_rows * decltype(shared.value)::kChunks; i += Shared::kThreads) {
+      found = cuda::is_unusual_chunk<Element>(chunks[i]) || found;
+    }
+  } else {
+    const Element* rows = args.value.at<Element>(unit.batch_idx, unit.kv_head, block.first_key);
+    const int row_chunks = (args.value_dim + kPerChunk - 1) / kPerChunk;
+#pragma unroll 1
+    for (int key = static_cast<int>(threadIdx.x) / 8; key < block.num_keys; key += Shared::kThreads / 8) {
+      const auto* row = reinterpret_cast<const uint4*>(rows + key * args.value.strides[2]);
+#pragma unroll 4
+      for (int chunk = static_cast<int>(threadIdx.x) % 8; chunk < row_chunks; chunk += 8) {
+        found = cuda::is_unusual_chunk<Element>(row[chunk]) || found;
+      }
+    }
+  }
+  return __syncthreads_or(found ? 1 : 0) != 0;
+}
+
+// Whether a key of the item's block is hidden from any of its entries. Called by all threads; a barrier.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ bool hides_keys(const ForwardArguments& args,
+                                           const ForwardSharedMemory<Element, kHeadDim>& shared) {
+  using Shared = ForwardSharedMemory<Element, kHeadDim>;
+  const WorkItem& item = shared.item;
   bool found = false;
 #pragma unroll 1
-  for (int key = static_cast<int>(threadIdx.x) / 8; key < block.num_keys; key += num_threads / 8) {
-    const auto* row = reinterpret_cast<const uint4*>(rows + key * args.value.strides[2]);
-#pragma unroll 4
-    for (int chunk = static_cast<int>(threadIdx.x) % 8; chunk < row_chunks; chunk += 8) {
-      found = cuda::is_unusual_chunk<Element>(row[chunk]) || found;
-    }
+  for (int i = threadIdx.x; i < item.num_entries; i += Shared::kThreads) {
+    const int32_t row = row_of_entry(args.geometry, item.entries[i]);
+    const WaveRow place = wave_row(args.geometry, args.wave, shared.unit, row);
+    found = found || is_edge_entry(args.geometry, item.entries[i], row) ||
+            num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys;
   }
   return __syncthreads_or(found ? 1 : 0) != 0;
 }
@@ -441,8 +472,7 @@ __device__ __forceinline__ void write_partials(const ForwardArguments& args, int
         }
       }
       if (is_there && t == 0 && blockIdx.z == 0) {
-        args.partial_max[first_entry + entry] = base;
-        args.partial_sum[first_entry + entry] = sum;
+        args.terms[first_entry + entry] = make_float2(base, sum);
       }
     }
   }
@@ -457,60 +487,70 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   using Tiles = typename Shared::Tiles;
   Shared& shared = *reinterpret_cast<Shared*>(cuda::dynamic_shared_memory());
   const int64_t unit_in_wave = blockIdx.y;
-  const Unit own_unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
+  const bool has_items = args.lists.max_items > 0;
   WorkItem own_item;
-  // Step 1. The grid is a bound taken from shapes: whole thread blocks past the last item return.
-  if (!find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x), own_item)) return;
-  if (threadIdx.x == 0) {
-    shared.unit = own_unit;
-    shared.item = own_item;
+  const int warp = cuda::warp_id();
+  int32_t first_entry = -1;  // of the lane, in its warp's first tile
+  // Step 1. The grid is a bound taken from shapes: there are thread blocks past the last item.
+  const bool has_item =
+      has_items && find_work_item(args.geometry, args.lists, unit_in_wave, static_cast<int32_t>(blockIdx.x), own_item);
+  if (has_item) {
+    if (threadIdx.x == 0) {
+      shared.unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
+      shared.item = own_item;
+    }
+    first_entry = forward::entry_of_lane(own_item, warp * Shared::kRowsPerWarp, Shared::kRowsPerWarp);
+    // Publishes the work to all threads.
+    __syncthreads();
+    if (shared.item.block.num_keys <= Tiles::kResidentKeys) {
+      forward::copy_keys_async<Element, kHeadDim>(args, shared.unit, shared.item.block, 0, shared.item.block.num_keys,
+                                                  shared);
+    }
   }
-  // Publishes the work to all threads.
-  __syncthreads();
+  cuda::copy_async_commit();
+  if (args.merge.rows_of_unit > 0) {
+    merge_rows<Element, kHeadDim>(args.geometry, args.merge, args.value_dim, args.partial_elements, Shared::kWarps);
+  }
+  if (!has_item) return;  // the whole thread block
   const Unit& unit = shared.unit;
   const WorkItem& item = shared.item;
   const bool fits = item.block.num_keys <= Tiles::kResidentKeys;
-  if (fits) forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, 0, item.block.num_keys, shared);
-  cuda::copy_async_commit();
-  bool hides_keys = false;
-  if (args.geometry.is_causal) {
-    for (int i = threadIdx.x; i < item.num_entries; i += Shared::kThreads) {
-      const int32_t row = row_of_entry(args.geometry, item.entries[i]);
-      const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
-      hides_keys = hides_keys || is_edge_entry(args.geometry, item.entries[i], row) ||
-                   num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys;
-    }
-    hides_keys = __syncthreads_or(hides_keys ? 1 : 0) != 0;
-  }
-  const bool is_one_by_one =
-      hides_keys && forward::has_unusual_values<Element>(args, unit, item.block, Shared::kThreads);
+  const auto start_tile = [&](int32_t entry) {
+    forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry, shared);
+    // Publishes the warp's rows to its lanes.
+    __syncwarp();
+    forward::gather_queries_async<Element, kHeadDim>(args, shared);
+    cuda::copy_async_commit();
+  };
+  start_tile(first_entry);
+  cuda::copy_async_wait<0>();
+  // Publishes keys and values, where all of them are on chip, to all warps; they stay as they are while all rows see
+  // values that are finite.
+  __syncthreads();
+  const bool is_one_by_one = args.geometry.is_causal &&
+                             forward::has_unusual_values<Element, kHeadDim>(args, unit, item.block, fits, shared) &&
+                             forward::hides_keys<Element, kHeadDim>(args, shared);
   const bool is_resident = fits && !is_one_by_one;
 
   const int rows_per_tile = is_one_by_one ? 1 : Shared::kRowsPerWarp;
   const int tiles_per_round = is_one_by_one ? 1 : Shared::kWarps;
   const int num_tiles = (item.num_entries + rows_per_tile - 1) / rows_per_tile;
-  const int warp = cuda::warp_id();
-  const auto entry_of_tile = [&](int tile) {
+  const auto entry_of_round = [&](int round) {
+    const int tile = round * tiles_per_round + warp;
     const bool is_there = warp < tiles_per_round && tile < num_tiles;
     return forward::entry_of_lane(item, is_there ? tile * rows_per_tile : item.num_entries, rows_per_tile);
   };
-
-  forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry_of_tile(warp), shared);
-  // Publishes the warp's rows to its lanes.
-  __syncwarp();
-  forward::gather_queries_async<Element, kHeadDim>(args, shared);
-  cuda::copy_async_commit();
-  cuda::copy_async_wait<0>();
-  // Publishes keys and values, where all of them are on chip, to all warps; they stay as they are to the end.
-  __syncthreads();
+  if (is_one_by_one) {
+    start_tile(entry_of_round(0));
+    cuda::copy_async_wait<0>();
+  }
   for (int round = 0; round * tiles_per_round < num_tiles; ++round) {
     const bool is_row = cuda::lane_id() < Shared::kRowsPerWarp;
     const int32_t num_visible =
         is_row ? shared.num_visible[warp * Shared::kRowsPerWarp + cuda::lane_id()] : forward::kSeesAll;
     // Tells the warp's lanes that its rows have been read, by the gather too, and the next tile's may overwrite them.
     __syncwarp();
-    forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry_of_tile((round + 1) * tiles_per_round + warp),
-                                           shared);
+    forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry_of_round(round + 1), shared);
     const auto gather_next = [&] {
       // Tells the warp's lanes that the queries have been used and the next tile's may overwrite them; publishes where
       // those lie.
@@ -551,8 +591,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
       }
     }
     // Entries are read again: they would take registers all the while.
-    forward::write_partials<Element, kHeadDim>(args, unit_in_wave, entry_of_tile(round * tiles_per_round + warp),
-                                               running);
+    forward::write_partials<Element, kHeadDim>(args, unit_in_wave, entry_of_round(round), running);
   }
   // The last round's gather of a tile that is not there copied nothing but zeros; it ends before the warp does.
   cuda::copy_async_wait<0>();
@@ -578,10 +617,15 @@ constexpr ForwardKernel forward_kernel() {
           Shared::Tiles::kEntriesPerItem,
           [](const ForwardArguments& args, cudaStream_t stream) {
             const int64_t num_panels = divide_up(args.value_dim, Shared::kValueColumns);
-            const dim3 grid(static_cast<unsigned>(args.lists.max_items), static_cast<unsigned>(args.wave.num_units),
-                            static_cast<unsigned>(num_panels > 0 ? num_panels : 1));
+            dim3 grid(static_cast<unsigned>(args.lists.max_items), static_cast<unsigned>(args.wave.num_units),
+                      static_cast<unsigned>(num_panels > 0 ? num_panels : 1));
+            ForwardArguments cut = args;
+            if (args.merge.rows_of_unit > 0) {
+              grid = cut_merge(cut.merge, grid, args.lists.max_items > 0,
+                               Shared::kWarps * MergeShape<Element, kHeadDim>::kRowsAtOnce);
+            }
             cuda::launch(moba_attend_blocks<Element, kHeadDim>, {grid, dim3(Shared::kThreads), sizeof(Shared), stream},
-                         args);
+                         cut);
           }};
 }
 

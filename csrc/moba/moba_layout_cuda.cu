@@ -6,7 +6,8 @@
 //
 // Rows are cut into chunks of kRowsPerChunk. Steps, a kernel each:
 //   1. moba_count_choices: a lane takes a choice, its row's lanes judge the row, and choices are counted per
-//      (chunk, block); moba_count_many_choices where a row has more choices than a warp has lanes;
+//      (chunk, block); moba_count_few_blocks where blocks are few, moba_count_many_choices where a row has more choices
+//      than a warp has lanes;
 //   2. moba_scan_chunks: a lane takes a block, a warp a stretch of the chunks, and chunk counts become starts within the
 //      block's list;
 //   3. moba_scan_blocks: a thread block takes a unit and adds list lengths and work items up over its blocks,
@@ -198,37 +199,93 @@ __device__ __forceinline__ void count_choice(const LayoutArguments& args, const 
   }
 }
 
-// Step 1, a lane a choice. A warp takes several rounds of rows: their choices are on their way at once.
-__global__ void __launch_bounds__(kThreads, 1) moba_count_choices(const LayoutArguments args) {
+// A warp's rows first_row .. end, at most kCountRounds rounds of them, whose choices are on their way at once. Judges the
+// rows and calls add(row, block, is_seen), the warp as a whole.
+template <typename Add>
+__device__ __forceinline__ void count_rows(const LayoutArguments& args, const LaneRows& lanes, const Unit& unit,
+                                           int64_t first_row, int64_t end, const Add& add) {
   constexpr int kRounds = MobaLayoutConfig::kCountRounds;
   const MobaGeometry& geometry = args.geometry;
   const BlockListsOnDevice& lists = args.lists;
-  const LaneRows lanes = lane_rows(geometry);
-  const Unit unit = unit_at(geometry, args.wave.first_unit + blockIdx.y);
-  const int64_t first_row =
-      (static_cast<int64_t>(blockIdx.x) * kWarps + warp_id()) * (kRounds * lanes.rows_per_warp) + lanes.row;
   RowChoices rows[kRounds];
   int32_t choices[kRounds];
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int64_t row = first_row + round * lanes.rows_per_warp;
-    const bool is_there = lanes.is_used && row < lists.num_rows;
+    const int64_t row = first_row + lanes.row + round * lanes.rows_per_warp;
+    const bool is_there = lanes.is_used && row < end;
     rows[round] = row_choices(args, unit, is_there ? row : 0);
     choices[round] = rows[round].choices[is_there ? lanes.first_slot : 0];
   }
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int64_t row = first_row + round * lanes.rows_per_warp;
-    const bool is_there = lanes.is_used && row < lists.num_rows;
+    const int64_t row = first_row + lanes.row + round * lanes.rows_per_warp;
+    const bool is_there = lanes.is_used && row < end;
     const SequenceOnDevice& sequence = rows[round].sequence;
     const int32_t choice = choices[round];
     const bool is_repeated = is_named_before(lanes, geometry.top_k, choice);
     const bool is_faulty = !sequence.exists || choice < -1 || choice >= sequence.num_blocks || is_repeated;
     const bool is_valid = (__ballot_sync(kAllLanes, is_there && is_faulty) & lanes.lanes) == 0;
-    if (!is_there) continue;  // nothing below is done by the warp as a whole
-    if (lanes.first_slot == 0) lists.is_row_valid[blockIdx.y * lists.num_rows + row] = is_valid ? 1 : 0;
-    int32_t* counts = lists.counts + (blockIdx.y * lists.num_chunks + row / kRowsPerChunk) * geometry.num_blocks;
-    if (is_valid) count_choice(args, rows[round], choice, counts);
+    if (is_there && lanes.first_slot == 0) {
+      lists.is_row_valid[blockIdx.y * lists.num_rows + row] = is_valid ? 1 : 0;
+    }
+    const bool is_seen = is_there && is_valid && num_visible_keys(geometry, sequence, rows[round].query, choice) > 0;
+    add(row, is_seen ? sequence.first_block + choice : 0, is_seen);
+  }
+}
+
+// Step 1, a lane a choice. The counts are cleared.
+__global__ void __launch_bounds__(kThreads, 1) moba_count_choices(const LayoutArguments args) {
+  const BlockListsOnDevice& lists = args.lists;
+  const LaneRows lanes = lane_rows(args.geometry);
+  const Unit unit = unit_at(args.geometry, args.wave.first_unit + blockIdx.y);
+  int32_t* counts = lists.counts + blockIdx.y * lists.num_chunks * args.geometry.num_blocks;
+  const int rows_of_warp = MobaLayoutConfig::kCountRounds * lanes.rows_per_warp;
+  const int64_t first_row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp_id()) * rows_of_warp;
+  count_rows(args, lanes, unit, first_row, lists.num_rows, [&](int64_t row, int64_t block, bool is_seen) {
+    if (is_seen) cuda::add_atomic(counts + row / kRowsPerChunk * args.geometry.num_blocks + block, 1);
+  });
+}
+
+namespace {
+struct CountSharedMemory {
+  int32_t counts[kWarps][MobaLayoutConfig::kMaxBlocksOfOneScan];
+};
+}  // namespace
+
+// Step 1 where blocks are few: a thread block takes a chunk, its warps count in places of their own and add them up, so
+// that there is nothing to clear.
+__global__ void __launch_bounds__(kThreads, 1) moba_count_few_blocks(const LayoutArguments args) {
+  const BlockListsOnDevice& lists = args.lists;
+  CountSharedMemory& shared = *reinterpret_cast<CountSharedMemory*>(cuda::dynamic_shared_memory());
+  const LaneRows lanes = lane_rows(args.geometry);
+  const Unit unit = unit_at(args.geometry, args.wave.first_unit + blockIdx.y);
+  const auto num_blocks = static_cast<int>(args.geometry.num_blocks);
+  int32_t* counts = shared.counts[warp_id()];
+  for (int block = lane_id(); block < num_blocks; block += kLanes) counts[block] = 0;
+  // Publishes the zeros to the warp's lanes.
+  __syncwarp();
+  const int rows_of_warp = MobaLayoutConfig::kCountRounds * lanes.rows_per_warp;
+  const int64_t first_of_chunk = static_cast<int64_t>(blockIdx.x) * kRowsPerChunk;
+  const int64_t end_of_chunk = first_of_chunk + kRowsPerChunk;
+  const int64_t end = end_of_chunk < lists.num_rows ? end_of_chunk : lists.num_rows;
+#pragma unroll 1
+  for (int64_t row = first_of_chunk + warp_id() * rows_of_warp; row < end; row += kWarps * rows_of_warp) {
+    count_rows(args, lanes, unit, row, end, [&](int64_t, int64_t block, bool is_seen) {
+      // One row's lanes after the other's: those of one row have different blocks.
+      for (int turn = 0; turn < lanes.rows_per_warp; ++turn) {
+        if (is_seen && lanes.row == turn) ++counts[block];
+        // Publishes the counts of this row's lanes to the next row's.
+        __syncwarp();
+      }
+    });
+  }
+  // Publishes every warp's counts to all warps.
+  __syncthreads();
+  for (int block = static_cast<int>(threadIdx.x); block < num_blocks; block += kThreads) {
+    int32_t total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared.counts[w][block];
+    lists.counts[(blockIdx.y * lists.num_chunks + blockIdx.x) * num_blocks + block] = total;
   }
 }
 
@@ -444,6 +501,10 @@ __global__ void __launch_bounds__(kFillWarps* kLanes, 1) moba_fill_lists(const L
       // The choice first: what is asked for only if another load says so is loaded behind it.
       const bool is_seen = num_visible_keys(geometry, rows[round].sequence, rows[round].query, choices[round]) > 0 &&
                            is_valid[round] != 0 && entry[round] >= 0;
+      if (args.terms != nullptr && entry[round] >= 0 && !is_seen) {
+        args.terms[blockIdx.y * lists.num_rows * geometry.top_k + entry[round]] =
+            make_float2(-INFINITY, is_valid[round] != 0 ? kSumOfUnseen : kSumOfInvalid);
+      }
       int32_t* cursor = cursors + (is_seen ? rows[round].sequence.first_block + choices[round] : 0);
       place[round] = -1;
       for (int turn = 0; turn < lanes.rows_per_warp; ++turn) {
@@ -492,20 +553,29 @@ BlockListsOnDevice take_lists(const MobaProblem& problem, int64_t num_units, int
 }
 
 void build_block_lists(const LayoutArguments& args, cudaStream_t stream) {
-  const StageRange range("moba: layout");
+  const StageRange range("moba.layout");
   const BlockListsOnDevice& lists = args.lists;
   const auto num_units = static_cast<unsigned>(args.wave.num_units);
   const int64_t num_blocks = args.geometry.num_blocks;
   const auto grid = [](int64_t count, int64_t per_block) { return static_cast<unsigned>(divide_up(count, per_block)); };
-  const size_t count_bytes = static_cast<size_t>(args.wave.num_units * lists.num_chunks * num_blocks) * sizeof(int32_t);
-  cuda_require(cudaMemsetAsync(lists.counts, 0, count_bytes, stream), "clearing the counts of block lists");
   const bool has_many_choices = args.geometry.top_k > kLanes;
-  const int64_t rows_per_warp =
-      has_many_choices ? 1 : MobaLayoutConfig::kCountRounds * (kLanes / std::max<int64_t>(args.geometry.top_k, 1));
-  cuda::launch(has_many_choices ? moba_count_many_choices : moba_count_choices,
-               {dim3(grid(lists.num_rows, kWarps * rows_per_warp), num_units), dim3(kThreads), 0, stream}, args);
+  const bool has_few_blocks = num_blocks <= MobaLayoutConfig::kMaxBlocksOfOneScan;
+  if (has_few_blocks && !has_many_choices) {
+    cuda::launch(
+        moba_count_few_blocks,
+        {dim3(static_cast<unsigned>(lists.num_chunks), num_units), dim3(kThreads), sizeof(CountSharedMemory), stream},
+        args);
+  } else {
+    const size_t count_bytes =
+        static_cast<size_t>(args.wave.num_units * lists.num_chunks * num_blocks) * sizeof(int32_t);
+    cuda_require(cudaMemsetAsync(lists.counts, 0, count_bytes, stream), "clearing the counts of block lists");
+    const int64_t rows_per_warp =
+        has_many_choices ? 1 : MobaLayoutConfig::kCountRounds * (kLanes / std::max<int64_t>(args.geometry.top_k, 1));
+    cuda::launch(has_many_choices ? moba_count_many_choices : moba_count_choices,
+                 {dim3(grid(lists.num_rows, kWarps * rows_per_warp), num_units), dim3(kThreads), 0, stream}, args);
+  }
   constexpr size_t kScanBytes = sizeof(ScanSharedMemory);
-  if (num_blocks <= MobaLayoutConfig::kMaxBlocksOfOneScan) {
+  if (has_few_blocks) {
     cuda::launch(moba_scan_few_blocks, {dim3(num_units), dim3(kThreads), kScanBytes, stream}, args);
   } else {
     cuda::launch(moba_scan_chunks, {dim3(grid(num_blocks, kLanes), num_units), dim3(kThreads), kScanBytes, stream},

@@ -232,7 +232,7 @@ void moba_route_cuda(const MobaRouteParams& params, const CudaWorkspace& given, 
   if (problem.query_len == 0 || count_units(problem) == 0) return;
   const DeviceGuard guard(place.device);
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  const StageRange range("moba: route");
+  const StageRange range("moba.route");
   const RoutePlan plan = plan_route(params);
   WorkspaceCutter cutter(given.data);
   if (is_packed(problem)) {

@@ -46,8 +46,12 @@ struct LayoutArguments {
   Wave wave;
   Array<const int32_t, 4> block_indices;  // [batch, choice head, query, K] int32
   BlockListsOnDevice lists;
+  float2* terms = nullptr;          // [unit, row * top_k], written where a choice is in no list; null: not at all
   bool are_cursors_shared = false;  // decided by build_block_lists
 };
+// What the second of an entry's terms, a sum of weights, says where there is none: the choice shows its row no key; its
+// row's choices are not valid. The first is -inf then.
+constexpr float kSumOfUnseen = -1.0f, kSumOfInvalid = -2.0f;
 void build_block_lists(const LayoutArguments& arguments, cudaStream_t stream);
 
 // One work item: up to lists.entries_per_item entries of one block's list.

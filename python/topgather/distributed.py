@@ -3,7 +3,7 @@
 Sequences: :func:`moba_attention`, :func:`key_conv`, :func:`shard_sequence` and, for whole models,
 :func:`context_parallel`; what they cost :func:`plan` and :func:`count_bytes` tell. Caches: :class:`ShardedCache`.
 Heads: :class:`MobaHeadwise`, and rules by which ops take DTensors. The rest of this page is about tables: memory pools
-whose table is sharded by its columns.
+whose table is sharded by its columns, or, with :class:`MemoryRowwise`, by its rows.
 
 :class:`MemoryColwise` is a style for torch's own ``parallelize_module``. The table becomes a DTensor sharded over the
 value width, so that optimizers, ``fully_shard`` over a data-parallel axis and ``torch.distributed.checkpoint`` take it
@@ -43,6 +43,10 @@ In step 2 ranks with fewer tokens than the one with the most send padding up to 
 ``K`` entries of all the group's tokens, and ``W / G`` columns of their rows: where ranks have equally many tokens, as
 many numbers as its own tokens' full rows.
 
+By rows a rank asks for each row that its tokens name, once, with 4 bytes where another rank has it; it gets the row,
+``W * s`` bytes, and sends as many back for its gradient. That is less where tokens share rows, where rows are short, or
+where ranks are many; :func:`plan_memory` counts both.
+
 Scale of gradients. All are those of one process that has all the group's tokens and whose loss is the **sum** of the
 ranks' losses. Data parallelism averages instead: a parameter that DDP or FSDP averages over N ranks gets 1 / N of the
 gradient of the summed loss. The table is already summed over the G ranks of its group, and ``fully_shard`` over the
@@ -67,7 +71,8 @@ All ranks of a group must run the same lookups, forward and backward, in the sam
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -90,13 +95,16 @@ from ._distributed.plan import Plan, plan
 from ._distributed.tensor_parallel import MobaHeadwise
 from .nn._tables import check_number
 from .nn.memory import MemoryPool
-from .ops import memory_lookup
+from .ops import _memory_update, memory_lookup
 from .ops._memory_ops import check_indices, check_weights
 
 __all__ = [
     "MemoryColwise",
+    "MemoryPlan",
+    "MemoryRowwise",
     "MobaHeadwise",
     "Plan",
+    "RowShardedMemoryPool",
     "ShardedCache",
     "ShardedMemoryPool",
     "clip_grad_norm_",
@@ -105,11 +113,58 @@ __all__ = [
     "key_conv",
     "moba_attention",
     "plan",
+    "plan_memory",
     "shard_sequence",
 ]
 
 
-class MemoryColwise(ParallelStyle):
+class _MemoryStyle(ParallelStyle):
+    """What the styles of memory tables share: which pools they take, and the change in place."""
+
+    DIM: ClassVar[int]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """What ``parallelize_module`` calls."""
+        name, sharded_class = type(self).__name__, self._pool_class()
+        pool = module if isinstance(module, MemoryPool) else getattr(module, "pool", None)
+        if not isinstance(pool, MemoryPool):
+            raise TypeError(
+                f"{name} shards a topgather.nn.MemoryPool or a layer with one as its pool, got {type(module).__name__}"
+            )
+        if device_mesh.ndim != 1:
+            raise ValueError(f"device_mesh must have one dimension, such as mesh['memory'], got {device_mesh}")
+        values: Tensor = pool.values
+        if isinstance(values, DTensor):
+            if isinstance(pool, sharded_class) and values.device_mesh == device_mesh:
+                return module
+            raise ValueError(
+                f"the pool's values are sharded already, over {values.device_mesh}; "
+                f"apply {name} once, and before fully_shard"
+            )
+        if type(pool) is not MemoryPool:
+            raise TypeError(f"the pool must be a MemoryPool itself, not of a derived class, got {type(pool).__name__}")
+        if pool.sparse_grad:
+            raise ValueError("the pool must have sparse_grad=False: a DTensor holds no sparse gradient")
+        if (pool.mode, pool.padding_idx, pool.include_last_offset) != ("sum", None, False):
+            raise ValueError(
+                f"the pool must have mode='sum', padding_idx=None and include_last_offset=False: a sharded one takes "
+                f"weighted bags of one size, got {pool}"
+            )
+        sharded = _shard_table(values, device_mesh, self.DIM, getattr(self, "src_data_rank", 0))
+        pool.register_parameter("values", nn.Parameter(sharded, requires_grad=values.requires_grad))
+        # As fully_shard does: a class of its own has no state that a copy or a state dict could miss.
+        pool.__class__ = sharded_class
+        self._finish(pool)
+        return module
+
+    def _pool_class(self) -> type[MemoryPool]:
+        raise NotImplementedError
+
+    def _finish(self, pool: MemoryPool) -> None:
+        """Set what a pool of that class has besides."""
+
+
+class MemoryColwise(_MemoryStyle):
     """Shards the table of a :class:`topgather.nn.MemoryPool` by its columns, for ``parallelize_module``.
 
     The pool becomes a :class:`ShardedMemoryPool` in place: called with the same arguments, with the tokens of this rank
@@ -140,6 +195,8 @@ class MemoryColwise(ParallelStyle):
             ``padding_idx`` or ``include_last_offset`` of its own: a sharded pool takes weighted bags of one size.
     """
 
+    DIM = 1
+
     def __init__(self, *, equal_token_counts: bool = False) -> None:
         super().__init__()
         checks.check_flag("equal_token_counts", equal_token_counts)
@@ -148,39 +205,44 @@ class MemoryColwise(ParallelStyle):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(equal_token_counts={self.equal_token_counts})"
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """What ``parallelize_module`` calls."""
-        pool = module if isinstance(module, MemoryPool) else getattr(module, "pool", None)
-        if not isinstance(pool, MemoryPool):
-            raise TypeError(
-                f"MemoryColwise shards a topgather.nn.MemoryPool or a layer with one as its pool, "
-                f"got {type(module).__name__}"
-            )
-        if device_mesh.ndim != 1:
-            raise ValueError(f"device_mesh must have one dimension, such as mesh['memory'], got {device_mesh}")
-        values: Tensor = pool.values
-        if isinstance(values, DTensor):
-            if isinstance(pool, ShardedMemoryPool) and values.device_mesh == device_mesh:
-                return module
-            raise ValueError(
-                f"the pool's values are sharded already, over {values.device_mesh}; "
-                f"apply MemoryColwise once, and before fully_shard"
-            )
-        if type(pool) is not MemoryPool:
-            raise TypeError(f"the pool must be a MemoryPool itself, not of a derived class, got {type(pool).__name__}")
-        if pool.sparse_grad:
-            raise ValueError("the pool must have sparse_grad=False: a DTensor holds no sparse gradient")
-        if (pool.mode, pool.padding_idx, pool.include_last_offset) != ("sum", None, False):
-            raise ValueError(
-                f"the pool must have mode='sum', padding_idx=None and include_last_offset=False: a sharded one takes "
-                f"weighted bags of one size, got {pool}"
-            )
-        sharded = _shard_columns(values, device_mesh, getattr(self, "src_data_rank", 0))
-        pool.register_parameter("values", nn.Parameter(sharded, requires_grad=values.requires_grad))
-        # As fully_shard does: a class of its own has no state that a copy or a state dict could miss.
-        pool.__class__ = ShardedMemoryPool
+    def _pool_class(self) -> type[MemoryPool]:
+        return ShardedMemoryPool
+
+    def _finish(self, pool: MemoryPool) -> None:
         cast(ShardedMemoryPool, pool).equal_token_counts = self.equal_token_counts
-        return module
+
+
+class MemoryRowwise(_MemoryStyle):
+    """Shards the table of a :class:`topgather.nn.MemoryPool` by its rows, for ``parallelize_module``.
+
+    As :class:`MemoryColwise`, but for what travels. A rank asks each row that its tokens name, once however many of
+    them do, of the rank that has it, and sums the rows of its own tokens; :func:`plan_memory` counts which of the two
+    sends less. ``values`` become a DTensor sharded over dimension 0, split as ``torch.chunk`` splits. Checkpoints of
+    one are checkpoints of the other.
+
+    The pool becomes a :class:`RowShardedMemoryPool` in place. Numbers of tokens and of entries per token may differ
+    between ranks.
+
+    Example::
+
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(model, mesh, {"memory.pool": MemoryRowwise()})
+
+    Raises:
+        TypeError: from ``parallelize_module``, as :class:`MemoryColwise` does.
+        ValueError: from ``parallelize_module``, as :class:`MemoryColwise` does.
+    """
+
+    DIM = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def _pool_class(self) -> type[MemoryPool]:
+        return RowShardedMemoryPool
 
 
 class ShardedMemoryPool(MemoryPool):
@@ -203,46 +265,190 @@ class ShardedMemoryPool(MemoryPool):
                 dtypes or need of a gradient that differ within the group.
             IndexError: an index of any rank that is out of range, as in :func:`topgather.memory_lookup`.
         """
-        values = _sharded_by_columns(self.values)
+        values = _sharded_along(self.values, 1)
         local_values = values.to_local()
-        checks.check_tensor("indices", indices)
-        checks.check_tensor("weights", weights)
-        is_cast = torch.is_autocast_enabled(weights.device.type) and weights.is_floating_point()
-        if is_cast and weights.dtype != values.dtype:
-            weights = weights.to(sum_dtype(values.dtype))
-        check_indices(indices, local_values)
-        check_weights(weights, indices, local_values)
-
+        weights = _checked_weights(indices, weights, local_values)
         layout = _make_layout(values, indices, weights, self.equal_token_counts)
         # Every row has a number of 31 bits; what names no row must not become one that does.
         rows = _gather_tokens(indices.clamp(-1, values.size(0)).to(torch.int32), layout)
         all_weights = _GatherWeights.apply(weights, layout, sum_dtype(values.dtype))
-        columns = memory_lookup(local_values, rows, all_weights)
+        columns = _memory_update.sharded_lookup(self.values, local_values, rows, all_weights)
+        if columns is None:
+            columns = memory_lookup(local_values, rows, all_weights)
         out: Tensor = _ExchangeColumns.apply(columns, layout)
         return out
 
 
-def _shard_columns(values: Tensor, device_mesh: DeviceMesh, src_data_rank: int | None) -> DTensor:
+class RowShardedMemoryPool(MemoryPool):
+    """A memory pool whose ``values`` are a DTensor sharded by rows: what :class:`MemoryRowwise` makes of a pool.
+
+    It is not made by calling it, though it has the arguments of its base: ``num_keys``, ``value_dim``, ``sparse_grad``,
+    ``device``, ``dtype``, ``mode``, ``padding_idx`` and ``include_last_offset``.
+    """
+
+    @torch.compiler.disable
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """Rows of this rank's tokens; ``indices [T, K]``, ``weights [T, K]`` to ``[T, value_dim]``.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype, or ``values`` that are no DTensor.
+            ValueError: a wrong shape or device, ``values`` that are not sharded by rows alone, or need of their
+                gradient that differs within the group.
+            IndexError: an index of any rank that is out of range; on CUDA too, where the host waits anyway.
+        """
+        values = _sharded_along(self.values, 0)
+        local_values = values.to_local()
+        weights = _checked_weights(indices, weights, local_values)
+        group, rank = values.device_mesh.get_group(), values.device_mesh.get_local_rank()
+        num_ranks, num_rows = dist.get_world_size(group), values.size(0)
+        most_rows = -(-num_rows // num_ranks)  # as torch.chunk splits, and DTensor with it
+
+        rows, places = torch.unique(indices, return_inverse=True)  # ascending: those of one rank stand together
+        bounds = torch.arange(num_ranks + 1, device=rows.device).mul(most_rows).clamp(max=num_rows)
+        asked_sizes = torch.searchsorted(rows.to(torch.int64), bounds).diff().tolist()
+        error = None
+        if rows.numel() > 0 and (int(rows[0]) < 0 or int(rows[-1]) >= num_rows):
+            error = IndexError(f"indices must be between 0 and {num_rows - 1}, got {int(rows[0])} to {int(rows[-1])}")
+        needs_grad = torch.is_grad_enabled() and values.requires_grad
+        what = "agreeing on a memory lookup"
+        facts = [int(error is not None), int(needs_grad), *asked_sizes]
+        has_error, need_grads, *sizes = collectives.gather_numbers(facts, group, indices.device, what)
+        collectives.raise_everywhere(error, has_error, group, what)
+        collectives.require_same(("need of a gradient for values",), [need_grads])
+        served_sizes = sizes[rank]
+
+        numbers = rows.remainder(most_rows).to(torch.int32)
+        served = collectives.all_to_all(numbers, asked_sizes, served_sizes, group, "asking for rows of a memory")
+        # Rows that several ranks ask for are entries of one row, whose gradients are added rank by rank.
+        sent = memory_lookup(local_values, served.unsqueeze(1))
+        received = _ExchangeRows.apply(sent, served_sizes, asked_sizes, group)
+        return memory_lookup(received, places, weights)
+
+
+class _ExchangeRows(torch.autograd.Function):
+    """Rows to the ranks that asked for them; their gradients go back."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, rows: Tensor, sent_sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent_sizes, ctx.received_sizes, ctx.group = sent_sizes, received_sizes, group
+        return _send_rows(rows, sent_sizes, received_sizes, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _send_rows(grad, ctx.received_sizes, ctx.sent_sizes, ctx.group), None, None, None
+
+
+def _send_rows(rows: Tensor, sent_sizes: list[int], received_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    width = rows.size(1)
+    sent_numbers, received_numbers = ([size * width for size in sizes] for sizes in (sent_sizes, received_sizes))
+    what = "sending rows of a memory lookup"
+    received = collectives.all_to_all(rows.reshape(-1), sent_numbers, received_numbers, group, what)
+    return received.view(-1, width)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one rank sends for one lookup, forward and backward: :func:`plan_memory`.
+
+    Args:
+        colwise_bytes: with :class:`MemoryColwise`.
+        rowwise_bytes: with :class:`MemoryRowwise`.
+        style: the class of the one that sends less; of equals :class:`MemoryColwise`.
+    """
+
+    colwise_bytes: int
+    rowwise_bytes: int
+    style: type[ParallelStyle]
+
+
+def plan_memory(
+    indices: Tensor,
+    num_rows: int,
+    value_dim: int,
+    num_ranks: int,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float32,
+    weights_dtype: torch.dtype | None = None,
+) -> MemoryPlan:
+    """Count the bytes that one rank sends to others for a lookup with gradients, by columns and by rows.
+
+    Not counted is what ranks agree on before, a few numbers. By rows what others ask of this rank is taken for as much
+    as this rank asks of them.
+
+    Args:
+        indices: ``[T, K]``, of one rank's tokens; the other ranks have as many.
+        num_rows: of the table.
+        value_dim: columns of the table.
+        num_ranks: of the group.
+        rank: whose tokens these are.
+        dtype: of the table.
+        weights_dtype: of the weights; ``dtype`` if None.
+
+    Returns:
+        The bytes of both, and the style that sends less.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a wrong shape, or a number out of range.
+    """
+    checks.check_tensor("indices", indices)
+    checks.check_dtype("indices", indices, torch.int64, torch.int32)
+    checks.check_ndim("indices", indices, 2, "[tokens, entries]")
+    for name, number in (("num_rows", num_rows), ("value_dim", value_dim), ("num_ranks", num_ranks)):
+        checks.check_count(name, number)
+    checks.check_count("rank", rank, least=0)
+    if rank >= num_ranks:
+        raise ValueError(f"rank must be below num_ranks, {num_ranks}, got {rank}")
+    num_others, num_tokens = num_ranks - 1, indices.size(0)
+    weight_bytes = (dtype if weights_dtype is None else weights_dtype).itemsize
+    most_columns = -(-value_dim // num_ranks)
+    own_columns = max(0, min(most_columns, value_dim - rank * most_columns))
+    entry_bytes = num_others * indices.size(1) * (4 + weight_bytes + sum_dtype(dtype).itemsize)
+    row_bytes = (num_others * own_columns + value_dim - own_columns) * dtype.itemsize
+    colwise = num_tokens * (entry_bytes + row_bytes)
+    rows = indices.unique()
+    num_asked = int((rows // -(-num_rows // num_ranks) != rank).sum())
+    rowwise = num_asked * (4 + 2 * value_dim * dtype.itemsize)
+    return MemoryPlan(colwise, rowwise, MemoryRowwise if rowwise < colwise else MemoryColwise)
+
+
+def _checked_weights(indices: Tensor, weights: Tensor, local_values: Tensor) -> Tensor:
+    """The weights as autocast leaves them, both arguments of a lookup checked."""
+    checks.check_tensor("indices", indices)
+    checks.check_tensor("weights", weights)
+    is_cast = torch.is_autocast_enabled(weights.device.type) and weights.is_floating_point()
+    if is_cast and weights.dtype != local_values.dtype:
+        weights = weights.to(sum_dtype(local_values.dtype))
+    check_indices(indices, local_values)
+    check_weights(weights, indices, local_values)
+    return weights
+
+
+def _shard_table(values: Tensor, device_mesh: DeviceMesh, dim: int, src_data_rank: int | None) -> DTensor:
     # The argument is younger than the oldest torch that topgather takes.
     options = {} if src_data_rank == 0 else {"src_data_rank": src_data_rank}
-    sharded = distribute_tensor(values.detach(), device_mesh, [Shard(1)], **options)
+    sharded = distribute_tensor(values.detach(), device_mesh, [Shard(dim)], **options)
     local = sharded.to_local().detach()
     if local.untyped_storage().nbytes() == local.nbytes:
         return sharded
     # Where the split is uneven, narrow shards come as views of memory as wide as the widest.
     local = local.clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(
-        local, device_mesh, [Shard(1)], run_check=False, shape=values.shape, stride=values.stride()
+        local, device_mesh, [Shard(dim)], run_check=False, shape=values.shape, stride=values.stride()
     )
 
 
-def _sharded_by_columns(values: Tensor) -> DTensor:
+def _sharded_along(values: Tensor, dim: int) -> DTensor:
     """``values``, checked."""
+    name, parts = (("RowShardedMemoryPool", "rows"), ("ShardedMemoryPool", "columns"))[dim]
     if not isinstance(values, DTensor):
-        raise TypeError(f"values of a ShardedMemoryPool must be a DTensor, got {type(values).__name__}")
-    if tuple(values.placements) != (Shard(1),):
+        raise TypeError(f"values of a {name} must be a DTensor, got {type(values).__name__}")
+    if tuple(values.placements) != (Shard(dim),):
         raise ValueError(
-            f"values must be sharded by columns alone where they are looked up, got {values.placements} over "
+            f"values must be sharded by {parts} alone where they are looked up, got {values.placements} over "
             f"{values.device_mesh}; if fully_shard has cut the rows too, call the module that it was applied to"
         )
     return values

@@ -75,24 +75,52 @@ def test_an_exported_layer_serves_other_sizes(name: str) -> None:
         torch.testing.assert_close(program(image), layer(image), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_one_compiled_graph_for_all_sizes(name: str) -> None:
+class Sum(nn.Module):
+    """Layers over the same map, in one graph: what one of them asks of a size, the graph asks."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([LAYERS[name][0]() for name in names])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers]).sum(0)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("grid", "stride", "window"),
+        ("grid, relative", "grid of two sides", "window, relative"),
+        ("fusion", "fusion, a third"),
+    ],
+    ids=", ".join,
+)
+def test_one_compiled_graph_for_all_sizes(names: tuple[str, ...]) -> None:
     """A second one at most: torch takes a size that changes for dynamic when it has seen it change."""
-    make, channels, _, first, others = LAYERS[name]
-    layer = make()
+    layer = Sum(*names)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    is_vit = name.startswith("SparseViT")
-    for size in [first, *others, (64, 48), (96, 160)] if is_vit else [first, *others, (9, 10), (7, 30), (18, 14)]:
-        image = torch.randn(1, channels, *size, requires_grad=True)
+    for size in [(16, 24), *TOKENS, (9, 10), (7, 30), (18, 14)]:
+        image = torch.randn(1, 8, *size, requires_grad=True)
         actual, expected = compiled(image), layer(image)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-        if not is_vit:
-            leaves = [image, *layer.parameters()]
-            gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (actual, expected)]
-            for left, right in zip(*gradients, strict=True):
-                torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+        leaves = [image, *layer.parameters()]
+        gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (actual, expected)]
+        for left, right in zip(*gradients, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
+def test_one_compiled_graph_of_a_model_for_all_sizes() -> None:
+    """Of groups that grow with the image; strides, which do not, are compiled above, and exported with this model."""
+    layer = small_vit()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for size in [(64, 96), *PIXELS, (64, 48), (96, 160)]:
+        image = torch.randn(1, 3, *size, requires_grad=True)
+        torch.testing.assert_close(compiled(image), layer(image), rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 2
 
 

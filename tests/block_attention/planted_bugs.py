@@ -235,7 +235,8 @@ WRONG_CHOICE = "AssertionError: block_indices"
 
 LAYOUT = "moba/moba_layout_cuda.cu"
 FORWARD = "moba/moba_forward_cuda.cuh"
-MERGE = "moba/moba_forward_cuda.cu"
+MERGE = "moba/moba_merge_cuda.cuh"
+FORWARD_STEPS = "moba/moba_forward_cuda.cu"
 BACKWARD = "moba/moba_backward_cuda.cuh"
 DECODE_ATTEND = "decode/decode_attend_cuda.cu"
 BACKWARD_STEPS = "moba/moba_backward_cuda.cu"
@@ -254,6 +255,7 @@ SHARED_TILE = "cuda/shared_tile.cuh"
 # What is compiled for an edit of a file, if not the file alone: enough for the case to meet the bug.
 BLOCK_ATTENTION_UNITS = {
     FORWARD: ["moba_forward_bfloat16_cuda.cu"],
+    MERGE: ["moba_forward_bfloat16_cuda.cu"],
     BACKWARD: ["moba_backward_bfloat16_cuda.cu"],
     ROUTE: ["moba_route_bfloat16_cuda.cu"],
     ROUTE_ROWS: ["moba_route_bfloat16_cuda.cu"],
@@ -282,8 +284,10 @@ BARRIERS = [
                "Publishes the cursors to the warp's lanes. __syncwarp();", "", "small full", UNPUBLISHED),
     PlantedBug("layout: cursors not published to the next row", LAYOUT,
                "Publishes the cursors moved by this row's lanes to the next row's. __syncwarp();", "", "small", RACE),
+    PlantedBug("layout: counts of a row's lanes not published to the next row's", LAYOUT,
+               "Publishes the counts of this row's lanes to the next row's. __syncwarp();", "", "small", RACE),
     PlantedBug("forward: keys not published", FORWARD,
-               "they stay as they are to the end. __syncthreads();", "", "small", UNPUBLISHED),
+               "while all rows see values that are finite. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("forward: keys of large blocks not published", FORWARD,
                "Publishes keys and values to all warps, and each warp's queries to its lanes. __syncthreads();", "",
                "large blocks", UNPUBLISHED),
@@ -304,7 +308,10 @@ BARRIERS = [
                "Tells the lanes that the weights have been used and may be overwritten. __syncwarp();", "",
                "many queries float32", OVERWRITTEN, FORWARD_FLOAT32),
     PlantedBug("forward: threads vote on hidden keys each for themselves", FORWARD,
-               "hides_keys = __syncthreads_or(hides_keys ? 1 : 0) != 0;", "", "nonfinite", DIVERGENT),
+               "num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys; } "
+               "return __syncthreads_or(found ? 1 : 0) != 0;",
+               "num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys; } return found;",
+               "nonfinite", DIVERGENT),
     PlantedBug("backward: places of rows not published", BACKWARD,
                "Publishes the first tile's rows to all threads. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("backward: queries not published", BACKWARD,
@@ -370,8 +377,9 @@ COPIES_AND_ATOMICS = [
     PlantedBug("route: copies not waited for", ROUTE,
                "cuda::copy_async_wait<0>();", "", "routing", BEFORE_WAIT),
     PlantedBug("layout: lost atomic in the counts", LAYOUT,
-               "cuda::add_atomic(chunk_counts + row.sequence.first_block + choice, 1);",
-               "chunk_counts[row.sequence.first_block + choice] += 1;", "small", RACE),
+               "if (is_seen) cuda::add_atomic(counts + row / kRowsPerChunk * args.geometry.num_blocks + block, 1);",
+               "if (is_seen) counts[row / kRowsPerChunk * args.geometry.num_blocks + block] += 1;",
+               "many blocks", RACE),
     PlantedBug("backward: lost atomic in grad_query", BACKWARD,
                "cuda::add_atomic_quad(grad + n * 16, four[n]);", "grad[n * 16] += four[n].x;", "small", RACE),
     PlantedBug("backward: lost atomic in grad_key", BACKWARD,
@@ -403,7 +411,7 @@ LISTS = [
                "static_cast<size_t>(warps * warp_bytes) : 0", "static_cast<size_t>(warp_bytes) : 0",
                "long list", OUT_OF_BOUNDS),
     PlantedBug("layout: unused slots counted", LAYOUT,
-               "choice) > 0) { cuda::add_atomic(", "choice) >= 0) { cuda::add_atomic(", "small", OUT_OF_BOUNDS),
+               "rows[round].query, choice) > 0;", "rows[round].query, choice) >= 0;", "small", OUT_OF_BOUNDS),
     PlantedBug("layout: choices past the causal limit listed", LAYOUT,
                "choices[round]) > 0 && is_valid", "choices[round]) >= 0 && choices[round] >= 0 && is_valid",
                "routed", f"{RACE}|{UNINITIALIZED}|{OUT_OF_BOUNDS}"),
@@ -499,16 +507,21 @@ ARITHMETIC = [
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
                "running.out[m][n][e] *= rescale[e / 2];", ";", "steep", WRONG_OUT),
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
-               "running.sum[m][h] *= rescale[h];", ";", "steep", WRONG_OUT),
+               "running.sum[m][h] *= rescale[h];", "running.sum[m][h] *= 1.0f;", "steep", WRONG_OUT),
     PlantedBug("forward: hidden values that are not finite", FORWARD,
-               "hides_keys && forward::has_unusual_values<Element>(", "false && forward::has_unusual_values<Element>(",
+               "forward::hides_keys<Element, kHeadDim>(args, shared);", "false;",
                "nonfinite", "AssertionError: out: NaN mask differs"),
     PlantedBug("merge: the first slot weighs twice", MERGE,
-               "= __shfl_sync(cuda::kAllLanes, weight_of_lane, i + j, kGroup);",
-               "= __shfl_sync(cuda::kAllLanes, weight_of_lane, i + j, kGroup) * (first + i + j == 0 ? 2.0f : 1.0f);",
+               "weight_of_lane[s], in_group + j, kGroup);",
+               "weight_of_lane[s], in_group + j, kGroup) * (first + j == 0 ? 2.0f : 1.0f);",
                "small", WRONG_OUT),
     PlantedBug("merge: slots that see nothing take part", MERGE,
-               "if ((seen >> (i + j) & 1) != 0 && column", "if (column", "small", UNINITIALIZED),
+               "if (all || ((seen[s] >> j & 1) != 0 && chunks_left > c * kGroup))", "if (chunks_left > c * kGroup)",
+               "small", UNINITIALIZED),
+    PlantedBug("merge: the wave's own outputs instead of those of the wave before", FORWARD_STEPS,
+               "workspace.partials[wave_idx % 2]", "workspace.partials[0]", "small waves", RACE),
+    PlantedBug("layout: a choice that sees nothing left unmarked", LAYOUT,
+               "args.terms != nullptr && entry[round] >= 0 && !is_seen", "false", "small", UNINITIALIZED),
     PlantedBug("merge: lse in base 2", MERGE,
                "(maximum + log2f(sum)) * kLn2", "(maximum + log2f(sum))", "small", WRONG_LSE),
     PlantedBug("merge: a row's sum missing in its softmax terms", MERGE,

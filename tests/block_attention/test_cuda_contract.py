@@ -517,7 +517,7 @@ WAVE_CASE = AttentionCase(batch=3, num_heads=4, num_kv_heads=2, query_len=40, he
 TINY_CASE = AttentionCase(num_heads=2, num_kv_heads=1, query_len=9, head_dim=8, block_size=2, top_k=2)
 WAVES = pytest.mark.parametrize(
     ("case", "budget"),
-    [(WAVE_CASE, 100_000), (WAVE_CASE, 6_000), (TINY_CASE, 1)],
+    [(WAVE_CASE, 200_000), (WAVE_CASE, 6_000), (TINY_CASE, 1)],
     ids=["units", "queries", "one_query"],
 )
 
@@ -600,7 +600,7 @@ def test_budgets_split_units_and_queries(
     assert waves_forward_and_backward() == (1, 1)
     native.moba_cuda_set_budget(budget)
     waves = waves_forward_and_backward()
-    if budget == 100_000:
+    if budget == 200_000:
         assert all(1 < count <= num_units / 2 for count in waves), waves
     elif budget == 6_000:
         assert all(2 * num_units <= count for count in waves), waves

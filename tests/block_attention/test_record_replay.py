@@ -314,6 +314,41 @@ def test_records_that_do_not_fit() -> None:
         model(x)
 
 
+@pytest.mark.parametrize("is_decoding", [False, True])
+def test_a_refused_call_neither_chooses_nor_replays(is_decoding: bool) -> None:
+    """Tried again, it is the call that it was."""
+    query, key = (random_tensor(shape, torch.float32, CPU, 0) for shape in ((1, 4, 3, 8), (1, 2, 40, 8)))
+    cache = tg.MobaCache(1, 2, 8, block_size=8, max_seq_len=40)
+    cache.append(key, key)
+
+    def attend(sinks: Tensor | None = None) -> Tensor:
+        if is_decoding:
+            return tg.moba_decode(query, cache, top_k=2, sinks=sinks, num_tokens=[3])
+        return tg.moba_attention(query, key, key, 8, 2, sinks=sinks)
+
+    def attend_at_last(sinks: Tensor) -> Tensor:
+        attend()
+        with pytest.raises(ValueError, match="sinks"):
+            attend(sinks)
+        return attend()
+
+    too_many = torch.zeros(9)
+    for share_every in (1, 2):
+        with tg.record_routing(share_every) as record:
+            expected = attend_at_last(too_many)
+        assert (record.num_calls, len(record)) == (2, 2 // share_every)
+        with tg.replay_routing(record):
+            assert_bitwise_equal("out", attend_at_last(too_many), expected)
+
+
+def test_a_copy_of_a_record_does_not_grow_with_it() -> None:
+    with tg.record_routing() as record:
+        Model(1)(tokens())
+        copied = copy.copy(record)
+        Model(1)(tokens())
+    assert (len(copied), copied.num_calls, len(record)) == (1, 1, 2)
+
+
 def test_wrong_arguments() -> None:
     _, record = recorded(Model(), tokens())
     for wrong in (record[0], record[:], None, "choices"):

@@ -44,12 +44,6 @@ def test_compile_without_graph_break(device: torch.device) -> None:
     compare_compiled(torch.compile(attend, fullgraph=True, backend="aot_eager"), attend, inputs)
 
 
-def test_compile_by_inductor(device: torch.device) -> None:
-    torch._dynamo.reset()
-    inputs = list(make_inputs(CASE, torch.float32, device))
-    compare_compiled(torch.compile(attend, fullgraph=True, backend="inductor"), attend, inputs)
-
-
 def test_compile_dynamic_shapes(device: torch.device) -> None:
     """One graph for every length and batch."""
     torch._dynamo.reset()

@@ -2,8 +2,9 @@
 
 Compiling takes most of a planted bug's time. Where an edit changes an expression or whole statements, both versions can
 be compiled: ``is_planted(7) ? (i <= n) : (i < n)``. What is put under the condition is found among the file's tokens:
-the shortest range around the edit that is a whole expression, or whole statements, in both versions. Edits of
-declarations and of parts of statements have no such range and are built alone; so are those that say they must be
+the shortest range around the edit that is a whole expression, or whole statements, in both versions. Of several
+expressions in a row, each that differs stands under a condition of its own. Within what is put under one condition may
+stand others. Edits of declarations have no such range and are built alone; so are those that say they must be
 (``PlantedBug.alone``).
 """
 
@@ -79,11 +80,35 @@ class Edit:
     planted: str
     is_expression: bool
 
-    def text(self, source: str, number: int) -> str:
-        original = source[self.start : self.end]
+    def text(self, original: str, number: int) -> str:
         if self.is_expression:
             return f"(is_planted({number}) ? ({self.planted}\n) : ({original}\n))"
         return f"{{ if (is_planted({number})) {{ {self.planted}\n }} else {{ {original}\n }} }}"
+
+    def has_room_beside(self, other: "Edit") -> bool:
+        """Whether the two are apart from each other, or one within the other."""
+        first, second = sorted((self, other), key=_outer_first)
+        return first.end < second.start or second.end <= first.end
+
+
+def _outer_first(edit: Edit) -> tuple[int, int]:
+    return edit.start, -edit.end
+
+
+def applied(source: str, edits: Sequence[tuple[Edit, int]]) -> str:
+    """``source`` with all of these, each of the bug of that number; they are apart or within each other."""
+    return _applied(source, 0, len(source), sorted(edits, key=lambda pair: _outer_first(pair[0])))
+
+
+def _applied(source: str, start: int, end: int, edits: Sequence[tuple[Edit, int]]) -> str:
+    text, rest = "", list(edits)
+    while rest:
+        (edit, number), *rest = rest
+        inner = [pair for pair in rest if pair[0].end <= edit.end]
+        rest = [pair for pair in rest if pair[0].end > edit.end]
+        original = _applied(source, edit.start, edit.end, inner)
+        text, start = text + source[start : edit.start] + edit.text(original, number), edit.end
+    return text + source[start:end]
 
 
 class _Difference:
@@ -107,10 +132,22 @@ class _Difference:
         added = self.new[self.first : self.last + self.growth]
         return self.texts[self.first : self.last], [token.text for token in added]
 
-    def edit(self, is_expression: bool) -> Edit:
+    def statements(self) -> Edit:
         before = self.old[self.first - 1].end
-        removed, added = self.old[self.first : self.last], self.new[self.first : self.last + self.growth]
-        start, end = (removed[0].start, removed[-1].end) if removed else (before, before)
+        return self._edit(*self._tokens(), is_expression=False, where_nothing_is=before)
+
+    def expressions(self) -> list[Edit]:
+        """One for each that differs, of several with commas between."""
+        parts = [_parts(version) for version in self._tokens()]
+        pairs = [_without_name(removed, added) for removed, added in zip(*parts, strict=True)]
+        different = [pair for pair in pairs if _texts(pair[0]) != _texts(pair[1])]
+        return [self._edit(removed, added, is_expression=True) for removed, added in different]
+
+    def _tokens(self) -> tuple[list[Token], list[Token]]:
+        return self.old[self.first : self.last], self.new[self.first : self.last + self.growth]
+
+    def _edit(self, removed: list[Token], added: list[Token], is_expression: bool, where_nothing_is: int = 0) -> Edit:
+        start, end = (removed[0].start, removed[-1].end) if removed else (where_nothing_is,) * 2
         return Edit(start, end, self.planted[added[0].start : added[-1].end] if added else "", is_expression)
 
     def to_statements(self) -> bool:
@@ -127,60 +164,103 @@ class _Difference:
         return True
 
 
-def edit_of(source: str, planted: str) -> Edit | None:
-    """The edit that makes one of the other, as something that can stand under a condition; None if it is no such."""
+def edits_of(source: str, planted: str) -> list[Edit]:
+    """The edits that make one of the other, as something that can stand under a condition; none if it is no such."""
     try:
         difference = _Difference(source, planted)
-        return _as_expression(copy(difference)) or _as_statements(difference)
+        return _as_expressions(copy(difference)) or _as_statements(difference)
     except (IndexError, ValueError):
-        return None
+        return []
 
 
-def _as_expression(difference: _Difference) -> Edit | None:
+def _as_expressions(difference: _Difference) -> list[Edit]:
     texts = difference.texts
-    while texts[difference.first - 1] not in _BEFORE_EXPRESSION:
-        difference.first = _opened(texts, difference.first - 1)
-    while texts[difference.last] not in _AFTER_EXPRESSION:
-        difference.last = _closed(texts, difference.last)
+    while True:
+        while texts[difference.first - 1] not in _BEFORE_EXPRESSION:
+            difference.first = _opened(texts, difference.first - 1)
+        while texts[difference.last] not in _AFTER_EXPRESSION:
+            difference.last = _closed(texts, difference.last)
+        versions = difference.versions()
+        if any(";" in version for version in versions):
+            return []
+        if all(_is_balanced(version) for version in versions):
+            break
+        difference.first -= any(_closes_too_often(version) for version in versions)
+        difference.last += any(_opens_too_often(version) for version in versions)
     before, after = texts[difference.first - 1], texts[difference.last]
     is_of_loop = ";" in (before, after) and _is_in_parentheses(texts, difference.first)
-    if before in _BEFORE_STATEMENT and after in _BEFORE_STATEMENT and not is_of_loop:
-        return None
-    for version in difference.versions():
-        if not version or ";" in version or not _is_balanced(version) or _has_several(version):
-            return None
-    return difference.edit(is_expression=True)
+    is_of_list = before == "{" and texts[difference.first - 2] == "="
+    if before in _BEFORE_STATEMENT and after in _BEFORE_STATEMENT and not is_of_loop and not is_of_list:
+        return []
+    if not all(versions):
+        return []
+    return difference.expressions()
 
 
-def _as_statements(difference: _Difference) -> Edit | None:
-    if not difference.to_statements():
+def _as_statements(difference: _Difference) -> list[Edit]:
+    if not difference.to_statements() or not all(_is_whole(version) for version in difference.versions() if version):
         texts = difference.texts
         while texts[difference.first - 1] not in _BEFORE_STATEMENT:
-            difference.first = _opened(texts, difference.first - 1)
-        while difference.last == difference.first or texts[difference.last - 1] not in (";", "}"):
-            difference.last = _closed(texts, difference.last)
+            is_open = texts[difference.first - 1] in _CLOSED_BY
+            difference.first = difference.first - 1 if is_open else _opened(texts, difference.first - 1)
+        while not _is_whole(texts[difference.first : difference.last]):
+            is_closed = texts[difference.last] in _CLOSING
+            difference.last = difference.last + 1 if is_closed else _closed(texts, difference.last)
         if texts[difference.last] == "else" or _is_in_parentheses(texts, difference.first):
-            return None
+            return []
     for version in difference.versions():
-        if version and (version[-1] not in (";", "}") or not _is_balanced(version) or _declares(version)):
-            return None
-    return difference.edit(is_expression=False)
+        if version and (not _is_whole(version) or _declares(version)):
+            return []
+    return [difference.statements()]
+
+
+def _is_whole(texts: Sequence[str]) -> bool:
+    """Whether statements end with the last of these."""
+    return bool(texts) and texts[-1] in (";", "}") and _is_balanced(texts)
+
+
+def _texts(tokens: Sequence[Token]) -> list[str]:
+    return [token.text for token in tokens]
+
+
+def _parts(tokens: Sequence[Token]) -> list[list[Token]]:
+    """What stands between commas that no bracket is around."""
+    parts: list[list[Token]] = [[]]
+    depth = 0
+    for token in tokens:
+        depth += (token.text in _CLOSED_BY) - (token.text in _CLOSING)
+        if token.text == "," and depth == 0:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    if not all(parts):
+        raise ValueError("an expression between commas")
+    return parts
+
+
+def _without_name(removed: list[Token], added: list[Token]) -> tuple[list[Token], list[Token]]:
+    """Values alone, of the second variable of a declaration and further ones."""
+    if _texts(removed[:2]) == _texts(added[:2]) and _texts(removed[1:2]) == ["="]:
+        return removed[2:], added[2:]
+    return removed, added
+
+
+def _depths(texts: Sequence[str]) -> list[int]:
+    """How many more brackets are open than before, after each of these."""
+    return list(accumulate((text in _CLOSED_BY) - (text in _CLOSING) for text in texts))
+
+
+def _closes_too_often(texts: Sequence[str]) -> bool:
+    return min(_depths(texts), default=0) < 0
+
+
+def _opens_too_often(texts: Sequence[str]) -> bool:
+    depths = _depths(texts)
+    return bool(depths) and depths[-1] > min(0, *depths)
 
 
 def _is_balanced(texts: Sequence[str]) -> bool:
-    expected: list[str] = []
-    for text in texts:
-        if text in _CLOSED_BY:
-            expected.append(_CLOSED_BY[text])
-        elif text in _CLOSING and (not expected or expected.pop() != text):
-            return False
-    return not expected
-
-
-def _has_several(texts: Sequence[str]) -> bool:
-    """Whether these are several expressions in a row, with commas between."""
-    depths = list(accumulate((text in _CLOSED_BY) - (text in _CLOSING) for text in texts))
-    return any(text == "," and depth == 0 for text, depth in zip(texts, depths, strict=True))
+    return not _closes_too_often(texts) and not _opens_too_often(texts)
 
 
 def _opened(texts: Sequence[str], position: int) -> int:
@@ -247,12 +327,13 @@ class Build:
         """The bugs by name."""
         return ", ".join(map(str, self.bugs))
 
-    def has_room_for(self, file: str, edit: Edit) -> bool:
-        return all(edit.end < other.start or other.end < edit.start for other, _ in self.edits.get(file, []))
+    def has_room_for(self, file: str, edits: Sequence[Edit]) -> bool:
+        others = [other for other, _ in self.edits.get(file, [])]
+        return all(edit.has_room_beside(other) for edit in edits for other in others)
 
-    def add(self, bug: PlantedBug, edit: Edit) -> None:
+    def add(self, bug: PlantedBug, edits: Sequence[Edit]) -> None:
         self.bugs.append(bug)
-        self.edits.setdefault(bug.file, []).append((edit, len(self.bugs)))
+        self.edits.setdefault(bug.file, []).extend((edit, len(self.bugs)) for edit in edits)
 
     def number_of(self, bug: PlantedBug) -> int:
         """What the case is told. 0 is no bug."""
@@ -262,9 +343,7 @@ class Build:
         """The file with every bug of it under its condition, or with the only one."""
         if not self.edits:
             return planted(self.bugs[0], source)
-        for edit, number in sorted(self.edits[file], key=lambda pair: pair[0].start, reverse=True):
-            source = source[: edit.start] + edit.text(source, number) + source[edit.end :]
-        return source
+        return applied(source, self.edits[file])
 
 
 def builds_of(bugs: Sequence[PlantedBug], units_of: Callable[[PlantedBug], list[str]], sources: Path) -> list[Build]:
@@ -273,14 +352,14 @@ def builds_of(bugs: Sequence[PlantedBug], units_of: Callable[[PlantedBug], list[
     alone: list[Build] = []
     for bug in bugs:
         source, units = (sources / bug.file).read_text(), units_of(bug)
-        edit = None if bug.alone else edit_of(source, planted(bug, source))
-        if edit is None:
+        edits = [] if bug.alone else edits_of(source, planted(bug, source))
+        if not edits:
             alone.append(Build(units, [bug]))
             continue
-        candidates = (build for build in together if build.units == units and build.has_room_for(bug.file, edit))
+        candidates = (build for build in together if build.units == units and build.has_room_for(bug.file, edits))
         build = next(candidates, None)
         if build is None:
             build = Build(units)
             together.append(build)
-        build.add(bug, edit)
+        build.add(bug, edits)
     return [*together, *alone]

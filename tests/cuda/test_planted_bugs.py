@@ -13,7 +13,7 @@ import pytest
 
 from tests.cuda.planted_bug import planted
 from tests.cuda.planted_bugs import BUGS, CASES, SOURCES, CaseRunner, PlantedBug, all_builds, make
-from tests.cuda.planted_groups import Build, edit_of
+from tests.cuda.planted_groups import Build, applied, edits_of
 
 EMULATION = Path(os.environ.get("TOPGATHER_EMULATION", "")).absolute()
 needs_emulation = pytest.mark.skipif(
@@ -68,19 +68,47 @@ def test_bugs_can_be_planted() -> None:
         ),
         ("{ f(a); f(b); }", "{ f(b); }", "{ { if (P) { } else { f(a); } } f(b); }"),
         ("{ x = a; }", "{ x = a; f(); }", "{ x = a; { if (P) { f(); } else { } } }"),
-        ("{ f(a, b); }", "{ f(b, a); }", None),
-        ("{ if (c) return; f(); }", "{ return; f(); }", None),
-        ("{ const float ones[2] = {1, 1}; }", "{ const float ones[2] = {0, 0}; }", None),
+        ("{ f(a, b); }", "{ f(b, a); }", "{ f((P ? (b) : (a)), (P ? (a) : (b))); }"),
+        ("{ if (c) return; f(); }", "{ return; f(); }", "{ { if (P) { return; } else { if (c) return; } } f(); }"),
+        ("{ f(a); }", "{ if (c) f(a); }", "{ { if (P) { if (c) f(a); } else { f(a); } } }"),
+        (
+            "{ const float ones[2] = {1, 1}; }",
+            "{ const float ones[2] = {0, 0}; }",
+            "{ const float ones[2] = {(P ? (0) : (1)), (P ? (0) : (1))}; }",
+        ),
+        (
+            "{ const bool a = x < y, b = !(x < z); }",
+            "{ const bool a = x <= y, b = !(x <= z); }",
+            "{ const bool a = (P ? (x <= y) : (x < y)), b = (P ? (!(x <= z)) : (!(x < z))); }",
+        ),
+        ("{ a = up(b, c) + 1; }", "{ a = up(c, b); }", "{ a = (P ? (up(c, b)) : (up(b, c) + 1)); }"),
+        (
+            "{ x[1] = a; x[2] = b; }",
+            "{ x[2] = a; x[1] = b; }",
+            "{ { if (P) { x[2] = a; x[1] = b; } else { x[1] = a; x[2] = b; } } }",
+        ),
         ("{ float a; f(); }", "{ f(); }", None),
     ],
 )
 def test_both_versions_stand_under_a_condition(source: str, planted_source: str, expected: str | None) -> None:
     """None: the bug is built alone."""
-    edit = edit_of(source, planted_source)
-    text = None if edit is None else source[: edit.start] + edit.text(source, 7) + source[edit.end :]
-    assert text is None if expected is None else text is not None
-    if text is not None and expected is not None:
-        assert "".join(text.split()) == "".join(expected.replace("P", "is_planted(7)").split())
+    edits = [(edit, 7) for edit in edits_of(source, planted_source)]
+    if expected is None:
+        assert not edits
+    else:
+        assert "".join(applied(source, edits).split()) == "".join(expected.replace("P", "is_planted(7)").split())
+
+
+def test_one_condition_stands_within_another() -> None:
+    source = "{ if (a < 3) f(b); }"
+    edits = [
+        (edit, number)
+        for number, other in enumerate(("{ if (a <= 3) f(b); }", "{ }", "{ if (a < 3) f(c); }"))
+        for edit in edits_of(source, other)
+    ]
+    expected = "{ { if (is_planted(1)) { } else { if (%s) f(%s); } } }"
+    expected %= "(is_planted(0) ? (a <= 3) : (a < 3))", "(is_planted(2) ? (c) : (b))"
+    assert "".join(applied(source, edits).split()) == "".join(expected.split())
 
 
 @needs_emulation

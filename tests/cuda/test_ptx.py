@@ -27,6 +27,7 @@ from tests.emulation.ptx.cases import (
     MobaCase,
     ProductKeyCase,
     QuantizedCase,
+    RowStepCase,
     record,
 )
 from tests.emulation.ptx.instruction_cases import CASES, InstructionCase, run_case
@@ -411,6 +412,10 @@ KERNEL_CASES: list[Case] = [
     *(MemoryCase(dtype, row_dim=264 * 4 // dtype.itemsize, num_tokens=3, bag_size=9) for dtype in FLOAT_TYPES),
     # A run that fills two stretches of pieces.
     MemoryCase(torch.float32, row_dim=3, num_tokens=257, bag_size=128, hot=0.9, is_forward=False),
+    *(RowStepCase(dtype, 2, dim) for dtype in FLOAT_TYPES for dim in (80, 33)),
+    RowStepCase(torch.float32, 0),
+    RowStepCase(torch.float32, 1, state_dtype=torch.float32),
+    RowStepCase(torch.float32, 2, row_dim=3, num_entries=24700),
     *(
         QuantizedCase(dtype, dim, group_size, is_ragged=is_ragged)
         for dtype in (torch.int8, torch.float8_e4m3fn)
@@ -419,6 +424,7 @@ KERNEL_CASES: list[Case] = [
     ),
     *(GridCase(dtype) for dtype in FLOAT_TYPES),
     *(GridCase(dtype, head_dim=24, size=(1, 70), stride=(1, 1), batch=1, has_bias=False) for dtype in FLOAT_TYPES),
+    GridCase(torch.bfloat16, head_dim=8, size=(1, 257), stride=(1, 1), batch=1, num_heads=1, has_bias=False),
     *(GridCase(dtype, head_dim=72, size=(5, 9), stride=(3, 2), batch=1) for dtype in FLOAT_TYPES),
     *(KeyConvCase(dtype) for dtype in FLOAT_TYPES),
     *(KeyConvCase(dtype, width=7, lengths=(9, 0, 1, 50)) for dtype in FLOAT_TYPES),

@@ -202,7 +202,7 @@ DECODE_BUGS = [
     PlantedBug("decode merge: a split that saw nothing added", ATTEND,
                "saw_none ? -1.0f : weight;", "weight;", "decode short blocks", f"{UNINITIALIZED}|{WRONG_OUT}"),
     PlantedBug("decode merge: lse without the maximum", ATTEND,
-               "(maximum + log2f(sum)) * kLn2", "log2f(sum) * kLn2", "decode", WRONG_OUT),
+               "(maximum + log2f(sum)) * kLn2", "(0.0f + log2f(sum)) * kLn2", "decode", WRONG_OUT),
     PlantedBug("decode merge: maxima not published", ATTEND,
                "// Publishes the warps' maxima to all. __syncthreads();", "", "decode short blocks", UNPUBLISHED),
     PlantedBug("decode merge: weights not published", ATTEND,
@@ -211,6 +211,9 @@ DECODE_BUGS = [
     PlantedBug("decode merge: weights overwritten while read", ATTEND,
                "// Tells all threads that they have been used and may be overwritten. __syncthreads();", "",
                "decode wide", OVERWRITTEN),
+    PlantedBug("decode merge: the last splits left out", ATTEND,
+               "some < count; some += kSplitsInFlight", "some + kSplitsInFlight <= count; some += kSplitsInFlight",
+               "decode", WRONG_OUT),
     PlantedBug("decode merge: choices that are twice there", ATTEND,
                "(block >= 0 && choices[other] == block);", "false;", "decode twice", WRONG),
 ]

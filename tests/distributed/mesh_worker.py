@@ -200,6 +200,12 @@ def check_sharded_cache(mesh: DeviceMesh, folder: Path) -> None:
                     everywhere: list[Any] = [None] * size
                     dist.all_gather_object(everywhere, found, group=group if size == 4 else group.get_group())
                     assert all(torch.equal(other[0], found[0]) for other in everywhere)
+        decoded = many.decode(query[:, :, 41:42], 3)
+        for copied in (copy.copy(many), copy.deepcopy([many])[0]):
+            copied.append(key[:, :, :5], value[:, :, :5])
+            copied.truncate(2)
+            copied.append(*(part[:, :, -9:] for part in (key, value)))
+            assert torch.equal(many.decode(query[:, :, 41:42], 3), decoded) and many.length == 42
         try:
             many.append(key, value)
         except ValueError as raised:
@@ -550,6 +556,7 @@ CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
 
 
 def run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))

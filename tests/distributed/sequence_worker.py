@@ -257,6 +257,7 @@ def all_cases(group_of: dict[int, Any]) -> Results:
 
 
 def run_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
     group_of: dict[int, Any] = {WORLD_SIZE: dist.group.WORLD}

@@ -3,6 +3,7 @@
 python sparse_worker.py FOLDER
 """
 
+import copy
 import multiprocessing
 import os
 import sys
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -147,6 +149,50 @@ def all_dtensors(name: str, mesh: Any) -> dict[str, Any]:
     return results
 
 
+def train_rows(model: nn.Module, table: nn.Parameter, scale: float, ranks: list[int]) -> tuple[dict[str, Any], Any]:
+    """Two steps of a row optimizer on the mean over all ranks' tokens, clipped, and what is left."""
+    optimizer = tg.optim.RowAdam([table], lr=0.1, weight_decay=0.1)
+    norms = []
+    for step in range(2):
+        model.zero_grad()
+        for rank in ranks:
+            (model(tokens(rank) + step).square().sum(dim=1).mean() / len(ranks)).backward()
+        optimizer.scale_grad_(scale)
+        norms.append(tg.optim.clip_grad_norm_(model.parameters(), 0.05, optimizer))
+        optimizer.step()
+    assert table.grad is None
+    state = {name: value for name, value in optimizer.state[table].items() if isinstance(value, Tensor)}
+    optimizer.settle()
+    results = {"norms": norms, "table": full(table), **{name: full(value) for name, value in state.items()}}
+    return results, optimizer
+
+
+def row_optimizer(mesh: Any) -> dict[str, Any]:
+    """A row optimizer on a table sharded by columns, beside parameters that ``fully_shard`` cut."""
+    model = make("shared", False)
+    parallelize_module(model, mesh, {"*": MemoryColwise()})
+    table = model[0].pool.values
+    fully_shard(model, mesh=mesh, ignored_params={table})
+    results, optimizer = train_rows(model, table, 1 / WORLD_SIZE, [mesh.get_local_rank()])
+    optimizer.detach()
+    loaded = tg.optim.RowAdam([table], lr=0.2, weight_decay=0.1)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    set_optimizer_state_dict(model, loaded, saved)
+    before, after = optimizer.state[table], loaded.state[table]
+    results["loaded"] = before.keys() == after.keys() and all(
+        torch.equal(full(value), full(after[name])) if isinstance(value, Tensor) else value == after[name]
+        for name, value in before.items()
+    )
+    assert isinstance(after["first"], DTensor)
+    refused = make("pool", False)
+    fully_shard(refused, mesh=mesh)
+    try:
+        tg.optim.RowAdam([refused.pool.values])
+    except TypeError as error:
+        results["refused"] = str(error)
+    return results
+
+
 def fsdp_on_meta(rank: int) -> dict[str, Any]:
     """FSDP1 gives a model on the meta device its memory, and has every module draw what it holds."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -178,6 +224,7 @@ def run(rank: int, folder: Path) -> None:
         **{f"ddp_{n}_{s}": lambda n=n, s=s: data_parallel(n, s, rank) for n in MODELS for s in (False, True)},
         **{f"sharded_{n}": lambda n=n: sharded(n, mesh) for n in NORMS},
         **{f"all_dtensors_{n}": lambda n=n: all_dtensors(n, mesh) for n in NORMS},
+        "row_optimizer": lambda: row_optimizer(mesh),
         "fsdp_on_meta": lambda: fsdp_on_meta(rank),
     }
     for name, case in cases.items():

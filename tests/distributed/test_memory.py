@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.common.tolerances import UNIT_ROUNDOFF
 from tests.distributed.ranks import ROOT, results_in, run_once
 from tests.distributed.worker import (
+    BY_ROWS,
     CASES,
     LEARNING_RATE,
     PROBLEMS,
@@ -31,6 +32,7 @@ from tests.distributed.worker import (
 )
 from tests.memory.helpers import assert_lookup_close
 from topgather import reference
+from topgather.distributed import MemoryColwise, MemoryRowwise, plan_memory
 
 EXAMPLE = ROOT / "examples" / "sharded_memory.py"
 
@@ -116,6 +118,73 @@ def test_optimizer_step(name: str, ranks: list[dict[str, Any]]) -> None:
             assert ((rank["stepped"].double() - (values - change)).abs() <= rounding).all()
         lookup.values = group[0]["stepped"]
         assert_lookup_close({"out": torch.cat([rank["out_after_step"] for rank in group])}, lookup)
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_tables_by_rows_equal_one_process(name: str, ranks: list[dict[str, Any]]) -> None:
+    """Outputs, gradients, a step; and each way sends what its plan counts."""
+    lookup = make_problem(name)
+    for group in groups_of(f"rows_{name}", name, ranks):
+        result = {key: torch.cat([rank[key] for rank in group]) for key in ("out", "d_weights")}
+        assert_lookup_close({**result, "d_values": group[0]["d_values"]}, lookup)
+        heights = [chunk.size(0) for chunk in lookup.values.chunk(len(group))]
+        heights += [0] * (len(group) - len(heights))
+        width = lookup.values.size(1)
+        assert [rank["local_shape"] for rank in group] == [(height, width) for height in heights]
+        for rank in group:
+            change = LEARNING_RATE * group[0]["d_values"].double()
+            rounding = 4 * UNIT_ROUNDOFF[lookup.values.dtype] * (lookup.values.double().abs() + change.abs())
+            assert ((rank["stepped"].double() - (lookup.values.double() - change)).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("name", ["pair", "pair_float32", "group_one_row"])
+def test_bytes_of_both_ways_are_those_of_the_plan(name: str, ranks: list[dict[str, Any]]) -> None:
+    """All told: what others ask a rank for is not what it asks. Agreeing takes 4 numbers by columns, 2 + G by rows."""
+    for group in groups_of(f"rows_{name}", name, ranks):
+        size = len(group)
+        agreeing = {"MemoryColwise": 4 * 8 * (size - 1) * size, "MemoryRowwise": (2 + size) * 8 * (size - 1) * size}
+        sent = {style: sum(rank["sent"][style] for rank in group) - agreeing[style] for style in agreeing}
+        plans = [rank["plan"] for rank in group]
+        counts = PROBLEMS[name].token_counts
+        if len(set(counts)) == 1:  # else some ranks' plans take others' tokens for as many as theirs
+            assert sent["MemoryColwise"] == sum(plan.colwise_bytes for plan in plans)
+        assert sent["MemoryRowwise"] == sum(plan.rowwise_bytes for plan in plans)
+        for plan in plans:
+            assert plan.style is (MemoryRowwise if plan.rowwise_bytes < plan.colwise_bytes else MemoryColwise)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    {
+        "too large": "IndexError: ",
+        "negative": "IndexError: ",
+        "gradient": "ValueError: all ranks of the group must have the same need of a gradient for values",
+        "nothing wrong": "nothing",
+        "other way": "ValueError: the pool's values are sharded already",
+        "same again": "nothing",
+    }.items(),
+)
+def test_what_is_refused_by_rows(what: str, message: str, ranks: list[dict[str, Any]]) -> None:
+    for result in results_of("rows_refused", ranks):
+        assert result[what].startswith(message)
+
+
+def test_checkpoints_between_columns_and_rows(ranks: list[dict[str, Any]]) -> None:
+    trained = results_of("training", ranks)[0]
+    for result in results_of("resumed_by_rows", ranks):
+        for name, tensor in trained["saved"].items():
+            assert torch.equal(result["loaded"][name], tensor)
+            assert torch.equal(result["again"][name], tensor)
+        assert_states_close(result["end"], trained["end"])
+
+
+def test_the_plan_takes_rows_where_tokens_share_them() -> None:
+    few, many = torch.zeros(100, 8, dtype=torch.int64), torch.arange(800).view(100, 8)
+    assert plan_memory(few, 900, 64, 4, 1).style is MemoryRowwise
+    assert plan_memory(many, 900, 64, 4, 1).style is MemoryColwise
+    assert plan_memory(many, 900, 4, 64, 1).style is MemoryRowwise
+    with pytest.raises(ValueError, match="rank"):
+        plan_memory(few, 900, 64, 4, 4)
 
 
 def test_frozen_table(ranks: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import topgather.distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sparse_worker import DIM, MODELS, NORMS, OPTIMIZERS, WORLD_SIZE, backward, gradients, make, tokens
+from sparse_worker import DIM, MODELS, NORMS, OPTIMIZERS, WORLD_SIZE, backward, gradients, make, tokens, train_rows
 
 from tests.distributed.ranks import results_in, run_once
 
@@ -152,3 +152,14 @@ def test_names_and_order_of_parameters() -> None:
     layer = tg.nn.PeerMemory(DIM, 4, 2, 4, 8, sparse_grad=True)
     assert set(layer.state_dict()) == set(names[0])
     assert dict(layer.named_modules())[""] is layer
+
+
+def test_row_optimizer_of_a_sharded_table(ranks: list[dict[str, Any]]) -> None:
+    """Its steps, states and the norm are those of one process; rows that fully_shard cuts are refused in words."""
+    model = make("shared", False)
+    expected, _ = train_rows(model, model[0].pool.values, 1.0, list(range(WORLD_SIZE)))
+    for result in results_of("row_optimizer", ranks):
+        for name, value in expected.items():
+            torch.testing.assert_close(result[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        assert result["loaded"]
+        assert "sharded by columns alone" in result["refused"] and "ignored_params" in result["refused"]

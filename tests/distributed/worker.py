@@ -32,7 +32,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tests.memory.helpers import Lookup, LookupCase, make_lookup
-from topgather.distributed import MemoryColwise, ShardedMemoryPool
+from topgather.distributed import (
+    MemoryColwise,
+    MemoryRowwise,
+    RowShardedMemoryPool,
+    ShardedMemoryPool,
+    count_bytes,
+    plan_memory,
+)
 from topgather.nn import MemoryPool, ProductKeyMemory
 
 WORLD_SIZE = 4
@@ -231,6 +238,68 @@ for problem_name in PROBLEMS:
     CASES[f"lookup_{problem_name}"] = lookup_case(problem_name)
 
 
+BY_ROWS = ("alone", "pair", "pair_unequal_tokens", "group_unequal_tokens", "group_one_row", "pair_no_tokens")
+BY_ROWS += ("group_no_entries", "pair_int32_indices", "pair_float32", "group_bfloat16_weights_float32")
+
+
+def rows_case(name: str) -> Callable[[Ranks], Results]:
+    """Output, gradients and a step of a table sharded by rows, and what both ways send."""
+
+    def run(ranks: Ranks) -> Results:
+        problem = PROBLEMS[name]
+        mesh = ranks.mesh(len(problem.token_counts))
+        indices, weights, grad_out = tokens_of(name, mesh.get_local_rank())
+        sent = {}
+        for style in (MemoryColwise(), MemoryRowwise()):
+            weights.grad = None
+            pool = parallelize_module(make_pool(name), mesh, style)
+            with count_bytes() as counts:
+                out = pool(indices, weights)
+                out.backward(grad_out)
+            sent[type(style).__name__] = sum(counts.values())
+        assert isinstance(pool, RowShardedMemoryPool)
+        results = {
+            "out": out.detach(),
+            "d_weights": weights.grad,
+            "d_values": full(pool.values.grad),
+            "local_shape": tuple(pool.values.to_local().shape),
+            "sent": sent,
+        }
+        torch.optim.SGD(pool.parameters(), lr=LEARNING_RATE).step()
+        results["stepped"] = full(pool.values)
+        place = (*pool.values.shape, mesh.size(), mesh.get_local_rank())
+        results["plan"] = plan_memory(indices, *place, problem.dtype, weights.dtype)
+        return results
+
+    return run
+
+
+for problem_name in BY_ROWS:
+    CASES[f"rows_{problem_name}"] = rows_case(problem_name)
+
+
+@case
+def rows_refused(ranks: Ranks) -> Results:
+    """What one rank does wrong raises on all; tables sharded the other way."""
+    pool = parallelize_module(make_pool("pair"), ranks.pair, MemoryRowwise())
+    is_first = ranks.pair.get_local_rank() == 0
+    indices, ones = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.float64)
+
+    def without_grad() -> None:
+        with torch.set_grad_enabled(is_first):
+            pool(indices, ones)
+
+    colwise = parallelize_module(make_pool("pair"), ranks.pair, MemoryColwise())
+    return {
+        "too large": raised(lambda: pool(indices + 9 * is_first, ones)),
+        "negative": raised(lambda: pool(indices - int(is_first), ones)),
+        "gradient": raised(without_grad),
+        "nothing wrong": raised(lambda: pool(indices, ones)),
+        "other way": raised(lambda: parallelize_module(colwise, ranks.pair, MemoryRowwise())),
+        "same again": raised(lambda: parallelize_module(pool, ranks.pair, MemoryRowwise())),
+    }
+
+
 @case
 def frozen_table(ranks: Ranks) -> Results:
     """Gradients of weights alone."""
@@ -380,6 +449,29 @@ def resumed_by_replicas(ranks: Ranks) -> Results:
     optimizer_again = make_optimizer(again)
     load(ranks.folder / "of_replicas", again, optimizer_again)
     return {"loaded": state_of(model, optimizer), "again": state_of(again, optimizer_again)}
+
+
+@case
+def resumed_by_rows(ranks: Ranks) -> Results:
+    """The checkpoint of four ranks with columns, taken up by two with rows, whose own four with columns take up."""
+    model = make_model(seed=6)
+    parallelize_module(model, ranks.pair, {"layers.*": MemoryRowwise()})
+    optimizer = make_optimizer(model)
+    load(ranks.folder / "of_four", model, optimizer, ranks.pair.get_group())
+    loaded = state_of(model, optimizer)
+    # One group of the two writes.
+    name = f"of_rows{ranks.square['replicas'].get_local_rank()}"
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    group = ranks.pair.get_group()
+    state = {"model": model_state, "optimizer": optimizer_state}
+    checkpoint.save(state, checkpoint_id=ranks.folder / name, process_group=group)
+    train_sharded(model, optimizer, ranks.pair, range(2, 3))
+    again = make_model(seed=7)
+    parallelize_module(again, ranks.group, PLAN)
+    optimizer_again = make_optimizer(again)
+    dist.barrier()
+    load(ranks.folder / "of_rows0", again, optimizer_again)
+    return {"loaded": loaded, "end": state_of(model, optimizer), "again": state_of(again, optimizer_again)}
 
 
 @case

@@ -28,8 +28,10 @@ GRID = GridCase(rows=7, columns=9, step=(2, 2), head_dim=24, has_bias=True)
 WINDOWS = GridCase(batch=1, num_heads=3, rows=7, columns=9, step=(3, 4), head_dim=24, partition="window", has_bias=True)
 # One group of more than two tiles.
 LARGE = GridCase(rows=13, columns=11, step=(1, 1), head_dim=24, has_bias=True)
+# One group of more tokens than gradients of queries and keys are made of in one pass.
+HUGE = GridCase(batch=1, num_heads=1, rows=9, columns=29, step=(1, 1), head_dim=24, has_bias=True)
 # Four groups of more than a tile, of four sizes.
-RAGGED = GridCase(batch=1, rows=17, columns=19, step=(2, 2), head_dim=24, has_bias=True)
+RAGGED = GridCase(batch=1, rows=17, columns=19, step=(2, 2), head_dim=24, has_bias=True, scale=1.5)
 # A group whose tokens of one row, of two, are followed by a block of none. (A step of queries without any needs a head
 # dimension over 64, whose kernels are not built here: tests/grid/test_attention.py has that case.)
 HOLES = GridCase(batch=1, num_heads=1, rows=2, columns=38, step=(2, 32), head_dim=24, partition="window", has_bias=True)
@@ -66,6 +68,7 @@ GRID_CASES: dict[str, Callable[[], Any]] = {
     "grid": lambda: check_grid(GRID, BFLOAT16, CPU),
     "grid windows": lambda: check_grid(WINDOWS, BFLOAT16, CPU),
     "grid large": lambda: check_grid(LARGE, BFLOAT16, CPU),
+    "grid huge": lambda: check_grid(HUGE, BFLOAT16, CPU),
     "grid ragged": lambda: check_grid(RAGGED, BFLOAT16, CPU),
     "grid large float32": lambda: check_grid(LARGE, torch.float32, CPU),
     "grid many groups": lambda: check_grid(MANY_GROUPS, BFLOAT16, CPU),
@@ -89,12 +92,14 @@ FORWARD = "grid/grid_forward_cuda.cu"
 BACKWARD = "grid/grid_backward_cuda.cuh"
 GROUPS = "grid/grid_backward_groups_cuda.cuh"
 LARGE_GROUPS = "grid/grid_backward_large_cuda.cuh"
+UNITS = "grid/grid_backward_units_cuda.cuh"
 BACKWARD_STEPS = "grid/grid_backward_cuda.cu"
 GRID_UNITS = {
     GEOMETRY: ["grid_forward_cuda.cu"],
     BACKWARD: ["grid_backward_cuda.cu"],
     GROUPS: ["grid_backward_cuda.cu"],
     LARGE_GROUPS: ["grid_backward_cuda.cu"],
+    UNITS: ["grid_backward_cuda.cu"],
 }
 
 # fmt: off
@@ -134,7 +139,7 @@ GRID_BUGS = [
                "const bool is_copied = is_column && offset >= 0;", "const bool is_copied = offset >= 0;",
                "grid", f"{WRONG_OUT}|{READ_OUT_OF_BOUNDS}|{UNINITIALIZED}"),
     PlantedBug("grid: results of tokens that are not there written", GEOMETRY,
-               "if (offset == kNotThere || chunk", "if (chunk", "grid", MISALIGNED),
+               "if (offset[i] == kNotThere || chunk", "if (chunk", "grid", MISALIGNED),
     PlantedBug("grid: results not published to the warp", GEOMETRY,
                "Publishes the warp's results to its lanes. __syncwarp();", "", "grid", f"{RACE}|{UNINITIALIZED}"),
     PlantedBug("grid: weights in float32 not published", GEOMETRY,
@@ -242,22 +247,53 @@ GRID_BUGS = [
                "and the first time those of the rows, to all warps. __syncthreads();", "", "grid large float32",
                UNPUBLISHED),
     PlantedBug("grid backward, large groups: the unit not published", LARGE_GROUPS,
-               "leave it there: registers are scarce. __syncthreads();", "", "grid large", UNPUBLISHED),
+               "leave it there: registers are scarce. __syncthreads();", "", "grid huge", UNPUBLISHED),
     PlantedBug("grid backward, large groups: copies not waited for", LARGE_GROUPS,
-               "cuda::copy_async_wait<0>();", "", "grid large", f"{BEFORE_WAIT}|{UNPUBLISHED}|{NEVER_WAITED}"),
-    PlantedBug("grid backward, large groups: columns overwritten while read", LARGE_GROUPS,
-               "the stage before has been used and may be overwritten. __syncthreads();", "", "grid large",
+               "cuda::copy_async_wait<0>();", "", "grid huge", f"{BEFORE_WAIT}|{UNPUBLISHED}|{NEVER_WAITED}"),
+    PlantedBug("grid backward, large groups: keys overwritten while read", LARGE_GROUPS,
+               "the stage before has been used and may be overwritten. __syncthreads();", "", "grid huge",
                f"{UNPUBLISHED}|{OVERWRITTEN}"),
-    PlantedBug("grid backward, large groups: terms of the wrong stage", LARGE_GROUPS,
-               "store_terms(1 - stage, terms);", "store_terms(stage, terms);", "grid large",
-               f"{RACE}|{UNINITIALIZED}|{WRONG_GRADIENT}"),
-    PlantedBug("grid backward, large groups: bias turned where keys are rows", LARGE_GROUPS,
-               "row * (kAreRowsKeys ? 1 : group);", "row * (kAreRowsKeys ? group : 1);", "grid large",
-               f"{WRONG_GRADIENT}|{READ_OUT_OF_BOUNDS}"),
-    PlantedBug("grid backward, large groups: gradient of values zeroed", LARGE_GROUPS,
-               "ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};", "ones[4] = {};", "grid large", "AssertionError: d_value"),
+    PlantedBug("grid backward, large groups: bias of the first query", LARGE_GROUPS,
+               "+ row * group;", "+ 0 * row;", "grid huge", "AssertionError: d_query"),
+    PlantedBug("grid backward, whole groups: the unit not published", UNITS,
+               "leave it there: registers are scarce. __syncthreads();", "", "grid large", UNPUBLISHED),
+    PlantedBug("grid backward, whole groups: keys and values not published", UNITS,
+               "Publishes keys and values to all warps. __syncthreads();", "", "grid large", UNPUBLISHED),
+    PlantedBug("grid backward, whole groups: queries overwritten while read", UNITS,
+               "have been used and may be overwritten. __syncthreads(); const uint32_t next_query",
+               "have been used and may be overwritten. const uint32_t next_query", "grid large",
+               f"{UNPUBLISHED}|{OVERWRITTEN}"),
+    PlantedBug("grid backward, whole groups: d_scores not published", UNITS,
+               "tells them that the stage and its terms have been used. __syncthreads();", "", "grid large",
+               f"{UNPUBLISHED}|{OVERWRITTEN}"),
+    PlantedBug("grid backward, whole groups: d_scores of absent keys not cleared", UNITS,
+               "if (mine.there == 0 && args.grad_query.data != nullptr) {", "if (false) {", "grid large",
+               f"{UNINITIALIZED}|AssertionError: d_query"),
+    PlantedBug("grid backward, whole groups: keys overwritten while read", UNITS,
+               "that keys and d_scores have been used and may be overwritten. __syncthreads();", "", "grid large",
+               f"{OVERWRITTEN}|{RACE}"),
+    PlantedBug("grid backward, whole groups: terms of the first queries", UNITS,
+               "if (first_query > 0 && first_query % Shared::kTerms == 0) {", "if (false) {", "grid large",
+               f"{WRONG_GRADIENT}|{UNINITIALIZED}"),
+    PlantedBug("grid backward, whole groups: shift with the wrong sign", UNITS,
+               "shared.minus_shift[query] = -shift;", "shared.minus_shift[query] = shift;", "grid large",
+               WRONG_GRADIENT),
+    PlantedBug("grid backward, whole groups: shift not left for the bias", UNITS,
+               "if (token.is_there) args.shift[", "if (false) args.shift[", "grid large",
+               f"{WRONG_BIAS}|{UNINITIALIZED}"),
+    PlantedBug("grid backward, whole groups: bias turned", UNITS,
+               "static_cast<int64_t>(first_query) + i) * group]", "static_cast<int64_t>(first_query) + i)]",
+               "grid large", WRONG_GRADIENT),
+    PlantedBug("grid backward, whole groups: gradient of values zeroed", UNITS,
+               "ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};", "ones[4] = {0.0f, 0.0f, 0.0f, 0.0f};", "grid large",
+               "AssertionError: d_value"),
+    PlantedBug("grid backward, whole groups: scale left out of d_scores", UNITS,
+               "if (args.d_score_scale != 1.0f) scale_all", "if (false) scale_all", "grid ragged", WRONG_GRADIENT),
+    PlantedBug("grid backward, whole groups: half of the columns of grad_query", UNITS,
+               "first_column = warp / 4 * kColumns;", "first_column = 0;", "grid ragged",
+               f"{RACE}|AssertionError: d_query"),
     PlantedBug("grid backward, small groups: rows not published", GROUPS,
-               "Publishes rows to all warps. __syncthreads();", "", "grid", f"{UNPUBLISHED}|{BEFORE_WAIT}"),
+               "Publishes rows and shifts to all warps. __syncthreads();", "", "grid", f"{UNPUBLISHED}|{BEFORE_WAIT}"),
     PlantedBug("grid backward, small groups: rows not waited for", GROUPS,
                "cuda::copy_async_wait<0>();", "", "grid", f"{BEFORE_WAIT}|{UNPUBLISHED}"),
     PlantedBug("grid backward, small groups: d_scores not published", GROUPS,
@@ -268,7 +304,7 @@ GRID_BUGS = [
                "cuda::load_matrix_x4_transposed(of_queries, Scores", "cuda::load_matrix_x4(of_queries, Scores",
                "grid", "AssertionError: d_query"),
     PlantedBug("grid backward, small groups: scale left out of d_scores", GROUPS,
-               "d_scores[0][n][e] *= args.d_score_scale;", "", "grid scaled", WRONG_GRADIENT),
+               "d_scores[0][n][e] *= args.d_score_scale;", "d_scores[0][n][e] *= 1.0f;", "grid scaled", WRONG_GRADIENT),
     PlantedBug("grid backward, small groups: d_scores of absent keys", GROUPS,
                "if (tokens_there<16>(shared.places.there, first_key + k * 16, Shared::kTokens) == 0) continue;", "",
                "grid holes", UNINITIALIZED),
@@ -279,7 +315,7 @@ GRID_BUGS = [
                "first_key + k * 16, Shared::kTokens) == 0) continue;",
                "first_key + k * 16, Shared::kTokens) == 0) break;",
                "grid holes", "AssertionError: d_query"),
-    PlantedBug("grid backward, large groups: tokens that are not there weigh something", LARGE_GROUPS,
+    PlantedBug("grid backward, whole groups: tokens that are not there weigh something", UNITS,
                "if (!is_there) weights[m][n][e] = d_scores[m][n][e] = 0.0f;", "", "grid low scores", WRONG_GRADIENT),
     PlantedBug("grid backward: columns overwritten while read", BACKWARD,
                "the tile has been used and the next one may overwrite it. __syncthreads();", "",

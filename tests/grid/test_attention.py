@@ -63,6 +63,8 @@ LARGE_GROUPS = [
     GridCase(batch=1, num_heads=1, rows=33, columns=9, step=(1, 1), head_dim=64, has_bias=True),
     # Groups of 64 numbers of which a block in the middle has no token.
     GridCase(batch=1, num_heads=1, rows=2, columns=38, step=(2, 32), head_dim=72, partition="window", has_bias=True),
+    # Of 192 numbers, of which whole blocks of 32 have none.
+    GridCase(batch=1, num_heads=1, rows=3, columns=70, step=(3, 64), head_dim=24, partition="window", has_bias=True),
     GridCase(batch=1, num_heads=1, rows=32, columns=32, step=(1, 1), head_dim=8),
     # Rows of more than 64 channels, groups of four sizes.
     GridCase(batch=1, num_heads=2, rows=19, columns=15, step=(2, 2), head_dim=72, has_bias=True),

@@ -80,12 +80,6 @@ def test_compile_without_graph_break(device: torch.device) -> None:
     compare_compiled(compiled, layer_inputs(7, 5, device))
 
 
-def test_compile_by_inductor(device: torch.device) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(attention_layer, fullgraph=True, backend="inductor")
-    compare_compiled(compiled, layer_inputs(7, 5, device))
-
-
 def test_compile_dynamic_shapes(device: torch.device) -> None:
     """One graph for every size of the image."""
     torch._dynamo.reset()

@@ -69,11 +69,6 @@ def test_compile_without_graph_break(device: torch.device) -> None:
     compare_compiled(torch.compile(layer, fullgraph=True, backend="aot_eager"), layer_inputs(7, device))
 
 
-def test_compile_by_inductor(device: torch.device) -> None:
-    torch._dynamo.reset()
-    compare_compiled(torch.compile(layer, fullgraph=True, backend="inductor"), layer_inputs(7, device))
-
-
 def test_compile_dynamic_shapes(device: torch.device) -> None:
     """One graph for every number of tokens that the taps reach back."""
     torch._dynamo.reset()

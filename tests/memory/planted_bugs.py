@@ -30,6 +30,7 @@ from tests.memory.helpers import (
     run_lookup,
 )
 from tests.memory.quantized_helpers import FLOAT8, QuantizedCase, check_quantized
+from tests.memory.row_steps import CASES, check_row_steps
 from topgather import reference
 
 CPU = torch.device("cpu")
@@ -163,6 +164,7 @@ MEMORY_CASES: dict[str, Callable[[], Any]] = {
     "quantized": lambda: check_quantized(QUANTIZED_ROWS, torch.int8, CPU),
     "quantized odd": lambda: check_quantized(ODD_QUANTIZED, FLOAT8, CPU),
     "quantized nan": nan_of_e4m3_case,
+    "row steps": lambda: check_row_steps(CASES["Adam"], CPU),
     "search": lambda: check_topk(SEARCH, BFLOAT16, CPU),
     "search chunks": lambda: check_topk(CHUNKS, BFLOAT16, CPU),
     "search crowded": crowded_case,
@@ -179,6 +181,7 @@ MEMORY_CASES: dict[str, Callable[[], Any]] = {
 WRONG_OUT = "AssertionError: out"
 WRONG_TABLE = "AssertionError: d_values"
 WRONG_WEIGHTS = "AssertionError: d_weights"
+WRONG_STEP = "AssertionError: (values|steps|first|second|decayed|squares)"
 WRONG_SEARCH = "AssertionError: (indices|scores)"
 
 LOOKUPS = "memory/memory_lookup_cuda.cu"
@@ -186,11 +189,14 @@ BAGS = "memory/memory_bags_cuda.cuh"
 QUANTIZED = "memory/memory_quantized_cuda.cu"
 ROWS = "cuda/lane_rows.cuh"
 BACKWARD = "memory/memory_backward_cuda.cu"
+UPDATE = "memory/memory_update_cuda.cu"
+RUNS_OF_ROWS = "memory/memory_runs_cuda.cuh"
 TOPK = "memory/memory_topk_cuda.cuh"
 LISTS = "memory/memory_topk_lists_cuda.cuh"
 MEMORY_UNITS = {
     ROWS: ["memory_lookup_cuda.cu"],
     BAGS: ["memory_lookup_cuda.cu"],
+    RUNS_OF_ROWS: ["memory_backward_cuda.cu"],
     TOPK: ["memory_topk_cuda.cu"],
     LISTS: ["memory_topk_cuda.cu"],
 }
@@ -255,7 +261,7 @@ MEMORY_BUGS = [
                "for (int distance = 4; distance < lanes_per_row;",
                "for (int distance = 4; distance * 2 < lanes_per_row;",
                "experts odd", "AssertionError"),
-    PlantedBug("backward: tokens of ragged bags not looked up", BACKWARD,
+    PlantedBug("backward: tokens of ragged bags not looked up", RUNS_OF_ROWS,
                "if (args.tokens != nullptr) token = args.tokens[place];", "", "ragged", WRONG_TABLE),
     PlantedBug("backward: weights of nobody's entries NaN", BACKWARD,
                "args.tokens[place] < 0 ? 0.0f : not_a_number();", "args.tokens[place] < 0 ? not_a_number() : 0.0f;",
@@ -287,19 +293,32 @@ MEMORY_BUGS = [
     PlantedBug("backward: the row after an entry's not cleared", BACKWARD,
                "args.targets[low] == target && row_at", "args.targets[low] <= target + 1 && row_at",
                "lookup odd", WRONG_TABLE),
-    PlantedBug("backward: the row of a bad index written", BACKWARD,
+    PlantedBug("backward: the row of a bad index written", RUNS_OF_ROWS,
                "return row >= 0 && row < args.num_rows ? row : kNoRow;", "return row;",
                "bad index", f"{OUT_OF_BOUNDS}|{READ_OUT_OF_BOUNDS}"),
     PlantedBug("backward: the weight of a bad index passed over", BACKWARD,
                "if (row_at(args, position) == kNoRow) {", "if (false) {", "bad index", WRONG_WEIGHTS),
-    PlantedBug("backward: a long run begun twice", BACKWARD,
-               "if (row_at(args, begin * kEntriesPerPiece - 1) == row) return;", "",
+    PlantedBug("backward: a long run begun twice", RUNS_OF_ROWS,
+               "if (row_at(args, begin * kEntriesPerPiece - 1) == row) return run;", "",
                "lookup long run", f"{RACE}|{UNINITIALIZED}|{WRONG_TABLE}"),
-    PlantedBug("backward: stretches left out", BACKWARD,
+    PlantedBug("backward: stretches left out", RUNS_OF_ROWS,
                "kPiecesPerStretch * sum_step, count,", "kPiecesPerStretch * sum_step, count - 1,",
                "lookup long run", WRONG_TABLE),
-    PlantedBug("backward: heads after the stretches left out", BACKWARD,
+    PlantedBug("backward: heads after the stretches left out", RUNS_OF_ROWS,
                "if (piece < end) add_heads(piece, end);", "", "lookup long run", WRONG_TABLE),
+    PlantedBug("update: a run that goes on stepped at once", UPDATE,
+               "if (run_row == piece.row_after) sum =", "if (false) sum =",
+               "row steps", f"{RACE}|{UNINITIALIZED}|{WRONG_STEP}"),
+    PlantedBug("update: the run at a piece's end left out", UPDATE,
+               "for (int e = 0; e <= kEntriesPerPiece; ++e) {", "for (int e = 0; e < kEntriesPerPiece; ++e) {",
+               "row steps", f"{UNINITIALIZED}|{WRONG_STEP}"),
+    PlantedBug("update: every run counts a step an entry", UPDATE,
+               "row_at(args, position - 1) == entry.row ||", "", "row steps", f"{RACE}|{WRONG_STEP}"),
+    PlantedBug("update: random bits of the other state", UPDATE,
+               "args.is_stochastic, step.bits_of_states, 16);", "args.is_stochastic, step.bits_of_states, 0);",
+               "row steps", WRONG_STEP),
+    PlantedBug("update: squares not published", UPDATE,
+               "Publishes every thread's squares to the first warp. __syncthreads();", "", "row steps", UNPUBLISHED),
     PlantedBug("search: keys not published", TOPK,
                "used and its stage may be overwritten. __syncthreads();", "", "search", f"{UNPUBLISHED}|{OVERWRITTEN}"),
     PlantedBug("search: copies not waited for", TOPK,

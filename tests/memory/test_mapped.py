@@ -81,6 +81,37 @@ def test_rows_written_are_those_with_gradients(tmp_path: Path) -> None:
     assert torch.equal(pool.values, expected) and torch.equal(table_of(tmp_path / "table"), expected)
 
 
+@pytest.mark.parametrize("flushes_before_the_step", [False, True])
+def test_steps_of_optimizers_reach_the_file(flushes_before_the_step: bool, tmp_path: Path) -> None:
+    """Of torch's by the gradient, before and after a flush; of row optimizers by the rows that they step."""
+    indices = torch.tensor([[3, 7, 3], [1, 7, 12]])
+    for name in ("torch", "rows", "decay"):
+        pool = tg.nn.MemoryPool.from_file(tmp_path / name, 4, 6)
+        start = pool.values.detach().clone()
+        options = {"lr": 0.5} if name != "decay" else {"lr": 0.5, "weight_decay": 0.5, "decoupled_weight_decay": True}
+        optimizer = (torch.optim.SGD if name == "torch" else tg.optim.RowSGD)(pool.parameters(), **options)
+        pool(indices).sum().backward()
+        if flushes_before_the_step:
+            pool.flush()
+        optimizer.step()
+        if isinstance(optimizer, tg.optim.RowSGD):
+            optimizer.settle()
+        expected = start * 0.75 if name == "decay" else start.clone()
+        expected.index_add_(0, indices.flatten(), torch.full((6, 6), -0.5))
+        torch.testing.assert_close(pool.values.detach(), expected)
+        pool.flush()
+        torch.testing.assert_close(pool.values.detach(), expected)
+        torch.testing.assert_close(table_of(tmp_path / name), expected)
+
+
+def test_a_table_that_was_replaced_is_not_taken_for_the_files(tmp_path: Path) -> None:
+    pool = tg.nn.MemoryPool.from_file(tmp_path / "table", 4, 6)
+    pool.values = torch.nn.Parameter(torch.ones(16, 6))
+    with pytest.raises(RuntimeError, match=r"values of a pool of .* were replaced"):
+        pool.flush()
+    assert pool.step == 0
+
+
 # A flush to step 10, then one to step 20 that is killed before a call of the system: one process a call.
 KILLED = """
 import os, signal, sys, torch

@@ -187,6 +187,24 @@ def test_layer_within_its_bound(dtype: torch.dtype) -> None:
     assert {name for name, _ in small.named_parameters()} == {"keys", "query_proj.weight", "query_proj.bias"}
 
 
+def test_a_table_of_another_kind_is_not_loaded() -> None:
+    """``copy_`` would make 127 rows of the number 127, or of 448 an int8; floats of 16 and 32 bits are one kind."""
+    pool = tg.nn.MemoryPool(4, 6)
+    states = {dtype: pool.quantize(dtype).state_dict() for dtype in DTYPES}
+    states |= {torch.bfloat16: {"values": torch.ones(16, 6, dtype=torch.bfloat16)}, torch.float32: pool.state_dict()}
+    for own in (torch.float32, *DTYPES):
+        other = tg.nn.MemoryPool(4, 6) if own == torch.float32 else tg.nn.QuantizedMemoryPool(4, 6, own)
+        for dtype, state in states.items():
+            before = other.values.detach().view(torch.uint8).clone()
+            if own == dtype or (own == torch.float32 and dtype == torch.bfloat16):
+                other.load_state_dict(state)
+                continue
+            for assign in (False, True):
+                with pytest.raises(RuntimeError, match=r"values is of .*, the table is of"):
+                    other.load_state_dict(state, strict=False, assign=assign)
+            assert torch.equal(other.values.detach().view(torch.uint8), before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saved_and_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
     """By torch and by safetensors, into a model on the meta device too; conversions leave the table's bits alone."""

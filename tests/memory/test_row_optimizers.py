@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import topgather as tg
 from tests.common.runs import assert_all_equal
-from tests.memory.op_cases import draw_entries
+from tests.memory.row_steps import CASES, check_row_steps
 from topgather import optim
 from topgather.ops import _memory_update
-from topgather.ops._row_steps import composed_square, composed_update
 
 CPU = torch.device("cpu")
 ROWS, WIDTH, TOKENS, BAG = 14, 70, 12, 4
@@ -90,33 +92,10 @@ def test_equals_torchs_optimizer_row_by_row(name: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.usefixtures("cpu_target")
-@pytest.mark.parametrize("algorithm", ["sgd", "adagrad", "adam"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_composition_takes_the_same_step(algorithm: str, dtype: torch.dtype) -> None:
-    """That of torch's ops, which runs on CUDA: by the same random bits, so that hardly a number rounds elsewhere."""
-    entries = draw_entries(dtype, CPU, 1)
-    has_second = algorithm == "adam"
-    states = {
-        "steps": torch.arange(12, dtype=torch.int32) % 4,
-        "first": torch.rand(12, 6).bfloat16(),
-        "second": torch.rand(12, 6).bfloat16() if has_second else None,
-        "decayed": -torch.rand(12, dtype=torch.float64),
-    }
-    options = (algorithm, 0.1, 0.9, 0.99, 1e-8, 0.01, -1.5, 0.5, algorithm == "sgd", 2**31 - 1, 7, True)
-    runs = []
-    for update in (torch.ops.topgather.memory_update.default, composed_update):
-        written = copy.deepcopy({"values": entries["values"], **states})
-        given = {**entries, **written}
-        update(*given.values(), *options)
-        runs.append(written)
-    assert not torch.equal(runs[0]["values"], entries["values"])
-    # Of bfloat16 a neighbour, where a sum's last bit decides.
-    for name, found in runs[0].items():
-        if found is not None:
-            torch.testing.assert_close(found, runs[1][name], atol=1e-5, rtol=2**-7 if found.itemsize == 2 else 1e-5)
-            assert found.itemsize > 2 or (found != runs[1][name]).float().mean() < 0.2, name
-    square = torch.ops.topgather.memory_grad_square(*entries.values())
-    torch.testing.assert_close(square, composed_square(*entries.values()), rtol=1e-2, atol=0)
+@pytest.mark.parametrize("name", CASES)
+def test_takes_the_steps_of_torchs_own_ops(name: str, device: torch.device) -> None:
+    """By the same random bits, so that hardly a number rounds elsewhere."""
+    check_row_steps(CASES[name], device)
 
 
 def train(table: nn.Parameter, optimizer: optim.RowOptimizer, first: int = 0, last: int = 3) -> nn.Parameter:
@@ -207,7 +186,12 @@ def test_frozen_rows_keep_their_bits_and_do_not_decay() -> None:
     optimizer.settle()
     before = table.detach().clone()
     optimizer.set_trainable_rows(table, torch.tensor([2, 5]))
-    train(table, optimizer, 1, 4)
+    train(table, optimizer, 1, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert "trainable" not in optimizer.state[table]
+    optimizer.set_trainable_rows(table, None)
+    optimizer.load_state_dict(state)  # which has the mask
+    train(table, optimizer, 2, 4)
     optimizer.set_trainable_rows(table, None)
     optimizer.settle()
     changed = (table.detach() != before).any(1).nonzero().flatten().tolist()
@@ -276,9 +260,6 @@ def test_what_is_recorded_and_what_not() -> None:
         optim.RowAdam([nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match=r"betas\[1\] must be at least 0 and below 1"):
         optim.RowAdam([nn.Parameter(torch.ones(3, 2))], betas=(0.9, 1.0))
-    compiled = torch.compile(lambda: tg.memory_lookup(table, indices, weights), backend="eager")
-    compiled().backward(grad)
-    assert float(optimizer.grad_square()) > 0
     optimizer.detach()
     backward(table, 0)
     assert table.grad is not None
@@ -288,6 +269,69 @@ def test_what_is_recorded_and_what_not() -> None:
     gc.collect()
     assert _memory_update.recorder_of(left) is None
     _memory_update.detach(left)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_tables_of_its_own(copied: Callable[[Any], Any]) -> None:
+    """With what was recorded, frozen rows and states; neither touches the other's table."""
+    table = draw_table(torch.float32)
+    optimizer = optim.RowAdam([table], lr=0.1)
+    backward(table, 0)
+    optimizer.step()
+    optimizer.set_trainable_rows(table, torch.arange(0, ROWS, 2))
+    backward(table, 1)
+    optimizer.scale_grad_(0.5)
+    other_table, other = copied((table, optimizer))
+    start = table.detach().clone()
+    optimizer.step()
+    assert torch.equal(other_table.detach(), start) and not torch.equal(table.detach(), start)
+    other.step()
+    assert torch.equal(other_table.detach(), table.detach())
+    for each_table, each in ((table, optimizer), (other_table, other)):
+        backward(each_table, 2)
+        assert each_table.grad is None
+        each.step()
+    assert torch.equal(other_table.detach(), table.detach())
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    tables = [draw_table(torch.float32), draw_table(torch.float32)]
+    optimizer = optim.RowAdam([{"params": [table]} for table in tables], lr=0.1, weight_decay=0.5)
+    before = tables[0].detach().clone()
+    group = optimizer.param_groups[1]
+
+    def refused(name: str, value: Any, match: str) -> None:
+        good, group[name] = group[name], value
+        for table in tables:
+            backward(table, 0)
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        assert all(torch.equal(table.detach(), before) for table in tables) and not optimizer.state
+        group[name] = good
+
+    refused("weight_decay", 10.0, "lr \\* weight_decay must be below 1, got 1.0")
+    refused("lr", -1.0, "lr must be at least 0")
+    refused("eps", float("nan"), "eps must be")
+    optimizer.scale_grad_(float("nan"))
+    refused("lr", 0.1, "the factors of scale_grad_ must be finite")
+    optimizer.zero_grad()
+    backward(tables[0], 0)
+    optimizer.step()
+    assert not torch.equal(tables[0].detach(), before)
+
+
+def test_a_gradient_that_is_asked_for_is_refused() -> None:
+    table = draw_table(torch.float32)
+    optimizer = optim.RowSGD([table])
+    indices, weights, grad = draw_bags(0, torch.float32)
+    out = tg.memory_lookup(table, indices, weights)
+    with pytest.raises(
+        RuntimeError, match=r"torch\.autograd\.grad of a table that an optimizer of topgather\.optim has"
+    ):
+        torch.autograd.grad(out, [table], grad)
+    assert float(optimizer.grad_square()) == 0
 
 
 def test_an_optimizer_that_is_dropped_lets_go_of_its_tables() -> None:
@@ -303,3 +347,48 @@ def test_an_optimizer_that_is_dropped_lets_go_of_its_tables() -> None:
     look_up = torch.compile(tg.memory_lookup, fullgraph=True, backend="eager")
     look_up(table, torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)).sum().backward()
     assert table.grad is not None
+
+
+def test_compiled_lookups_of_tables_with_and_without_an_optimizer() -> None:
+    """One graph each. That of a table without one does not change with another table's; an attached table's gradient is
+    sparse, which the step takes: once attached it is compiled anew, and again when it is let go of.
+    """
+    torch._dynamo.reset()
+    tables = [draw_table(torch.float32) for _ in range(4)]
+    attached, other, eager, taken = tables
+    ours, same = optim.RowAdam([attached]), optim.RowAdam([eager])
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def layers(table: Tensor, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        first = tg.memory_lookup(table * 1, indices, weights)  # what is computed from a table is none
+        return (
+            first.detach()
+            + tg.memory_lookup(table, indices, weights)
+            + tg.expert_lookup(x, table, table, indices, weights)
+        )
+
+    compiled = torch.compile(layers, fullgraph=True, backend=counter)
+    indices, weights, grad = draw_bags(0, torch.float32)
+    x = torch.linspace(-1, 1, TOKENS * WIDTH).view(TOKENS, WIDTH)
+    for table, call in ((attached, compiled), (other, compiled), (eager, layers)):
+        for _ in range(2):
+            call(table, x, indices, weights).backward(grad)
+    assert attached.grad is not None and attached.grad.is_sparse
+    assert other.grad is not None and not other.grad.is_sparse and eager.grad is None
+    torch.testing.assert_close(attached.grad.to_dense(), other.grad, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(ours.grad_square(), same.grad_square())
+    ours.step()
+    same.step()
+    torch.testing.assert_close(attached.detach(), eager.detach(), atol=1e-6, rtol=0)
+    num_graphs = counter.frame_count
+    assert num_graphs == 2
+    third = optim.RowAdam([taken])
+    compiled(other, x, indices, weights).backward(grad)
+    assert counter.frame_count == num_graphs
+    ours.detach()
+    attached.grad = None
+    compiled(attached, x, indices, weights).backward(grad)
+    assert attached.grad is not None and not attached.grad.is_sparse
+    assert counter.frame_count == num_graphs
+    for each in (same, third):
+        each.detach()

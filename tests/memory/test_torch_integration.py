@@ -73,12 +73,6 @@ def test_compile_without_graph_break(device: torch.device) -> None:
     compare_compiled(compiled, layer_inputs(7, device))
 
 
-def test_compile_by_inductor(device: torch.device) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(memory_layer, fullgraph=True, backend="inductor")
-    compare_compiled(compiled, layer_inputs(7, device))
-
-
 def test_compile_dynamic_shapes(device: torch.device) -> None:
     """One graph for every number of tokens."""
     torch._dynamo.reset()

@@ -22,27 +22,31 @@ class Stack(nn.Module):
         return x
 
 
-def memories(num_pools: int, sparse_grad: bool, gated: bool = True) -> nn.Module:
-    pools = [tg.nn.MemoryPool(8, 16, sparse_grad=sparse_grad) for _ in range(num_pools)]
-    return Stack(*(tg.nn.ProductKeyMemory(16, pools[i % num_pools], 2, 4, 8, gated=gated) for i in range(2)))
+def memories(sparse_grad: bool) -> list[nn.Module]:
+    """Two of one pool, and one of a pool of its own, which is not gated."""
+    pools = [tg.nn.MemoryPool(8, 16, sparse_grad=sparse_grad) for _ in range(2)]
+    return [tg.nn.ProductKeyMemory(16, pools[i // 2], 2, 4, 8, gated=i < 2) for i in range(3)]
 
 
-def experts(is_shared: bool, sparse_grad: bool) -> nn.Module:
-    first, second = (tg.nn.PeerMemory(16, 8, 2, 4, 8, sparse_grad=sparse_grad) for _ in range(2))
-    if is_shared:
-        second.values_in, second.values_out = first.values_in, first.values_out
-    return Stack(first, second)
+def experts(sparse_grad: bool) -> list[nn.Module]:
+    """Two that share their tables, and one of its own."""
+    layers = [tg.nn.PeerMemory(16, 8, 2, 4, 8, sparse_grad=sparse_grad) for _ in range(3)]
+    layers[1].values_in, layers[1].values_out = layers[0].values_in, layers[0].values_out
+    return layers
 
 
-class Convolved(nn.Module):
-    """Keys convolved and attended to, by functions."""
+class Functions(nn.Module):
+    """Keys convolved, in one call and in two, and attended to; lse and centroids are results too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(2, 8, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return tg.moba_attention(x, tg.key_conv(x, self.weight), x, 4, 2)
+        first, state = tg.key_conv(x, self.weight, state=x[:, :, :2])
+        second, _ = tg.key_conv(x * 2, self.weight, state=state)
+        out, lse = tg.moba_attention(x.sin(), tg.key_conv(x, self.weight), first, 4, 2, return_lse=True)
+        return out * second + lse[..., None] + tg.block_centroids(x, 4).square().sum()
 
 
 def tokens() -> Tensor:
@@ -50,19 +54,18 @@ def tokens() -> Tensor:
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "memories of one pool": (lambda: memories(1, False), tokens),
-    "memories of one pool, sparse": (lambda: memories(1, True), tokens),
-    "memories of two pools, sparse": (lambda: memories(2, True), tokens),
-    "memories of two pools, sparse, not gated": (lambda: memories(2, True, gated=False), tokens),
-    "experts, sparse": (lambda: experts(False, True), tokens),
-    "shared experts": (lambda: experts(True, False), tokens),
-    "shared experts, sparse": (lambda: experts(True, True), tokens),
-    "grid": (
-        lambda: Stack(tg.nn.SparseSelfAttention2d(16, 2, grid_size=3, relative_position_bias=True)),
+    "memories and experts": (lambda: Stack(*memories(False), *experts(False)), tokens),
+    "memories, sparse": (lambda: Stack(*memories(True)), tokens),
+    "experts, sparse": (lambda: Stack(*experts(True)), tokens),
+    "grid and window": (
+        lambda: Stack(
+            tg.nn.SparseSelfAttention2d(16, 2, grid_size=3, relative_position_bias=True),
+            tg.nn.SparseSelfAttention2d(16, 2, window_size=3),
+        ),
         lambda: torch.randn(1, 16, 7, 8),
     ),
     "block attention": (lambda: Stack(tg.nn.MobaAttention(16, 2, block_size=4, top_k=2, kernel_size=3)), tokens),
-    "key_conv": (Convolved, lambda: torch.randn(1, 2, 12, 8)),
+    "functions": (Functions, lambda: torch.randn(1, 2, 12, 8)),
 }
 
 

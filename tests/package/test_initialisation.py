@@ -37,6 +37,7 @@ def peer(**options: Any) -> nn.Module:
 # How each is made, with what makes it hold all that it can hold.
 MAKE: dict[str, list[Callable[[], nn.Module]]] = {
     "MemoryPool": [pool],
+    "OffloadedMemoryPool": [lambda: tg.nn.OffloadedMemoryPool(16, 64, "cpu", cache_rows=4)],
     "QuantizedMemoryPool": [lambda: tg.nn.QuantizedMemoryPool(16, 64, group_size=32)],
     "ProductKeyMemory": [
         lambda: memory(query_norm="batch", track_usage=True),
@@ -44,6 +45,7 @@ MAKE: dict[str, list[Callable[[], nn.Module]]] = {
         lambda: memory(query_norm="layer", bias=False),
         lambda: memory(gated=False),
     ],
+    "NgramMemory": [lambda: tg.nn.NgramMemory(64, 1000, rows=101, num_streams=2)],
     "PeerMemory": [lambda: peer(query_norm="batch", track_usage=True), lambda: peer(query_norm="rms")],
     "MobaAttention": [lambda: tg.nn.MobaAttention(128, 2, kernel_size=3, bias=True)],
     "IndexedAttention": [lambda: tg.nn.IndexedAttention(128, 2, index_dim=32, bias=True)],

@@ -19,7 +19,7 @@ import topgather as tg
 MOBA_FUNCTIONS = ["moba_attention", "moba_attention_varlen", "moba_route", "moba_route_varlen", "block_centroids"]
 DECODE_FUNCTIONS = ["moba_decode"]
 KEY_CONV_FUNCTIONS = ["key_conv"]
-MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup", "quantized_lookup"]
+MEMORY_FUNCTIONS = ["product_key_topk", "memory_lookup", "expert_lookup", "quantized_lookup", "ngram_hash"]
 GRID_FUNCTIONS = ["grid_attention", "window_attention"]
 INDEX_FUNCTIONS = ["index_route", "index_loss"]
 ATTENTION_FUNCTIONS = [*MOBA_FUNCTIONS, *DECODE_FUNCTIONS, *KEY_CONV_FUNCTIONS, *INDEX_FUNCTIONS]
@@ -33,6 +33,7 @@ SOURCES = {
     "memory_lookup": ["2412.09764"],
     "expert_lookup": ["2407.04153", "2412.09764"],
     "quantized_lookup": ["2412.09764"],
+    "ngram_hash": ["2601.07372"],
     "grid_attention": ["2412.14598", "2204.01697"],
     "window_attention": ["2103.14030", "2412.14598"],
 }
@@ -67,6 +68,14 @@ def test_names_promised() -> None:
     assert set(tg.__all__) <= set(dir(tg))
     for name in FUNCTIONS:
         assert f"topgather.{name}" in PUBLIC
+
+
+def test_what_is_filled_says_how_it_is_copied() -> None:
+    """``copy.copy`` of a class that says nothing shares tensors, and an append to the copy changes the original."""
+    filled = {name: found for name, found in PUBLIC.items() if inspect.isclass(found) and hasattr(found, "append")}
+    assert {"topgather.MobaCache", "topgather.PagedMobaCache", "topgather.distributed.ShardedCache"} <= filled.keys()
+    for name, found in filled.items():
+        assert hasattr(found, "__copy__") and hasattr(found, "__deepcopy__"), name
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -167,6 +176,14 @@ def test_signatures() -> None:
             "padding_idx": None,
             "include_last_offset": False,
             "dtype": torch.float32,
+        },
+        "ngram_hash": {
+            "orders": (2, 3),
+            "cu_seqlens": None,
+            "state": None,
+            "vocab_size": 2**31,
+            "end_token": None,
+            "seed": 0,
         },
         "grid_attention": {"grid_size": None, "stride": None, "bias": None, "scale": None},
         "window_attention": {"bias": None, "scale": None},

@@ -10,7 +10,7 @@ from model.problems import KernelModel, Launch, Problem, insertions
 STEP_KEYS = {64: 64, 128: 32}
 LIST_ITEM = 512
 BACKWARD_ITEM = 4096
-FORWARD_BUDGET, BACKWARD_BUDGET = 512 << 20, 1 << 30
+FORWARD_BUDGET, FORWARD_PAIR_BUDGET, BACKWARD_BUDGET = 512 << 20, 768 << 20, 1 << 30
 DEPTH_LOOP = "for (int k = 0; k < TileA::kColumns / 16"
 
 
@@ -113,54 +113,6 @@ ROUTE_FILTER = KernelModel(
 # --- attend -----------------------------------------------------------------------------------------------------------
 
 
-def attend(problem: Problem, direction: str) -> list[Launch]:
-    list_length = problem.top_k * problem.block_size
-    items = list_length / LIST_ITEM + 0.5  # the last of a list is full by half
-    num_lists = problem.num_units * problem.num_blocks
-    entries = list_length / items
-    keys_of_thread = problem.block_size * problem.head_dim / 8 / 128
-    passes = (
-        Passes("for (int round = 0", entries / 128),
-        Passes("if (is_resident) {", 0),  # the compiler lays its body last
-        Passes("for (int step = 0; step < end", problem.block_size / STEP_KEYS[problem.head_dim]),
-        Passes("if (step + kStepKeys >= end) after_scores", STEP_KEYS[problem.head_dim] / problem.block_size),
-        Passes("for (unsigned first = 0; first < kCopies", problem.head_dim / 8, unrolled=4),
-        Passes("if (is_first) return", 1 - STEP_KEYS[problem.head_dim] / problem.block_size),
-        depth(problem.head_dim, unrolled=problem.head_dim // 32),
-        Passes("for (int i = threadIdx.x; i < num_rows * Tile::kChunks", keys_of_thread, unrolled=4),
-        Passes("for (int i = threadIdx.x; i < item.num_entries", round(entries / 128), unrolled=4),
-        Passes("for (int key = static_cast<int>(threadIdx.x) / 8", problem.block_size / 16),
-        Passes("for (int chunk = static_cast<int>(threadIdx.x) % 8", problem.head_dim / 64, unrolled=4),
-    )
-    item_bytes = 2 * problem.block_size * problem.row_bytes + entries * (2 * problem.row_bytes + 8)
-    # A list begins with the queries of its own block, so that its first item hides keys and searches for inf and NaN.
-    first = Launch(num_lists, passes, num_lists * item_bytes)
-    others = Launch(
-        num_lists * (items - 1), passes, num_lists * (items - 1) * item_bytes, 0, rare=("has_unusual_values",)
-    )
-    waves = num_waves(problem, FORWARD_BUDGET, 2 * problem.head_dim + 4, 0)
-    return [Launch(first.thread_blocks / waves, passes, first.bytes, waves),
-            Launch(others.thread_blocks / waves, passes, others.bytes, waves, others.rare)]  # fmt: skip
-
-
-ATTEND = KernelModel(
-    "moba_attend_blocks",
-    "moba_forward_bfloat16_cuda",
-    bfloat16("moba_attend_blocks"),
-    "a warp's 32 entries x 128 keys",
-    attend,
-    tile="for (int round = 0",
-    threads=128,
-    rare=(
-        *("last_start_up_to", "cap_scores", "hide_keys", "move_bases"),
-        *("for (int first_key = first_seen", "keys_before_window"),
-        "if (end <= 0) after_scores",
-    ),
-)
-
-# --- merge ------------------------------------------------------------------------------------------------------------
-
-
 def num_waves(problem: Problem, budget: int, entry_bytes: int, row_bytes: int, unit_bytes: int = 0) -> int:
     """How many waves csrc/moba/moba_waves_cuda.cpp cuts a problem into."""
     of_row = 2 * problem.top_k * 4 + 2 + -(-problem.num_blocks * 4 // 256) + problem.top_k * entry_bytes + row_bytes
@@ -173,7 +125,10 @@ def num_waves(problem: Problem, budget: int, entry_bytes: int, row_bytes: int, u
 
 
 def forward_waves(problem: Problem) -> int:
-    return num_waves(problem, FORWARD_BUDGET, problem.row_bytes + 4, 0)
+    entry_bytes = problem.row_bytes + 8
+    if num_waves(problem, FORWARD_BUDGET, entry_bytes, 0) == 1:
+        return 1
+    return num_waves(problem, FORWARD_PAIR_BUDGET, 2 * entry_bytes, 0)
 
 
 def backward_waves(problem: Problem) -> int:
@@ -182,25 +137,94 @@ def backward_waves(problem: Problem) -> int:
     return num_waves(problem, budget, 0, 4 + 4 * problem.head_dim, unit_bytes)
 
 
-def merge(problem: Problem, direction: str) -> list[Launch]:
-    waves = forward_waves(problem)
-    passes = (
+def _attend_passes(problem: Problem, entries: float, merges: float) -> tuple[Passes, ...]:
+    """``merges``: sets of rows that a warp merges."""
+    keys_of_thread = problem.block_size * problem.head_dim / 8 / 128
+    return (
+        Passes("for (uint32_t share = thread_block", 1),
+        Passes("for (; row < end; row += stride", merges),
+        Passes("for (int first = 0; first < top_k; first += kSlots", 1),
         Passes("for (int slot = lane + kGroup", 0),
-        Passes("for (int first = 0; first < geometry.top_k", 1),
-        Passes("for (int i = 0; i < count", problem.top_k / 4),
+        Passes("for (int round = 0", entries / 128),
+        Passes("if (is_resident) {", 0),  # the compiler lays its body last
+        Passes("for (int step = 0; step < end", problem.block_size / STEP_KEYS[problem.head_dim]),
+        Passes("if (step + kStepKeys >= end) after_scores", STEP_KEYS[problem.head_dim] / problem.block_size),
+        Passes("for (unsigned first = 0; first < kCopies", problem.head_dim / 8, unrolled=4),
+        Passes("if (is_first) return", 1 - STEP_KEYS[problem.head_dim] / problem.block_size),
+        depth(problem.head_dim, unrolled=problem.head_dim // 32),
+        Passes("for (int i = threadIdx.x; i < num_rows * Tile::kChunks", keys_of_thread, unrolled=4),
+        Passes("for (int i = static_cast<int>(threadIdx.x); i < num_rows * decltype", keys_of_thread, unrolled=4),
     )
-    bytes_moved = problem.num_entries * (problem.row_bytes + 8) + problem.num_rows * (problem.row_bytes + 6)
-    rows_per_block = 8 * 32 / (problem.head_dim / 8)
-    return [Launch(problem.num_rows / rows_per_block / waves, passes, bytes_moved, waves)]
+
+
+NO_MERGE = ("if (args.merge.rows_of_unit > 0)", "merge_rows", "merge_share", "write_row")
+
+
+def _merge_bytes(problem: Problem) -> float:
+    return problem.num_entries * (problem.row_bytes + 8) + problem.num_rows * (problem.row_bytes + 12)
+
+
+def _rows_at_once(problem: Problem) -> float:
+    """Rows that a thread block merges at once: two sets of each of four warps."""
+    return 4 * 2 * 32 / (problem.head_dim / 8)
+
+
+def attend(problem: Problem, direction: str) -> list[Launch]:
+    items = problem.entries_of_block / LIST_ITEM + 0.5  # the last of a list is full by half
+    num_items = problem.num_units * problem.num_blocks * items
+    entries = problem.entries_of_block / items
+    item_bytes = 2 * problem.block_size * problem.row_bytes + entries * (2 * problem.row_bytes + 12)
+    waves = forward_waves(problem)
+    alone = Launch(num_items / waves, _attend_passes(problem, entries, 0), num_items / waves * item_bytes, 1, NO_MERGE)
+    if waves == 1:
+        return [alone]
+    # Every second thread block merges its share of the wave before.
+    merges = round(problem.num_rows / (num_items / 2) / _rows_at_once(problem))
+    both = Launch(
+        num_items / waves,
+        _attend_passes(problem, entries, merges),
+        (num_items * item_bytes + _merge_bytes(problem)) * (waves - 1) / waves,
+        waves - 1,
+        other=alone,
+    )
+    return [alone, both]
+
+
+_ATTEND_RARE = (
+    *("last_start_up_to", "cap_scores", "hide_keys", "hides_keys", "move_bases", "keys_before_window"),
+    *("for (int first_key = first_seen", "if (end <= 0) after_scores", "if (is_one_by_one)", "has_sink"),
+    *("for (int s = 0; s < kSets; ++s) mine[s] = terms_at", "load(false);", "words[s][j][c] = make_uint4"),
+    "return sinks.data == nullptr ?",
+)
+ATTEND = KernelModel(
+    "moba_attend_blocks",
+    "moba_forward_bfloat16_cuda",
+    bfloat16("moba_attend_blocks"),
+    "a warp's 32 entries x 128 keys",
+    attend,
+    tile="for (int round = 0",
+    threads=128,
+    rare=_ATTEND_RARE,
+)
+
+
+def merge(problem: Problem, direction: str) -> list[Launch]:
+    """The last wave's rows, by a launch without work items, taken as one round of thread blocks of all its rows."""
+    waves, thread_blocks = forward_waves(problem), 264
+    passes = _attend_passes(problem, 0, max(1.0, problem.num_rows / waves / thread_blocks / _rows_at_once(problem)))
+    return [Launch(thread_blocks, passes, _merge_bytes(problem) / waves)]
 
 
 MERGE = KernelModel(
-    "moba_merge_slots",
-    "moba_forward_cuda",
-    lambda head_dim: f"moba_merge_slotsINS_8BFloat16ELi{head_dim // 8}ELi1E",
-    "a warp's 4 or 2 rows of 8 choices",
+    "moba_attend_blocks, merging alone",
+    "moba_forward_bfloat16_cuda",
+    bfloat16("moba_attend_blocks"),
+    "a warp's 8 or 4 rows of 8 choices",
     merge,
-    rare=("last_start_up_to", "has_sink"),
+    tile="for (; row < end; row += stride",
+    threads=128,
+    rare=_ATTEND_RARE,
+    shared_bytes=100096,
 )
 
 # --- layout -----------------------------------------------------------------------------------------------------------
@@ -223,14 +247,28 @@ def _layout(
     return [Launch(count(rows, units), passes, problem.num_rows * bytes_of_row, waves)]
 
 
+MAX_BLOCKS_OF_ONE_SCAN, SCAN_WARPS, SCAN_THREADS = 128, 8, 512
+
+
+def count_few_blocks(problem: Problem, direction: str) -> list[Launch]:
+    if problem.num_blocks > MAX_BLOCKS_OF_ONE_SCAN:
+        return []
+    return _layout(
+        problem, direction, lambda rows, units: rows / 256, 4 * problem.top_k + 2,
+        Passes("for (int64_t row = first_of_chunk", 2), Passes("for (int turn = 0", 4, unrolled=4),
+        Passes("for (int distance = 1", problem.top_k - 1, unrolled=4),
+        Passes("for (int block = lane_id()", max(1, problem.num_blocks / 32)),
+        Passes("for (int block = static_cast<int>(threadIdx.x)", 1),
+    )  # fmt: skip
+
+
 def count_choices(problem: Problem, direction: str) -> list[Launch]:
+    if problem.num_blocks <= MAX_BLOCKS_OF_ONE_SCAN:
+        return []
     return _layout(
         problem, direction, lambda rows, units: rows / 128, 4 * problem.top_k + 2,
         Passes("for (int distance = 1", problem.top_k - 1, unrolled=4),
     )  # fmt: skip
-
-
-MAX_BLOCKS_OF_ONE_SCAN, SCAN_WARPS, SCAN_THREADS = 128, 8, 512
 
 
 def _scan_rounds(problem: Problem, direction: str) -> Passes:
@@ -294,6 +332,7 @@ def _layout_kernel(
 
 
 LAYOUT = (
+    _layout_kernel("moba_count_few_blocks", "a warp's 32 rows of 8 choices", count_few_blocks, counted_tokens=8 * 1024),
     _layout_kernel("moba_count_choices", "a warp's 16 rows of 8 choices", count_choices),
     _layout_kernel("moba_scan_few_blocks", "64 blocks, 32 chunks", scan_few_blocks, counted_tokens=8 * 1024),
     _layout_kernel("moba_scan_chunks", "a warp's 32 blocks x 32 chunks", scan_chunks),

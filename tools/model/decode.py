@@ -85,7 +85,7 @@ _MERGE = Launch(
         Passes("for (int split = threadIdx.x; split < args.num_splits", 1),
         Passes("} while (first_column < geometry.value_dim)", 1),
         Passes("for (int first = 0; first < args.num_splits", 1),
-        Passes("for (int s = 0; s < count", SPLITS, unrolled=4),
+        Passes("for (int some = 0; some < count", SPLITS / 8),
     ),
     NUM_ROWS * (SPLITS * (4 * HEAD_DIM + 8) + ROW_BYTES),
 )

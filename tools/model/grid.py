@@ -66,6 +66,38 @@ FORWARD_LARGE = of_one_size(
 )  # fmt: skip
 
 
+def _unit_gradients(grid_size: int) -> Launch:
+    """Of groups of up to 256 tokens with the gradient of queries and the shifts, of larger ones without."""
+    is_whole, queries = grid_size <= 16, _tiles(grid_size)
+    passes = (
+        Passes("for (uint32_t first_query = 0", queries),
+        Passes("for (int column = 0; column < static_cast<int>(kQueries)", 4),
+        Passes("if (first_query > 0", 0.5 - 1 / queries),
+        Passes("if (next_query < geometry.max_tokens)", 1 - 1 / queries),
+        Passes("for (uint32_t key = 0", queries),
+        Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
+        Passes("for (int i = lane_id(); i < 32 * Shared::KeyTile::kChunks", 0),
+    )
+    if is_whole:
+        rare: tuple[str, ...] = ("if (args.out.data == nullptr) shared.minus_shift",)
+    else:
+        rare = ("write_query_gradients", "part_of_shift", "*reinterpret_cast<uint32_t*>(to) = left")
+    tensors = 8 if is_whole else 6
+    return Launch(NUM_TOKENS / 256, passes, tensors * TENSOR_BYTES + 16 * NUM_TOKENS, rare=rare)
+
+
+UNIT_GRADIENTS = of_one_size(
+    "grid_unit_gradients", "grid_backward_cuda", "grid_unit_gradientsINS_8BFloat16ELi64E",
+    "a warp's 32 keys x 64 of 256 queries, grid 16", _unit_gradients(16), HEAD_DIM, threads=256, shared_bytes=99968,
+    tile="for (uint32_t first_query = 0",
+    rare=(
+        *_RARE, "clear_absent", "add_unit_bias", "scale_all", "if (args.bias != nullptr)",
+        "if (args.d_score_scale != 1.0f)",
+        "if (mine.there == 0 && args.grad_query", "for (int c = column",
+    ),
+)  # fmt: skip
+
+
 def _terms() -> Launch:
     passes = (Passes("for (int d = 2 * lane", HEAD_DIM / 16, unrolled=4),)
     return Launch(NUM_TOKENS / 32, passes, 2 * TENSOR_BYTES + 4 * NUM_TOKENS)
@@ -76,26 +108,22 @@ ROW_TERMS = of_one_size(
 )
 
 
-def _gradients(grid_size: int, num_written: int) -> Launch:
+def _query_gradients(grid_size: int) -> Launch:
     passes = (
         Passes("for (uint32_t first_column = 0", _tiles(grid_size)),
-        Passes("for (int column = 0; column < Shared::kColumns", 4 if num_written > 1 else 2),
-        Passes("const bool has_next", 1 - 1 / _tiles(grid_size)),
+        Passes("for (int column = 0; column < Shared::kColumns", 2),
+        Passes("if (first_column + kColumns < geometry.max_tokens)", 1 - 1 / _tiles(grid_size)),
         Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )
-    return Launch(NUM_TOKENS / LARGE_TILE, passes, (4 + num_written) * TENSOR_BYTES + 12 * NUM_TOKENS)
+    return Launch(NUM_TOKENS / LARGE_TILE, passes, 5 * TENSOR_BYTES + 12 * NUM_TOKENS)
 
 
-def _gradient_kernel(rows: str, columns: str, num_written: int) -> KernelModel:
-    return of_one_size(
-        "grid_large_gradients", "grid_backward_cuda", f"grid_large_gradientsINS_8BFloat16ELi64ELb{num_written - 1}E",
-        f"a warp's 32 {rows} x 64 {columns}", _gradients(16, num_written), HEAD_DIM, threads=128, shared_bytes=68736,
-        tile="for (uint32_t first_column = 0", rare=_RARE,
-    )  # fmt: skip
-
-
-KEY_GRADIENTS = _gradient_kernel("keys", "queries", 2)
-QUERY_GRADIENTS = _gradient_kernel("queries", "keys", 1)
+# Of groups of more than 256 tokens, whose gradients of keys and values are those of grid_unit_gradients.
+QUERY_GRADIENTS = of_one_size(
+    "grid_large_gradients", "grid_backward_cuda", "grid_large_gradientsINS_8BFloat16ELi64E",
+    "a warp's 32 queries x 64 keys", _query_gradients(32), HEAD_DIM, threads=128, shared_bytes=67200,
+    tile="for (uint32_t first_column = 0", rare=_RARE,
+)  # fmt: skip
 
 
 def _group_gradients() -> Launch:
@@ -103,7 +131,7 @@ def _group_gradients() -> Launch:
         Passes("for (int query = first; query < end", 2),
         Passes("for (int i = lane_id(); i < cuda::kBlockRows * head_dim", 0),
     )
-    return Launch(NUM_TOKENS / TILE, passes, 7 * TENSOR_BYTES + 16 * NUM_TOKENS)
+    return Launch(NUM_TOKENS / TILE, passes, 8 * TENSOR_BYTES + 16 * NUM_TOKENS)
 
 
 GROUP_GRADIENTS = of_one_size(
@@ -141,7 +169,7 @@ KERNELS = (
     FORWARD_LARGE,
     FORWARD_WITH_BIAS,
     ROW_TERMS,
-    KEY_GRADIENTS,
+    UNIT_GRADIENTS,
     QUERY_GRADIENTS,
     GROUP_GRADIENTS,
     BIAS,
@@ -151,13 +179,18 @@ _SIZE = "32 images of 5 heads, 128 x 128, D 64, grid"
 _LOADS = 4 * TENSOR_BYTES
 CASES = (
     Case(f"`grid_attention`, {_SIZE} 8", ((FORWARD, _forward()),), _LOADS),
-    Case("its gradients", ((ROW_TERMS, _terms()), (GROUP_GRADIENTS, _group_gradients())), 2 * _LOADS),
+    Case("its gradients", ((GROUP_GRADIENTS, _group_gradients()),), 2 * _LOADS),
     Case("with a bias, grid 8", ((FORWARD_WITH_BIAS, _forward()),), _LOADS),
     Case("the gradient of a bias, grid 8", ((BIAS, _bias()), (SUM, _SUM))),
     Case(f"`grid_attention`, {_SIZE} 16", ((FORWARD_LARGE, _forward_large(16)),), _LOADS),
+    Case("its gradients, grid 16", ((UNIT_GRADIENTS, _unit_gradients(16)),), 2 * _LOADS),
     Case(
-        "its gradients, grid 16",
-        ((ROW_TERMS, _terms()), (KEY_GRADIENTS, _gradients(16, 2)), (QUERY_GRADIENTS, _gradients(16, 1))),
+        "its gradients, grid 32",
+        (
+            (ROW_TERMS, _terms()),
+            (UNIT_GRADIENTS, _unit_gradients(32)),
+            (QUERY_GRADIENTS, _query_gradients(32)),
+        ),
         2 * _LOADS,
     ),
 )

@@ -110,6 +110,35 @@ RUNS = of_one_size(
     "a warp's 128 columns of a run of two pieces", _RUNS, rare=("if (goes_on && piece < num_pieces)",),
 )  # fmt: skip
 
+# --- steps of a row optimizer -----------------------------------------------------------------------------------------
+
+_STATE_BYTES = 2 * ROW_BYTES  # two states in bfloat16
+_UPDATE_GATHER = Launch(NUM_ENTRIES / 256, (), NUM_ENTRIES * (8 + 4 + 4 + 8 + 16) + TOUCHED * (2 * 4 + 2 * 8 + 32))
+UPDATE_GATHER = of_one_size(
+    "memory_update_gather", "memory_update_cuda", "memory_update_gather", "a warp's 32 entries, some of new rows",
+    _UPDATE_GATHER,
+)  # fmt: skip
+_OF_STEPS = (
+    Passes("for (int slab = warp_id() % warps_per_piece", 1),
+    Passes("for (int e = 0; e <= kEntriesPerPiece", PIECE),
+    Passes("if (is_new_row && run_row != kNoRow)", NEW_ROW),
+    Passes("for (int other = thread + kLanes", 7),
+    Passes("for (int lane = 1; lane < kLanes", 31, unrolled=1),
+)
+_UPDATE = Launch(
+    NUM_PIECES / 2, _OF_STEPS,
+    2 * TOUCHED * (ROW_BYTES + _STATE_BYTES) + NUM_TOKENS * ROW_BYTES + NUM_ENTRIES * 16 + _SUM_BYTES,
+)  # fmt: skip
+UPDATE = of_one_size(
+    "memory_update_pieces", "memory_update_cuda", "memory_update_piecesINS_8BFloat16ELi8E",
+    "a warp's entry of 256 columns, within a run", _UPDATE, tile="for (int e = 0; e <= kEntriesPerPiece",
+    shared_bytes=2048,
+    rare=(
+        "return args.sums + (2 * piece + 1)", "*reinterpret_cast<float4*>(row + first + i)",
+        "if (columns.has(i)) squares", "sums[thread] = squares",
+    ),
+)  # fmt: skip
+
 # --- product keys -----------------------------------------------------------------------------------------------------
 
 NUM_HEADS, NUM_KEYS, HEAD_DIM, TOP_K = 4, 1024, 512, 32
@@ -144,7 +173,7 @@ TOPK = of_one_size(
     ),
 )  # fmt: skip
 
-KERNELS = (TOPK, LOOKUP, GATHER, CLEAR, PIECES, PIECES_WITHOUT_WEIGHTS, STRETCHES, RUNS)
+KERNELS = (TOPK, LOOKUP, GATHER, CLEAR, PIECES, PIECES_WITHOUT_WEIGHTS, STRETCHES, RUNS, UPDATE_GATHER, UPDATE)
 _SIZE = "1M rows of 1024, 16K tokens of 128 entries"
 CASES = (
     Case("`product_key_topk`, 16K tokens of 4 heads, D 512, n 1024, top_k 32", ((TOPK, _TOPK),)),
@@ -157,5 +186,10 @@ CASES = (
         "its gradients, sparse, without the sort of the indices",
         ((GATHER, _GATHER), (PIECES, _PIECES), (STRETCHES, _STRETCHES), (RUNS, _RUNS)),
         (2 * TOUCHED + NUM_TOKENS) * ROW_BYTES,
+    ),
+    Case(
+        "a step of `RowAdam` with bfloat16 states, without the sort of the indices and long runs",
+        ((UPDATE_GATHER, _UPDATE_GATHER), (UPDATE, _UPDATE)),
+        2 * TOUCHED * (ROW_BYTES + _STATE_BYTES) + NUM_TOKENS * ROW_BYTES,
     ),
 )  # fmt: skip

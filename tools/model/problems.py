@@ -43,8 +43,14 @@ class Problem:
 
     @property
     def num_entries(self) -> int:
-        """Choices of all queries; the first ones of a sequence, which see fewer blocks, are counted in full."""
-        return self.num_rows * self.top_k
+        """Choices of all queries. The first ones of a sequence see fewer blocks than they may choose."""
+        return round(self.num_units * self.num_blocks * self.entries_of_block)
+
+    @property
+    def entries_of_block(self) -> float:
+        """Choices of a block, on average."""
+        missing = sum(max(self.top_k - seen, 0) for seen in range(1, self.num_blocks + 1))
+        return self.block_size * (self.top_k - missing / self.num_blocks)
 
     @property
     def row_bytes(self) -> int:
@@ -56,7 +62,8 @@ class Launch:
     """What a problem runs of a kernel: ``thread_blocks`` in each of ``launches``, all of which take the same way.
 
     ``passes``: trip counts, with those of the tile loop, which may be a fraction. ``bytes``: of device memory, of all
-    launches together.
+    launches together. ``other``: the way, passes and what is rare, of every second thread block; those side by side are
+    then at different turns.
     """
 
     thread_blocks: float
@@ -64,6 +71,7 @@ class Launch:
     bytes: float
     launches: float = 1
     rare: Sequence[str] = ()
+    other: Launch | None = None
 
 
 @dataclass(frozen=True)

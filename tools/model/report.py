@@ -208,7 +208,8 @@ class Subject:
 
     def cycles(self, launch: Launch, together: int) -> tuple[float, float]:
         """What thread blocks side by side on a multiprocessor take: all of it, and each pass of the hot loop."""
-        key = (tuple(launch.passes), tuple(launch.rare), together)
+        ways = [launch, *([launch.other] if launch.other else [])]
+        key = (*((tuple(way.passes), tuple(way.rare)) for way in ways), together)
         if key not in self._cycles:
             self._cycles[key] = self._simulate(launch, together)
         return self._cycles[key]
@@ -220,10 +221,16 @@ class Subject:
             total = float(simulate([[self.walker(launch).whole()] * warps] * together).cycles)
             return total, total
         found = []
+        turns = [launch, *([launch.other] if launch.other else [])]
         for count in (1, 3):
-            passes = [replace(entry, passes=count) if entry is tile else entry for entry in launch.passes]
-            way = self.walker(launch, passes).whole()
-            found.append(simulate([[way] * warps] * together).cycles)
+            ways = []
+            for turn in turns:
+                passes = [replace(p, passes=count) if p.line == self.model.tile else p for p in turn.passes]
+                ways.append(self.walker(turn, passes).whole())
+            # Side by side, each starts at another turn.
+            turned = [ways[i % len(ways) :] + ways[: i % len(ways)] for i in range(together)]
+            streams = [[instruction for way in stream for instruction in way] for stream in turned]
+            found.append(simulate([[stream] * warps for stream in streams]).cycles / len(turns))
         of_pass = (found[1] - found[0]) / 2
         return max(found[0] + of_pass * (tile.passes - 1), 0.0), of_pass
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -151,6 +152,19 @@ class ShardedCache:
             f"block_size={self.block_size}, max_seq_len={self.max_seq_len}, lengths={self._lengths}, "
             f"rank={self._rank} of {self._num_ranks})"
         )
+
+    def __copy__(self) -> ShardedCache:
+        """As ``copy.deepcopy``: one of the same group with pages of its own."""
+        other = object.__new__(type(self))
+        with torch.inference_mode(False), torch.no_grad():
+            for name, held in vars(self).items():
+                made = held.clone() if isinstance(held, Tensor) else list(held) if isinstance(held, list) else held
+                setattr(other, name, made)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedCache:
+        memo[id(self)] = other = copy.copy(self)
+        return other
 
     # --- cutting off --------------------------------------------------------------------------------------------------
 

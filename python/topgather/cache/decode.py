@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -132,7 +133,7 @@ def moba_decode(
     longest = cache.max_seq_len if lengths is None else max(lengths, default=0)
     num_blocks = max(1, -(-longest // cache.block_size))
 
-    forced = (force_first, force_last)
+    forced, is_chosen = (force_first, force_last), False
     if routing is None:
         if top_k is not None:
             checks.check_count("top_k", top_k)
@@ -148,24 +149,26 @@ def moba_decode(
             per_query, num_kv_heads = tuple(query.shape[:3]), cache.key_pages.size(1)
             call = replay.Call(per_query, num_kv_heads, num_keys, cache.block_size, top_k, query.device)
             block_indices = replay.choose(route, arguments, call)
+            is_chosen = True
         else:
             block_indices = route(*arguments)
     else:
         check_none_forced(forced)
         block_indices = _choice_of(routing, cache)
     factor = cache.head_dim**-0.5 if scale is None else float(scale)
-    if query_len >= _PREFILL_TOKENS and _is_dense_problem(cache, lengths, counts, query_len):
-        # Not to be cast: the cache has the dtype that was asked for.
-        with torch.autocast(query.device.type, enabled=False):
-            out, lse, _ = torch.ops.topgather.moba_attention.default(
-                query, cache.key_pages[:, :, :longest], cache.value_pages[:, :, :longest], block_indices,
-                cache.block_size, True, factor, softcap=softcap, sinks=sinks, window=window,
+    with replay.taken_back_by_errors() if is_chosen else nullcontext():
+        if query_len >= _PREFILL_TOKENS and _is_dense_problem(cache, lengths, counts, query_len):
+            # Not to be cast: the cache has the dtype that was asked for.
+            with torch.autocast(query.device.type, enabled=False):
+                out, lse, _ = torch.ops.topgather.moba_attention.default(
+                    query, cache.key_pages[:, :, :longest], cache.value_pages[:, :, :longest], block_indices,
+                    cache.block_size, True, factor, softcap=softcap, sinks=sinks, window=window,
+                )  # fmt: skip
+        else:
+            out, lse = torch.ops.topgather.moba_decode.default(
+                query, cache.key_pages, cache.value_pages, block_indices, cache.seq_lens, cache.page_table,
+                count_tensor, cache.block_size, factor, softcap, sinks, window,
             )  # fmt: skip
-    else:
-        out, lse = torch.ops.topgather.moba_decode.default(
-            query, cache.key_pages, cache.value_pages, block_indices, cache.seq_lens, cache.page_table, count_tensor,
-            cache.block_size, factor, softcap, sinks, window,
-        )  # fmt: skip
     if lengths is None and cache.has_spare_rows:
         # Nobody may have seen that a sequence grew past its limit, into rows that are there.
         has_outgrown = (cache.seq_lens > cache.max_seq_len)[:, None, None]

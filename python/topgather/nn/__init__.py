@@ -7,15 +7,20 @@ from .grid import LearnableFeatureFusion, SparseSelfAttention2d
 from .indexer import IndexedAttention
 from .memory import PeerMemory, ProductKeyMemory
 from .moba import MobaAttention
+from .ngram import NgramMemory
+from .offloaded import CacheUsage, OffloadedMemoryPool
 from .pool import MemoryPool
 from .quantized import QuantizedMemoryPool
 
 __all__ = [
+    "CacheUsage",
     "IndexedAttention",
     "LearnableFeatureFusion",
     "MemoryPool",
     "MemoryUsage",
     "MobaAttention",
+    "NgramMemory",
+    "OffloadedMemoryPool",
     "PeerMemory",
     "ProductKeyMemory",
     "QuantizedMemoryPool",

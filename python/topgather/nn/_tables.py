@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +45,24 @@ class TableModule(nn.Module):
     def _are_parameters(self, *names: str) -> bool:
         """Whether these tables are parameters themselves, not computed from others by a parametrisation or pruning."""
         return all(self._parameters.get(name) is not None for name in names)
+
+
+class SparseTables(nn.EmbeddingBag):
+    """Stands for the tables of a layer where ``DistributedDataParallel`` looks for sparse gradients."""
+
+    sparse = True
+
+    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
+        nn.Module.__init__(self)
+        for name in names:
+            self.register_parameter(name, layer._parameters[name])
+
+    def reset_parameters(self) -> None:
+        """Nothing: the layer draws its tables."""
+
+    def extra_repr(self) -> str:
+        """Nothing."""
+        return ""
 
 
 def table_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
@@ -204,6 +222,20 @@ def copy_reference(
     with torch.no_grad():
         for target, tensor in copies:
             target.copy_(tensor)
+
+
+def is_of_its_kind(table: Tensor, state_dict: Mapping[str, Any], name: str, errors: list[str]) -> bool:
+    """Whether ``state_dict[name]`` may be copied into ``table``; ``errors`` gets what stands in the way.
+
+    ``copy_`` converts any dtype to any other, and integers of 8 bits are no rows without their scales.
+    """
+    loaded = state_dict.get(name)
+    if not isinstance(loaded, Tensor) or loaded.dtype == table.dtype:
+        return True
+    if loaded.is_floating_point() and table.dtype.itemsize > 1 and loaded.dtype.itemsize > 1:
+        return True
+    errors.append(f"{name} is of {loaded.dtype}, the table is of {table.dtype}: quantise or make a pool of that dtype")
+    return False
 
 
 def check_number(name: str, value: Any) -> None:

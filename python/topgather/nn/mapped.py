@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common import checks
+from ..ops import _memory_update
 from ._row_file import RowFile, create
 from .pool import MemoryPool
 
@@ -38,6 +39,7 @@ class MappedMemoryPool(MemoryPool):
             # A table that nobody holds any more is let go of at once, with its file.
             record = weakref.WeakMethod(self._record)
             self.values.register_hook(lambda gradient: _call(record(), gradient))
+            _memory_update.listen(self.values, weakref.WeakMethod(self.mark_rows))
 
     @property
     def step(self) -> int:
@@ -57,7 +59,8 @@ class MappedMemoryPool(MemoryPool):
     def mark_rows(self, rows: Tensor) -> None:
         """Say that rows are changed, or about to be: the next :meth:`flush` writes them back.
 
-        The rows of every gradient that backward computes are marked. Only what changes ``values`` otherwise needs this.
+        The rows of every gradient that backward computes are marked, and those that an optimizer of
+        :mod:`topgather.optim` steps. Only what changes ``values`` otherwise needs this.
 
         Args:
             rows: integers of any shape.
@@ -84,7 +87,7 @@ class MappedMemoryPool(MemoryPool):
         Raises:
             TypeError: ``step`` is no int.
             ValueError: it is not above the file's.
-            RuntimeError: the table was opened with ``trainable=False``.
+            RuntimeError: the table was opened with ``trainable=False``, or ``values`` are another tensor now.
             OSError: something could not be written, for want of space for one. It may be tried again.
         """
         if not self._file.is_writable:
@@ -93,10 +96,14 @@ class MappedMemoryPool(MemoryPool):
         checks.check_count("step", step)
         if step <= self.step:
             raise ValueError(f"step must be above {self.step}, that of the file, got {step}")
+        if self.values.data_ptr() != self._file.values.data_ptr():
+            raise RuntimeError(f"values of a pool of {self.path} were replaced: they are changed in place")
         rows = torch.cat([torch.empty(0, dtype=torch.int64), *self._pending]).unique()
         with torch.no_grad():
             self._file.write_back(rows, step)
-        self._pending = []
+        # An optimizer may still take the step of a gradient that is there.
+        grad = self.values.grad
+        self._pending = [] if grad is None else [grad._indices()[0]]
         return step
 
     def prefetch(self, indices: Tensor) -> None:
@@ -123,9 +130,9 @@ class MappedMemoryPool(MemoryPool):
         destination[prefix + "step"] = torch.tensor(self.step)
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, _metadata: Any, strict: bool, missing: list[str], *others: Any
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        unexpected, errors = others[0], others[1]
+        missing, unexpected, errors = lists
         name = prefix + "step"
         if name in state_dict:
             step = int(state_dict[name])
@@ -144,8 +151,8 @@ class MappedMemoryPool(MemoryPool):
         return f"{super().extra_repr()}, path={str(self.path)!r}, step={self.step}"
 
 
-def _call(record: Callable[[Tensor], None] | None, gradient: Tensor) -> None:
-    if record is not None:
+def _call(record: Callable[[Tensor], None] | None, gradient: Tensor | None) -> None:
+    if record is not None and gradient is not None:  # a row optimizer's tables have none
         record(gradient)
 
 

@@ -13,7 +13,7 @@ from .._common import checks
 from ..ops import expert_lookup, product_key_topk
 from ..ops.memory import ACTIVATIONS
 from ._init import FanInNormalLinear, XavierLinear, reset_modules
-from ._tables import TableModule, check_number, copy_reference, linear_targets, parameter_to_load
+from ._tables import SparseTables, TableModule, check_number, copy_reference, linear_targets, parameter_to_load
 from ._usage import UsageCounters
 from .pool import MemoryPool, check_num_keys
 from .quantized import QuantizedMemoryPool
@@ -331,24 +331,6 @@ class ProductKeyMemory(_ProductKeyLayer):
         return f"{self._retrieval_repr()}, gated={self.gated}, out_dim={self.out_dim}"
 
 
-class _SparseTables(nn.EmbeddingBag):
-    """Stands for the tables of a :class:`PeerMemory` where ``DistributedDataParallel`` looks for sparse gradients."""
-
-    sparse = True
-
-    def __init__(self, layer: PeerMemory) -> None:
-        nn.Module.__init__(self)
-        for name in ("values_in", "values_out"):
-            self.register_parameter(name, layer._parameters[name])
-
-    def reset_parameters(self) -> None:
-        """Nothing: the layer draws its tables."""
-
-    def extra_repr(self) -> str:
-        """Nothing."""
-        return ""
-
-
 class PeerMemory(_ProductKeyLayer):
     """A layer of experts of one hidden neuron, chosen by product keys (PEER, arXiv 2407.04153, section 2; the PEER
     variant of arXiv 2412.09764).
@@ -453,7 +435,7 @@ class PeerMemory(_ProductKeyLayer):
             remove_duplicate: whether a module that stands in several places comes once. Default: ``True``.
         """
         if self._gives_sparse and (memo is None or self not in memo):
-            yield prefix, _SparseTables(self)
+            yield prefix, SparseTables(self, ("values_in", "values_out"))
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
     @property

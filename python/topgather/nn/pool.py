@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from ..ops import memory_lookup
 from ..ops._bags import check_mode, row_of_padding
 from ..ops._memory_ops import MAX_KEYS
 from ..ops.quantized import quantize_rows
-from ._tables import TableModule
+from ._tables import TableModule, is_of_its_kind
 from .quantized import QuantizedMemoryPool
 
 if TYPE_CHECKING:
@@ -90,6 +91,12 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         if self.padding_idx is not None:
             with torch.no_grad():
                 self.values[self.padding_idx].zero_()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        if is_of_its_kind(self.values, state_dict, prefix + "values", lists[-1]):
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

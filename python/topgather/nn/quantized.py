@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from .._common import checks
 from ..ops._bags import check_mode, row_of_padding
 from ..ops._memory_ops import MAX_KEYS
 from ..ops.quantized import WIDE_DTYPES, check_quantized_dtype, groups_of, quantized_lookup
+from ._tables import is_of_its_kind
 
 
 class QuantizedMemoryPool(nn.Module):
@@ -98,6 +99,12 @@ class QuantizedMemoryPool(nn.Module):
         converted = fn(torch.empty(0, dtype=self.dtype)).dtype
         self.dtype = converted if converted in WIDE_DTYPES else torch.float32
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        if is_of_its_kind(self.values, state_dict, prefix + "values", lists[-1]):
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @property
     def num_embeddings(self) -> int:

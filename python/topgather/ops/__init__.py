@@ -14,6 +14,7 @@ from .moba import (
     moba_route,
     moba_route_varlen,
 )
+from .ngram import ngram_hash, ngram_table_rows
 from .quantized import quantized_lookup
 from .replay import record_routing, replay_routing
 from .routing import BlockRouting, RoutingRecord
@@ -34,6 +35,8 @@ __all__ = [
     "moba_attention_varlen",
     "moba_route",
     "moba_route_varlen",
+    "ngram_hash",
+    "ngram_table_rows",
     "product_key_topk",
     "quantized_lookup",
     "record_routing",

@@ -21,7 +21,6 @@ from .._common import checks, cuda, tensors
 from .._common.library import sum_dtype
 from .._common.spec import Op, register
 from ._memory_ops import _is_first, _sorted_entries, check_content, check_table, tokens_of
-from ._row_steps import composed_square, composed_update
 
 _ops = torch.ops.topgather
 
@@ -130,7 +129,6 @@ memory_update = register(
         check=_check_update,
         check_content=_check_entries_content,
         cuda_check=lambda values: cuda.check_dtype("values", values),
-        composed_on_cuda=composed_update,
         locals={**_locals, "algorithm_code": lambda algorithm: ALGORITHMS[algorithm], "squares": lambda: None},
         inputs={
             **_inputs,
@@ -168,7 +166,6 @@ memory_grad_square = register(
         check=_check_entries,
         check_content=_check_entries_content,
         cuda_check=lambda values: cuda.check_dtype("values", values),
-        composed_on_cuda=composed_square,
         locals={**_locals, **dict.fromkeys(_UNUSED, lambda: None)},
         inputs=_inputs,
         results=lambda values: values.new_empty((1,), dtype=torch.float64),
@@ -235,10 +232,21 @@ _recorders: Any = WeakIdKeyDictionary()
 is_recording = False
 
 
+# The attribute of an attached table. A compiled lookup asks for it, and is compiled anew for a table that has it or
+# lost it; those of other tables stay as they are.
+_MARK = "_topgather_has_row_optimizer"
+
+
+def _forget(table: Tensor) -> None:
+    _recorders.pop(table, None)
+    if hasattr(table, _MARK):
+        delattr(table, _MARK)
+
+
 def _forget_the_dead() -> None:
     global is_recording
     for table in [table for table, recorder in _recorders.items() if recorder() is None]:
-        del _recorders[table]
+        _forget(table)
     is_recording = len(_recorders) > 0
 
 
@@ -246,6 +254,7 @@ def attach(table: Tensor, recorder: Recorder) -> None:
     """Have the lookups of ``table`` record, until ``detach`` or as long as ``recorder`` lives."""
     global is_recording
     _recorders[table] = weakref.ref(recorder)
+    setattr(table, _MARK, True)
     # An optimizer that is dropped lets go of its tables.
     weakref.finalize(recorder, _forget_the_dead).atexit = False
     is_recording = True
@@ -253,8 +262,25 @@ def attach(table: Tensor, recorder: Recorder) -> None:
 
 def detach(table: Tensor) -> None:
     """Have the lookups of ``table`` make gradients again."""
-    _recorders.pop(table, None)
+    _forget(table)
     _forget_the_dead()
+
+
+# Of each table that lies in a file: what marks rows as changed.
+_listeners: Any = WeakIdKeyDictionary()
+
+
+def listen(table: Tensor, mark_rows: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
+    """Have ``mark_rows`` called with the rows of ``table`` that a step is about to change."""
+    _listeners[table] = mark_rows
+
+
+def tell_of_changes(table: Tensor, rows: Tensor) -> None:
+    """Say that rows of ``table`` are about to change, to whom it concerns."""
+    listener = _listeners.get(table)
+    mark_rows = None if listener is None else listener()
+    if mark_rows is not None:
+        mark_rows(rows)
 
 
 def recorder_of(table: Tensor) -> Recorder | None:
@@ -263,7 +289,15 @@ def recorder_of(table: Tensor) -> Recorder | None:
     return None if found is None else found()
 
 
-@torch.compiler.disable
+def is_marked(table: Tensor) -> bool:
+    """Whether an optimizer has ``table``, in words that ``torch.compile`` follows.
+
+    A compiled graph records nothing: an attached table's gradient is a sparse one there, which the optimizer's step
+    takes as entries.
+    """
+    return hasattr(table, _MARK)
+
+
 def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, offsets: Tensor | None) -> Tensor:
     """``memory_lookup``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)
@@ -274,7 +308,17 @@ def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, 
     return found
 
 
-@torch.compiler.disable
+def sharded_lookup(table: Tensor, local: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+    """The lookup in ``local``, this rank's columns of ``table``, if that has a recorder."""
+    recorder = _recorder_for(table) if is_recording else None
+    if recorder is None:
+        return None
+    # A leaf of its own, which gets no gradient: DTensors make zeros of one that is not there.
+    leaf = local.detach().requires_grad_()
+    out: Tensor = _Lookup.apply(leaf, indices, weights, None, recorder)  # type: ignore[no-untyped-call]
+    return out
+
+
 def dot(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool) -> Tensor:
     """``memory_dot``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)
@@ -298,7 +342,15 @@ def _recorder_for(values: Tensor) -> Recorder | None:
 def _is_asked_for(ctx: Any) -> bool:
     """Whether this backward is to reach the table: ``torch.autograd.grad`` of other tensors does not."""
     node = ctx.next_functions[0][0]
-    return bool(ctx.needs_input_grad[0]) and node is not None and torch._C._will_engine_execute_node(node)
+    if node is None or not ctx.needs_input_grad[0]:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        raise RuntimeError(
+            "torch.autograd.grad of a table that an optimizer of topgather.optim has: its lookups record rows and make "
+            "no gradient; detach() the optimizer first"
+        ) from None
 
 
 class _Lookup(torch.autograd.Function):

@@ -115,8 +115,10 @@ def memory_lookup(
         bags = make_bags(values, indices, weights, offsets, mode, padding_idx, include_last_offset)
         indices, weights, offsets = bags
     if _memory_update.is_recording:
-        assert weights is not None
-        return _memory_update.lookup(values, indices, weights, sparse_grad, offsets)
+        if not torch.compiler.is_compiling():
+            assert weights is not None
+            return _memory_update.lookup(values, indices, weights, sparse_grad, offsets)
+        sparse_grad = sparse_grad or _memory_update.is_marked(values)
     out: Tensor = _memory_ops.memory_lookup(values, indices, weights, sparse_grad, offsets)
     return out
 
@@ -164,13 +166,17 @@ def expert_lookup(
         x = follow_table(x, values_in, device_type)
         weights = tensors.autocast_to_sums(weights, values_out, device_type)
     _check_experts(x, values_in, values_out, indices, weights)
+    look_up, dot = _memory_ops.memory_lookup, _memory_ops.memory_dot
+    is_sparse_in = is_sparse_out = sparse_grad
     if _memory_update.is_recording:
-        hidden = _memory_update.dot(values_in, indices, x, sparse_grad)
-        gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
-        return _memory_update.lookup(values_out, indices, gates, sparse_grad, None)
-    hidden = _memory_ops.memory_dot(values_in, indices, x, sparse_grad)
+        if torch.compiler.is_compiling():
+            is_sparse_in = sparse_grad or _memory_update.is_marked(values_in)
+            is_sparse_out = sparse_grad or _memory_update.is_marked(values_out)
+        else:
+            look_up, dot = _memory_update.lookup, _memory_update.dot
+    hidden = dot(values_in, indices, x, is_sparse_in)
     gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
-    out: Tensor = _memory_ops.memory_lookup(values_out, indices, gates, sparse_grad)
+    out: Tensor = look_up(values_out, indices, gates, is_sparse_out, None)
     return out
 
 

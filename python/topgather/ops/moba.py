@@ -6,6 +6,7 @@ Sources: MoBA, arXiv 2502.13189, section 2.2 (block choice by mean-pooled keys, 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -375,6 +376,7 @@ def _attend(
         deterministic = torch.are_deterministic_algorithms_enabled()
     else:
         checks.check_flag("deterministic", deterministic)
+    is_chosen = False
     if routing is None:
         if top_k is not None:
             checks.check_count("top_k", top_k)
@@ -382,6 +384,7 @@ def _attend(
         slots = _moba_ops.num_slots(top_k, _longest(key, sequences, top_k), block_size)
         arguments = (query, key, block_size, slots, is_causal, *sequences, *forced_within(slots, forced))
         if top_k is not None and replay.state.is_watched:
+            is_chosen = True
             call = replay.Call(_moba_ops.per_query(query), key.size(1), key.size(-2), block_size, top_k, query.device)
             block_indices = replay.choose(_moba_ops.moba_route, arguments, call)
         else:
@@ -393,9 +396,10 @@ def _attend(
     if scale is None:
         # A head_dim of 0 is refused by the op, in its own words.
         scale = max(query.size(-1), 1) ** -0.5
-    out, lse, _ = _moba_ops.moba_attention(
-        query, key, value, block_indices, block_size, is_causal, float(scale), *sequences, deterministic, **options
-    )
+    with replay.taken_back_by_errors() if is_chosen else nullcontext():
+        out, lse, _ = _moba_ops.moba_attention(
+            query, key, value, block_indices, block_size, is_causal, float(scale), *sequences, deterministic, **options
+        )
     return (out, lse) if return_lse else out
 
 

@@ -73,9 +73,11 @@ class _Recording:
         self.watcher = next(_watchers)
         self.record = RoutingRecord((), share_every)
         self.last: Call | None = None
+        self.before: tuple[int, int, Call | None] = (0, 0, None)
 
     def choose(self, route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call) -> Tensor:
         record = self.record
+        self.before = (record._num_calls, len(record._choices), self.last)
         if record._num_calls % record.share_every != 0:
             if call != self.last:
                 first = "" if self.last is None else _shown(self.last)
@@ -91,6 +93,10 @@ class _Recording:
             self.last = call
         record._num_calls += 1
         return record[-1].block_indices
+
+    def take_back(self) -> None:
+        self.record._num_calls, num_choices, self.last = self.before
+        del self.record._choices[num_choices:]
 
 
 class _Replaying:
@@ -112,6 +118,9 @@ class _Replaying:
         # What was made in inference mode cannot be kept for a backward.
         is_unkeepable = block_indices.is_inference() and not torch.is_inference_mode_enabled()
         return block_indices.clone() if is_unkeepable else block_indices
+
+    def take_back(self) -> None:
+        self.num_calls -= 1
 
     def _check(self, choice: BlockRouting, call: Call) -> None:
         shape = choice.block_indices.shape
@@ -150,6 +159,30 @@ def choose(route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call)
     if checkpoint is not None:
         _remember(checkpoint, block_indices)
     return block_indices
+
+
+@torch.compiler.disable
+def _take_back() -> None:
+    checkpoint, repetition = _checkpoint()
+    active = _active.get()
+    if repetition is not None or active is None:
+        return
+    active.take_back()
+    if checkpoint is not None:
+        _memories[checkpoint].choices.pop()
+
+
+class taken_back_by_errors:
+    """What a call does with the blocks of :func:`choose`: where it is refused, they are not chosen, nor replayed."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            _take_back()
 
 
 class _NothingGiven(Exception):

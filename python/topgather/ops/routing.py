@@ -136,6 +136,10 @@ class RoutingRecord(Sequence[BlockRouting]):
         """How many choices there are."""
         return len(self._choices)
 
+    def __copy__(self) -> RoutingRecord:
+        """A record of the same choices, which does not grow with this one."""
+        return RoutingRecord(self._choices, self.share_every, self.num_calls)
+
     def __repr__(self) -> str:
         """Counts alone."""
         return f"RoutingRecord(choices={len(self)}, share_every={self.share_every}, num_calls={self.num_calls})"

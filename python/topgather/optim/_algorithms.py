@@ -34,7 +34,7 @@ class RowSGD(RowOptimizer):
         seed: of these bits, which a hash makes of seed, step, row and column.
 
     Raises:
-        TypeError: an argument of the wrong type, a table that is a DTensor.
+        TypeError: an argument of the wrong type, a table that is a DTensor not sharded by columns alone.
         ValueError: an option out of range, a table of the wrong shape or that another optimizer of rows has.
     """
 

@@ -6,8 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ._rows import RowOptimizer, check_rate
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()
@@ -28,6 +33,8 @@ def clip_grad_norm_(
         row_optimizers: whose recorded gradients count.
         error_if_nonfinite: whether a norm that is not finite is an error.
 
+    Gradients, and tables, may be DTensors: then all ranks of their meshes call this together.
+
     A norm that is NaN leaves NaN in gradients, and the row optimizer's next step raises ``ValueError`` for it.
 
     Returns:
@@ -44,12 +51,13 @@ def clip_grad_norm_(
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     device = grads[0].device if grads else squares[0].device if squares else torch.device("cpu")
-    squares += [torch.linalg.vector_norm(grad).to(torch.float64) ** 2 for grad in grads]
+    squares += [_whole(torch.linalg.vector_norm(grad)).to(torch.float64) ** 2 for grad in grads]
     norm = sum((square.to(device) for square in squares), torch.zeros((), dtype=torch.float64, device=device)).sqrt()
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(f"the norm of all gradients must be finite, got {float(norm)}")
     factor = (float(max_norm) / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
+        grad = grad.to_local() if isinstance(grad, DTensor) else grad
         grad.mul_(factor.to(grad.device, grad.dtype))
     for optimizer in optimizers:
         optimizer.scale_grad_(factor)

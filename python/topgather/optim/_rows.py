@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from .._common import checks
 from .._common.library import sum_dtype
@@ -70,7 +70,8 @@ class RowOptimizer(torch.optim.Optimizer):
             param_group: ``params``, tables ``[rows, W]``, and options.
 
         Raises:
-            TypeError: a parameter that is no plain tensor of floating-point numbers, an option of the wrong type.
+            TypeError: a parameter that is no tensor of floating-point numbers, or a DTensor that is not sharded by
+                columns alone; an option of the wrong type.
             ValueError: one that is no leaf or not ``[rows, W]``, or that another optimizer of rows has; an option out
                 of range.
         """
@@ -79,8 +80,12 @@ class RowOptimizer(torch.optim.Optimizer):
         try:
             self._check_group(group)
             for table in group["params"]:
-                if isinstance(table, DTensor):
-                    raise TypeError("params must be plain tensors: a table sharded over devices has no row optimizer")
+                if isinstance(table, DTensor) and tuple(table.placements) != (Shard(1),):
+                    raise TypeError(
+                        f"params must be plain tensors or DTensors sharded by columns alone, as MemoryColwise shards "
+                        f"them, got one with placements {table.placements}; have fully_shard leave the table as it is "
+                        f"by ignored_params, or use torch's optimizers"
+                    )
                 check_table("params", table)
                 if _memory_update.recorder_of(table) is not None:
                     raise ValueError("params must belong to one optimizer of rows; detach() the other first")
@@ -111,6 +116,16 @@ class RowOptimizer(torch.optim.Optimizer):
         for recorder in self._recorders.values():
             recorder.parts.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_recorders": self._recorders, "_masks": self._masks, "_grad_scale": self._grad_scale}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled, has tables of its own, and takes them over."""
+        super().__setstate__(state)
+        for table, recorder in self._recorders.items():
+            _memory_update.attach(table, recorder)
+
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -133,15 +148,19 @@ class RowOptimizer(torch.optim.Optimizer):
             grad = table.grad
             if grad is None:
                 continue
-            if not grad.is_sparse:
+            if grad.is_sparse:
+                grad = grad.coalesce()
+                rows, grads = grad.indices()[0], grad.values()
+            elif not bool(_local(grad).any()):
+                # torch.distributed.checkpoint has an optimizer make its states by a step with gradients of zero.
+                rows, grads = torch.zeros(0, dtype=torch.int64, device=table.device), _local(grad)[:0]
+            else:
                 raise RuntimeError(
                     "a table of a row optimizer has a dense gradient, for something other than memory_lookup and "
                     "expert_lookup uses it; detach() the optimizer, or use torch's"
                 )
-            grad = grad.coalesce()
-            rows = grad.indices()[0]
             weights = torch.ones(rows.numel(), 1, dtype=sum_dtype(table.dtype), device=table.device)
-            recorder.parts.append(_memory_update.entries_of(grad.values(), rows.unsqueeze(1), weights))
+            recorder.parts.append(_memory_update.entries_of(grads, rows.unsqueeze(1), weights))
             table.grad = None
 
     def _entries(self, table: Tensor) -> Entries | None:
@@ -160,7 +179,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def grad_square(self) -> Tensor:
         """The sum of squares of the gradients that the next :meth:`step` sees, ``[]`` float64, without making them.
 
-        One pass over the recorded entries; the same bits for any number of threads.
+        One pass over the recorded entries; the same bits for any number of threads. Of a sharded table all ranks call
+        this together, and each gets the sum over all columns.
         """
         self._take_sparse_grads()
         total: Tensor | None = None
@@ -168,7 +188,9 @@ class RowOptimizer(torch.optim.Optimizer):
             for table in group["params"]:
                 entries = self._entries(table)
                 if entries is not None:
-                    square = _memory_update.memory_grad_square(*entries, table.detach())[0]
+                    square = _memory_update.memory_grad_square(*entries, _local(table))[0]
+                    if isinstance(table, DTensor):
+                        square = DTensor.from_local(square, table.device_mesh, [Partial()]).full_tensor()
                     total = square if total is None else total + square.to(total.device)
         if total is None:
             return torch.zeros((), dtype=torch.float64)
@@ -241,43 +263,53 @@ class RowOptimizer(torch.optim.Optimizer):
             What ``closure`` returns.
 
         Raises:
-            RuntimeError: a table has a dense gradient: something other than a lookup uses it.
+            RuntimeError: a table has a dense gradient: something other than a lookup uses it. No table was stepped.
+            ValueError: an option of a group is out of range, or the factor of :meth:`scale_grad_` not finite; likewise.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._take_sparse_grads()
+            self._check_step()
             for group in self.param_groups:
                 for table in group["params"]:
                     self._step_table(group, table)
         self._grad_scale = 1.0
         return loss
 
+    def _check_step(self) -> None:
+        """Whatever may be refused, before any table is stepped: schedules and users change options of groups."""
+        if not math.isfinite(self._grad_scale):
+            raise ValueError(f"the factors of scale_grad_ must be finite, their product is {self._grad_scale}")
+        for group in self.param_groups:
+            self._check_group(group)
+            decay = float(group["lr"]) * float(group["weight_decay"])
+            if group["decoupled_weight_decay"] and decay >= 1:
+                raise ValueError(f"lr * weight_decay must be below 1, got {decay}")
+        self._take_sparse_grads()
+
     def _step_table(self, group: dict[str, Any], table: Tensor) -> None:
         entries = self._entries(table)
         rule, state = self._rule(group), self.state[table]
         is_decoupled = group["decoupled_weight_decay"]
         weight_decay = float(group["weight_decay"])
-        is_decaying = is_decoupled and weight_decay != 0 and float(group["lr"]) != 0
+        is_decaying = is_decoupled and weight_decay != 0
         if entries is None and not is_decaying:
             return
         self._make_state(group, rule, table, is_decaying)
         state["num_steps"] += 1
         if is_decaying:
-            kept = 1 - float(group["lr"]) * weight_decay
-            if kept <= 0:
-                raise ValueError(f"lr * weight_decay must be below 1, got {1 - kept}")
-            state["decay"] += math.log(kept)
+            state["decay"] += math.log(1 - float(group["lr"]) * weight_decay)
         if entries is None:
             return
+        _memory_update.tell_of_changes(table, entries.indices[entries.tokens >= 0])
         _memory_update.memory_update(
             *entries,
-            table.detach(),
+            _local(table),
             state["steps"],
-            state.get("first"),
-            state.get("second"),
+            _local(state.get("first")),
+            _local(state.get("second")),
             state.get("decayed"),
             rule.algorithm,
             float(group["lr"]),
@@ -303,11 +335,11 @@ class RowOptimizer(torch.optim.Optimizer):
         dtype = group["state_dtype"] or sum_dtype(table.dtype)
         dtype = torch.float64 if table.dtype == torch.float64 else dtype
         if rule.has_first and "first" not in state:
-            state["first"] = torch.zeros(table.shape, dtype=dtype, device=table.device)
+            state["first"] = _zeros_like(table, dtype)
             if rule.first_value != 0:
-                state["first"].fill_(rule.first_value)
+                _local(state["first"]).fill_(rule.first_value)
         if rule.has_second and "second" not in state:
-            state["second"] = torch.zeros(table.shape, dtype=dtype, device=table.device)
+            state["second"] = _zeros_like(table, dtype)
         if is_decaying and "decayed" not in state:
             state["decayed"] = torch.full((table.size(0),), state["decay"], dtype=torch.float64, device=table.device)
             state["decay_at_mask"] = state["decay"]
@@ -327,9 +359,18 @@ class RowOptimizer(torch.optim.Optimizer):
                     state["decayed"][mask] = state["decay"]
                 else:
                     state["decayed"].fill_(state["decay"])
-                table.detach().mul_(factors.to(sum_dtype(table.dtype)).unsqueeze(1))
+                _memory_update.tell_of_changes(table, (factors != 1).nonzero())
+                _local(table).mul_(factors.to(sum_dtype(table.dtype)).unsqueeze(1))
 
     # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of rows, options of groups, and which rows are trainable."""
+        saved = super().state_dict()
+        for number, table in enumerate(table for group in self.param_groups for table in group["params"]):
+            if table in self._masks:
+                saved["state"][number] = {**saved["state"].get(number, {}), "trainable": self._masks[table]}
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of another optimizer, with the dtypes that it has there.
@@ -338,13 +379,34 @@ class RowOptimizer(torch.optim.Optimizer):
             state_dict: what ``state_dict()`` returned.
         """
         super().load_state_dict(state_dict)
+        self._masks.clear()
         # torch gives states the dtype of their parameter.
         saved_ids: Iterable[int] = (number for group in state_dict["param_groups"] for number in group["params"])
         tables = (table for group in self.param_groups for table in group["params"])
         for number, table in zip(saved_ids, tables, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and self.state[table][name].dtype != value.dtype:
+                if name == "trainable":
+                    self._masks[table] = value.to(table.device, copy=True)
+                    del self.state[table][name]
+                elif isinstance(value, Tensor) and self.state[table][name].dtype != value.dtype:
                     self.state[table][name] = value.to(table.device, copy=True)
+
+
+def _local(tensor: Any) -> Any:
+    """What this rank has of a table or state, without its gradient."""
+    if tensor is None:
+        return None
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _zeros_like(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state, sharded as its table is, so that checkpoints may have other numbers of ranks."""
+    zeros = torch.zeros(_local(table).shape, dtype=dtype, device=table.device)
+    if not isinstance(table, DTensor):
+        return zeros
+    return DTensor.from_local(
+        zeros, table.device_mesh, table.placements, run_check=False, shape=table.shape, stride=table.stride()
+    )
 
 
 def _mask_of(table: Tensor, rows: Tensor) -> Tensor:

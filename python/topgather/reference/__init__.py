@@ -17,6 +17,7 @@ from .memory import (
     quantized_rows,
 )
 from .moba import block_centroids, block_scores, moba_attention, moba_route
+from .ngram import ngram_hash
 
 __all__ = [
     "block_centroids",
@@ -33,6 +34,7 @@ __all__ = [
     "moba_decode",
     "moba_decode_route",
     "moba_route",
+    "ngram_hash",
     "product_key_scores",
     "product_key_topk",
     "product_key_weights",

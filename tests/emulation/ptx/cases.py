@@ -294,6 +294,61 @@ class QuantizedCase:
 
 
 @dataclass(frozen=True)
+class RowStepCase:
+    """A step of an optimizer on rows, with all that a step may have, and the sum of squares. Half of the entries name
+    row 1.
+    """
+
+    dtype: torch.dtype
+    algorithm: int
+    row_dim: int = 80
+    num_rows: int = 30
+    num_entries: int = 300
+    state_dtype: torch.dtype = torch.bfloat16
+
+    least_launches = 7
+
+    def __str__(self) -> str:
+        return f"row_step-{FLOAT_TYPES[self.dtype]}-{self.algorithm}-{self.row_dim}x{self.num_entries}"
+
+    def run(self, recorder: Recorder) -> None:
+        rows, dim, entries, tokens = self.num_rows, self.row_dim, self.num_entries, 7
+        indices = torch.randint(rows + 1, (entries,)).masked_fill(torch.rand(entries) < 0.5, 1)
+        sorted_rows, order = torch.sort(indices.to(torch.int32), stable=True)
+        state = recorder.random(rows, dim, dtype=self.state_dtype)
+        given = {
+            "grad_out": recorder.random(tokens, dim, dtype=self.dtype),
+            "weights": recorder.random(entries, dtype=torch.float32),
+            "order": recorder.keep(order),
+            "sorted_rows": recorder.keep(sorted_rows),
+            "targets": recorder.keep(torch.unique_consecutive(sorted_rows, return_inverse=True)[1].to(torch.int32)),
+            "tokens": recorder.keep(torch.randint(tokens, (entries,)).to(torch.int32)),
+            "values": recorder.random(rows, dim, dtype=self.dtype),
+            "algorithm_code": self.algorithm,
+            "learning_rate": 0.1,
+            "first_rate": 0.9,
+            "second_rate": 0.99,
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "total_decay": -1.5,
+            "grad_scale": 0.5,
+            "nesterov": 1,
+            "seed": 3,
+            "step": 7,
+            "stochastic_rounding": 1,
+        }
+        states = {
+            "steps": recorder.keep(torch.randint(3, (rows, 1)).to(torch.int32)),
+            "first": recorder.keep(state.abs()),
+            "second": recorder.keep(state.square()) if self.algorithm == 2 else None,
+            "decayed": recorder.keep(-torch.rand(rows, 1, dtype=torch.float64)),
+        }
+        recorder.call("memory_update", **given, **states, squares=None)
+        squares = recorder.keep(torch.zeros(1, dtype=torch.float64))
+        recorder.call("memory_update", **given, **dict.fromkeys(states), squares=squares)
+
+
+@dataclass(frozen=True)
 class GridCase:
     """Grid attention forward and backward. ``head_dim`` fills rows of whole multiples of 16 bytes."""
 
@@ -307,8 +362,8 @@ class GridCase:
 
     @property
     def least_launches(self) -> int:
-        """One forward, three backward, and with a bias one or two for its gradient."""
-        return 5 if self.has_bias else 4
+        """One forward; one backward, or three of float32; and with a bias one or two for its gradient."""
+        return 1 + (3 if self.dtype is torch.float32 else 1) + self.has_bias
 
     def __str__(self) -> str:
         rows, columns = self.size
