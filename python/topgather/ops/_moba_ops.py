@@ -20,7 +20,7 @@ _ops = torch.ops.topgather
 MAX_HEAD_DIM_ON_CUDA = 256
 # Up to here a compiled choice has as many slots as were asked for, whatever the number of blocks.
 MAX_SLOTS_OF_FEWER = 64
-TAKES_INTS = torch.__version__ >= (2, 8)  # before, Dynamo takes torch.sym_max of symbols alone
+TAKES_INTS = torch.__version__ >= "2.8"  # before, Dynamo takes torch.sym_max of symbols alone
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -131,7 +132,7 @@ class Axis(NamedTuple):
 
 
 # The builtin would make an exported size one of two kinds; before torch 2.8 Dynamo takes sym_max of symbols alone.
-_larger = torch.sym_max if torch.__version__ >= (2, 8) else max
+_larger: Callable[[int, int], int] = torch.sym_max if torch.__version__ >= "2.8" else max
 
 
 def grid_step(size: int, most: int) -> int:
