@@ -20,6 +20,7 @@ from tests.decoding.helpers import DecodeCase, in_steps, make_cache, make_tokens
 
 CPU = torch.device("cpu")
 NUM_LAYERS = 4
+shows_checkpoints = pytest.mark.skipif(torch.__version__ < (2, 8), reason="refused with torch before 2.8")
 
 
 class Model(nn.Module):
@@ -393,6 +394,7 @@ def test_contexts_within_one_another_are_refused() -> None:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+@shows_checkpoints
 @pytest.mark.parametrize("is_inside", [True, False], ids=["backward inside", "backward after"])
 def test_a_checkpoint_is_not_recorded_twice(is_inside: bool) -> None:
     plain, model, x = Model(), Model(use_reentrant=False), tokens().requires_grad_()
@@ -407,6 +409,7 @@ def test_a_checkpoint_is_not_recorded_twice(is_inside: bool) -> None:
     assert_same_tensors(actual, expected)
 
 
+@shows_checkpoints
 @pytest.mark.parametrize("is_inside", [True, False], ids=["backward inside", "backward after"])
 @pytest.mark.parametrize("num_threads", [0, 1])
 def test_a_checkpoint_repeats_what_was_replayed(is_inside: bool, num_threads: int) -> None:
@@ -435,6 +438,7 @@ def test_a_checkpoint_repeats_what_was_replayed(is_inside: bool, num_threads: in
     assert not tg.ops.replay.state.is_watched
 
 
+@shows_checkpoints
 def test_checkpoints_of_several_layers_and_backwards() -> None:
     """A checkpoint around two layers, gone back through twice, and layers that share a choice over its edge."""
     model, x = Model(), tokens().requires_grad_()
@@ -460,6 +464,7 @@ def test_checkpoints_of_several_layers_and_backwards() -> None:
             assert_same_tensors(list(torch.autograd.grad(out, x, retain_graph=True)), list(expected))
 
 
+@shows_checkpoints
 def test_a_checkpoint_from_before_the_context_chooses_by_itself() -> None:
     model, x = Model(use_reentrant=False), tokens().requires_grad_()
     expected = gradients(model, model(x))
@@ -469,6 +474,7 @@ def test_a_checkpoint_from_before_the_context_chooses_by_itself() -> None:
     assert record.num_calls == 0
 
 
+@shows_checkpoints
 def test_checkpoints_that_cannot_be_told_are_refused() -> None:
     x = tokens().requires_grad_()
     message = "cannot tell what is repeated by torch.utils.checkpoint with "
@@ -500,6 +506,7 @@ def test_checkpoints_that_cannot_be_told_are_refused() -> None:
         InBackward.apply(x).sum().backward()
 
 
+@shows_checkpoints
 def test_a_function_that_repeats_more_is_refused() -> None:
     model, x, runs = Model(2), tokens().requires_grad_(), []
 

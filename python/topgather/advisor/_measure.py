@@ -8,6 +8,7 @@ import gc
 import math
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,13 +95,15 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
         _synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        return None
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
         before_bytes = _resident_peak()
         result = run()
         peak = _resident_peak()
-    except (OSError, AttributeError, IndexError, TypeError):  # not Linux; TypeError: Windows
+    except (OSError, AttributeError, IndexError):
         return None
     del result
     return max(0, peak - before_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -130,9 +131,13 @@ class Axis(NamedTuple):
     max_tokens: int
 
 
+# The builtin would make an exported size one of two kinds; before torch 2.8 Dynamo takes sym_max of symbols alone.
+_larger: Callable[[int, int], int] = torch.sym_max if torch.__version__ >= "2.8" else max
+
+
 def grid_step(size: int, most: int) -> int:
     """The stride of a grid whose groups have at most ``most`` tokens along an axis of ``size``."""
-    step: int = torch.sym_max(-(-size // most), 1)  # the builtin would make an exported size one of two kinds
+    step: int = _larger(-(-size // most), 1)
     return step
 
 

@@ -387,15 +387,15 @@ def _refuse_hidden_checkpoints(checkpoint: Any) -> None:
         frame = frame.f_back
     if "forward" in names:
         reason = "use_reentrant=True"
-    elif not torch.is_grad_enabled():
-        return
-    elif names.count("checkpoint") > 1:
-        reason = "a checkpoint within another one"
     elif "checkpoint" in names and _top_hooks is None:
         raise RuntimeError(
             "record_routing and replay_routing within torch.utils.checkpoint need torch 2.8 or newer, this is "
             f"{torch.__version__}"
         )
+    elif not torch.is_grad_enabled():
+        return
+    elif names.count("checkpoint") > 1:
+        reason = "a checkpoint within another one"
     elif "checkpoint" in names and checkpoint is None:
         reason = "hooks of saved tensors within the checkpoint"
     else:
