@@ -2,10 +2,10 @@
 //
 //   2^(score - largest) * factor,   score in base 2
 //
-// with the scores' own largest one and the reciprocal of the sum of 2^(score - largest). lse cannot stand in for the two:
-// of scores far from 0 it has no digits left for the sum's logarithm, and rounding it, above all from one base to another,
-// makes exp(score - lse) anything from 0 to inf. So scores of a backward must be the forward's to the last bit: the same
-// products summed in the same order, and rounded before largest is subtracted.
+// with the scores' own largest one, or on CUDA up to 8 less, and the reciprocal of the sum of 2^(score - largest). lse
+// cannot stand in for the two: of scores far from 0 it has no digits left for the sum's logarithm, and rounding it, above
+// all from one base to another, makes exp(score - lse) anything from 0 to inf. So scores of a backward must be the
+// forward's to the last bit: the same products summed in the same order, and rounded before largest is subtracted.
 #pragma once
 
 #include <cmath>
