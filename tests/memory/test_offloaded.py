@@ -11,6 +11,7 @@ from torch import Tensor
 
 import topgather as tg
 from topgather import optim
+from topgather.nn.offloaded import MAX_PENDING
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 KEYS, WIDTH = 6, 10
@@ -69,6 +70,25 @@ def test_rows_travel_once_and_hot_ones_stay() -> None:
     with torch.no_grad():
         pool.values[9] = 8.0
     torch.testing.assert_close(pool(hot, weights), tg.memory_lookup(pool.values, hot, weights))
+
+
+def test_rows_sent_ahead_are_those_of_the_indices_that_the_lookup_has() -> None:
+    """Memory that numpy or another tensor refills changes no version; tables made in inference mode have none."""
+    pool = tg.nn.OffloadedMemoryPool(KEYS, WIDTH, "cpu", cache_rows=3)
+    indices = torch.tensor([[5, 9, 5, 30]])
+    pool.prefetch(indices)
+    indices.numpy()[:] = [[1, 2, 3, 4]]
+    weights = torch.ones(1, 4)
+    torch.testing.assert_close(pool(indices, weights), tg.memory_lookup(pool.values, indices, weights))
+    for _ in range(100):
+        pool.prefetch(indices.clone())
+    assert len(pool._pending) == MAX_PENDING
+    with torch.inference_mode():
+        pool = tg.nn.OffloadedMemoryPool(KEYS, WIDTH, "cpu", cache_rows=3)
+        for _ in range(2):
+            pool.prefetch(indices)
+            pool.values[2] += 1.0
+            torch.testing.assert_close(pool(indices, weights), tg.memory_lookup(pool.values, indices, weights))
 
 
 def test_as_a_module() -> None:

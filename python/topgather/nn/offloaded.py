@@ -14,6 +14,9 @@ from .._common import checks
 from ..ops import memory_lookup
 from .pool import MemoryPool
 
+MAX_PENDING = 64
+"""Prefetches that are remembered."""
+
 
 @dataclass(frozen=True)
 class CacheUsage:
@@ -35,11 +38,12 @@ class CacheUsage:
 class _Rows(NamedTuple):
     """The rows of a batch, on the device or on their way to it."""
 
+    indices: Tensor  # as they were when the rows were sent, on their own device
     rows: Tensor  # [U] int64, ascending, on the host
     places: Tensor  # of each entry among them, on the device
     values: Tensor  # [U, W] on the device
     arrived: Any  # event of the side stream, None on the CPU
-    version: int  # of the table
+    version: int | None  # of the table; None where nobody counts its changes
 
 
 class OffloadedMemoryPool(MemoryPool):
@@ -122,7 +126,7 @@ class OffloadedMemoryPool(MemoryPool):
         """Drop all cached rows; for changes of the table that torch does not see, through ``.data`` for one."""
         self._cache: Tensor | None = None
         self._cached_rows = torch.empty(0, dtype=torch.int64)  # ascending, on the host
-        self._cached_version = -1
+        self._cached_version: int | None = None
 
     def usage(self) -> CacheUsage:
         """How many rows of the lookups so far came from the cache."""
@@ -131,14 +135,17 @@ class OffloadedMemoryPool(MemoryPool):
         return CacheUsage(self._hits, self._misses, self._misses * row_bytes, self._hits / total)
 
     def prefetch(self, indices: Tensor) -> None:
-        """Send the rows of a coming lookup; it must be given the same tensor, unchanged. Rows that were sent before the
-        table changed are sent again.
+        """Send the rows of a coming lookup, which is given the same tensor. Rows that were sent before the table
+        changed are sent again, and so are those of indices on the CPU that changed. On a device the host does not
+        look: where indices changed there meanwhile, the lookup is NaN.
 
         Args:
-            indices: as the lookup takes them; on the CPU nothing is waited for.
+            indices: as the lookup takes them; on the CPU nothing is waited for. The last 64 of these calls are
+                remembered until their lookup.
         """
         checks.check_tensor("indices", indices)
         self._pending.append((indices, self._send(indices)))
+        del self._pending[:-MAX_PENDING]
 
     # The host reads indices: torch.compile leaves this to eager mode, and fuses what is around.
     @torch.compiler.disable
@@ -156,15 +163,17 @@ class OffloadedMemoryPool(MemoryPool):
             IndexError: an index that names no row, on every device.
         """
         checks.check_tensor("indices", indices)
-        sent = self._take(indices)
+        sent, is_valid = self._take(indices)
         if sent.arrived is not None:
             stream = torch.cuda.current_stream(self.compute_device)
             stream.wait_event(sent.arrived)
             for tensor in (sent.values, sent.places):
                 tensor.record_stream(stream)
         rows: Tensor = sent.values
+        if is_valid is not None:
+            rows = torch.where(is_valid, rows, torch.nan)
         if self.values.requires_grad and torch.is_grad_enabled():
-            rows = _Arrived.apply(self.values, sent.rows, sent.values)  # type: ignore[no-untyped-call]
+            rows = _Arrived.apply(self.values, sent.rows, rows)  # type: ignore[no-untyped-call]
         padding = None
         if self.padding_idx is not None:
             place = int(torch.searchsorted(sent.rows, self.padding_idx))
@@ -175,13 +184,19 @@ class OffloadedMemoryPool(MemoryPool):
 
     # --- rows on their way ------------------------------------------------------------------------------------------
 
-    def _take(self, indices: Tensor) -> _Rows:
+    def _take(self, indices: Tensor) -> tuple[_Rows, Tensor | None]:
+        """The rows, and whether they are still those of ``indices`` where the host does not know."""
         for i, (asked_for, sent) in enumerate(self._pending):
             if asked_for is indices:
                 del self._pending[i]
-                if sent.version == self.values._version:
-                    return sent
-        return self._send(indices)
+                if sent.version is None or sent.version != _version_of(self.values):
+                    break
+                if indices.device.type != "cpu":
+                    return sent, (indices == sent.indices).all()
+                if torch.equal(indices, sent.indices):
+                    return sent, None
+                break
+        return self._send(indices), None
 
     def _send(self, indices: Tensor) -> _Rows:
         checks.check_dtype("indices", indices, torch.int32, torch.int64)
@@ -191,9 +206,10 @@ class OffloadedMemoryPool(MemoryPool):
         if rows.numel() > 0 and (int(rows[0]) < 0 or int(rows[-1]) >= num_rows):
             wrong = int(rows[0]) if int(rows[0]) < 0 else int(rows[-1])
             raise IndexError(f"indices must be between 0 and {num_rows - 1}, got {wrong}")
-        version = self.values._version
-        if version != self._cached_version:
+        version = _version_of(self.values)
+        if version is None or version != self._cached_version:
             self.clear_cache()
+        copy = indices.detach().clone()
         at = torch.searchsorted(self._cached_rows, rows)
         is_cached = torch.zeros(rows.shape, dtype=torch.bool)
         if self._cached_rows.numel() > 0:
@@ -202,13 +218,13 @@ class OffloadedMemoryPool(MemoryPool):
         self._hits += int(is_cached.sum())
         self._misses += missing.numel()
         if self.compute_device.type != "cuda":
-            return self._join(rows, places, at[is_cached], is_cached, self._read(missing), None, version)
+            return self._join(copy, rows, places, at[is_cached], is_cached, self._read(missing), version)
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(self.compute_device)
         # The cache may be of the caller's stream.
         self._side_stream.wait_stream(torch.cuda.current_stream(self.compute_device))
         with torch.cuda.stream(self._side_stream):
-            sent = self._join(rows, places, at[is_cached], is_cached, self._read(missing), None, version)
+            sent = self._join(copy, rows, places, at[is_cached], is_cached, self._read(missing), version)
         return sent._replace(arrived=self._side_stream.record_event())
 
     def _read(self, rows: Tensor) -> Tensor:
@@ -221,13 +237,13 @@ class OffloadedMemoryPool(MemoryPool):
 
     def _join(
         self,
+        indices: Tensor,
         rows: Tensor,
         places: Tensor,
         cached_at: Tensor,
         is_cached: Tensor,
         read: Tensor,
-        arrived: Any,
-        version: int,
+        version: int | None,
     ) -> _Rows:
         """Rows that were read and rows of the cache, in order; the last ones stay in the cache."""
         values = read
@@ -239,14 +255,14 @@ class OffloadedMemoryPool(MemoryPool):
         if self.cache_rows > 0:
             self._counts[rows] += 1
             self._keep(rows, values, version)
-        return _Rows(rows, self._to_device(places), values, arrived, version)
+        return _Rows(indices, rows, self._to_device(places), values, None, version)
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         if self.compute_device.type == "cuda":
             numbers = numbers.pin_memory()
         return numbers.to(self.compute_device, non_blocking=True)
 
-    def _keep(self, rows: Tensor, values: Tensor, version: int) -> None:
+    def _keep(self, rows: Tensor, values: Tensor, version: int | None) -> None:
         """Those of this batch and of before that were read most often."""
         tables, numbers = [values], [rows]
         if self._cache is not None:
@@ -281,6 +297,11 @@ class OffloadedMemoryPool(MemoryPool):
     def extra_repr(self) -> str:
         """The table's options, as ``print`` shows them."""
         return f"{super().extra_repr()}, compute_device={str(self.compute_device)!r}, cache_rows={self.cache_rows}"
+
+
+def _version_of(table: Tensor) -> int | None:
+    """How often a table changed; None for one made in inference mode, of which torch does not count that."""
+    return None if table.is_inference() else table._version
 
 
 class _Arrived(torch.autograd.Function):
