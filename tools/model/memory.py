@@ -113,7 +113,11 @@ RUNS = of_one_size(
 # --- steps of a row optimizer -----------------------------------------------------------------------------------------
 
 _STATE_BYTES = 2 * ROW_BYTES  # two states in bfloat16
-_UPDATE_GATHER = Launch(NUM_ENTRIES / 256, (), NUM_ENTRIES * (8 + 4 + 4 + 8 + 16) + TOUCHED * (2 * 4 + 2 * 8 + 32))
+# At a row's 1000th step or so.
+_UPDATE_GATHER_PASSES = (Passes("for (; exponent > 0; exponent >>= 1", 10),)
+_UPDATE_GATHER = Launch(
+    NUM_ENTRIES / 256, _UPDATE_GATHER_PASSES, NUM_ENTRIES * (8 + 4 + 4 + 8 + 16) + TOUCHED * (2 * 4 + 2 * 8 + 32)
+)
 UPDATE_GATHER = of_one_size(
     "memory_update_gather", "memory_update_cuda", "memory_update_gather", "a warp's 32 entries, some of new rows",
     _UPDATE_GATHER,
