@@ -58,6 +58,8 @@ MANY_QUERIES = AttentionCase(
 LARGE_BLOCKS = AttentionCase(num_heads=1, query_len=150, key_len=430, head_dim=32, block_size=200, top_k=2)
 # More blocks than a kernel adds up in one go.
 MANY_BLOCKS = AttentionCase(num_heads=1, query_len=10, key_len=520, head_dim=16, block_size=1, top_k=2)
+# Many blocks, of which several queries choose the same.
+SHARED_BLOCKS = replace(MANY_BLOCKS, query_len=64, key_len=150, top_k=8)
 # More queries of one block than one work item holds.
 LONG_LIST = AttentionCase(num_heads=1, query_len=4200, key_len=8, head_dim=16, block_size=8, top_k=1, is_causal=False)
 # So many blocks that their scores are bounded first.
@@ -194,6 +196,7 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "large blocks": lambda: check_attention(LARGE_BLOCKS, BFLOAT16, CPU),
     "steep": lambda: check_attention(replace(MANY_QUERIES, scale=1.0), BFLOAT16, CPU),
     "many blocks": lambda: check_attention(MANY_BLOCKS, BFLOAT16, CPU),
+    "many blocks chosen alike": lambda: check_attention(SHARED_BLOCKS, BFLOAT16, CPU),
     "long list": lambda: check_attention(LONG_LIST, BFLOAT16, CPU),
     "small waves": small_waves_case,
     "routed": routed_case,
@@ -311,7 +314,7 @@ BARRIERS = [
                "num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys; } "
                "return __syncthreads_or(found ? 1 : 0) != 0;",
                "num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys; } return found;",
-               "nonfinite", DIVERGENT),
+               "nonfinite", f"{DIVERGENT}|{RACE}"),
     PlantedBug("backward: places of rows not published", BACKWARD,
                "Publishes the first tile's rows to all threads. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("backward: queries not published", BACKWARD,
@@ -379,7 +382,7 @@ COPIES_AND_ATOMICS = [
     PlantedBug("layout: lost atomic in the counts", LAYOUT,
                "if (is_seen) cuda::add_atomic(counts + row / kRowsPerChunk * args.geometry.num_blocks + block, 1);",
                "if (is_seen) counts[row / kRowsPerChunk * args.geometry.num_blocks + block] += 1;",
-               "many blocks", RACE),
+               "many blocks chosen alike", RACE),
     PlantedBug("backward: lost atomic in grad_query", BACKWARD,
                "cuda::add_atomic_quad(grad + n * 16, four[n]);", "grad[n * 16] += four[n].x;", "small", RACE),
     PlantedBug("backward: lost atomic in grad_key", BACKWARD,

@@ -58,6 +58,7 @@ def index_loss_arguments() -> dict[str, Any]:
 
 # Arguments that are taken.
 ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "ngram_hash": lambda: {"tokens": torch.arange(12).view(2, 6), "num_tables": 2, "rows": 7},
     "block_centroids": lambda: {"key": torch.randn(HEADS), "block_size": 4},
     "moba_route": lambda: {**without_value(heads()), "block_size": 4, "top_k": 2},
     "moba_route_varlen": lambda: {**without_value(packed()), **sequences(), "block_size": 4, "top_k": 2},
