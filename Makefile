@@ -128,7 +128,7 @@ COMPILERS ?= g++-11 clang++-14
 compilers: $(VENV)/.tools
 	set -e; for compiler in $(COMPILERS); do \
 	  build=build/compilers/$$compiler; \
-	  $(CONFIGURE) $(PYBIND11) -S . -B $$build -DTOPGATHER_CUDA=OFF -DCMAKE_CXX_COMPILER=$$compiler \
+	  $(CONFIGURE) -S . -B $$build -DTOPGATHER_CUDA=OFF -DCMAKE_CXX_COMPILER=$$compiler \
 	    -DCMAKE_CXX_FLAGS_RELEASE="-fsyntax-only -Werror"; \
 	  objects=$$($(VENV)/bin/ninja -C $$build -t targets all | sed -n 's/^\(.*\.o\): .*/\1/p'); \
 	  $(VENV)/bin/ninja -C $$build --quiet $$objects; \
