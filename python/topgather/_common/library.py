@@ -28,6 +28,9 @@ DTYPE_CODES = {
     torch.int8: 6,
 }
 
+# Before torch 2.8 Dynamo takes torch.sym_max and torch.sym_min of symbols alone.
+SYM_MAX_TAKES_INTS = torch.__version__ >= "2.8"
+
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 

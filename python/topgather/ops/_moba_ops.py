@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common import checks, cuda, tensors
-from .._common.library import sum_dtype
+from .._common.library import SYM_MAX_TAKES_INTS, sum_dtype
 from .._common.spec import Meta, Op, register
 
 _ops = torch.ops.topgather
@@ -20,7 +20,6 @@ _ops = torch.ops.topgather
 MAX_HEAD_DIM_ON_CUDA = 256
 # Up to here a compiled choice has as many slots as were asked for, whatever the number of blocks.
 MAX_SLOTS_OF_FEWER = 64
-TAKES_INTS = torch.__version__ >= "2.8"  # before, Dynamo takes torch.sym_max of symbols alone
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
@@ -30,7 +29,7 @@ def num_slots(top_k: int | None, num_keys: int, block_size: int) -> int:
     if is_compiling() and top_k is not None and top_k <= MAX_SLOTS_OF_FEWER:
         return top_k  # a size that follows from another's quotient is a guard for torch: whether it is 1
     num_blocks = -(-num_keys // block_size)
-    least, most = (torch.sym_min, torch.sym_max) if TAKES_INTS and is_compiling() else (min, max)
+    least, most = (torch.sym_min, torch.sym_max) if SYM_MAX_TAKES_INTS and is_compiling() else (min, max)
     return most(num_blocks if top_k is None else least(top_k, num_blocks), 1)
 
 

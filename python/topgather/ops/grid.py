@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._common import checks, cuda, tensors
-from .._common.library import sum_dtype
+from .._common.library import SYM_MAX_TAKES_INTS, sum_dtype
 from .._common.spec import Op, register
 
 Pair = int | tuple[int, int]
@@ -131,8 +131,8 @@ class Axis(NamedTuple):
     max_tokens: int
 
 
-# The builtin would make an exported size one of two kinds; before torch 2.8 Dynamo takes sym_max of symbols alone.
-_larger: Callable[[int, int], int] = torch.sym_max if torch.__version__ >= "2.8" else max
+# The builtin would make an exported size one of two kinds.
+_larger: Callable[[int, int], int] = torch.sym_max if SYM_MAX_TAKES_INTS else max
 
 
 def grid_step(size: int, most: int) -> int:
