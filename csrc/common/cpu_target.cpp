@@ -78,6 +78,15 @@ std::string name_of(CpuTarget target) {
 
 CpuTarget cpu_target() { return selected().load(std::memory_order_relaxed); }
 
+bool multiplies_bytes() {
+#if defined(TOPGATHER_HAVE_X86_TARGETS)
+  static const bool result = __builtin_cpu_supports("avx512vnni") != 0;
+  return result;
+#else
+  return false;
+#endif
+}
+
 void set_cpu_target(const std::string& name) {
   std::string names;
   for (const CpuTarget target : available_cpu_targets()) {

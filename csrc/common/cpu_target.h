@@ -16,6 +16,9 @@ std::string name_of(CpuTarget target);
 // The target in use: the best one available, or the one named last by set_cpu_target.
 CpuTarget cpu_target();
 
+// Whether this processor multiplies bytes four at a time (AVX-512 VNNI), which code for AVX-512 makes use of.
+bool multiplies_bytes();
+
 // Throws std::invalid_argument, naming what there is, for a name that is unknown or not available here.
 void set_cpu_target(const std::string& name);
 

@@ -1,7 +1,7 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
 // All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by
-// a power of two, reciprocals, 16-bit integers widened. AMX: the matrix unit of recent x86-64 processors, which
+// a power of two, reciprocals, 16-bit integers widened, products of bytes. AMX: the matrix unit of recent x86-64 processors, which
 // multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one
 // 32-bit word holds two consecutive depths of one column.
 #pragma once
@@ -121,6 +121,100 @@ inline Vector<float> reciprocal_from_one(const Vector<float>& x) {
   // Of inf the estimate is 0 and its error 0 times inf, a NaN, which this maximum drops.
   const __m512 bounded = _mm512_mask_max_ps(error, 0xffff, error, _mm512_set1_ps(-1.0f));
   return estimate + estimate * bit_cast<Vector<float>>(bounded);
+}
+
+// --- products of bytes (AVX-512 VNNI) ---------------------------------------------------------------------------
+// An extension that not every processor with AVX-512 has: callers ask multiplies_bytes() and carry the attribute too.
+#define TOPGATHER_MULTIPLIES_BYTES __attribute__((target("avx512vnni")))
+
+// Adds to each 32-bit sum four products of unsigned bytes of `a` with signed ones of `b`. As assembly, for GCC copies the
+// sums of the intrinsic.
+TOPGATHER_MULTIPLIES_BYTES inline void add_byte_products(__m512i& sum, const __m512i& a, const __m512i& b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+}
+
+// Of num_groups groups of kRows rows of unsigned bytes, the largest dot product with each of kVectors * 16 columns:
+// maxima [num_groups, columns]. Columns are signed bytes, quads [depth / 4, columns, 4].
+template <int kRows, int kVectors>
+TOPGATHER_MULTIPLIES_BYTES __attribute__((noinline)) void group_maxima_of_byte_products(
+    const uint8_t* rows, int64_t row_stride, int64_t num_groups, const int8_t* quads, int64_t num_quads,
+    int32_t* maxima) {
+  for (int64_t group = 0; group < num_groups; ++group, rows += kRows * row_stride) {
+    __m512i sum[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_si512();
+    }
+    const int8_t* column = quads;
+    for (int64_t k = 0; k < num_quads; ++k, column += kVectors * 64) {
+      __m512i quad[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) quad[v] = _mm512_loadu_si512(column + v * 64);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        int32_t bytes;
+        std::memcpy(&bytes, rows + i * row_stride + 4 * k, sizeof(bytes));
+        const __m512i row = _mm512_set1_epi32(bytes);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) add_byte_products(sum[i][v], row, quad[v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      IntegerVector<float> largest = bit_cast<IntegerVector<float>>(sum[0][v]);
+#pragma GCC unroll 16
+      for (int i = 1; i < kRows; ++i) largest = maximum(largest, bit_cast<IntegerVector<float>>(sum[i][v]));
+      store(maxima + (group * kVectors + v) * 16, largest);
+    }
+  }
+}
+
+// Where byte_products_of_six puts the product of row i: kSixLanes has its bit, and kSixRows says i.
+inline constexpr uint32_t kSixLanes = 0x030f;
+inline const IntegerVector<float> kSixRows = {0, 1, 2, 3, 0, 0, 0, 0, 4, 5, 0, 0, 0, 0, 0, 0};
+
+// Dot products of six rows of unsigned bytes with one of signed bytes, of `length` bytes each, a multiple of 64.
+TOPGATHER_MULTIPLIES_BYTES inline __m512i byte_products_of_six(const uint8_t* rows, int64_t row_stride,
+                                                               const int8_t* column, int64_t length) {
+  __m512i sum[6];
+#pragma GCC unroll 6
+  for (int i = 0; i < 6; ++i) sum[i] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < length; k += 64) {
+    const __m512i bytes = _mm512_loadu_si512(column + k);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) add_byte_products(sum[i], _mm512_loadu_si512(rows + i * row_stride + k), bytes);
+  }
+  // With masks of all lanes: of the plain forms GCC warns that their unused source has no value.
+  __m512i pairs[3];
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const __m512i low = _mm512_maskz_unpacklo_epi32(0xffff, sum[2 * i], sum[2 * i + 1]);
+    const __m512i high = _mm512_maskz_unpackhi_epi32(0xffff, sum[2 * i], sum[2 * i + 1]);
+    pairs[i] = _mm512_add_epi32(low, high);
+  }
+  __m512i quarters[2];  // of rows 0 to 3; of rows 4, 5, 4, 5
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i low = _mm512_maskz_unpacklo_epi64(0xff, pairs[2 * i], pairs[i + 1]);
+    const __m512i high = _mm512_maskz_unpackhi_epi64(0xff, pairs[2 * i], pairs[i + 1]);
+    quarters[i] = _mm512_add_epi32(low, high);
+  }
+  const __m512i even = _mm512_maskz_shuffle_i32x4(0xffff, quarters[0], quarters[1], 0x44);
+  const __m512i odd = _mm512_maskz_shuffle_i32x4(0xffff, quarters[0], quarters[1], 0xee);
+  const __m512i halves = _mm512_add_epi32(even, odd);
+  return _mm512_add_epi32(halves, _mm512_maskz_shuffle_i32x4(0xffff, halves, halves, 0xb1));
+}
+
+// Bit l is set where lane l of `values` is not below that of `bounds`.
+inline uint32_t lanes_not_below(const IntegerVector<float>& values, const IntegerVector<float>& bounds) {
+  return _mm512_cmpge_epi32_mask(bit_cast<__m512i>(values), bit_cast<__m512i>(bounds));
+}
+
+// The lanes that `mask` names, in order, to the front of target; a whole vector is written.
+inline void store_lanes(int32_t* target, uint32_t mask, const IntegerVector<float>& values) {
+  const __m512i chosen = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), bit_cast<__m512i>(values));
+  std::memcpy(target, &chosen, sizeof(chosen));
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -19,6 +19,7 @@
 #pragma once
 
 #include <limits>
+#include <vector>
 
 #include "../common/parallel.h"
 #include "../cpu/convert.h"
@@ -27,6 +28,7 @@
 #include "../cpu/top_lists.h"
 #include "moba_cpu.h"
 #include "moba_geometry.h"
+#include "moba_route_filter_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
@@ -83,11 +85,17 @@ struct RouteTask {
   T* query_tile;  // [D, kTileQueries]
   T* scores;      // [kChunkBlocks, kTileQueries]
   TopLists<T, kVectorsPerTile> kept;
+  RouteFilter filter;
 
   RouteTask(const MobaRouteParams& p, int64_t length, ScratchCutter& scratch) : params(p), list_length(length) {
     query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
     scores = scratch.take<T>(kChunkBlocks * kTileQueries);
     kept.take(list_length, scratch);
+  }
+
+  // For problems in which the filter serves: of so many blocks at most.
+  void take_filter(int64_t max_blocks, ScratchCutter& scratch) {
+    filter.take(max_blocks, list_length, params.problem.head_dim, scratch);
   }
 
   // Steps 2 and 3: the lists of a tile of queries, the i-th of which may choose by score of blocks force_first to before
@@ -132,13 +140,20 @@ struct RouteTask {
     return {num_visible, first_end, max64(num_visible - num_last, first_end)};
   }
 
-  // Step 4 for one query: ascending block numbers, then -1. Without scores, for there are no more blocks than may be
-  // chosen, or none may by score, the first list_length of the others.
-  void write_choices(int64_t lane, bool has_scores, const Scope& scope, int32_t* choices) {
+  enum class ChosenBy { kNumber, kScore, kFilter };
+
+  // Step 4 for one query: ascending block numbers, then -1. By number where there are no more blocks than may be chosen, or
+  // none may by score: the first list_length of the others.
+  void write_choices(int64_t lane, ChosenBy chosen_by, const Scope& scope, int32_t* choices) {
     int64_t count = 0;
     for (; count < scope.first_end; ++count) choices[count] = static_cast<int32_t>(count);
-    if (has_scores) {
+    if (chosen_by == ChosenBy::kScore) {
       count += kept.write_ascending(lane, choices + count);
+    } else if (chosen_by == ChosenBy::kFilter) {
+      const int32_t* chosen = filter.chosen(lane);
+      for (int64_t i = 0; i < list_length; ++i) {
+        choices[count++] = chosen[i] + static_cast<int32_t>(params.force_first);
+      }
     } else {
       const int64_t num_chosen = min64(scope.last_start - scope.first_end, list_length);
       for (int64_t i = 0; i < num_chosen; ++i, ++count) choices[count] = static_cast<int32_t>(count);
@@ -150,10 +165,11 @@ struct RouteTask {
   }
 
   // All steps for `count` queries: row_of(i) is the i-th, choices_of(i) where its choices go. It sees the blocks up to
-  // own_block_of(i), -1 for none, or the first seen_by_all where those are more.
+  // own_block_of(i), -1 for none, or the first seen_by_all where those are more. `bytes`: the centroids that chunk_of reads
+  // in place, null where none were made.
   template <typename Storage, typename RowOf, typename OwnBlockOf, typename ChunkOf, typename ChoicesOf>
   void route_tile(int64_t count, int64_t seen_by_all, const RowOf& row_of, const OwnBlockOf& own_block_of,
-                  const ChunkOf& chunk_of, const ChoicesOf& choices_of) {
+                  const ChunkOf& chunk_of, const ChoicesOf& choices_of, const ByteCentroids* bytes = nullptr) {
     IntegerVector<T> end[kVectorsPerTile];
     Scope scopes[kTileQueries];
     int64_t max_end = 0;
@@ -162,16 +178,30 @@ struct RouteTask {
       end[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(scopes[i].last_start);
       max_end = max64(max_end, scopes[i].last_start);
     }
-    const bool needs_scores = max_end - params.force_first > list_length && list_length > 0;
-    if (needs_scores) {
+    ChosenBy chosen_by = ChosenBy::kNumber;
+    if (max_end - params.force_first > list_length && list_length > 0) {
       gather_rows_transposed<Storage>(row_of, count, params.problem.head_dim, T(1), query_tile, kTileQueries);
-      select(chunk_of, ceil_div(count, kLanes<T>), end, max_end);
+      chosen_by = ChosenBy::kScore;
+      if constexpr (std::is_same_v<T, float>) {
+        if (bytes != nullptr && selects_by_filter(*bytes, chunk_of(params.force_first, 1).data, count, scopes)) {
+          chosen_by = ChosenBy::kFilter;
+        }
+      }
+      if (chosen_by == ChosenBy::kScore) select(chunk_of, ceil_div(count, kLanes<T>), end, max_end);
     }
-    for (int64_t i = 0; i < count; ++i) write_choices(i, needs_scores, scopes[i], choices_of(i));
+    for (int64_t i = 0; i < count; ++i) write_choices(i, chosen_by, scopes[i], choices_of(i));
+  }
+
+  bool selects_by_filter(const ByteCentroids& bytes, const T* centroids, int64_t count, const Scope* scopes) {
+    int64_t ends[kTileQueries];
+    for (int64_t i = 0; i < count; ++i) ends[i] = scopes[i].last_start - params.force_first;
+    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) ends[i] = ends[count - 1];
+    return filter.select(bytes, centroids, query_tile, count, ends);
   }
 
   template <typename Storage>
-  void run(const Sequence& sequence, int64_t head, int64_t first_query, const T* centroids) {
+  void run(const Sequence& sequence, int64_t head, int64_t first_query, const T* centroids,
+           const ByteCentroids* bytes) {
     const MobaProblem& problem = params.problem;
     const int64_t last = min64(first_query + kQueriesPerTask, sequence.query_len);
     const auto chunk_of = [&](int64_t first, int64_t) -> RowBlock<T> {
@@ -186,9 +216,65 @@ struct RouteTask {
             return problem.is_causal ? block_of(tile + i + sequence.position_offset, problem.block_size) : int64_t{-1};
           },
           chunk_of,
-          [&](int64_t i) { return params.block_indices.at<int32_t>(sequence.batch_idx, head, first_row + i); });
+          [&](int64_t i) { return params.block_indices.at<int32_t>(sequence.batch_idx, head, first_row + i); }, bytes);
     }
   }
+};
+
+// Bytes of the centroids of every head that has enough of them for the filter.
+template <typename T>
+class AllByteCentroids {
+ public:
+  // centroid_of(sequence_idx, kv_head, block): as compute_centroids has it.
+  template <typename CentroidOf>
+  AllByteCentroids(const MobaRouteParams& params, int64_t list_length, const CentroidOf& centroid_of) {
+    if constexpr (std::is_same_v<T, float>) {
+      const MobaProblem& problem = params.problem;
+      const auto num_rows_of = [&](int64_t s) { return sequence_at(problem, s).num_blocks - params.force_first; };
+      for (int64_t s = 0; s < problem.batch_size; ++s) {
+        if (RouteFilter::serves(num_rows_of(s), list_length, problem.head_dim)) {
+          max_rows_ = max64(max_rows_, num_rows_of(s));
+        }
+      }
+      if (max_rows_ == 0) return;
+      num_heads_ = problem.num_kv_heads;
+      heads_.resize(static_cast<size_t>(problem.batch_size * num_heads_));
+      const auto cut = [&](ScratchCutter& cutter) {
+        for (int64_t s = 0; s < problem.batch_size; ++s) {
+          if (!RouteFilter::serves(num_rows_of(s), list_length, problem.head_dim)) continue;
+          for (int64_t head = 0; head < num_heads_; ++head) {
+            heads_[static_cast<size_t>(s * num_heads_ + head)].take(num_rows_of(s), problem.head_dim, cutter);
+          }
+        }
+      };
+      ScratchCutter measure(nullptr);
+      cut(measure);
+      buffer_ = allocate_aligned(static_cast<size_t>(measure.used()));
+      ScratchCutter cutter(buffer_.get());
+      cut(cutter);
+      const int64_t num_tasks = problem.batch_size * num_heads_;
+      const double num_operations = static_cast<double>(num_tasks * max_rows_ * problem.head_dim);
+      for_each_task(useful_threads(problem.num_threads, num_tasks, num_operations), num_tasks, [&](int64_t task, int) {
+        const ByteCentroids& bytes = heads_[static_cast<size_t>(task)];
+        if (bytes.rows == nullptr) return;
+        const int64_t s = task / num_heads_;
+        bytes.fill(centroid_of(s, task % num_heads_, params.force_first), num_rows_of(s), problem.head_dim);
+      });
+    }
+  }
+
+  int64_t max_rows() const { return max_rows_; }  // 0 where none were made
+  const ByteCentroids* of(int64_t sequence_idx, int64_t kv_head) const {
+    if (max_rows_ == 0) return nullptr;
+    const ByteCentroids& bytes = heads_[static_cast<size_t>(sequence_idx * num_heads_ + kv_head)];
+    return bytes.rows == nullptr ? nullptr : &bytes;
+  }
+
+ private:
+  int64_t max_rows_ = 0;
+  int64_t num_heads_ = 0;
+  std::vector<ByteCentroids> heads_;
+  AlignedBuffer buffer_;
 };
 
 template <typename Storage>
@@ -218,13 +304,19 @@ void route_storage(const MobaRouteParams& params) {
            (block_starts[sequence_idx] * problem.num_kv_heads + head * num_blocks + block) * problem.head_dim;
   };
   if (list_length > 0) compute_centroids<Storage>(problem, params.key, centroid_of);
+  const AllByteCentroids<T> bytes(params, list_length, centroid_of);
 
   const int64_t chunks_per_head = ceil_div(max_queries, Task::kQueriesPerTask);
   const int64_t num_tasks = problem.batch_size * problem.num_query_heads * chunks_per_head;
   const double num_operations = static_cast<double>(problem.num_query_heads * problem.query_len) *
                                 static_cast<double>(max_blocks * problem.head_dim + problem.top_k);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, num_operations);
-  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, list_length, cutter); });
+  const auto task_with = [&](ScratchCutter& cutter) {
+    Task task(params, list_length, cutter);
+    if (bytes.max_rows() > 0) task.take_filter(bytes.max_rows(), cutter);
+    return task;
+  };
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { task_with(cutter); });
 
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
     const int64_t chunk = task % chunks_per_head;
@@ -233,8 +325,8 @@ void route_storage(const MobaRouteParams& params) {
     const Sequence sequence = sequence_at(problem, sequence_idx);
     const int64_t kv_head = head / (problem.num_query_heads / problem.num_kv_heads);
     ScratchCutter cutter = scratch.of(worker);
-    Task(params, list_length, cutter)
-        .template run<Storage>(sequence, head, chunk * Task::kQueriesPerTask, centroid_of(sequence_idx, kv_head, 0));
+    task_with(cutter).template run<Storage>(sequence, head, chunk * Task::kQueriesPerTask,
+                                            centroid_of(sequence_idx, kv_head, 0), bytes.of(sequence_idx, kv_head));
   });
 }
 
