@@ -170,12 +170,10 @@ struct RouteTask {
   template <typename Storage, typename RowOf, typename OwnBlockOf, typename ChunkOf, typename ChoicesOf>
   void route_tile(int64_t count, int64_t seen_by_all, const RowOf& row_of, const OwnBlockOf& own_block_of,
                   const ChunkOf& chunk_of, const ChoicesOf& choices_of, const ByteCentroids* bytes = nullptr) {
-    IntegerVector<T> end[kVectorsPerTile];
     Scope scopes[kTileQueries];
     int64_t max_end = 0;
-    for (int64_t i = 0; i < kTileQueries; ++i) {
-      scopes[i] = scope_of(own_block_of(min64(i, count - 1)), seen_by_all);
-      end[i / kLanes<T>][i % kLanes<T>] = static_cast<typename VectorTraits<T>::IntegerElement>(scopes[i].last_start);
+    for (int64_t i = 0; i < count; ++i) {
+      scopes[i] = scope_of(own_block_of(i), seen_by_all);
       max_end = max64(max_end, scopes[i].last_start);
     }
     ChosenBy chosen_by = ChosenBy::kNumber;
@@ -187,7 +185,14 @@ struct RouteTask {
           chosen_by = ChosenBy::kFilter;
         }
       }
-      if (chosen_by == ChosenBy::kScore) select(chunk_of, ceil_div(count, kLanes<T>), end, max_end);
+      if (chosen_by == ChosenBy::kScore) {
+        IntegerVector<T> end[kVectorsPerTile];
+        for (int64_t i = 0; i < kTileQueries; ++i) {
+          end[i / kLanes<T>][i % kLanes<T>] =
+              static_cast<typename VectorTraits<T>::IntegerElement>(scopes[min64(i, count - 1)].last_start);
+        }
+        select(chunk_of, ceil_div(count, kLanes<T>), end, max_end);
+      }
     }
     for (int64_t i = 0; i < count; ++i) write_choices(i, chosen_by, scopes[i], choices_of(i));
   }
@@ -195,7 +200,6 @@ struct RouteTask {
   bool selects_by_filter(const ByteCentroids& bytes, const T* centroids, int64_t count, const Scope* scopes) {
     int64_t ends[kTileQueries];
     for (int64_t i = 0; i < count; ++i) ends[i] = scopes[i].last_start - params.force_first;
-    for (int64_t i = count; i < round_up(count, kLanes<T>); ++i) ends[i] = ends[count - 1];
     return filter.select(bytes, centroids, query_tile, count, ends);
   }
 

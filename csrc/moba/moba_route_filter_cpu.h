@@ -174,6 +174,7 @@ class RouteFilter {
     errors_ = cutter.take<int32_t>(num_stretches * kTileQueries);
     bounds_ = cutter.take<int32_t>(num_stretches * kTileQueries);
     best_ = cutter.take<Integers>(num_best * kVectors);
+    passed_ = cutter.take<int32_t>((kMaxGroups + kGroupsPerStretch + 1) * kLanesPerVector);
     groups_ = cutter.take<int32_t>(kTileQueries * kMaxGroups);
     padded_depth_ = round_up(depth, kLanesPerVector);
     query_rows_ = cutter.take<float>(kTileQueries * padded_depth_);
@@ -184,8 +185,8 @@ class RouteFilter {
   // [D, kTileQueries]. False where there is no bound, or too little of it; nothing is to be used then.
   bool select(const ByteCentroids& bytes, const float* centroids, const float* query_tile, int64_t count,
               const int64_t* end) {
-    int64_t min_end = end[0], max_end = end[0];
-    for (int64_t i = 1; i < count; ++i) {
+    int64_t min_end = std::numeric_limits<int64_t>::max(), max_end = 0;
+    for (int64_t i = 0; i < count; ++i) {
       min_end = min64(min_end, end[i]);
       max_end = max64(max_end, end[i]);
     }
@@ -309,19 +310,27 @@ class RouteFilter {
     }
   }
 
-  // Step 4. Groups that not every query may choose from wholly are candidates of all.
+  // Step 4. Groups that not every query may choose from wholly are candidates of all. What passes is first written in the
+  // order of groups, whether something does or not, for a branch would be mispredicted, and then given to its query.
   bool list_groups(int64_t full_groups, int64_t num_groups) {
-    for (int64_t i = 0; i < kTileQueries; ++i) num_groups_[i] = 0;
-    for (int64_t group = 0; group < full_groups; ++group) {
-      const int64_t stretch = group / kGroupsPerStretch;
-      for (int v = 0; v < kVectors; ++v) {
-        uint32_t passing = lanes_not_below(load_integers(maxima_, group * kVectors + v),
-                                           load_integers(bounds_, stretch * kVectors + v));
-        for (; passing != 0; passing &= passing - 1) {
-          const int64_t lane = v * kLanesPerVector + __builtin_ctz(passing);
-          const int64_t place = num_groups_[lane]++;
-          groups_[lane * kMaxGroups + min64(place, kMaxGroups - 1)] = static_cast<int32_t>(group);
+    for (int64_t lane = 0; lane < kTileQueries; ++lane) num_groups_[lane] = 0;
+    Integers lane_numbers;
+    for (int lane = 0; lane < kLanesPerVector; ++lane) lane_numbers[lane] = lane;
+    for (int v = 0; v < kVectors; ++v) {
+      int64_t count = 0;
+      for (int64_t first = 0; first < full_groups; first += kGroupsPerStretch) {
+        const Integers bounds = load_integers(bounds_, first / kGroupsPerStretch * kVectors + v);
+        for (int64_t group = first; group < min64(first + kGroupsPerStretch, full_groups); ++group) {
+          const uint32_t passing = lanes_not_below(load_integers(maxima_, group * kVectors + v), bounds);
+          store_lanes(passed_ + count, passing, lane_numbers + static_cast<int32_t>(group * kLanesPerVector));
+          count += __builtin_popcount(passing);
         }
+        if (count > kMaxGroups * kLanesPerVector) return false;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t lane = v * kLanesPerVector + passed_[i] % kLanesPerVector;
+        const int64_t place = num_groups_[lane]++;
+        groups_[lane * kMaxGroups + min64(place, kMaxGroups - 1)] = passed_[i] / static_cast<int>(kLanesPerVector);
       }
     }
     for (int64_t lane = 0; lane < kTileQueries; ++lane) {
@@ -388,8 +397,10 @@ class RouteFilter {
     const float* query = query_rows_ + lane * padded_depth_;
     const int64_t whole = head_dim_ / kLanesPerVector * kLanesPerVector;
     Vector<float> sums[kLanesPerVector];
-    for (int64_t i = 0; i < kLanesPerVector; ++i) {
-      const float* row = centroids + candidates_[min64(v * kLanesPerVector + i, count - 1)] * head_dim_;
+    const int64_t first = v * kLanesPerVector;
+    for (int64_t i = min64(kLanesPerVector, count - first); i < kLanesPerVector; ++i) sums[i] = Vector<float>{};
+    for (int64_t i = 0; i < min64(kLanesPerVector, count - first); ++i) {
+      const float* row = centroids + candidates_[first + i] * head_dim_;
       Vector<float> sum{};
       for (int64_t d = 0; d < whole; d += kLanesPerVector) sum += load<float>(row + d) * load<float>(query + d);
       if (whole < head_dim_) {
@@ -455,6 +466,7 @@ class RouteFilter {
   int32_t* errors_ = nullptr;    // [stretches, kTileQueries], E
   int32_t* bounds_ = nullptr;    // [stretches, kTileQueries], T - E
   Integers* best_ = nullptr;     // [list_length, kVectors], descending
+  int32_t* passed_ = nullptr;    // group * kLanesPerVector + lane
   int32_t* groups_ = nullptr;    // [kTileQueries, kMaxGroups], ascending
   float* query_rows_ = nullptr;  // [kTileQueries, padded_depth], 0 from D on
   float* rescored_ = nullptr;    // [D, kLanesPerVector]
