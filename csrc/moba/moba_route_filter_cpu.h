@@ -28,6 +28,7 @@
 
 #include "../common/cpu_target.h"
 #include "../cpu/convert.h"
+#include "../cpu/intrinsics.h"
 #include "../cpu/scratch.h"
 #include "moba_config.h"
 
