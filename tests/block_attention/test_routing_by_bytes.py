@@ -108,7 +108,7 @@ def last_bits() -> Problem:
     centroids, queries, _ = random(500, 64, 8)
     leader = queries[0] / 8
     places = torch.randperm(500, generator=torch.Generator().manual_seed(1))[:60]
-    noise = torch.randint(-1, 2, (60, 64), generator=torch.Generator().manual_seed(2))
+    noise = torch.randint(-6, 7, (60, 64), generator=torch.Generator().manual_seed(2))
     centroids = centroids / 64
     centroids[places] = leader * (1 + noise * 2.0**-23)
     return centroids, queries[:1] + torch.zeros(64, 1), 8
@@ -130,6 +130,9 @@ def one_great_row_a_stretch() -> Problem:
 def many_leaders(places: Tensor) -> Problem:
     """More candidates of a query than there is room for, the best of them last: refused, never cut off."""
     centroids, queries, _ = random(1200, 64, 8)
+    direction = queries[20] / queries[20].norm()
+    others = queries - (queries @ direction)[:, None] * direction  # do not see the leaders
+    queries = torch.where(torch.arange(64)[:, None] == 20, queries, others)
     centroids[places] = queries[20] * (2 + torch.arange(len(places)) * 1e-4)[:, None]
     return centroids, queries, 8
 
