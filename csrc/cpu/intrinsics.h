@@ -175,8 +175,10 @@ inline constexpr uint32_t kSixLanes = 0x030f;
 inline const IntegerVector<float> kSixRows = {0, 1, 2, 3, 0, 0, 0, 0, 4, 5, 0, 0, 0, 0, 0, 0};
 
 // Dot products of six rows of unsigned bytes with one of signed bytes, of `length` bytes each, a multiple of 64.
-TOPGATHER_MULTIPLIES_BYTES __attribute__((always_inline)) inline __m512i byte_products_of_six(const uint8_t* rows, int64_t row_stride,
-                                                               const int8_t* column, int64_t length) {
+TOPGATHER_MULTIPLIES_BYTES __attribute__((always_inline)) inline __m512i byte_products_of_six(const uint8_t* rows,
+                                                                                              int64_t row_stride,
+                                                                                              const int8_t* column,
+                                                                                              int64_t length) {
   __m512i sum[6];
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) sum[i] = _mm512_setzero_si512();

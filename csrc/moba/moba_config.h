@@ -20,7 +20,7 @@ struct MobaRouteConfig {
   static constexpr int64_t kCentroidsPerTask = 32;
   // Where products of bytes decide first. Below so many blocks their bounds cost what they save.
   static constexpr int64_t kMinFilteredBlocks = 384;
-  static constexpr int64_t kMaxFilteredList = 16;    // blocks kept by score
+  static constexpr int64_t kMaxFilteredList = 16;     // blocks kept by score
   static constexpr int64_t kMaxFilteredGroups = 128;  // of six blocks, a query's, before all blocks are scored instead
   static constexpr int64_t kMaxCandidates = 128;
 };

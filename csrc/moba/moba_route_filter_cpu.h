@@ -1,5 +1,5 @@
 // Which blocks can be among a query's best, by products of bytes with a proven bound: the exact scores of a few, the choice
-// of all. docs/performance.md, "Routing by bounds", derives the bound.
+// of all. docs/routing-bounds.md has the proof.
 //
 //   With mu any vector, t_d > 0 and s > 0:     c_jd = mu_d + t_d (b_jd + r_jd)      b integers, at most 127
 //                                              q_d t_d = s (a_d + u_d)              a integers, at most 127
@@ -61,12 +61,12 @@ struct ByteCentroids {
     float rows;       // max |c_j|
   };
 
-  uint8_t* rows = nullptr;   // [padded rows, row_stride], b + 128; 0 from head_dim on
-  float* scales = nullptr;   // [D], t_d, 0 where all centroids are equal
-  float* work = nullptr;     // [3, D]
-  Norms* norms = nullptr;    // [stretches + 1], the last one those of all rows
-  int64_t row_stride = 0;    // bytes, a multiple of 64
-  bool* usable = nullptr;    // whether a bound holds
+  uint8_t* rows = nullptr;  // [padded rows, row_stride], b + 128; 0 from head_dim on
+  float* scales = nullptr;  // [D], t_d, 0 where all centroids are equal
+  float* work = nullptr;    // [3, D]
+  Norms* norms = nullptr;   // [stretches + 1], the last one those of all rows
+  int64_t row_stride = 0;   // bytes, a multiple of 64
+  bool* usable = nullptr;   // whether a bound holds
 
   void take(int64_t num_rows, int64_t head_dim, ScratchCutter& cutter) {
     const int64_t num_stretches = ceil_div(num_rows, kRowsPerStretch);
@@ -284,8 +284,8 @@ class RouteFilter {
       const int64_t first = stretch * kGroupsPerStretch;
       const int64_t last = min64(first + kGroupsPerStretch, full_groups);
       for (int v = 0; v < kVectors; ++v) {
-        const Vector<float> error = residual_norms_[v] * norms.bytes + product_norms_[v] * norms.residuals +
-                                    query_norms_[v] * norms.rows;
+        const Vector<float> error =
+            residual_norms_[v] * norms.bytes + product_norms_[v] * norms.residuals + query_norms_[v] * norms.rows;
         const Integers whole = __builtin_convertvector(minimum(error * 1.0001f + 2.0f, broadcast(0x1p29f)), Integers);
         store(errors_ + (stretch * kVectors + v) * kLanesPerVector, whole);
         if (first >= last) continue;
@@ -367,7 +367,8 @@ class RouteFilter {
   void choose(const float* centroids, const float* query, int64_t lane, int64_t count) {
     constexpr float kLowest = -std::numeric_limits<float>::infinity();
     const int64_t num_vectors = ceil_div(count, kLanesPerVector);
-    for (int64_t v = 0; v < num_vectors; ++v) store<float>(scores_ + v * kLanesPerVector, score(centroids, lane, v, count));
+    for (int64_t v = 0; v < num_vectors; ++v)
+      store<float>(scores_ + v * kLanesPerVector, score(centroids, lane, v, count));
     for (int64_t i = count; i < num_vectors * kLanesPerVector; ++i) scores_[i] = kLowest;
     const Integers length = Integers{} + static_cast<int32_t>(list_length_);
     Vector<float> least_in = broadcast(-kLowest), most_out = broadcast(kLowest);
@@ -461,21 +462,21 @@ class RouteFilter {
   int64_t head_dim_ = 0;
   int64_t column_bytes_ = 0;
   int64_t padded_depth_ = 0;
-  int8_t* quads_ = nullptr;      // [ceil(D / 4), kTileQueries, 4], a
-  int8_t* columns_ = nullptr;    // [kTileQueries, column_bytes], the same by query
-  int32_t* maxima_ = nullptr;    // [groups, kTileQueries]
-  int32_t* errors_ = nullptr;    // [stretches, kTileQueries], E
-  int32_t* bounds_ = nullptr;    // [stretches, kTileQueries], T - E
-  Integers* best_ = nullptr;     // [list_length, kVectors], descending
-  int32_t* passed_ = nullptr;    // group * kLanesPerVector + lane
-  int32_t* groups_ = nullptr;    // [kTileQueries, kMaxGroups], ascending
-  float* query_rows_ = nullptr;  // [kTileQueries, padded_depth], 0 from D on
-  float* rescored_ = nullptr;    // [D, kLanesPerVector]
+  int8_t* quads_ = nullptr;                 // [ceil(D / 4), kTileQueries, 4], a
+  int8_t* columns_ = nullptr;               // [kTileQueries, column_bytes], the same by query
+  int32_t* maxima_ = nullptr;               // [groups, kTileQueries]
+  int32_t* errors_ = nullptr;               // [stretches, kTileQueries], E
+  int32_t* bounds_ = nullptr;               // [stretches, kTileQueries], T - E
+  Integers* best_ = nullptr;                // [list_length, kVectors], descending
+  int32_t* passed_ = nullptr;               // group * kLanesPerVector + lane
+  int32_t* groups_ = nullptr;               // [kTileQueries, kMaxGroups], ascending
+  float* query_rows_ = nullptr;             // [kTileQueries, padded_depth], 0 from D on
+  float* rescored_ = nullptr;               // [D, kLanesPerVector]
   Vector<float> residual_norms_[kVectors];  // |u|
   Vector<float> product_norms_[kVectors];   // |q t / s|
   Vector<float> query_norms_[kVectors];     // what the rounding of a score is at most, over |c|
   int64_t num_groups_[kTileQueries];
-  float score_errors_[kTileQueries];                        // F
+  float score_errors_[kTileQueries];  // F
   int32_t candidates_[kMaxCandidates + 2 * kLanesPerVector];
   float scores_[kMaxCandidates + kLanesPerVector];
   int32_t chosen_[kTileQueries][MobaRouteConfig::kMaxFilteredList + kLanesPerVector];

@@ -1,12 +1,12 @@
 // The filter of csrc/moba/moba_route_filter_cpu.h by itself, beside a definition of what it must choose. Compiled by
 // test_routing_by_bytes.py for AVX-512, with csrc/ to be found.
-#include "moba/moba_route_filter_cpu.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <numeric>
 #include <vector>
+
+#include "moba/moba_route_filter_cpu.h"
 
 namespace topgather {
 bool multiplies_bytes() { return __builtin_cpu_supports("avx512vnni"); }
@@ -33,10 +33,11 @@ extern "C" int choose(const float* centroids, int64_t num_rows, const float* que
   constexpr int64_t kTile = RouteFilter::kTileQueries;
   std::vector<float> tile(static_cast<size_t>(depth * kTile));
   for (int64_t i = 0; i < kTile; ++i) {
-    for (int64_t d = 0; d < depth; ++d) tile[static_cast<size_t>(d * kTile + i)] = queries[std::min(i, count - 1) * depth + d];
+    for (int64_t d = 0; d < depth; ++d)
+      tile[static_cast<size_t>(d * kTile + i)] = queries[std::min(i, count - 1) * depth + d];
   }
-  const bool chose = RouteFilter::serves(num_rows, list_length, depth) &&
-                     filter.select(bytes, centroids, tile.data(), count, end);
+  const bool chose =
+      RouteFilter::serves(num_rows, list_length, depth) && filter.select(bytes, centroids, tile.data(), count, end);
   for (int64_t i = 0; chose && i < count; ++i) std::copy_n(filter.chosen(i), list_length, chosen + i * list_length);
   std::free(memory);
   return chose;
