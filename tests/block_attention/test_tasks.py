@@ -37,9 +37,7 @@ def counts() -> dict[str, list[int]]:
     found = {"route": tasks_of(lambda: tg.moba_route(query, key, BLOCK_SIZE, TOP_K))}
     routing = tg.moba_route(query, key, BLOCK_SIZE, TOP_K)
     outs: list[Tensor] = []
-    found["forward"] = tasks_of(
-        lambda: outs.append(tg.moba_attention(query, key, value, BLOCK_SIZE, routing=routing))  # type: ignore[arg-type]
-    )
+    found["forward"] = tasks_of(lambda: outs.append(tg.moba_attention(query, key, value, BLOCK_SIZE, routing=routing)))
     found["backward"] = tasks_of(lambda: torch.autograd.grad(outs[0].sum(), [query, key, value]))
     return found
 
@@ -56,8 +54,8 @@ def test_the_cut_does_not_depend_on_threads_or_on_the_batch() -> None:
     query, key, value = (tensor.detach()[:, :, :1500] for tensor in make_leaves())
 
     def counts_of(batch_size: int) -> list[int]:
-        tensors = [tensor.expand(batch_size, -1, -1, -1) for tensor in (query, key, value)]
-        return tasks_of(lambda: tg.moba_attention(*tensors, BLOCK_SIZE, TOP_K))  # type: ignore[arg-type]
+        q, k, v = (tensor.expand(batch_size, -1, -1, -1) for tensor in (query, key, value))
+        return tasks_of(lambda: tg.moba_attention(q, k, v, BLOCK_SIZE, TOP_K))
 
     torch.set_num_threads(1)
     alone = counts_of(1)
