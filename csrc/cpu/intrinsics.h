@@ -35,26 +35,6 @@ inline bool any_lane(const Mask& mask) {
 #endif
 }
 
-// Writes a vector past the caches, to a multiple of its size; finish_streaming() orders such writes before later ones.
-template <typename T>
-inline void stream(T* target, const Vector<T>& vector) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bit_cast<__m512i>(vector));
-#elif defined(__AVX__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), bit_cast<__m256i>(vector));
-#elif defined(__x86_64__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(target), bit_cast<__m128i>(vector));
-#else
-  store<T>(target, vector);
-#endif
-}
-
-inline void finish_streaming() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 // Appends the scores that are not below `bound`, NaN among them, and their positions to two lists, in lane order;
 // returns how many. A whole vector may be written to each.
 template <typename T>

@@ -24,7 +24,6 @@
 #include "../common/parallel.h"
 #include "../cpu/convert.h"
 #include "../cpu/fresh_pages.h"
-#include "../cpu/intrinsics.h"
 #include "memory_config.h"
 #include "memory_cpu.h"
 #include "memory_lookup_cpu.h"
@@ -233,24 +232,11 @@ struct MemoryBackward {
     const int64_t last_target = target_after((task + 1) * task_positions);
     int64_t position = first_position(first_target, 0);
     const int64_t row_bytes = row_dim() * static_cast<int64_t>(sizeof(Storage));
-    bool is_streamed = false;
-    if (params.num_targets * row_bytes >= MemoryLookupConfig::kFreshBytes && first_target < last_target) {
-      Storage* first_row = params.grad_rows.at<Storage>(first_target);
-      if (is_fresh(first_row)) {
-        populate_pages(first_row, (last_target - first_target) * row_bytes);
-      } else {
-        is_streamed = std::is_same_v<Storage, T> && row_bytes % kVectorBytes == 0 &&
-                      bit_cast<int64_t>(first_row) % kVectorBytes == 0;
-      }
+    if (params.num_targets * row_bytes >= MemoryLookupConfig::kFreshBytes) {
+      populate_pages(params.grad_rows.at<Storage>(first_target), (last_target - first_target) * row_bytes);
     }
     for (int64_t target = first_target; target < last_target; ++target) {
       Storage* grad_values = params.grad_rows.at<Storage>(target);
-      if constexpr (std::is_same_v<Storage, T>) {
-        if (is_streamed) {
-          position = stream_row(position, target, sums_of_worker, grad_values);
-          continue;
-        }
-      }
       if (position == num_entries || params.targets.data[position] != target) {
         for (int64_t d = 0; d < row_dim(); ++d) grad_values[d] = Storage{};
         continue;
@@ -264,17 +250,6 @@ struct MemoryBackward {
       }
       position = last;
     }
-    finish_streaming();
-  }
-
-  // A target's row, written past the caches; returns the position after its run.
-  int64_t stream_row(int64_t position, int64_t target, T* sums, T* row) const {
-    const bool has_entries = position < num_entries && params.targets.data[position] == target;
-    const int64_t last = has_entries ? end_of_run(position) : position;
-    if (has_entries) sum_run(position, last, sums);
-    for (int64_t d = 0; d < row_dim(); d += kLanes<T>)
-      stream<T>(row + d, has_entries ? load<T>(sums + d) : Vector<T>{});
-    return last;
   }
 };
 
