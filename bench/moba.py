@@ -362,9 +362,9 @@ def draw(measured: list[Measured], memory: list[dict[str, Any]], run: dict[str, 
 def _plot(axes: Axes, name: str, points: list[tuple[int, float]]) -> None:
     if points:
         axes.loglog(*zip(*points, strict=True), "o-", color=COLORS[name], label=name, markersize=4)
+        axes.legend(frameon=False)
     axes.set_xlabel("tokens")
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(frameon=False)
 
 
 # --- Running ------------------------------------------------------------------------------------------------
