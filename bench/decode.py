@@ -4,9 +4,10 @@
     python bench/decode.py --quick          # a smoke run; its results are kept only where --output names a folder
     python bench/decode.py --device cuda    # bfloat16, batch 8, up to 128K tokens
 
-Prints times of a token by the tokens before it, ratios against the targets, and what appending costs; writes
-decode.json and decode.png to bench/results/<device>/. Peers run in one process, interleaved; queries change from call
-to call, so that the chosen blocks are not those that are still in the processor's cache.
+Prints times of a token by the tokens before it, ratios against the targets, the choice of blocks alone, and what
+appending costs; writes decode.json and decode.png to bench/results/<device>/. Peers run in one process, interleaved;
+queries change from call to call, so that the chosen blocks are not those that are still in the processor's cache, and
+dense attention evicts centroids before each round. The longest problem needs 9 GiB of memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from _harness import (
 )
 
 OURS, PAGED, GRAPH, TORCH = "topgather", "topgather, paged", "topgather, CUDA graph", "SDPA, dense"
-COLORS = {TORCH: "#8a8f98", OURS: "#d1495b", PAGED: "#edae49", GRAPH: "#00798c"}
+ROUTE = "topgather, choice alone"
+COLORS = {TORCH: "#8a8f98", OURS: "#d1495b", PAGED: "#edae49", GRAPH: "#00798c", ROUTE: "#2e4057"}
 NUM_QUERIES = 64
 NUM_APPENDS = 256
 
@@ -52,6 +54,8 @@ class Problem:
     block_size: int = 128
     top_k: int = 8
     target: float | None = None
+    choice_target: float | None = None
+    """Maximum seconds of the choice of blocks alone."""
 
     def __str__(self) -> str:
         shape = f"B={self.batch_size}, {self.num_heads} heads, D={self.head_dim}"
@@ -68,7 +72,8 @@ def plan(device: torch.device, is_quick: bool) -> list[Problem]:
         return [Problem(length, "bfloat16", 8, 8, 128, target=targets.get(length)) for length in lengths]
     targets = {65536: 20.0}
     problems = [Problem(n, "float32", target=targets.get(n)) for n in (4096, 16384, 65536, 262144)]
-    return [*problems, *(Problem(n, "bfloat16") for n in (4096, 16384, 65536))]
+    problems += [Problem(n, "bfloat16") for n in (4096, 16384, 65536)]
+    return [*problems, *(Problem(2**20, "float32", block_size=size, choice_target=1e-3) for size in (256, 128, 64))]
 
 
 # --- Candidates ---------------------------------------------------------------------------------------------
@@ -102,16 +107,26 @@ class Session:
 
     def candidates(self) -> dict[str, Callable[[], Tensor]]:
         """One token each."""
-        queries = {name: cycle(self.queries) for name in (OURS, PAGED, TORCH)}
+        queries = {name: cycle(self.queries) for name in (OURS, PAGED, TORCH, ROUTE)}
         top_k = self.problem.top_k
         calls: dict[str, Callable[[], Tensor]] = {
             TORCH: lambda: F.scaled_dot_product_attention(next(queries[TORCH]), self.key, self.value),
             OURS: lambda: tg.moba_decode(next(queries[OURS]), self.cache, top_k),
             PAGED: lambda: tg.moba_decode(next(queries[PAGED]), self.paged, top_k),
+            ROUTE: lambda: self.choose(next(queries[ROUTE])),
         }
         if self.key.is_cuda:
             calls[GRAPH] = self.captured()
         return calls
+
+    def choose(self, query: Tensor) -> Tensor:
+        """What moba_decode does before it attends."""
+        cache = self.cache
+        slots = min(self.problem.top_k, -(-self.problem.num_tokens // cache.block_size))
+        route = torch.ops.topgather.moba_decode_route.default
+        places = (cache.centroids, cache.seq_lens, cache.page_table, None, cache.block_size, cache.page_size)
+        chosen: Tensor = route(query, *places, slots, 0, 1)
+        return chosen
 
     def captured(self) -> Callable[[], Tensor]:
         """The same in a CUDA graph; each call brings in another query."""
@@ -164,6 +179,8 @@ def measure(problem: Problem, device: torch.device) -> dict[str, Any]:
     ratio = timings[TORCH].min_seconds / min(timings[name].min_seconds for name in (OURS, GRAPH) if name in timings)
     row: dict[str, Any] = {"problem": str(problem), **asdict(problem), "ratio": ratio, "append": appended.to_json()}
     row["times"] = {name: timing.to_json() for name, timing in timings.items()}
+    if problem.choice_target is not None:
+        row |= {"target_met": timings[ROUTE].min_seconds <= problem.choice_target}
     if problem.target is not None:
         row |= {"target_ratio": problem.target, "target_met": ratio >= problem.target}
     return row
@@ -177,7 +194,11 @@ def show(row: dict[str, Any]) -> str:
     times = "  ".join(f"{name} {format_seconds(entry['min_seconds'])}" for name, entry in row["times"].items())
     target = ""
     if "target_met" in row:
-        target = f"  target {row['target_ratio']:.0f}x: {'met' if row['target_met'] else 'MISSED'}"
+        if "target_ratio" in row:
+            wanted = f"{row['target_ratio']:.0f}x"
+        else:
+            wanted = f"choice {format_seconds(row['choice_target'])}"
+        target = f"  target {wanted}: {'met' if row['target_met'] else 'MISSED'}"
     return f"    {times}  append {format_seconds(row['append']['min_seconds'])}  {row['ratio']:.1f}x{target}"
 
 
@@ -186,7 +207,7 @@ def draw(rows: list[dict[str, Any]], run: dict[str, Any], path: Path) -> None:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure = Figure(figsize=(5.5 * len(dtypes), 4.2), layout="constrained")
     for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
-        chosen = [row for row in rows if row["dtype"] == dtype]
+        chosen = [row for row in rows if (row["dtype"], row["block_size"]) == (dtype, rows[0]["block_size"])]
         lengths = [row["num_tokens"] for row in chosen]
         for name in chosen[0]["times"]:
             times = [row["times"][name]["min_seconds"] * 1e3 for row in chosen]

@@ -2,12 +2,13 @@
 
     python bench/moba.py              # a few minutes
     python bench/moba.py --quick      # a smoke run; its results are kept only where --output names a folder
+    python bench/moba.py --long       # 65536 to 1048576 tokens, without peers: growth, routing's share, memory
     python bench/moba.py --device cuda --seconds 240    # other peers and sizes: bench/gpu/moba_cuda.py
 
 Prints times, ratios against the targets, shares of the machine's matrix-product rate, the share of routing
-and the memory added at the peak; writes moba.json and moba.png to bench/results/<device>/. All peers run in
-one process, interleaved, on the same random inputs; memory is measured in a fresh process for each
-candidate.
+and the memory added at the peak; writes moba.json and moba.png (--long: moba_long.json and moba_long.png) to
+bench/results/<device>/. All peers run in one process, interleaved, on the same random inputs; memory is
+measured in a fresh process for each candidate. The longest problem, with gradients, needs 10 GiB of memory.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ TARGETS = {
 }
 """Minimum ratio of dense time to topgather time, by dtype, direction, block_size and tokens."""
 ROUTING_SHARE_TARGET = 0.25
+
+LONG_SIZES = (65536, 262144, 1048576)
+ROUTING_TARGETS = {(128, 262144): 0.2, (128, 1048576): 0.4, (64, 262144): 0.4, (64, 1048576): 0.8}
+"""Maximum ratio of routing's time to that of attending to what was chosen, float32, by block_size and tokens."""
+LONG_MEMORY_LIMIT = 3 * 2**30
+"""Bytes of working memory that no problem of ``--long`` may exceed."""
 
 COLORS = {"dense": "#8a8f98", "masked 128": "#e0a458", "topgather 128": "#d1495b", "topgather 64": "#2e4057"}
 
@@ -136,6 +143,13 @@ def runner(candidate: str, problem: Problem, inputs: list[Tensor]) -> Callable[[
     return lambda: torch.autograd.grad(attention(*leaves), leaves, grad_out)
 
 
+def attend_runner(block_size: int, inputs: list[Tensor]) -> Callable[[], object]:
+    """The attention alone, to blocks chosen before."""
+    query, key, value, _ = inputs
+    routing = tg.moba_route(query, key, block_size=block_size, top_k=TOP_K)
+    return torch.no_grad()(lambda: tg.moba_attention(query, key, value, block_size=block_size, routing=routing))
+
+
 def route_runner(block_size: int, inputs: list[Tensor]) -> Callable[[], object]:
     """The choice of blocks alone."""
     return lambda: tg.moba_route(inputs[0], inputs[1], block_size=block_size, top_k=TOP_K)
@@ -156,7 +170,9 @@ def check_peers_agree(device: torch.device, num_tokens: int = 2048, block_size: 
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def measure_times(problem: Problem, block_sizes: tuple[int, ...], has_dense: bool, device: torch.device) -> Measured:
+def measure_times(
+    problem: Problem, block_sizes: tuple[int, ...], has_dense: bool, device: torch.device, min_rounds: int = 2
+) -> Measured:
     """Time every candidate that fits the problem, interleaved."""
     inputs = make_inputs(problem, device)
     names = ["dense"] if has_dense else []
@@ -167,7 +183,9 @@ def measure_times(problem: Problem, block_sizes: tuple[int, ...], has_dense: boo
     candidates = {name: runner(name, problem, inputs) for name in names}
     if problem.direction == FORWARD:
         candidates |= {f"route {block_size}": route_runner(block_size, inputs) for block_size in block_sizes}
-    return Measured(problem, time_interleaved(candidates, device))
+        if not has_dense:
+            candidates |= {f"attend {block_size}": attend_runner(block_size, inputs) for block_size in block_sizes}
+    return Measured(problem, time_interleaved(candidates, device, min_rounds))
 
 
 def measure_memory(candidate: str, problem: Problem, device: torch.device) -> dict[str, Any]:
@@ -225,6 +243,14 @@ def rows_of(measured: Measured, gemm_rates: dict[str, float]) -> Iterator[dict[s
             row["ratio_to_masked"] = row["masked_seconds"] / seconds
         if f"route {block_size}" in times:
             row["routing_share"] = times[f"route {block_size}"].min_seconds / seconds
+        if f"attend {block_size}" in times:
+            row["routing_to_attending"] = (
+                times[f"route {block_size}"].min_seconds / times[f"attend {block_size}"].min_seconds
+            )
+            limit = ROUTING_TARGETS.get((block_size, problem.num_tokens))
+            if problem.dtype == "float32" and limit is not None:
+                row["routing_target"] = limit
+                row["routing_target_met"] = row["routing_to_attending"] <= limit
         target = TARGETS.get((problem.dtype, problem.direction, block_size, problem.num_tokens))
         if target is not None and "dense" in times:
             row["target_ratio"] = target
@@ -241,7 +267,7 @@ def times_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(heading)
     for heading in ("N", "block", "dense", "masked", "topgather", "dense / ours", "target", "met"):
         table.add_column(heading, justify="right")
-    for heading in ("ours, gemm share", "dense, gemm share", "routing share"):
+    for heading in ("ours, gemm share", "dense, gemm share", "routing share", "route / attend"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -256,6 +282,7 @@ def times_table(rows: list[dict[str, Any]]) -> Table:
             _show(row, "topgather_gemm_share", "{:.0%}".format),
             _show(row, "dense_gemm_share", "{:.0%}".format),
             _show(row, "routing_share", "{:.0%}".format),
+            _show(row, "routing_to_attending", "{:.0%}".format),
         )
     return table
 
@@ -335,16 +362,19 @@ def draw(measured: list[Measured], memory: list[dict[str, Any]], run: dict[str, 
 def _plot(axes: Axes, name: str, points: list[tuple[int, float]]) -> None:
     if points:
         axes.loglog(*zip(*points, strict=True), "o-", color=COLORS[name], label=name, markersize=4)
+        axes.legend(frameon=False)
     axes.set_xlabel("tokens")
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(frameon=False)
 
 
 # --- Running ------------------------------------------------------------------------------------------------
 
 
-def plan(is_quick: bool) -> list[tuple[Problem, tuple[int, ...], bool]]:
+def plan(is_quick: bool, is_long: bool) -> list[tuple[Problem, tuple[int, ...], bool]]:
     """Problems with the block sizes to take and whether the peers run."""
+    if is_long:
+        sizes = LONG_SIZES[:1] if is_quick else LONG_SIZES
+        return [(Problem("float32", d, n), (128, 64), False) for d in (FORWARD, BOTH) for n in sizes]
     if is_quick:
         sizes = {FORWARD: (2048, 4096), BOTH: (2048,)}
         return [(Problem("float32", d, n), (128,), True) for d in sizes for n in sizes[d]]
@@ -360,8 +390,12 @@ def plan(is_quick: bool) -> list[tuple[Problem, tuple[int, ...], bool]]:
     return problems
 
 
-def memory_plan(is_quick: bool) -> list[tuple[str, Problem]]:
+def memory_plan(is_quick: bool, is_long: bool) -> list[tuple[str, Problem]]:
     """Candidates and problems to measure memory of."""
+    if is_long:
+        sizes = LONG_SIZES[:1] if is_quick else LONG_SIZES
+        names = ("topgather 128", "topgather 64")
+        return [(name, Problem("float32", d, n)) for name in names for d in (FORWARD, BOTH) for n in sizes]
     if is_quick:
         return [(name, Problem("float32", FORWARD, 4096)) for name in ("dense", "topgather 128")]
     entries = [("masked 128", FORWARD, 8192), ("masked 128", BOTH, 8192)]
@@ -375,11 +409,12 @@ def memory_plan(is_quick: bool) -> list[tuple[str, Problem]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes only, under 20 seconds")
+    parser.add_argument("--long", action="store_true", help="up to 1048576 tokens, without peers, on a CPU")
     parser.add_argument("--device", default="cpu", help="device to measure on (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--seconds", type=float, default=240.0, help="on a GPU: begin nothing after (default: 240)")
     parser.add_argument("--call-limit", type=float, default=5.0, help="on a GPU: maximum seconds of a peer's call")
-    parser.add_argument("--output", type=Path, help="folder for moba.json and moba.png")
+    parser.add_argument("--output", type=Path, help="folder for results")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -400,7 +435,7 @@ def main() -> None:
     run = describe_run(device)
     console.print(run)
     check_peers_agree(device)
-    problems = plan(options.quick)
+    problems = plan(options.quick, options.long)
     gemm_rates = {
         dtype: measure_gemm_rate(device, getattr(torch, dtype)) for dtype in {p.dtype: None for p, _, _ in problems}
     }
@@ -408,7 +443,7 @@ def main() -> None:
 
     measured = []
     for problem, block_sizes, has_dense in problems:
-        measured.append(measure_times(problem, block_sizes, has_dense, device))
+        measured.append(measure_times(problem, block_sizes, has_dense, device, min_rounds=1 if options.long else 2))
         console.print(f"measured {problem.dtype} {problem.direction} at N={problem.num_tokens}", style="dim")
     memory = [
         in_fresh_process(
@@ -416,12 +451,12 @@ def main() -> None:
             "--measure-memory",
             {"candidate": name, "threads": torch.get_num_threads(), "device": str(device), **asdict(problem)},
         )
-        for name, problem in memory_plan(options.quick)
+        for name, problem in memory_plan(options.quick, options.long)
     ]
 
     rows = [row for entry in measured for row in rows_of(entry, gemm_rates)]
     console.print(times_table(rows), growth_table(rows), memory_table(memory))
-    report_targets(rows, console)
+    report_targets(rows, memory if options.long else [], console)
 
     folder = options.output or (None if options.quick else results_folder(device))
     if folder is None:
@@ -437,12 +472,13 @@ def main() -> None:
             for m in measured
         ],
     }
-    write_json(folder / "moba.json", content)
-    draw(measured, memory, run, folder / "moba.png")
-    console.print(f"Written: {folder / 'moba.json'}, {folder / 'moba.png'}", soft_wrap=True)
+    name = "moba_long" if options.long else "moba"
+    write_json(folder / f"{name}.json", content)
+    draw(measured, memory, run, folder / f"{name}.png")
+    console.print(f"Written: {folder / f'{name}.json'}, {folder / f'{name}.png'}", soft_wrap=True)
 
 
-def report_targets(rows: list[dict[str, Any]], console: Console) -> None:
+def report_targets(rows: list[dict[str, Any]], memory: list[dict[str, Any]], console: Console) -> None:
     """Say which targets were met, which missed, and which this run did not measure."""
     judged = [row for row in rows if "target_met" in row]
     met = sum(row["target_met"] for row in judged)
@@ -455,6 +491,19 @@ def report_targets(rows: list[dict[str, Any]], console: Console) -> None:
                 f"Routing at N=65536, block {row['block_size']}: {share:.0%} of the forward, "
                 f"target at most {ROUTING_SHARE_TARGET:.0%}: {verdict}."
             )
+        if "routing_target" in row:
+            console.print(
+                f"Routing at N={row['num_tokens']}, block {row['block_size']}: {row['routing_to_attending']:.0%} of "
+                f"attending, target at most {row['routing_target']:.0%}: "
+                f"{'met' if row['routing_target_met'] else 'MISSED'}."
+            )
+    if memory:
+        most = max(memory, key=lambda entry: entry["peak_bytes"] - entry["result_bytes"])
+        working = most["peak_bytes"] - most["result_bytes"]
+        console.print(
+            f"Working memory: at most {format_bytes(working)}, {most['direction']} at N={most['num_tokens']}, target "
+            f"below {format_bytes(LONG_MEMORY_LIMIT)}: {'met' if working < LONG_MEMORY_LIMIT else 'MISSED'}."
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 #include "bindings.h"
 #include "common/cpu_target.h"
 #include "common/native_call.h"
+#include "common/parallel.h"
 #include "cuda/device.h"
 
 namespace {
@@ -30,6 +31,8 @@ void fill(PyObject* module) {
     for (const CpuTarget target : available_cpu_targets()) names.push_back(name_of(target));
     return to_python(names);
   });
+  add_function(module, "count_tasks", 1,
+               [](PyObject* const* arguments) { return to_python(count_tasks(PyObject_IsTrue(arguments[0]) == 1)); });
   add_function(module, "cuda_architectures", 0, [](PyObject* const*) { return to_python(cuda_architectures()); });
   add_function(module, "cuda_toolkit", 0, [](PyObject* const*) { return to_python(cuda_toolkit()); });
   add_function(module, "cuda_devices", 0, [](PyObject* const*) { return to_python(cuda_devices()); });

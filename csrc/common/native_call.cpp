@@ -213,13 +213,22 @@ PyObject* to_python(const std::string& text) {
   return checked(PyUnicode_FromStringAndSize(text.data(), static_cast<Py_ssize_t>(text.size())));
 }
 
-PyObject* to_python(const std::vector<std::string>& texts) {
+template <typename Value, typename Convert>
+static PyObject* to_list(const std::vector<Value>& values, const Convert& convert) {
   Owned list(PyList_New(0));
-  for (const std::string& text : texts) {
-    const Owned item(to_python(text));
+  for (const Value& value : values) {
+    const Owned item(checked(convert(value)));
     if (PyList_Append(list.get(), item.get()) != 0) throw PythonError();
   }
   return list.release();
+}
+
+PyObject* to_python(const std::vector<std::string>& texts) {
+  return to_list(texts, [](const std::string& text) { return to_python(text); });
+}
+
+PyObject* to_python(const std::vector<int64_t>& numbers) {
+  return to_list(numbers, [](int64_t number) { return PyLong_FromLongLong(number); });
 }
 
 void set_attribute(PyObject* object, const char* name, PyObject* value) {

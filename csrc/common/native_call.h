@@ -54,6 +54,7 @@ class Owned {
 // New references.
 PyObject* to_python(const std::string& text);
 PyObject* to_python(const std::vector<std::string>& texts);               // a list
+PyObject* to_python(const std::vector<int64_t>& numbers);                 // a list
 void set_attribute(PyObject* object, const char* name, PyObject* value);  // takes the reference over
 std::string read_text(PyObject* object, const char* name);
 

@@ -5,6 +5,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "worker_pool.h"
@@ -19,6 +20,12 @@ struct Loop {
   detail::TaskBody body;
   const void* context;
 };
+
+struct TaskCounts {
+  bool is_counting = false;
+  std::vector<int64_t> of_loops;
+};
+thread_local TaskCounts task_counts;
 
 void run_tasks(void* pointer, int worker) {
   Loop& loop = *static_cast<Loop*>(pointer);
@@ -42,11 +49,17 @@ void run_on_new_threads(int num_workers, Loop& loop) {
 }  // namespace
 
 void detail::parallel_for(int num_threads, int64_t num_tasks, TaskBody body, const void* context) {
+  if (task_counts.is_counting) task_counts.of_loops.push_back(num_tasks);
   if (num_tasks <= 0) return;
   const int num_workers = static_cast<int>(std::clamp<int64_t>(num_threads, 1, num_tasks));
   Loop loop{{0}, num_tasks, body, context};
   if (num_workers == 1) return run_tasks(&loop, 0);
   if (!run_on_torch_threads(num_workers, &run_tasks, &loop)) run_on_new_threads(num_workers, loop);
+}
+
+std::vector<int64_t> count_tasks(bool is_counting) {
+  task_counts.is_counting = is_counting;
+  return std::exchange(task_counts.of_loops, {});
 }
 
 int useful_threads(int num_threads, int64_t num_tasks, double num_operations) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace topgather {
 
@@ -28,6 +29,10 @@ void for_each_task(int num_threads, int64_t num_tasks, const RunTask& run_task) 
   };
   detail::parallel_for(num_threads, num_tasks, body, &run_task);
 }
+
+// For tests of how calls are cut: starts or stops counting the tasks of every loop that this thread begins; returns
+// those counted since it was last called.
+std::vector<int64_t> count_tasks(bool is_counting);
 
 // Workers worth having for a job of this many tasks and multiply-adds: to wake one and to wait for it costs some
 // microseconds, and more where the waiting threads sleep (OMP_WAIT_POLICY=passive).

@@ -101,6 +101,20 @@ inline void transpose_in_registers(Vector<T> (&rows)[kLanes<T>]) {
   }
 }
 
+// Lane l of the result is the sum of the lanes of rows[l]: a transpose that adds on its way. Overwrites rows.
+template <typename T, int kBit = 1>
+inline Vector<T> sums_of_rows(Vector<T> (&rows)[kLanes<T>]) {
+  if constexpr (kBit < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i += 2 * kBit) {
+      rows[i] = butterfly<T, kBit, false>(rows[i], rows[i + kBit]) + butterfly<T, kBit, true>(rows[i], rows[i + kBit]);
+    }
+    return sums_of_rows<T, kBit * 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 // tile[d * tile_row + i] = factor * row_of(i)[d], for i < count and d < depth. Columns from count to the next whole
 // vector repeat the last row, so that they hold nothing that was not in the input.
 template <typename Storage, typename RowOf>

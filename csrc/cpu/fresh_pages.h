@@ -2,6 +2,7 @@
 // touched: one page fault per page costs more than everything else (docs/performance.md).
 #pragma once
 
+#include "../common/parallel.h"
 #include "simd.h"
 
 #if defined(__linux__)
@@ -34,6 +35,17 @@ inline void populate_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t
   const int64_t last = (address + num_bytes) / kSmallPageBytes * kSmallPageBytes;
   if (first < last) madvise(bit_cast<void*>(first), static_cast<size_t>(last - first), kPopulateWrite);
 #endif
+}
+
+// Of a result that tasks are about to write in rows scattered all over it, where most of it is fresh.
+inline void populate_if_fresh(void* data, int64_t num_bytes, int num_threads) {
+  constexpr int64_t kPieceBytes = int64_t{1} << 20;
+  unsigned char* bytes = static_cast<unsigned char*>(data);
+  if (num_bytes < 4 * kPieceBytes || !is_fresh(bytes + num_bytes / 2)) return;
+  for_each_task(num_threads, ceil_div(num_bytes, kPieceBytes), [&](int64_t piece, int) {
+    const int64_t first = piece * kPieceBytes;
+    populate_pages(bytes + first, min64(kPieceBytes, num_bytes - first));
+  });
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -254,6 +254,9 @@ void grid_backward_storage(const GridBackwardParams& params) {
     for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) params.grad_bias.at<T>()[i] = 0;
   }
   if (num_units == 0) return;
+  for (const MutableImage* image : {&params.grad_query, &params.grad_key, &params.grad_value}) {
+    populate_image<Storage>(problem, *image);
+  }
   context.groups_per_task = groups_per_task(num_units);
   if (has_grad_bias) context.num_pieces = bias_pieces(problem, bias_size * static_cast<int64_t>(sizeof(T)));
   const int64_t num_tasks =

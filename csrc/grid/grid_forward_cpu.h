@@ -159,6 +159,7 @@ void run_grid_forward(const GridForwardParams& params) {
   const GridProblem& problem = params.problem;
   const int64_t num_units = problem.batch_size * problem.num_groups() * problem.num_heads;
   if (num_units == 0) return;
+  populate_image<Storage>(problem, params.out);
   const TransposedBias<T> bias(problem, params.bias.data);
   const int64_t pieces = ceil_div(problem.max_tokens(), GridConfig::kQueriesPerTask);
   const double pairs = static_cast<double>(problem.max_tokens()) * static_cast<double>(problem.max_tokens());

@@ -70,6 +70,36 @@ __attribute__((noinline)) void weigh_rows(const T* const* value_rows, const T* w
   }
 }
 
+// Elements from a group's first row of query, key, value and out to its others; past the last it repeats. Groups of one
+// size, mostly all, share them.
+template <int kTokens>
+struct SmallGroupOffsets {
+  int64_t num_columns = 0;
+  int64_t num_tokens = 0;
+  int64_t of_image[4][kTokens];
+
+  void set(const GridForwardParams& params, const Group& group) {
+    if (group.num_columns == num_columns && group.num_tokens == num_tokens) return;
+    num_columns = group.num_columns;
+    num_tokens = group.num_tokens;
+    const auto set_image = [&](const auto& image, int64_t (&offsets)[kTokens]) {
+      const int64_t row_step = params.problem.rows.token_step * image.strides[2];
+      const int64_t column_step = params.problem.columns.token_step * image.strides[3];
+      int64_t row = 0, column = 0;
+      for (int64_t i = 0; i < kTokens; ++i) {
+        offsets[i] = row * row_step + column * column_step;
+        if (i + 1 >= num_tokens || ++column < num_columns) continue;
+        column = 0;
+        ++row;
+      }
+    };
+    set_image(params.query, of_image[0]);
+    set_image(params.key, of_image[1]);
+    set_image(params.value, of_image[2]);
+    set_image(params.out, of_image[3]);
+  }
+};
+
 // Where the rows of a group lie.
 template <typename Storage, int kTokens>
 struct SmallGroupRows {
@@ -78,15 +108,15 @@ struct SmallGroupRows {
   const Storage* value[kTokens];
   Storage* out[kTokens];
 
-  void place(const GridForwardParams& params, const Group& group) {
-    const auto place_in = [&](auto rows, auto& pointers) {
-      rows.for_each(group, 0, group.num_tokens, [&](int64_t token, auto* row) { pointers[token] = row; });
-      for (int64_t i = group.num_tokens; i < kTokens; ++i) pointers[i] = pointers[group.num_tokens - 1];
+  void place(const GridForwardParams& params, const Group& group, SmallGroupOffsets<kTokens>& offsets) {
+    offsets.set(params, group);
+    const auto place_in = [&](auto* first, int image, auto& pointers) {
+      for (int i = 0; i < kTokens; ++i) pointers[i] = first + offsets.of_image[image][i];
     };
-    place_in(rows_in<const Storage>(params.problem, params.query, group), query);
-    place_in(rows_in<const Storage>(params.problem, params.key, group), key);
-    place_in(rows_in<const Storage>(params.problem, params.value, group), value);
-    place_in(rows_in<Storage>(params.problem, params.out, group), out);
+    place_in(rows_in<const Storage>(params.problem, params.query, group).first, 0, query);
+    place_in(rows_in<const Storage>(params.problem, params.key, group).first, 1, key);
+    place_in(rows_in<const Storage>(params.problem, params.value, group).first, 2, value);
+    place_in(rows_in<Storage>(params.problem, params.out, group).first, 3, out);
   }
 };
 
@@ -106,6 +136,7 @@ struct GridForwardSmallTask {
   T* query_tile;                  // [D, kTokens]
   T* scores;                      // [kTokens, kTokens]
   int32_t bias_indices[kTokens];  // of the group's tokens
+  SmallGroupOffsets<kTokens> offsets;
   SmallGroupRows<Storage, kTokens> places[2];
   int which = 0;           // of the two is this group's, the other that of the group that follows
   bool is_placed = false;  // this group's, while the one before was worked on
@@ -193,8 +224,8 @@ struct GridForwardSmallTask {
 
   // A group is one piece: all of its queries. `following` is the group of the next call, or null.
   void run(const Group& group, int64_t, int64_t, const Group* following) {
-    if (!is_placed) places[which].place(params, group);
-    places[1 - which].place(params, following != nullptr ? *following : group);
+    if (!is_placed) places[which].place(params, group, offsets);
+    places[1 - which].place(params, following != nullptr ? *following : group, offsets);
     attend_in_place_or_converted(group);
     which = 1 - which;
     is_placed = following != nullptr;

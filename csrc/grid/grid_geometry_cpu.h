@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cpu/convert.h"
+#include "../cpu/fresh_pages.h"
 #include "../cpu/tile_gemm.h"
 #include "grid_config.h"
 #include "grid_params.h"
@@ -88,6 +89,14 @@ inline GroupRows<Element> numbers_in(const GridProblem& problem, Element* data, 
   const int64_t rows = problem.rows.size, columns = problem.columns.size;
   data += ((group.batch_idx * problem.num_heads + group.head_idx) * rows + group.first_row) * columns;
   return {data + group.first_column, problem.rows.token_step * columns, problem.columns.token_step};
+}
+
+// Before results are written, which are dense, a group's rows lying all over them.
+template <typename Storage>
+inline void populate_image(const GridProblem& problem, const MutableImage& image) {
+  const int64_t num_rows = problem.batch_size * problem.num_heads * problem.rows.size * problem.columns.size;
+  populate_if_fresh(image.at<Storage>(), num_rows * problem.head_dim * static_cast<int64_t>(sizeof(Storage)),
+                    problem.num_threads);
 }
 
 // Prefetches a group's tokens: scattered rows are too irregular for the hardware prefetcher. A few at a time, since a

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../bindings.h"
+#include "moba_config.h"
 #include "moba_cpu.h"
 #include "moba_cuda.h"
 
@@ -84,6 +85,7 @@ void complete(MobaRouteParams& params) {
 void complete(MobaForwardParams& params) {
   swap_packed(params.problem, params.query, params.key, params.value, params.out);
   complete_problem(params);
+  params.problem.min_ranges = MobaRangeConfig::kMinRanges;
 }
 
 void complete(MobaBackwardParams& params) {

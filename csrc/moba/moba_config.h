@@ -11,13 +11,17 @@ struct MobaRangeConfig {
   // serves two full query tiles, and no more, so that the running outputs of a range stay in cache.
   static constexpr int64_t kQueriesPerBlock = 128;
   static constexpr int64_t kMinQueries = 1024;
+  // Where a sequence's heads have fewer ranges than this, the forward's are down to half as large, and have at least so
+  // many queries. Not the backward's: of lists half as long its tiles would be less full.
+  static constexpr int64_t kMinRanges = 64;
+  static constexpr int64_t kFewestQueries = 512;
 };
 
 struct MobaRouteConfig {
   static constexpr int kVectorsPerTile = 4;  // of queries
   static constexpr int64_t kChunkBlocks = 32;
   static constexpr int64_t kQueriesPerTask = 512;
-  static constexpr int64_t kCentroidsPerTask = 32;
+  static constexpr int64_t kCentroidsPerTask = 4;
   // Where products of bytes decide first. Below so many blocks their bounds cost what they save.
   static constexpr int64_t kMinFilteredBlocks = 384;
   static constexpr int64_t kMaxFilteredList = 16;     // blocks kept by score

@@ -59,13 +59,20 @@ struct QueryRange {
   int64_t num_heads = 1;  // query heads from head_idx on, of one choice
 };
 
-// Fixed from shapes alone, never from the number of threads: results must not depend on it.
+// Fixed from a sequence's shape alone, never from the number of threads or the rest of the batch: results must not
+// depend on those.
 inline int64_t queries_per_range(const MobaProblem& problem, const Sequence& sequence, int64_t num_heads = 1) {
   const int64_t chosen = max64(1, min64(num_slots(problem), sequence.num_blocks));
   const int64_t wanted =
       round_up(ceil_div(sequence.num_blocks * MobaRangeConfig::kQueriesPerBlock, chosen * num_heads), 64);
   const int64_t least = round_up(ceil_div(MobaRangeConfig::kMinQueries, num_heads), 64);
-  return min64(max64(wanted, least), round_up(max64(sequence.query_len, 1), 64));
+  int64_t size = max64(wanted, least);
+  if (problem.min_ranges > 0) {
+    const int64_t num_rows = sequence.query_len * (problem.num_query_heads / num_heads);
+    const int64_t half = max64(wanted / 2, ceil_div(MobaRangeConfig::kFewestQueries, num_heads));
+    size = min64(size, round_up(max64(ceil_div(num_rows, problem.min_ranges), half), 64));
+  }
+  return min64(size, round_up(max64(sequence.query_len, 1), 64));
 }
 
 inline int64_t ranges_in(const MobaProblem& problem, const Sequence& sequence, int64_t num_heads = 1) {

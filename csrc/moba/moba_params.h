@@ -30,6 +30,7 @@ struct MobaProblem {
   int64_t top_k;
   int64_t heads_per_choice;  // query heads that share a choice: head h goes by row h / heads_per_choice
   int64_t window;            // positions that a query sees whatever it chose, at most key_len; 0: none
+  int64_t min_ranges;  // on the CPU: ranges of queries wanted of a sequence, over its heads; 0: as large as they like
 };
 TOPGATHER_FIELDS(MobaProblem, block_size, is_causal, cu_seqlens_q, cu_seqlens_k, num_threads)
 

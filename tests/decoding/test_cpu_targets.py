@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 import topgather as tg
 from tests.common.tensors import DTYPES
-from tests.decoding.helpers import DecodeCase, assert_rows, check_decode, in_steps, make_cache, make_tokens, run_steps
+from tests.decoding.helpers import (
+    Cache,
+    DecodeCase,
+    assert_rows,
+    check_decode,
+    in_steps,
+    make_cache,
+    make_tokens,
+    run_steps,
+)
 
 pytestmark = [pytest.mark.sanitize, pytest.mark.usefixtures("cpu_target")]
 CPU = torch.device("cpu")
@@ -48,3 +58,53 @@ def test_the_blocks_that_moba_route_chooses(dtype: torch.dtype) -> None:
     (rows,) = run_steps(case, tokens, make_cache(case, dtype, CPU))
     expected = tg.moba_route(tokens.query[0], tokens.key[0], 8, 6).block_indices
     assert torch.equal(rows.block_indices, expected)
+
+
+def long_cache(head_dim: int, num_blocks: int, dtype: torch.dtype, pages: int) -> Cache:
+    """Blocks of one key each, so that centroids are keys: two sequences, the second one shorter, two key heads."""
+    case = DecodeCase(((num_blocks, num_blocks // 2 + 3),), num_heads=2, head_dim=head_dim, block_size=1, pages=pages)
+    cache = make_cache(case, dtype, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(head_dim)
+    keys = torch.randn(2, 2, num_blocks, head_dim, generator=generator)
+    lengths = torch.tensor(case.lengths, dtype=torch.int32)
+    cache.append(keys.to(dtype), keys.to(dtype), num_tokens=lengths)
+    return cache
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 300])
+@pytest.mark.parametrize(("query_len", "pages"), [(1, 0), (4, 0), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["normal", "equal", "ascending", "last bits", "huge", "subnormal", "not finite"])
+def test_blocks_left_out_by_bounds_change_no_choice(
+    kind: str, dtype: torch.dtype, query_len: int, top_k: int, pages: int
+) -> None:
+    """Few rows among many blocks, where most blocks are not scored: the choice is that of rows that score all."""
+    num_blocks, head_dim = 1700, 64
+    cache = long_cache(head_dim, num_blocks, dtype, pages)
+    centroids, limits = cache.centroids, torch.finfo(dtype)
+    generator = torch.Generator().manual_seed(5)
+    query = torch.randn(2, 2, query_len, head_dim, generator=generator, dtype=dtype)
+    steps = torch.arange(centroids.numel() // head_dim, dtype=dtype).reshape(*centroids.shape[:-1], 1)
+    if kind == "equal":
+        centroids.copy_(centroids.flatten()[:head_dim].expand_as(centroids))
+    elif kind == "ascending":
+        centroids.copy_(steps * query[0, 0, 0])
+    elif kind == "last bits":
+        centroids.copy_(centroids.flatten()[:head_dim] * (1 + steps % 5 * limits.eps))
+    elif kind == "huge":
+        centroids.mul_(limits.max / 8)
+    elif kind == "subnormal":
+        centroids.mul_(limits.tiny / 4)
+    elif kind == "not finite":
+        for i, number in enumerate((torch.nan, torch.inf, -torch.inf)):
+            centroids.view(-1)[i :: 4001 + 2 * i] = number
+
+    def choose(rows: Tensor) -> Tensor:
+        route = torch.ops.topgather.moba_decode_route.default
+        places = (cache.centroids, cache.seq_lens, cache.page_table, None, cache.block_size, cache.page_size)
+        chosen: Tensor = route(rows, *places, top_k, min(1, top_k - 1), 1)
+        return chosen
+
+    # The newest of more rows than are bounded are the same rows.
+    many = torch.cat([torch.zeros(2, 2, 5, head_dim, dtype=dtype), query], dim=2)
+    assert torch.equal(choose(query), choose(many)[:, :, 5:])

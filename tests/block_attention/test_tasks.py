@@ -1,0 +1,88 @@
+"""Calls are cut into tasks enough for many threads, by shapes alone, and tasks write no cache line of each other's."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import topgather as tg
+from topgather import _native
+
+NUM_HEADS, NUM_TOKENS, HEAD_DIM, BLOCK_SIZE, TOP_K = 4, 8192, 64, 128, 8
+LINE_BYTES = 64
+
+
+def tasks_of(call: Callable[[], object]) -> list[int]:
+    """Tasks of each loop of a call, one after the other."""
+    _native.count_tasks(True)
+    try:
+        call()
+    finally:
+        counts = _native.count_tasks(False)
+    return counts
+
+
+def make_leaves() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, NUM_HEADS, NUM_TOKENS, HEAD_DIM)
+    return [torch.randn(shape, generator=generator).requires_grad_() for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, list[int]]:
+    """Tasks of a problem that is long enough to want many threads, and has one sequence and few heads, by op."""
+    torch.set_num_threads(2)
+    query, key, value = make_leaves()
+    found = {"route": tasks_of(lambda: tg.moba_route(query, key, BLOCK_SIZE, TOP_K))}
+    routing = tg.moba_route(query, key, BLOCK_SIZE, TOP_K)
+    outs: list[Tensor] = []
+    found["forward"] = tasks_of(lambda: outs.append(tg.moba_attention(query, key, value, BLOCK_SIZE, routing=routing)))
+    found["backward"] = tasks_of(lambda: torch.autograd.grad(outs[0].sum(), [query, key, value]))
+    return found
+
+
+@pytest.mark.parametrize(("op", "num_tasks"), [("route", 64), ("forward", 64), ("backward", 32)])
+def test_every_loop_has_work_for_many_threads(counts: dict[str, list[int]], op: str, num_tasks: int) -> None:
+    """For 64; the backward's rounds have half as many tasks (``MobaRangeConfig`` says why)."""
+    assert counts[op]
+    assert min(counts[op]) >= num_tasks, counts[op]
+
+
+def test_the_cut_does_not_depend_on_threads_or_on_the_batch() -> None:
+    """Of a sequence: results hang on it."""
+    query, key, value = (tensor.detach()[:, :, :1500] for tensor in make_leaves())
+
+    def counts_of(batch_size: int) -> list[int]:
+        q, k, v = (tensor.expand(batch_size, -1, -1, -1) for tensor in (query, key, value))
+        return tasks_of(lambda: tg.moba_attention(q, k, v, BLOCK_SIZE, TOP_K))
+
+    torch.set_num_threads(1)
+    alone = counts_of(1)
+    torch.set_num_threads(3)
+    assert counts_of(1) == alone
+    assert counts_of(5) == [5 * count for count in alone]
+
+
+def test_tasks_write_cache_lines_of_their_own(counts: dict[str, list[int]]) -> None:
+    """Rows of a task times bytes of a row are whole lines, of every result."""
+    query, key, value = make_leaves()
+    routing = tg.moba_route(query, key, BLOCK_SIZE, TOP_K)
+    out, lse = tg.moba_attention(query, key, value, BLOCK_SIZE, routing=routing, return_lse=True)
+    grads = torch.autograd.grad(out.sum(), [query, key, value])
+    num_rows, num_blocks = NUM_HEADS * NUM_TOKENS, NUM_HEADS * NUM_TOKENS // BLOCK_SIZE
+    # The first loop of routing makes centroids; the last of the backward its gradients, of a chunk of blocks each.
+    rows_of_task = {
+        "choices": (routing.block_indices, num_rows / counts["route"][-1]),
+        "out": (out, num_rows / counts["forward"][0]),
+        "lse": (lse, num_rows / counts["forward"][0]),
+        "query's gradient": (grads[0], num_rows / counts["backward"][-1]),
+        "key's gradient": (grads[1], num_blocks / counts["backward"][-1] * BLOCK_SIZE),
+        "value's gradient": (grads[2], num_blocks / counts["backward"][-1] * BLOCK_SIZE),
+    }
+    for name, (result, rows) in rows_of_task.items():
+        bytes_of_row = result.nbytes // num_rows
+        assert result.is_contiguous(), name
+        assert result.data_ptr() % LINE_BYTES == 0, name
+        assert rows == int(rows) > 0, name
+        assert int(rows) * bytes_of_row % LINE_BYTES == 0, name
