@@ -162,6 +162,7 @@ inline void prefetch_rows(const Storage* source, int64_t row_stride, const int32
 }
 
 // The same a few rows at a time, num_steps times, and into the second-level cache: between the pieces of a product.
+// Rows follow each other where row_idx is null.
 template <typename Element>
 class RowPrefetch {
  public:
@@ -170,28 +171,28 @@ class RowPrefetch {
       : source_(source),
         row_stride_(row_stride),
         row_idx_(row_idx),
-        left_(count),
+        count_(count),
         depth_(depth),
         rows_per_step_(ceil_div(count, num_steps)) {}
 
   void advance() {
     constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Element));
-    const int64_t num_rows = min64(left_, rows_per_step_);
+    const int64_t num_rows = min64(count_ - done_, rows_per_step_);
     for (int64_t i = 0; i < num_rows; ++i) {
-      Element* row = source_ + row_idx_[i] * row_stride_;
+      Element* row = source_ + (row_idx_ == nullptr ? done_ + i : row_idx_[done_ + i]) * row_stride_;
       for (int64_t d = 0; d < depth_; d += kLine) prefetch_second_level(row + d);
     }
-    row_idx_ += num_rows;
-    left_ -= num_rows;
+    done_ += num_rows;
   }
 
  private:
   Element* source_;
   int64_t row_stride_;
   const int32_t* row_idx_;
-  int64_t left_;
+  int64_t count_;
   int64_t depth_;
   int64_t rows_per_step_;
+  int64_t done_ = 0;
 };
 
 // tile[i * tile_row + d] = source[row_idx[i] * row_stride + d] for d < depth, zero from depth to padded_depth.

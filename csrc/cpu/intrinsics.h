@@ -1,7 +1,8 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
 // All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by
-// a power of two, reciprocals, 16-bit integers widened. AMX: the matrix unit of recent x86-64 processors, which
+// a power of two, reciprocals, 16-bit integers widened. AVX512-BF16: products of pairs of bfloat16 numbers with float32
+// sums, rounding to them. AMX: the matrix unit of recent x86-64 processors, which
 // multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one
 // 32-bit word holds two consecutive depths of one column.
 #pragma once
@@ -177,8 +178,7 @@ inline PairVector broadcast_pair(const BFloat16Pair* source) {
 
 // Adds both products of every pair to its lane's sum. Subnormal numbers count as 0.
 inline Vector<float> add_pair_products(const Vector<float>& sum, const PairVector& a, const PairVector& b) {
-  return bit_cast<Vector<float>>(
-      _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+  return bit_cast<Vector<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
 }
 
 // Lane i holds low[i] and high[i], rounded.
@@ -255,8 +255,7 @@ inline void amx_panel_product(const BFloat16* a, int64_t a_row, const BFloat16Pa
 // pairs[p * pair_row + column] = depths 2p and 2p + 1 of rows[column], for column < padded_columns: B as the transpose
 // of `count` rows. padded_depth and padded_columns are multiples of 32 and 16; what lies outside the rows is zero.
 inline void pack_transposed_pairs(const BFloat16* rows, int64_t row_stride, int64_t count, int64_t depth,
-                                  int64_t padded_depth, int64_t padded_columns, BFloat16Pair* pairs,
-                                  int64_t pair_row) {
+                                  int64_t padded_depth, int64_t padded_columns, BFloat16Pair* pairs, int64_t pair_row) {
   for (int64_t first = 0; first < padded_columns; first += kAmxRows) {
     for (int64_t k = 0; k < padded_depth; k += kAmxDepth) {
       // Floats only carry the bits here; nothing computes with them.

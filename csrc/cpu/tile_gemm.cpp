@@ -6,7 +6,7 @@
 namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
 
-// A vector of operands, and its sixteen or eight products added to a vector of sums.
+// Vectors of operands, and their products added to a vector of sums.
 template <typename T>
 inline Vector<T> load_operands(const T* source) {
   return load<T>(source);

@@ -20,7 +20,8 @@
 //   6. after the last tile, the block's tiles are added to grad_key and grad_value;
 //   last:
 //   7. where gradients are 16 bits wide, the float32 sums are converted.
-// Numerics: float32 sums (float64 for float64). 16-bit gradients are summed in a float32 workspace, of as many key
+// Numerics: float32 sums (float64 for float64). Where bfloat16 is multiplied as such (moba_operands_cpu.h), p and ds are
+// rounded to it for steps 4 and 5. 16-bit gradients are summed in a float32 workspace, of as many key
 // heads at a time as keep the threads busy. Rows without visible keys are in no list: their gradients are 0.
 // With a window, blocks seen from its start on, edges, have lists of their own beside their blocks', as in the forward.
 // Determinism: as above, bitwise, by default.
@@ -184,7 +185,8 @@ struct BackwardTask {
     RowPrefetch<const Storage> next_grad_out(rows.grad_out, grad_out_stride, queries + count, num_following,
                                              problem.value_dim, ceil_div(seen, rows_at_once<T>(padded_head_dim)));
     Ops::gather_as_b(rows.query, query_stride, queries, count, problem.head_dim, padded_head_dim, query_rows);
-    Ops::gather_as_b(rows.grad_out, grad_out_stride, queries, count, problem.value_dim, padded_value_dim, grad_out_rows);
+    Ops::gather_as_b(rows.grad_out, grad_out_stride, queries, count, problem.value_dim, padded_value_dim,
+                     grad_out_rows);
     Ops::gather_columns(rows.grad_out, grad_out_stride, queries, count, problem.value_dim, T(1), grad_out_columns,
                         kTileQueries);
     BackwardRows<T, kTileQueries> tile_rows;
@@ -207,19 +209,19 @@ struct BackwardTask {
       hide_earlier_keys(grad_scores, kTileQueries, num_vectors, last_start, starts, T(0));
     }
     const int64_t num_terms = Ops::count(count);
-    multiply<true>({Ops::along_rows(weights, kTileQueries, seen, padded_count, weight_pairs), kTileQueries, 1,
-                    grad_out_rows, padded_value_dim, all.grad_value + skipped * padded_value_dim, padded_value_dim,
-                    num_terms},
-                   seen, padded_value_dim, next_query);
+    multiply<true>(
+        {Ops::along_rows(weights, kTileQueries, seen, padded_count, weight_pairs), kTileQueries, 1, grad_out_rows,
+         padded_value_dim, all.grad_value + skipped * padded_value_dim, padded_value_dim, num_terms},
+        seen, padded_value_dim, next_query);
     multiply<true>({Ops::along_rows(grad_scores, kTileQueries, seen, padded_count, grad_score_pairs), kTileQueries, 1,
                     query_rows, padded_head_dim, all.grad_key + skipped * padded_head_dim, padded_head_dim, num_terms},
                    seen, padded_head_dim, next_grad_out);
     const RowBlock<Operand> keys_as_b = Ops::rows_of_b(all.keys_as_b, all.num_keys, all.key_rows, key_stride, skipped,
                                                        seen, problem.head_dim, some_key_pairs);
     tile_gemm<false>(
-        GemmOperands<T, Operand>{Ops::down_columns(grad_scores, kTileQueries, seen, padded_count, grad_score_columns), 1,
-                                 kTileQueries, keys_as_b.data, keys_as_b.row_stride, grad_query_tile, padded_head_dim,
-                                 Ops::count(seen)},
+        GemmOperands<T, Operand>{Ops::down_columns(grad_scores, kTileQueries, seen, padded_count, grad_score_columns),
+                                 1, kTileQueries, keys_as_b.data, keys_as_b.row_stride, grad_query_tile,
+                                 padded_head_dim, Ops::count(seen)},
         count, padded_head_dim);
     add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(params.scale),
              rows.grad_query);
@@ -233,7 +235,8 @@ struct BackwardTask {
 
   // Steps 2 to 6 for one block, whose lists `offsets` delimit among the num_queries of the task.
   void add_block(const QueryRange& range, const RangeRows& rows, const int32_t* all_queries, int64_t num_queries,
-                 const int32_t* offsets, int64_t block, const GradientSum<T>& grad_key, const GradientSum<T>& grad_value) {
+                 const int32_t* offsets, int64_t block, const GradientSum<T>& grad_key,
+                 const GradientSum<T>& grad_value) {
     const MobaProblem& problem = params.problem;
     const Sequence& sequence = range.sequence;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
@@ -243,9 +246,8 @@ struct BackwardTask {
       const int64_t key_row = sequence.key_start + first_key;
       const Storage* key_rows = params.key.at<Storage>(sequence.batch_idx, kv_head, key_row);
       const Storage* value_rows = params.value.at<Storage>(sequence.batch_idx, kv_head, key_row);
-      const RowBlock<Operand> keys_as_b =
-          Ops::rows_as_b(key_rows, params.key.strides[2], num_keys, problem.head_dim, padded_head_dim,
-                         Ops::kArePairs ? key_pairs : key_scratch);
+      const RowBlock<Operand> keys_as_b = Ops::rows_as_b(key_rows, params.key.strides[2], num_keys, problem.head_dim,
+                                                         padded_head_dim, Ops::kArePairs ? key_pairs : key_scratch);
       const RowBlock<Operand> keys =
           Ops::rows_as_a_too(key_rows, params.key.strides[2], num_keys, problem.head_dim, keys_as_b, key_scratch);
       const RowBlock<Operand> values =
@@ -465,7 +467,8 @@ class Backward {
     for (int64_t block = first_block; block < last_block; ++block) {
       const int32_t* offsets = lists.offsets + block * lists_of_block;
       if (offsets[0] == offsets[lists_of_block]) continue;
-      backward.add_block(range, rows, lists.queries, lists.offsets[last_block * lists_of_block], offsets, block, sums.grad_key, sums.grad_value);
+      backward.add_block(range, rows, lists.queries, lists.offsets[last_block * lists_of_block], offsets, block,
+                         sums.grad_key, sums.grad_value);
     }
   }
 

@@ -31,9 +31,9 @@ struct AmxScores {
   float softcap_base2;      // softcap * log2(e), or 0
   float score_factor;       // scale_base2, or 1 where the cap has scaled them
 
-  BFloat16* query_rows;  // [kTileQueries, padded D]
+  BFloat16* query_rows;     // [kTileQueries, padded D]
   BFloat16Pair* key_pairs;  // [padded D / 2, tile_keys]
-  float* scores;         // [kTileQueries, tile_keys]
+  float* scores;            // [kTileQueries, tile_keys]
 
   template <typename Cutter>
   AmxScores(const MobaProblem& problem, const ScoreOptions& options, int64_t max_keys, Cutter& scratch)
@@ -97,8 +97,8 @@ struct AmxForwardTile : AmxScores {
   int64_t padded_value_dim;  // to 32
 
   BFloat16Pair* value_pairs;  // [tile_keys / 2, padded V]
-  BFloat16* weights;      // [kTileQueries, tile_keys]
-  float* out_tile;        // [kTileQueries, padded V]
+  BFloat16* weights;          // [kTileQueries, tile_keys]
+  float* out_tile;            // [kTileQueries, padded V]
 
   template <typename Cutter>
   AmxForwardTile(const MobaProblem& problem, const ScoreOptions& options, int64_t max_keys, Cutter& scratch)

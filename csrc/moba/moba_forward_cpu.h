@@ -21,7 +21,10 @@
 //   6. rescale and add to the range's running outputs;
 //   last:
 //   7. divide, convert, write out, lse and softmax terms.
-// Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
+// Queries and rows of running outputs are scattered and lie in the third-level cache by the time they are needed: between
+// the register tiles of step 3 this tile's running outputs are prefetched, of step 5 the next tile's queries and keys.
+// Numerics: scores, weights and sums in float32 (float64 for float64); where bfloat16 is multiplied as such
+// (moba_operands_cpu.h), weights are rounded to it for step 5 and values are interleaved. A row without visible keys: out 0, lse -inf. A
 // row all of whose scores are -inf: NaN, as plain softmax.
 // Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.
 #pragma once
@@ -101,8 +104,11 @@ struct KeyTile {
   int64_t num_keys;
   const Storage* key_rows;
   const Storage* value_rows;
-  RowBlock<OperandOf<Storage>> keys;  // as A; data null until needed
+  RowBlock<OperandOf<Storage>> keys;    // as A; data null until needed
   RowBlock<OperandOf<Storage>> values;  // as B
+  // The keys after these, and their values.
+  RowPrefetch<const Storage> next_keys;
+  RowPrefetch<const Storage> next_values;
 };
 
 // Step 3 without the mask: scores [num_keys, kTileQueries]. The backward's are the forward's, to the last bit.
@@ -116,7 +122,8 @@ inline void make_scores(const Params& params, const Storage* query, int64_t quer
   Operands<Storage>::gather_columns(query, query_stride, queries, count, head_dim, factor, query_tile, kTileQueries);
   tile_gemm_prefetching<false>(
       GemmOperands<T, OperandOf<Storage>>{keys.data, keys.row_stride, 1, query_tile, kTileQueries, scores, kTileQueries,
-                                          Operands<Storage>::count(head_dim), Operands<Storage>::product_factor(factor)},
+                                          Operands<Storage>::count(head_dim),
+                                          Operands<Storage>::product_factor(factor)},
       num_keys, padded_count, prefetch);
   if (params.softcap > 0) {
     cap_scores(scores, kTileQueries, padded_count / kLanes<T>, num_keys, static_cast<T>(params.softcap * kLog2E));
@@ -268,11 +275,14 @@ struct ForwardTask {
       hide_earlier_keys(scores, kTileQueries, num_vectors, last_start, starts, kLowest);
     }
     softmax(visibility.max_keys, rows, count, running);
-    tile_gemm_prefetching<false>(
-        GemmOperands<T, Operand>{reinterpret_cast<const Operand*>(scores), 1, kTileQueries, values.data,
-                                 values.row_stride, out_tile, padded_value_dim,
-                                 Operands<Storage>::count(visibility.max_keys)},
-        count, padded_value_dim, [&] { following.advance(); });
+    tile_gemm_prefetching<false>(GemmOperands<T, Operand>{reinterpret_cast<const Operand*>(scores), 1, kTileQueries,
+                                                          values.data, values.row_stride, out_tile, padded_value_dim,
+                                                          Operands<Storage>::count(visibility.max_keys)},
+                                 count, padded_value_dim, [&] {
+                                   following.advance();
+                                   tile.next_keys.advance();
+                                   tile.next_values.advance();
+                                 });
     add_to_running(rows, count, running.rescale, out_tile, padded_value_dim);
   }
 
@@ -402,16 +412,28 @@ struct ForwardTask {
       // Rows that stand in a row: of one head the next block's lists follow.
       const int64_t num_known = range.num_heads == 1 ? lists.offsets[sequence.num_blocks * lists_of_block] - offsets[0]
                                                      : (offsets[lists_of_block] - offsets[0]) * range.num_heads;
+      const int64_t num_rows_of_block = (offsets[lists_of_block] - offsets[0]) * range.num_heads;
       const int64_t last_position_in = block_end - range.first_query - sequence.position_offset;
       for (int64_t first_key = block * problem.block_size; first_key < block_end; first_key += kTileKeys) {
         const int64_t num_keys = min64(kTileKeys, block_end - first_key);
         const int64_t key_row = sequence.key_start + first_key;
+        // What comes next is prefetched in the steps of all the block's products with values.
+        const int64_t num_next = min64(min64(kTileKeys, problem.block_size), sequence.key_len - first_key - num_keys);
+        const int64_t num_steps = ceil_div(num_rows_of_block, rows_at_once<T>(padded_value_dim));
+        const auto prefetch_after = [&](const Storage* rows, int64_t row_stride, int64_t depth) {
+          return RowPrefetch<const Storage>(rows + num_keys * row_stride, row_stride, nullptr, num_next, depth,
+                                            num_steps);
+        };
+        const Storage* key_rows = params.key.at<Storage>(sequence.batch_idx, kv_head, key_row);
+        const Storage* value_rows = params.value.at<Storage>(sequence.batch_idx, kv_head, key_row);
         KeyTile<Storage> tile{first_key,
                               num_keys,
-                              params.key.at<Storage>(sequence.batch_idx, kv_head, key_row),
-                              params.value.at<Storage>(sequence.batch_idx, kv_head, key_row),
+                              key_rows,
+                              value_rows,
                               {nullptr, 0},
-                              {nullptr, 0}};
+                              {nullptr, 0},
+                              prefetch_after(key_rows, params.key.strides[2], problem.head_dim),
+                              prefetch_after(value_rows, params.value.strides[2], problem.value_dim)};
 #if TOPGATHER_MATRIX_UNIT
         if constexpr (kHasMatrixUnit<Storage>) {
           amx.pack(tile.key_rows, params.key.strides[2], tile.value_rows, params.value.strides[2], num_keys);

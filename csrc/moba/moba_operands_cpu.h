@@ -35,8 +35,8 @@ struct Operands {
     return rows_as_b;
   }
   // Of rows as B, made of num_rows rows, those from `first` on for a sum of num_terms.
-  static RowBlock<T> rows_of_b(const RowBlock<T>& rows, int64_t, const Storage*, int64_t, int64_t first, int64_t, int64_t,
-                               T*) {
+  static RowBlock<T> rows_of_b(const RowBlock<T>& rows, int64_t, const Storage*, int64_t, int64_t first, int64_t,
+                               int64_t, T*) {
     return {rows.data + first * rows.row_stride, rows.row_stride};
   }
 
@@ -71,7 +71,8 @@ struct Operands<BFloat16> {
                                           BFloat16Pair* scratch) {
     if (depth % 2 == 0 && row_stride % 2 == 0) return {reinterpret_cast<const BFloat16Pair*>(source), row_stride / 2};
     for (int64_t i = 0; i < num_rows; ++i) {
-      for (int64_t p = 0; p < count(depth); ++p) scratch[i * count(depth) + p] = pair_of(source + i * row_stride, p, depth);
+      for (int64_t p = 0; p < count(depth); ++p)
+        scratch[i * count(depth) + p] = pair_of(source + i * row_stride, p, depth);
     }
     return {scratch, count(depth)};
   }
@@ -80,8 +81,8 @@ struct Operands<BFloat16> {
     pack_row_pairs(source, row_stride, num_rows, round_up(num_rows, 2), depth, padded_depth, scratch, padded_depth);
     return {scratch, padded_depth};
   }
-  static RowBlock<BFloat16Pair> rows_as_a_too(const BFloat16* source, int64_t row_stride, int64_t num_rows, int64_t depth,
-                                              const RowBlock<BFloat16Pair>&, BFloat16Pair* scratch) {
+  static RowBlock<BFloat16Pair> rows_as_a_too(const BFloat16* source, int64_t row_stride, int64_t num_rows,
+                                              int64_t depth, const RowBlock<BFloat16Pair>&, BFloat16Pair* scratch) {
     return rows_as_a(source, row_stride, num_rows, depth, scratch);
   }
   // Interleaved anew where one row of a pair is outside: times a weight of 0 it might make NaN.
@@ -97,15 +98,14 @@ struct Operands<BFloat16> {
   static void gather_columns(const BFloat16* source, int64_t row_stride, const int32_t* row_idx, int64_t num_rows,
                              int64_t depth, float, BFloat16Pair* tile, int64_t tile_row) {
     // Floats only carry the bits here; nothing computes with them.
-    transpose_rows(
-        [&](int64_t i) { return source + row_idx[i] * row_stride; }, num_rows, count(depth), depth / 2,
-        [](const BFloat16* row, int64_t p) {
-          Vector<float> pairs;
-          std::memcpy(&pairs, row + 2 * p, sizeof(pairs));
-          return pairs;
-        },
-        [&](const BFloat16* row, int64_t p) { return bit_cast<float>(pair_of(row, p, depth)); },
-        reinterpret_cast<float*>(tile), tile_row);
+    transpose_rows([&](int64_t i) { return source + row_idx[i] * row_stride; }, num_rows, count(depth), depth / 2,
+                   [](const BFloat16* row, int64_t p) {
+                     Vector<float> pairs;
+                     std::memcpy(&pairs, row + 2 * p, sizeof(pairs));
+                     return pairs;
+                   },
+                   [&](const BFloat16* row, int64_t p) { return bit_cast<float>(pair_of(row, p, depth)); },
+                   reinterpret_cast<float*>(tile), tile_row);
   }
   static void gather_as_b(const BFloat16* source, int64_t row_stride, const int32_t* row_idx, int64_t num_rows,
                           int64_t depth, int64_t padded_depth, BFloat16Pair* tile) {
