@@ -209,11 +209,10 @@ struct BackwardTask {
       hide_earlier_keys(grad_scores, kTileQueries, num_vectors, last_start, starts, T(0));
     }
     const int64_t num_terms = Ops::count(count);
-    multiply<true>(
-        {Ops::along_rows(weights, kTileQueries, seen, padded_count, weight_pairs), kTileQueries, 1, grad_out_rows,
-         padded_value_dim, all.grad_value + skipped * padded_value_dim, padded_value_dim, num_terms},
-        seen, padded_value_dim, next_query);
-    multiply<true>({Ops::along_rows(grad_scores, kTileQueries, seen, padded_count, grad_score_pairs), kTileQueries, 1,
+    multiply<true>({Ops::along_rows(weights, kTileQueries, seen, count, weight_pairs), kTileQueries, 1, grad_out_rows,
+                    padded_value_dim, all.grad_value + skipped * padded_value_dim, padded_value_dim, num_terms},
+                   seen, padded_value_dim, next_query);
+    multiply<true>({Ops::along_rows(grad_scores, kTileQueries, seen, count, grad_score_pairs), kTileQueries, 1,
                     query_rows, padded_head_dim, all.grad_key + skipped * padded_head_dim, padded_head_dim, num_terms},
                    seen, padded_head_dim, next_grad_out);
     const RowBlock<Operand> keys_as_b = Ops::rows_of_b(all.keys_as_b, all.num_keys, all.key_rows, key_stride, skipped,

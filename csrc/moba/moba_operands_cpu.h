@@ -118,10 +118,11 @@ struct Operands<BFloat16> {
   }
   static constexpr float product_factor(float factor) { return factor; }
 
-  // Rounded, into `target`, [num_rows, tile_row] and [count(num_rows), tile_row]; tile_row is a multiple of 32 and so many
-  // columns are whole vectors.
+  // Rounded, into `target`, [num_rows, tile_row] and [count(num_rows), tile_row]; tile_row is a multiple of 32. Columns
+  // are read up to a whole vector.
   static const BFloat16Pair* along_rows(const float* tile, int64_t tile_row, int64_t num_rows, int64_t num_columns,
                                         BFloat16Pair* target) {
+    const bool is_last_alone = num_columns % 2 != 0;
     for (int64_t i = 0; i < num_rows; ++i) {
       for (int64_t column = 0; column < num_columns; column += 2 * kLanes<float>) {
         const float* source = tile + i * tile_row + column;
@@ -129,6 +130,8 @@ struct Operands<BFloat16> {
         store_bfloat16(reinterpret_cast<BFloat16*>(target + i * tile_row + column / 2), load<float>(source),
                        has_second ? load<float>(source + kLanes<float>) : Vector<float>{});
       }
+      // What stands beside the last column may be infinite, and meets a row of zeros.
+      if (is_last_alone) target[i * tile_row + num_columns / 2].second = {0};
     }
     return target;
   }
