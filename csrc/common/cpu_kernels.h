@@ -10,6 +10,12 @@
 #else
 #define TOPGATHER_X86_CASES(Kernels, avx512)
 #endif
+#if defined(TOPGATHER_HAVE_AVX512_BF16)
+#define TOPGATHER_AVX512_BF16_CASE(Kernels, avx512_bf16) \
+  case CpuTarget::kAvx512Bf16: return avx512_bf16::k##Kernels;
+#else
+#define TOPGATHER_AVX512_BF16_CASE(Kernels, avx512_bf16)
+#endif
 #if defined(TOPGATHER_HAVE_AMX)
 #define TOPGATHER_AMX_CASE(Kernels, amx) \
   case CpuTarget::kAmx: return amx::k##Kernels;
@@ -18,25 +24,29 @@
 #endif
 
 // Declares the constant k<Kernels> of every instruction set, and kernels_in_use(tag) that returns the one to call.
-// `avx512` and `amx` are the namespaces that such processors run: avx2 where wider vectors gain nothing, and avx512
-// where nothing multiplies on the matrix unit.
-#define TOPGATHER_CPU_KERNELS(Kernels, avx512, amx)      \
-  namespace baseline {                                   \
-  extern const Kernels k##Kernels;                       \
-  }                                                      \
-  namespace avx2 {                                       \
-  extern const Kernels k##Kernels;                       \
-  }                                                      \
-  namespace avx512 {                                     \
-  extern const Kernels k##Kernels;                       \
-  }                                                      \
-  namespace amx {                                        \
-  extern const Kernels k##Kernels;                       \
-  }                                                      \
-  inline const Kernels& kernels_in_use(const Kernels*) { \
-    switch (cpu_target()) {                              \
-      TOPGATHER_X86_CASES(Kernels, avx512)               \
-      TOPGATHER_AMX_CASE(Kernels, amx)                   \
-      default: return baseline::k##Kernels;              \
-    }                                                    \
+// The other arguments are the namespaces that such processors run: avx2 where wider vectors gain nothing, and avx512
+// where nothing multiplies bfloat16.
+#define TOPGATHER_CPU_KERNELS(Kernels, avx512, avx512_bf16, amx) \
+  namespace baseline {                                           \
+  extern const Kernels k##Kernels;                               \
+  }                                                              \
+  namespace avx2 {                                               \
+  extern const Kernels k##Kernels;                               \
+  }                                                              \
+  namespace avx512 {                                             \
+  extern const Kernels k##Kernels;                               \
+  }                                                              \
+  namespace avx512_bf16 {                                        \
+  extern const Kernels k##Kernels;                               \
+  }                                                              \
+  namespace amx {                                                \
+  extern const Kernels k##Kernels;                               \
+  }                                                              \
+  inline const Kernels& kernels_in_use(const Kernels*) {         \
+    switch (cpu_target()) {                                      \
+      TOPGATHER_X86_CASES(Kernels, avx512)                       \
+      TOPGATHER_AVX512_BF16_CASE(Kernels, avx512_bf16)           \
+      TOPGATHER_AMX_CASE(Kernels, amx)                           \
+      default: return baseline::k##Kernels;                      \
+    }                                                            \
   }

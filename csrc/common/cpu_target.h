@@ -7,7 +7,7 @@
 namespace topgather {
 
 // In ascending order of preference. On ARM only the baseline (NEON) is built.
-enum class CpuTarget : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum class CpuTarget : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // Targets that were compiled in and that this processor and operating system can run, ascending.
 std::vector<CpuTarget> available_cpu_targets();

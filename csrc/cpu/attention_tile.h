@@ -56,6 +56,26 @@ inline void weigh_columns(T* scores, int64_t tile_row, int64_t num_keys, const V
   }
 }
 
+#if TOPGATHER_PAIR_PRODUCTS
+// The same weights rounded to pairs of consecutive keys, [keys / 2, tile_row] in place of the scores; sums are of the
+// weights before.
+template <int kVectors>
+inline void weigh_columns_in_pairs(float* scores, int64_t tile_row, int64_t num_keys,
+                                   const Vector<float> (&base)[kVectors], Vector<float> (&sum)[kVectors]) {
+  for (int64_t key = 0; key < num_keys; key += 2) {
+    const bool has_second = key + 1 < num_keys;
+    for (int v = 0; v < kVectors; ++v) {
+      const float* score = scores + key * tile_row + v * kLanes<float>;
+      const Vector<float> first = exp2_vector(load<float>(score) - base[v]);
+      const Vector<float> second = has_second ? exp2_vector(load<float>(score + tile_row) - base[v]) : Vector<float>{};
+      store<float>(scores + key / 2 * tile_row + v * kLanes<float>, round_to_pairs(first, second));
+      sum[v] += first;
+      sum[v] += second;
+    }
+  }
+}
+#endif
+
 // A tile's rows so far, side by side.
 template <typename T, int64_t kTileQueries>
 struct RunningSoftmax {
@@ -64,7 +84,7 @@ struct RunningSoftmax {
   alignas(64) T rescale[kTileQueries];  // after a step: what the weighted sum of values must be multiplied with
 };
 
-template <int kVectors, typename T, int64_t kTileQueries>
+template <bool kInPairs, int kVectors, typename T, int64_t kTileQueries>
 inline void online_softmax_columns(T* scores, int64_t column, int64_t num_keys,
                                    RunningSoftmax<T, kTileQueries>& running) {
   Vector<T> top[kVectors], sum[kVectors], base[kVectors];
@@ -77,7 +97,14 @@ inline void online_softmax_columns(T* scores, int64_t column, int64_t num_keys,
     store<T>(running.rescale + at, factor);
     sum[v] = load<T>(running.sum + at) * factor;
   }
-  weigh_columns(scores + column, kTileQueries, num_keys, base, sum);
+#if TOPGATHER_PAIR_PRODUCTS
+  if constexpr (kInPairs) {
+    weigh_columns_in_pairs(scores + column, kTileQueries, num_keys, base, sum);
+  } else
+#endif
+  {
+    weigh_columns(scores + column, kTileQueries, num_keys, base, sum);
+  }
   for (int v = 0; v < kVectors; ++v) {
     store<T>(running.largest + column + v * kLanes<T>, top[v]);
     store<T>(running.sum + column + v * kLanes<T>, sum[v]);
@@ -86,14 +113,14 @@ inline void online_softmax_columns(T* scores, int64_t column, int64_t num_keys,
 
 // A step of the online softmax: more keys' scores [num_keys, kTileQueries] of `count` rows become weights.
 // Four vectors at a time: enough independent chains to hide the latency of a maximum, few enough for registers.
-template <typename T, int64_t kTileQueries>
+template <bool kInPairs = false, typename T, int64_t kTileQueries>
 inline void online_softmax(T* scores, int64_t count, int64_t num_keys, RunningSoftmax<T, kTileQueries>& running) {
   for (int64_t column = 0; column < count; column += 4 * kLanes<T>) {
     switch (min64(4, ceil_div(count - column, kLanes<T>))) {
-      case 1: online_softmax_columns<1>(scores, column, num_keys, running); break;
-      case 2: online_softmax_columns<2>(scores, column, num_keys, running); break;
-      case 3: online_softmax_columns<3>(scores, column, num_keys, running); break;
-      default: online_softmax_columns<4>(scores, column, num_keys, running);
+      case 1: online_softmax_columns<kInPairs, 1>(scores, column, num_keys, running); break;
+      case 2: online_softmax_columns<kInPairs, 2>(scores, column, num_keys, running); break;
+      case 3: online_softmax_columns<kInPairs, 3>(scores, column, num_keys, running); break;
+      default: online_softmax_columns<kInPairs, 4>(scores, column, num_keys, running);
     }
   }
 }

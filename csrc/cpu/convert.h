@@ -9,6 +9,12 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
+// Two bfloat16 numbers that are multiplied with two others and added up in one step: consecutive in the sum.
+struct BFloat16Pair {
+  BFloat16 first;
+  BFloat16 second;
+};
+
 // float64 computes in float64, everything else in float32.
 template <typename Storage>
 using ComputeOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
@@ -115,29 +121,39 @@ inline Vector<T> sums_of_rows(Vector<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// tile[d * tile_row + i] = factor * row_of(i)[d], for i < count and d < depth. Columns from count to the next whole
-// vector repeat the last row, so that they hold nothing that was not in the input.
-template <typename Storage, typename RowOf>
-inline void gather_rows_transposed(const RowOf& row_of, int64_t count, int64_t depth, ComputeOf<Storage> factor,
-                                   ComputeOf<Storage>* tile, int64_t tile_row) {
-  using T = ComputeOf<Storage>;
+// tile[d * tile_row + i] = element d of row_of(i), for i < count and d < depth, as load_element(row, d) reads it, and
+// load_vector_of(row, d) whole vectors of elements before readable_depth. Columns from count to the next whole vector
+// repeat the last row, so that they hold nothing that was not in the input.
+template <typename T, typename RowOf, typename LoadVector, typename LoadElement>
+inline void transpose_rows(const RowOf& row_of, int64_t count, int64_t depth, int64_t readable_depth,
+                           const LoadVector& load_vector_of, const LoadElement& load_element, T* tile,
+                           int64_t tile_row) {
   constexpr int kWidth = kLanes<T>;
   for (int64_t first = 0; first < count; first += kWidth) {
-    const Storage* rows[kWidth];
+    decltype(row_of(0)) rows[kWidth];
     for (int i = 0; i < kWidth; ++i) rows[i] = row_of(min64(first + i, count - 1));
     int64_t d = 0;
-    for (; d + kWidth <= depth; d += kWidth) {
+    for (; d + kWidth <= readable_depth; d += kWidth) {
       Vector<T> block[kWidth];
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) block[i] = load_vector(rows[i] + d) * factor;
+      for (int i = 0; i < kWidth; ++i) block[i] = load_vector_of(rows[i], d);
       transpose_in_registers<T>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) store<T>(tile + (d + i) * tile_row + first, block[i]);
     }
     for (; d < depth; ++d) {
-      for (int i = 0; i < kWidth; ++i) tile[d * tile_row + first + i] = to_compute(rows[i][d]) * factor;
+      for (int i = 0; i < kWidth; ++i) tile[d * tile_row + first + i] = load_element(rows[i], d);
     }
   }
+}
+
+// tile[d * tile_row + i] = factor * row_of(i)[d], padded as above.
+template <typename Storage, typename RowOf>
+inline void gather_rows_transposed(const RowOf& row_of, int64_t count, int64_t depth, ComputeOf<Storage> factor,
+                                   ComputeOf<Storage>* tile, int64_t tile_row) {
+  transpose_rows(
+      row_of, count, depth, depth, [&](const Storage* row, int64_t d) { return load_vector(row + d) * factor; },
+      [&](const Storage* row, int64_t d) { return to_compute(row[d]) * factor; }, tile, tile_row);
 }
 
 // The same of source's rows row_idx[i].
@@ -158,6 +174,40 @@ inline void prefetch_rows(const Storage* source, int64_t row_stride, const int32
     for (int64_t d = 0; d < depth; d += kLine) __builtin_prefetch(row + d);
   }
 }
+
+// The same a few rows at a time, num_steps times, and into the second-level cache: between the pieces of a product.
+// Rows follow each other where row_idx is null.
+template <typename Element>
+class RowPrefetch {
+ public:
+  RowPrefetch(Element* source, int64_t row_stride, const int32_t* row_idx, int64_t count, int64_t depth,
+              int64_t num_steps)
+      : source_(source),
+        row_stride_(row_stride),
+        row_idx_(row_idx),
+        count_(count),
+        depth_(depth),
+        rows_per_step_(ceil_div(count, num_steps)) {}
+
+  void advance() {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Element));
+    const int64_t num_rows = min64(count_ - done_, rows_per_step_);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      Element* row = source_ + (row_idx_ == nullptr ? done_ + i : row_idx_[done_ + i]) * row_stride_;
+      for (int64_t d = 0; d < depth_; d += kLine) prefetch_second_level(row + d);
+    }
+    done_ += num_rows;
+  }
+
+ private:
+  Element* source_;
+  int64_t row_stride_;
+  const int32_t* row_idx_;
+  int64_t count_;
+  int64_t depth_;
+  int64_t rows_per_step_;
+  int64_t done_ = 0;
+};
 
 // tile[i * tile_row + d] = source[row_idx[i] * row_stride + d] for d < depth, zero from depth to padded_depth.
 template <typename Storage>
@@ -182,6 +232,17 @@ inline bool all_finite(const Storage* rows, int64_t row_stride, int64_t num_rows
     }
   }
   return num_others == 0;
+}
+
+// The same of rows row_idx[i].
+template <typename Storage>
+inline bool all_finite_of(const Storage* source, int64_t row_stride, const int32_t* row_idx, int64_t count,
+                          int64_t depth) {
+  bool are_finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    are_finite = are_finite && all_finite(source + row_idx[i] * row_stride, row_stride, 1, depth);
+  }
+  return are_finite;
 }
 
 // A block of consecutive rows as the micro-kernel takes it: the rows themselves where they already are of the compute

@@ -1,7 +1,8 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
 // All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by
-// a power of two, reciprocals, 16-bit integers widened, products of bytes. AMX: the matrix unit of recent x86-64 processors, which
+// a power of two, reciprocals, 16-bit integers widened, products of bytes. AVX512-BF16: products of pairs of bfloat16
+// numbers with float32 sums, rounding to them. AMX: the matrix unit of recent x86-64 processors, which
 // multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one
 // 32-bit word holds two consecutive depths of one column.
 #pragma once
@@ -222,6 +223,71 @@ inline void store_lanes(int32_t* target, uint32_t mask, const IntegerVector<floa
 }  // namespace topgather::TOPGATHER_CPU_TARGET
 #endif
 
+#if defined(__AVX512BF16__)
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// The nearest bfloat16 numbers, ties to even, low's first.
+inline void store_bfloat16(BFloat16* target, const Vector<float>& low, const Vector<float>& high) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low));
+  std::memcpy(target, &rounded, sizeof(rounded));
+}
+
+// pairs[p * pair_row + d] = element d of rows 2p and 2p + 1: B as the rows themselves. padded_count is even and
+// padded_depth at least depth; what lies outside the rows is zero.
+inline void pack_row_pairs(const BFloat16* rows, int64_t row_stride, int64_t count, int64_t padded_count, int64_t depth,
+                           int64_t padded_depth, BFloat16Pair* pairs, int64_t pair_row) {
+  for (int64_t p = 0; p < padded_count / 2; ++p) {
+    BFloat16Pair* target = pairs + p * pair_row;
+    const BFloat16* even = rows + 2 * p * row_stride;
+    const BFloat16* odd = even + row_stride;
+    if (2 * p + 1 < count) {
+      for (int64_t d = 0; d < depth; ++d) target[d] = {even[d], odd[d]};
+    } else {
+      for (int64_t d = 0; d < depth; ++d) target[d] = {2 * p < count ? even[d] : BFloat16{0}, {0}};
+    }
+    for (int64_t d = depth; d < padded_depth; ++d) target[d] = {};
+  }
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
+#endif
+
+#if TOPGATHER_PAIR_PRODUCTS
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// Sixteen pairs of bfloat16 numbers.
+using PairVector = IntegerVector<float>;
+
+inline PairVector load_pairs(const BFloat16Pair* source) {
+  PairVector pairs;
+  std::memcpy(&pairs, source, sizeof(pairs));
+  return pairs;
+}
+
+inline PairVector broadcast_pair(const BFloat16Pair* source) {
+  int32_t bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return bits - PairVector{};
+}
+
+// Adds both products of every pair to its lane's sum. Subnormal numbers count as 0.
+inline Vector<float> add_pair_products(const Vector<float>& sum, const PairVector& a, const PairVector& b) {
+  return bit_cast<Vector<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+}
+
+// Lane i holds low[i] and high[i], rounded.
+inline PairVector round_to_pairs(const Vector<float>& low, const Vector<float>& high) {
+  const IntegerVector<float> place = {0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                      0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
+  const __m512bh halves = _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low));
+  return bit_cast<PairVector>(_mm512_maskz_permutexvar_epi16(~0u, bit_cast<__m512i>(place), bit_cast<__m512i>(halves)));
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
+#endif
+
 #if TOPGATHER_MATRIX_UNIT
 
 namespace topgather::TOPGATHER_CPU_TARGET {
@@ -253,16 +319,16 @@ class AmxGuard {
   AmxGuard& operator=(const AmxGuard&) = delete;
 };
 
-// C [32, 32] = A [32, depth] x B [depth, 32]. a_row in bfloat16 elements, b_row in 32-bit pairs, c_row in floats; depth
+// C [32, 32] = A [32, depth] x B [depth, 32]. a_row in bfloat16 elements, b_row in pairs, c_row in floats; depth
 // a multiple of 32. With one_row_group only the first 16 rows are computed.
-inline void amx_panel_product(const BFloat16* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
+inline void amx_panel_product(const BFloat16* a, int64_t a_row, const BFloat16Pair* b, int64_t b_row, float* c,
                               int64_t c_row, int64_t depth, bool one_row_group) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < depth; k += kAmxDepth) {
-    const uint32_t* b_tile = b + k / 2 * b_row;
+    const BFloat16Pair* b_tile = b + k / 2 * b_row;
     _tile_loadd(4, a + k, a_row * 2);
     _tile_loadd(6, b_tile, b_row * 4);
     _tile_loadd(7, b_tile + kAmxRows, b_row * 4);
@@ -282,15 +348,10 @@ inline void amx_panel_product(const BFloat16* a, int64_t a_row, const uint32_t* 
   }
 }
 
-inline void store_bfloat16(BFloat16* target, const Vector<float>& low, const Vector<float>& high) {
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low));
-  std::memcpy(target, &rounded, sizeof(rounded));
-}
-
 // pairs[p * pair_row + column] = depths 2p and 2p + 1 of rows[column], for column < padded_columns: B as the transpose
 // of `count` rows. padded_depth and padded_columns are multiples of 32 and 16; what lies outside the rows is zero.
 inline void pack_transposed_pairs(const BFloat16* rows, int64_t row_stride, int64_t count, int64_t depth,
-                                  int64_t padded_depth, int64_t padded_columns, uint32_t* pairs, int64_t pair_row) {
+                                  int64_t padded_depth, int64_t padded_columns, BFloat16Pair* pairs, int64_t pair_row) {
   for (int64_t first = 0; first < padded_columns; first += kAmxRows) {
     for (int64_t k = 0; k < padded_depth; k += kAmxDepth) {
       // Floats only carry the bits here; nothing computes with them.
@@ -311,23 +372,6 @@ inline void pack_transposed_pairs(const BFloat16* rows, int64_t row_stride, int6
         std::memcpy(pairs + (k / 2 + i) * pair_row + first, &block[i], 64);
       }
     }
-  }
-}
-
-// pairs[p * pair_row + d] = element d of rows 2p and 2p + 1: B as the rows themselves. padded_count is even and
-// padded_depth at least depth; what lies outside the rows is zero.
-inline void pack_row_pairs(const BFloat16* rows, int64_t row_stride, int64_t count, int64_t padded_count, int64_t depth,
-                           int64_t padded_depth, uint32_t* pairs, int64_t pair_row) {
-  for (int64_t p = 0; p < padded_count / 2; ++p) {
-    uint32_t* target = pairs + p * pair_row;
-    const BFloat16* even = rows + 2 * p * row_stride;
-    const BFloat16* odd = even + row_stride;
-    if (2 * p + 1 < count) {
-      for (int64_t d = 0; d < depth; ++d) target[d] = even[d].bits | static_cast<uint32_t>(odd[d].bits) << 16;
-    } else {
-      for (int64_t d = 0; d < depth; ++d) target[d] = 2 * p < count ? even[d].bits : 0;
-    }
-    for (int64_t d = depth; d < padded_depth; ++d) target[d] = 0;
   }
 }
 

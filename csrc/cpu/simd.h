@@ -20,6 +20,12 @@
 #else
 #define TOPGATHER_MATRIX_UNIT 0
 #endif
+// Whether it has products of bfloat16 in vector registers instead.
+#if defined(__AVX512BF16__) && !TOPGATHER_MATRIX_UNIT
+#define TOPGATHER_PAIR_PRODUCTS 1
+#else
+#define TOPGATHER_PAIR_PRODUCTS 0
+#endif
 
 // Before a loop whose iterations touch nothing of each other's: it may become vectors without a check of that.
 #if defined(__clang__)

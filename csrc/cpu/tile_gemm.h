@@ -19,20 +19,43 @@ constexpr int rows_per_tile(int num_vectors) {
 }
 inline constexpr int kMaxVectorsPerTile = kNumVectorRegisters == 32 ? 4 : 3;
 
-template <typename T>
+template <typename T, typename Operand = T>
 struct GemmOperands {
-  const T* a;     // [rows, depth] by strides
-  int64_t a_row;  // elements between rows of A
-  int64_t a_col;  // elements between columns of A
-  const T* b;     // [depth, columns]
+  const Operand* a;  // [rows, depth] by strides
+  int64_t a_row;     // elements between rows of A
+  int64_t a_col;     // elements between columns of A
+  const Operand* b;  // [depth, columns]
   int64_t b_row;
   T* c;  // [rows, columns]
   int64_t c_row;
   int64_t depth;
+  T factor = 1;  // of pairs: what sums are multiplied with
 };
 
-// num_columns must be a multiple of kLanes<T>; C is overwritten, or added to where kAccumulate. T is float or double.
-template <bool kAccumulate, typename T>
-void tile_gemm(const GemmOperands<T>& op, int64_t num_rows, int64_t num_columns);
+// num_columns must be a multiple of kLanes<T>; C is overwritten, or added to where kAccumulate. T is float or double, and
+// Operand the same or, for T = float where the target multiplies them, BFloat16Pair: then depth counts pairs.
+template <bool kAccumulate, typename T, typename Operand>
+void tile_gemm(const GemmOperands<T, Operand>& op, int64_t num_rows, int64_t num_columns);
+
+// Rows that tile_gemm takes at once for so many columns.
+template <typename T>
+constexpr int64_t rows_at_once(int64_t num_columns) {
+  return rows_per_tile(static_cast<int>(min64(num_columns / kLanes<T>, kMaxVectorsPerTile)));
+}
+
+// tile_gemm, with prefetch() called each time some rows are done: of hundreds of prefetches in a row the processor
+// would stall.
+template <bool kAccumulate, typename T, typename Operand, typename Prefetch>
+inline void tile_gemm_prefetching(const GemmOperands<T, Operand>& op, int64_t num_rows, int64_t num_columns,
+                                  const Prefetch& prefetch) {
+  const int64_t step = rows_at_once<T>(num_columns);
+  for (int64_t row = 0; row < num_rows; row += step) {
+    GemmOperands<T, Operand> part = op;
+    part.a += row * op.a_row;
+    part.c += row * op.c_row;
+    tile_gemm<kAccumulate>(part, min64(step, num_rows - row), num_columns);
+    prefetch();
+  }
+}
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -13,6 +13,6 @@ struct DecodeCpuKernels {
   void (*route)(const DecodeRouteParams& params);
   void (*decode)(const DecodeParams& params);
 };
-TOPGATHER_CPU_KERNELS(DecodeCpuKernels, avx512, avx512)
+TOPGATHER_CPU_KERNELS(DecodeCpuKernels, avx512, avx512, avx512)
 
 }  // namespace topgather

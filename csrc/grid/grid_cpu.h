@@ -10,6 +10,6 @@ struct GridCpuKernels {
   void (*forward)(const GridForwardParams& params);
   void (*backward)(const GridBackwardParams& params);
 };
-TOPGATHER_CPU_KERNELS(GridCpuKernels, avx512, avx512)
+TOPGATHER_CPU_KERNELS(GridCpuKernels, avx512, avx512, avx512)
 
 }  // namespace topgather

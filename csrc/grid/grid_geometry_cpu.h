@@ -135,26 +135,6 @@ class TokensAhead {
   int64_t column_ = 0;
 };
 
-// Rows that tile_gemm takes at once for so many columns.
-template <typename T>
-constexpr int64_t rows_at_once(int64_t num_columns) {
-  return rows_per_tile(static_cast<int>(min64(num_columns / kLanes<T>, kMaxVectorsPerTile)));
-}
-
-// tile_gemm, with prefetch() called each time some rows are done.
-template <bool kAccumulate, typename T, typename Prefetch>
-inline void tile_gemm_prefetching(const GemmOperands<T>& op, int64_t num_rows, int64_t num_columns,
-                                  const Prefetch& prefetch) {
-  const int64_t step = rows_at_once<T>(num_columns);
-  for (int64_t row = 0; row < num_rows; row += step) {
-    GemmOperands<T> part = op;
-    part.a += row * op.a_row;
-    part.c += row * op.c_row;
-    tile_gemm<kAccumulate>(part, min64(step, num_rows - row), num_columns);
-    prefetch();
-  }
-}
-
 // Tokens of a group that each call of prefetch() fetches. Every tile of the group has num_by_queries products as wide
 // as its queries and num_by_channels as wide as a row; their rows are a tile's keys or queries.
 template <typename T>

@@ -10,6 +10,6 @@ struct IndexerCpuKernels {
   void (*route)(const IndexRouteParams& params);
 };
 // Nothing multiplies on the matrix unit: scores must rank as sums in float32 do.
-TOPGATHER_CPU_KERNELS(IndexerCpuKernels, avx512, avx512)
+TOPGATHER_CPU_KERNELS(IndexerCpuKernels, avx512, avx512, avx512)
 
 }  // namespace topgather

@@ -10,6 +10,6 @@ struct KeyConvCpuKernels {
   void (*forward)(const KeyConvForwardParams& params);
   void (*backward)(const KeyConvBackwardParams& params);
 };
-TOPGATHER_CPU_KERNELS(KeyConvCpuKernels, avx512, avx512)
+TOPGATHER_CPU_KERNELS(KeyConvCpuKernels, avx512, avx512, avx512)
 
 }  // namespace topgather

@@ -14,11 +14,11 @@ struct MemoryCpuKernels {
   void (*lookup_quantized)(const QuantizedLookupParams& params);
   void (*dot_quantized)(const QuantizedDotParams& params);
 };
-TOPGATHER_CPU_KERNELS(MemoryCpuKernels, avx512, avx512)
+TOPGATHER_CPU_KERNELS(MemoryCpuKernels, avx512, avx512, avx512)
 
 struct MemoryUpdateCpuKernels {
   void (*update)(const MemoryUpdateParams& params);
 };
-TOPGATHER_CPU_KERNELS(MemoryUpdateCpuKernels, avx2, avx2)
+TOPGATHER_CPU_KERNELS(MemoryUpdateCpuKernels, avx2, avx2, avx2)
 
 }  // namespace topgather

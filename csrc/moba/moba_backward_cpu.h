@@ -20,7 +20,8 @@
 //   6. after the last tile, the block's tiles are added to grad_key and grad_value;
 //   last:
 //   7. where gradients are 16 bits wide, the float32 sums are converted.
-// Numerics: float32 sums (float64 for float64). 16-bit gradients are summed in a float32 workspace, of as many key
+// Numerics: float32 sums (float64 for float64). Where bfloat16 is multiplied as such (moba_operands_cpu.h), p and ds are
+// rounded to it for steps 4 and 5. 16-bit gradients are summed in a float32 workspace, of as many key
 // heads at a time as keep the threads busy. Rows without visible keys are in no list: their gradients are 0.
 // With a window, blocks seen from its start on, edges, have lists of their own beside their blocks', as in the forward.
 // Determinism: as above, bitwise, by default.
@@ -49,6 +50,8 @@ inline void add_rows(const T* tile, int64_t tile_row, const int32_t* rows, int64
 template <typename Storage>
 struct BackwardTask {
   using T = ComputeOf<Storage>;
+  using Operand = OperandOf<Storage>;
+  using Ops = Operands<Storage>;
   static constexpr int64_t kTileQueries = MobaBackwardConfig::kTileQueries;
   static constexpr int64_t kTileKeys = MobaBackwardConfig::kTileKeys;
   static constexpr int kMaxVectors = static_cast<int>(kTileQueries) / kLanes<T>;
@@ -60,17 +63,23 @@ struct BackwardTask {
 #if TOPGATHER_MATRIX_UNIT
   AmxScores amx;
 #endif
-  T* query_columns;     // [D, kTileQueries], times scale * log2(e)
-  T* grad_out_columns;  // [V, kTileQueries]
-  T* query_rows;        // [kTileQueries, padded D]
-  T* grad_out_rows;     // [kTileQueries, padded V]
-  T* weights;           // [kTileKeys, kTileQueries]
-  T* grad_scores;       // [kTileKeys, kTileQueries]
-  T* grad_query_tile;   // [kTileQueries, padded D]
-  T* grad_key_tile;     // [kTileKeys, padded D]
-  T* grad_value_tile;   // [kTileKeys, padded V]
-  T* key_scratch;       // [kTileKeys, padded D]
-  T* value_scratch;     // [kTileKeys, padded V]
+  // Of pairs half as many in the first dimension.
+  Operand* query_columns;     // [D, kTileQueries], of floats times scale * log2(e)
+  Operand* grad_out_columns;  // [V, kTileQueries]
+  Operand* query_rows;        // [kTileQueries, padded D]
+  Operand* grad_out_rows;     // [kTileQueries, padded V]
+  T* weights;                 // [kTileKeys, kTileQueries]
+  T* grad_scores;             // [kTileKeys, kTileQueries]
+  T* grad_query_tile;         // [kTileQueries, padded D]
+  T* grad_key_tile;           // [kTileKeys, padded D]
+  T* grad_value_tile;         // [kTileKeys, padded V]
+  Operand* key_scratch;       // [kTileKeys, padded D]
+  Operand* value_scratch;     // [kTileKeys, padded V]
+  Operand* key_pairs;         // the same keys as B
+  Operand* some_key_pairs;
+  Operand* weight_pairs;        // [kTileKeys, kTileQueries]
+  Operand* grad_score_pairs;    // [kTileKeys, kTileQueries], of consecutive queries
+  Operand* grad_score_columns;  // [kTileKeys, kTileQueries], of consecutive keys
 
   BackwardTask(const MobaBackwardParams& p, ScratchCutter& scratch)
       : params(p),
@@ -81,17 +90,23 @@ struct BackwardTask {
         amx(p.problem, p, kTileKeys, scratch)
 #endif
   {
-    query_columns = scratch.take<T>(p.problem.head_dim * kTileQueries);
-    grad_out_columns = scratch.take<T>(p.problem.value_dim * kTileQueries);
-    query_rows = scratch.take<T>(padded_head_dim * kTileQueries);
-    grad_out_rows = scratch.take<T>(padded_value_dim * kTileQueries);
+    query_columns = scratch.take<Operand>(Ops::count(p.problem.head_dim) * kTileQueries);
+    grad_out_columns = scratch.take<Operand>(Ops::count(p.problem.value_dim) * kTileQueries);
+    query_rows = scratch.take<Operand>(padded_head_dim * Ops::count(kTileQueries));
+    grad_out_rows = scratch.take<Operand>(padded_value_dim * Ops::count(kTileQueries));
     weights = scratch.take<T>(kTileKeys * kTileQueries);
     grad_scores = scratch.take<T>(kTileKeys * kTileQueries);
     grad_query_tile = scratch.take<T>(padded_head_dim * kTileQueries);
     grad_key_tile = scratch.take<T>(padded_head_dim * kTileKeys);
     grad_value_tile = scratch.take<T>(padded_value_dim * kTileKeys);
-    key_scratch = scratch.take<T>(padded_head_dim * kTileKeys);
-    value_scratch = scratch.take<T>(padded_value_dim * kTileKeys);
+    key_scratch = scratch.take<Operand>(padded_head_dim * kTileKeys);
+    value_scratch = scratch.take<Operand>(padded_value_dim * kTileKeys);
+    for (Operand** pairs : {&key_pairs, &some_key_pairs}) {
+      *pairs = scratch.take<Operand>(Ops::kArePairs ? padded_head_dim * Ops::count(kTileKeys) : 0);
+    }
+    for (Operand** pairs : {&weight_pairs, &grad_score_pairs, &grad_score_columns}) {
+      *pairs = scratch.take<Operand>(Ops::kArePairs ? kTileKeys * kTileQueries : 0);
+    }
   }
 
   // Per-row inputs of a range, by row of the range.
@@ -105,7 +120,7 @@ struct BackwardTask {
   };
 
   // Scores of step 3, into `weights`: to the last bit the forward's.
-  void make_tile_scores(const Storage* query, const int32_t* queries, int64_t count, const RowBlock<T>& keys,
+  void make_tile_scores(const Storage* query, const int32_t* queries, int64_t count, const RowBlock<Operand>& keys,
                         int64_t num_keys, [[maybe_unused]] bool is_edge) {
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
@@ -116,29 +131,32 @@ struct BackwardTask {
     }
 #endif
     make_scores<kTileQueries>(params, query, params.query.strides[2], queries, count, keys, num_keys, query_columns,
-                              weights);
+                              weights, [] {});
   }
 
   // Keys first_key .. of the block, and where their gradients are added up.
   struct Keys {
     int64_t first_key;
     int64_t num_keys;
-    RowBlock<T> keys;
-    RowBlock<T> values;
+    const Storage* key_rows;
+    const Storage* value_rows;
+    RowBlock<Operand> keys;  // as A
+    RowBlock<Operand> values;
+    RowBlock<Operand> keys_as_b;
     T* grad_key;    // [num_keys, padded D]
     T* grad_value;  // [num_keys, padded V]
   };
 
-  // Steps 2 to 5. is_edge: queries see the keys from their windows' starts on.
-  void add_tile(const QueryRange& range, const RangeRows& rows, const int32_t* queries, int64_t count, const Keys& all,
-                bool is_edge) {
+  // Steps 2 to 5. The num_following queries after them come next. is_edge: queries see the keys from their windows' starts on.
+  void add_tile(const QueryRange& range, const RangeRows& rows, const int32_t* queries, int64_t count,
+                int64_t num_following, const Keys& all, bool is_edge) {
     const MobaProblem& problem = params.problem;
     IntegerVector<T> limits[kMaxVectors], starts[kMaxVectors];
     // What no query sees is left out. The first one's window begins first.
     const int64_t skipped = is_edge ? keys_before_window(problem, range, queries[0], all.first_key, all.num_keys) : 0;
     const int64_t first_key = all.first_key + skipped;
-    const RowBlock<T> keys{all.keys.data + skipped * all.keys.row_stride, all.keys.row_stride};
-    const RowBlock<T> values{all.values.data + skipped * all.values.row_stride, all.values.row_stride};
+    const RowBlock<Operand> keys{all.keys.data + skipped * all.keys.row_stride, all.keys.row_stride};
+    const RowBlock<Operand> values{all.values.data + skipped * all.values.row_stride, all.values.row_stride};
     const TileVisibility visibility =
         visible_keys<T>(problem, range, queries, count, first_key, all.num_keys - skipped, limits);
     if (visibility.max_keys == 0) return;
@@ -146,23 +164,31 @@ struct BackwardTask {
         is_edge ? window_starts<T>(problem, range, queries, count, first_key, visibility.max_keys, starts) : 0;
     const int64_t padded_count = round_up(count, kLanes<T>);
     const int64_t num_vectors = padded_count / kLanes<T>;
-    gather_rows(rows.query, params.query.strides[2], queries, count, problem.head_dim, padded_head_dim, query_rows,
-                padded_head_dim);
-    gather_rows(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, padded_value_dim,
-                grad_out_rows, padded_value_dim);
+    const int64_t query_stride = params.query.strides[2], grad_out_stride = params.grad_out.strides[2];
+    const int64_t key_stride = params.key.strides[2], value_stride = params.value.strides[2];
     const int64_t seen = visibility.max_keys;
     const bool hides_keys = visibility.min_keys < seen || last_start > 0;
     if (hides_keys && count > 1 &&
-        !(all_finite(keys.data, keys.row_stride, seen, problem.head_dim) &&
-          all_finite(values.data, values.row_stride, seen, problem.value_dim) &&
-          all_finite(query_rows, padded_head_dim, count, problem.head_dim) &&
-          all_finite(grad_out_rows, padded_value_dim, count, problem.value_dim))) {
+        !(all_finite(all.key_rows + skipped * key_stride, key_stride, seen, problem.head_dim) &&
+          all_finite(all.value_rows + skipped * value_stride, value_stride, seen, problem.value_dim) &&
+          all_finite_of(rows.query, query_stride, queries, count, problem.head_dim) &&
+          all_finite_of(rows.grad_out, grad_out_stride, queries, count, problem.value_dim))) {
       // A hidden key weighs 0, but 0 x inf is NaN: one query at a time there is nothing hidden to multiply with.
-      for (int64_t i = 0; i < count; ++i) add_tile(range, rows, queries + i, 1, all, is_edge);
+      for (int64_t i = 0; i < count; ++i) add_tile(range, rows, queries + i, 1, 0, all, is_edge);
       return;
     }
-    gather_transposed(rows.grad_out, params.grad_out.strides[2], queries, count, problem.value_dim, T(1),
-                      grad_out_columns, kTileQueries);
+    // Rows that are needed next, while products are made: where grad_query is summed, then the next tile's.
+    const int64_t key_steps = ceil_div(seen, rows_at_once<T>(padded_count));
+    RowPrefetch<T> sums(rows.grad_query.data, rows.grad_query.row_stride, queries, count, problem.head_dim, key_steps);
+    RowPrefetch<const Storage> next_query(rows.query, query_stride, queries + count, num_following, problem.head_dim,
+                                          ceil_div(seen, rows_at_once<T>(padded_value_dim)));
+    RowPrefetch<const Storage> next_grad_out(rows.grad_out, grad_out_stride, queries + count, num_following,
+                                             problem.value_dim, ceil_div(seen, rows_at_once<T>(padded_head_dim)));
+    Ops::gather_as_b(rows.query, query_stride, queries, count, problem.head_dim, padded_head_dim, query_rows);
+    Ops::gather_as_b(rows.grad_out, grad_out_stride, queries, count, problem.value_dim, padded_value_dim,
+                     grad_out_rows);
+    Ops::gather_columns(rows.grad_out, grad_out_stride, queries, count, problem.value_dim, T(1), grad_out_columns,
+                        kTileQueries);
     BackwardRows<T, kTileQueries> tile_rows;
     for (int64_t i = 0; i < padded_count; ++i) {
       const int32_t row = queries[min64(i, count - 1)];
@@ -171,9 +197,9 @@ struct BackwardTask {
     }
 
     make_tile_scores(rows.query, queries, count, keys, seen, is_edge);
-    tile_gemm<false>(GemmOperands<T>{values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores,
-                                     kTileQueries, problem.value_dim},
-                     seen, padded_count);
+    multiply<false>({values.data, values.row_stride, 1, grad_out_columns, kTileQueries, grad_scores, kTileQueries,
+                     Ops::count(problem.value_dim)},
+                    seen, padded_count, sums);
     weigh_with_terms(weights, grad_scores, seen, num_vectors, tile_rows, static_cast<T>(params.softcap * kLog2E));
     if (hides_keys) {
       // After the exponential, so that a hidden key adds exactly nothing even where its value is inf or NaN.
@@ -182,22 +208,34 @@ struct BackwardTask {
       hide_earlier_keys(weights, kTileQueries, num_vectors, last_start, starts, T(0));
       hide_earlier_keys(grad_scores, kTileQueries, num_vectors, last_start, starts, T(0));
     }
-    tile_gemm<true>(GemmOperands<T>{weights, kTileQueries, 1, grad_out_rows, padded_value_dim,
-                                    all.grad_value + skipped * padded_value_dim, padded_value_dim, count},
-                    seen, padded_value_dim);
-    tile_gemm<true>(GemmOperands<T>{grad_scores, kTileQueries, 1, query_rows, padded_head_dim,
-                                    all.grad_key + skipped * padded_head_dim, padded_head_dim, count},
-                    seen, padded_head_dim);
-    tile_gemm<false>(GemmOperands<T>{grad_scores, 1, kTileQueries, keys.data, keys.row_stride, grad_query_tile,
-                                     padded_head_dim, seen},
-                     count, padded_head_dim);
+    const int64_t num_terms = Ops::count(count);
+    multiply<true>({Ops::along_rows(weights, kTileQueries, seen, count, weight_pairs), kTileQueries, 1, grad_out_rows,
+                    padded_value_dim, all.grad_value + skipped * padded_value_dim, padded_value_dim, num_terms},
+                   seen, padded_value_dim, next_query);
+    multiply<true>({Ops::along_rows(grad_scores, kTileQueries, seen, count, grad_score_pairs), kTileQueries, 1,
+                    query_rows, padded_head_dim, all.grad_key + skipped * padded_head_dim, padded_head_dim, num_terms},
+                   seen, padded_head_dim, next_grad_out);
+    const RowBlock<Operand> keys_as_b = Ops::rows_of_b(all.keys_as_b, all.num_keys, all.key_rows, key_stride, skipped,
+                                                       seen, problem.head_dim, some_key_pairs);
+    tile_gemm<false>(
+        GemmOperands<T, Operand>{Ops::down_columns(grad_scores, kTileQueries, seen, padded_count, grad_score_columns),
+                                 1, kTileQueries, keys_as_b.data, keys_as_b.row_stride, grad_query_tile,
+                                 padded_head_dim, Ops::count(seen)},
+        count, padded_head_dim);
     add_rows(grad_query_tile, padded_head_dim, queries, count, problem.head_dim, static_cast<T>(params.scale),
              rows.grad_query);
   }
 
-  // Steps 2 to 6 for one block, whose lists `offsets` delimit.
-  void add_block(const QueryRange& range, const RangeRows& rows, const int32_t* all_queries, const int32_t* offsets,
-                 int64_t block, const GradientSum<T>& grad_key, const GradientSum<T>& grad_value) {
+  template <bool kAccumulate, typename Prefetched>
+  static void multiply(const GemmOperands<T, Operand>& op, int64_t num_rows, int64_t num_columns,
+                       Prefetched& prefetched) {
+    tile_gemm_prefetching<kAccumulate>(op, num_rows, num_columns, [&] { prefetched.advance(); });
+  }
+
+  // Steps 2 to 6 for one block, whose lists `offsets` delimit among the num_queries of the task.
+  void add_block(const QueryRange& range, const RangeRows& rows, const int32_t* all_queries, int64_t num_queries,
+                 const int32_t* offsets, int64_t block, const GradientSum<T>& grad_key,
+                 const GradientSum<T>& grad_value) {
     const MobaProblem& problem = params.problem;
     const Sequence& sequence = range.sequence;
     const int64_t kv_head = range.head_idx / (problem.num_query_heads / problem.num_kv_heads);
@@ -205,23 +243,28 @@ struct BackwardTask {
     for (int64_t first_key = block * problem.block_size; first_key < block_end; first_key += kTileKeys) {
       const int64_t num_keys = min64(kTileKeys, block_end - first_key);
       const int64_t key_row = sequence.key_start + first_key;
-      const RowBlock<T> keys =
-          dense_rows(params.key.at<Storage>(sequence.batch_idx, kv_head, key_row), params.key.strides[2], num_keys,
-                     problem.head_dim, padded_head_dim, key_scratch);
-      const RowBlock<T> values =
-          dense_rows(params.value.at<Storage>(sequence.batch_idx, kv_head, key_row), params.value.strides[2], num_keys,
-                     problem.value_dim, padded_value_dim, value_scratch);
+      const Storage* key_rows = params.key.at<Storage>(sequence.batch_idx, kv_head, key_row);
+      const Storage* value_rows = params.value.at<Storage>(sequence.batch_idx, kv_head, key_row);
+      const RowBlock<Operand> keys_as_b = Ops::rows_as_b(key_rows, params.key.strides[2], num_keys, problem.head_dim,
+                                                         padded_head_dim, Ops::kArePairs ? key_pairs : key_scratch);
+      const RowBlock<Operand> keys =
+          Ops::rows_as_a_too(key_rows, params.key.strides[2], num_keys, problem.head_dim, keys_as_b, key_scratch);
+      const RowBlock<Operand> values =
+          Ops::rows_as_a(value_rows, params.value.strides[2], num_keys, problem.value_dim, value_scratch);
 #if TOPGATHER_MATRIX_UNIT
       if constexpr (kHasMatrixUnit<Storage>) {
-        amx.pack_keys(params.key.at<Storage>(sequence.batch_idx, kv_head, key_row), params.key.strides[2], num_keys);
+        amx.pack_keys(key_rows, params.key.strides[2], num_keys);
       }
 #endif
       for (int64_t i = 0; i < num_keys * padded_head_dim; ++i) grad_key_tile[i] = 0;
       for (int64_t i = 0; i < num_keys * padded_value_dim; ++i) grad_value_tile[i] = 0;
-      const Keys all{first_key, num_keys, keys, values, grad_key_tile, grad_value_tile};
+      const Keys all{first_key, num_keys,  key_rows,      value_rows,     keys,
+                     values,    keys_as_b, grad_key_tile, grad_value_tile};
       for (int64_t list = 0; list < lists_per_block(problem); ++list) {
         for (int64_t i = offsets[list]; i < offsets[list + 1]; i += kTileQueries) {
-          add_tile(range, rows, all_queries + i, min64(kTileQueries, offsets[list + 1] - i), all, list > 0);
+          const int64_t count = min64(kTileQueries, offsets[list + 1] - i);
+          const int64_t num_following = min64(kTileQueries, num_queries - i - count);
+          add_tile(range, rows, all_queries + i, count, num_following, all, list > 0);
         }
       }
       add_rows<T>(grad_key_tile, padded_head_dim, nullptr, num_keys, problem.head_dim, static_cast<T>(params.scale),
@@ -423,7 +466,8 @@ class Backward {
     for (int64_t block = first_block; block < last_block; ++block) {
       const int32_t* offsets = lists.offsets + block * lists_of_block;
       if (offsets[0] == offsets[lists_of_block]) continue;
-      backward.add_block(range, rows, lists.queries, offsets, block, sums.grad_key, sums.grad_value);
+      backward.add_block(range, rows, lists.queries, lists.offsets[last_block * lists_of_block], offsets, block,
+                         sums.grad_key, sums.grad_value);
     }
   }
 

@@ -9,9 +9,9 @@
 namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
 
-#if TOPGATHER_MATRIX_UNIT
+#if TOPGATHER_MATRIX_UNIT || TOPGATHER_PAIR_PRODUCTS
 
-// The matrix unit multiplies bfloat16. All else is the AVX-512 build's.
+// What this target has more multiplies bfloat16. All else is the AVX-512 build's.
 void centroids(const CentroidParams& params) { avx512::kMobaCpuKernels.centroids(params); }
 
 void route(const MobaRouteParams& params) { avx512::kMobaCpuKernels.route(params); }

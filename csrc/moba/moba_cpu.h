@@ -12,7 +12,7 @@ struct MobaCpuKernels {
   void (*forward)(const MobaForwardParams& params);
   void (*backward)(const MobaBackwardParams& params);
 };
-TOPGATHER_CPU_KERNELS(MobaCpuKernels, avx512, amx)
+TOPGATHER_CPU_KERNELS(MobaCpuKernels, avx512, avx512_bf16, amx)
 
 // A routing that names a block outside the sequence, or one block twice for a query: std::out_of_range and
 // std::invalid_argument, thrown after every thread has stopped.

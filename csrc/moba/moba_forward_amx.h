@@ -31,9 +31,9 @@ struct AmxScores {
   float softcap_base2;      // softcap * log2(e), or 0
   float score_factor;       // scale_base2, or 1 where the cap has scaled them
 
-  BFloat16* query_rows;  // [kTileQueries, padded D]
-  uint32_t* key_pairs;   // [padded D / 2, tile_keys]
-  float* scores;         // [kTileQueries, tile_keys]
+  BFloat16* query_rows;     // [kTileQueries, padded D]
+  BFloat16Pair* key_pairs;  // [padded D / 2, tile_keys]
+  float* scores;            // [kTileQueries, tile_keys]
 
   template <typename Cutter>
   AmxScores(const MobaProblem& problem, const ScoreOptions& options, int64_t max_keys, Cutter& scratch)
@@ -44,7 +44,7 @@ struct AmxScores {
         softcap_base2(static_cast<float>(options.softcap * kLog2E)),
         score_factor(options.softcap > 0 ? 1.0f : scale_base2) {
     query_rows = scratch.template take<BFloat16>(kTileQueries * padded_head_dim);
-    key_pairs = scratch.template take<uint32_t>(padded_head_dim / 2 * tile_keys);
+    key_pairs = scratch.template take<BFloat16Pair>(padded_head_dim / 2 * tile_keys);
     scores = scratch.template take<float>(kTileQueries * tile_keys);
   }
 
@@ -96,16 +96,16 @@ struct AmxForwardTile : AmxScores {
   int64_t value_dim;
   int64_t padded_value_dim;  // to 32
 
-  uint32_t* value_pairs;  // [tile_keys / 2, padded V]
-  BFloat16* weights;      // [kTileQueries, tile_keys]
-  float* out_tile;        // [kTileQueries, padded V]
+  BFloat16Pair* value_pairs;  // [tile_keys / 2, padded V]
+  BFloat16* weights;          // [kTileQueries, tile_keys]
+  float* out_tile;            // [kTileQueries, padded V]
 
   template <typename Cutter>
   AmxForwardTile(const MobaProblem& problem, const ScoreOptions& options, int64_t max_keys, Cutter& scratch)
       : AmxScores(problem, options, max_keys, scratch),
         value_dim(problem.value_dim),
         padded_value_dim(round_up(problem.value_dim, kAmxPanel)) {
-    value_pairs = scratch.template take<uint32_t>(tile_keys / 2 * padded_value_dim);
+    value_pairs = scratch.template take<BFloat16Pair>(tile_keys / 2 * padded_value_dim);
     weights = scratch.template take<BFloat16>(kTileQueries * tile_keys);
     out_tile = scratch.template take<float>(kTileQueries * padded_value_dim);
   }

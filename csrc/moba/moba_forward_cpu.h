@@ -21,7 +21,10 @@
 //   6. rescale and add to the range's running outputs;
 //   last:
 //   7. divide, convert, write out, lse and softmax terms.
-// Numerics: scores, weights and sums in float32 (float64 for float64). A row without visible keys: out 0, lse -inf. A
+// Queries and rows of running outputs are scattered and lie in the third-level cache by the time they are needed: between
+// the register tiles of step 3 this tile's running outputs are prefetched, of step 5 the next tile's queries and keys.
+// Numerics: scores, weights and sums in float32 (float64 for float64); where bfloat16 is multiplied as such
+// (moba_operands_cpu.h), weights are rounded to it for step 5 and values are interleaved. A row without visible keys: out 0, lse -inf. A
 // row all of whose scores are -inf: NaN, as plain softmax.
 // Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.
 #pragma once
@@ -37,6 +40,7 @@
 #include "../cpu/tile_gemm.h"
 #include "moba_cpu.h"
 #include "moba_forward_amx.h"
+#include "moba_operands_cpu.h"
 #include "moba_window_cpu.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
@@ -100,21 +104,27 @@ struct KeyTile {
   int64_t num_keys;
   const Storage* key_rows;
   const Storage* value_rows;
-  RowBlock<ComputeOf<Storage>> keys;  // data null until needed
-  RowBlock<ComputeOf<Storage>> values;
+  RowBlock<OperandOf<Storage>> keys;    // as A; data null until needed
+  RowBlock<OperandOf<Storage>> values;  // as B
+  // The keys after these, and their values.
+  RowPrefetch<const Storage> next_keys;
+  RowPrefetch<const Storage> next_values;
 };
 
 // Step 3 without the mask: scores [num_keys, kTileQueries]. The backward's are the forward's, to the last bit.
-template <int64_t kTileQueries, typename Params, typename Storage, typename T>
+template <int64_t kTileQueries, typename Params, typename Storage, typename T, typename Prefetch>
 inline void make_scores(const Params& params, const Storage* query, int64_t query_stride, const int32_t* queries,
-                        int64_t count, const RowBlock<T>& keys, int64_t num_keys, T* query_tile, T* scores) {
+                        int64_t count, const RowBlock<OperandOf<Storage>>& keys, int64_t num_keys,
+                        OperandOf<Storage>* query_tile, T* scores, const Prefetch& prefetch) {
   const int64_t head_dim = params.problem.head_dim;
   const int64_t padded_count = round_up(count, kLanes<T>);
-  gather_transposed(query, query_stride, queries, count, head_dim, static_cast<T>(params.scale * kLog2E), query_tile,
-                    kTileQueries);
-  tile_gemm<false>(
-      GemmOperands<T>{keys.data, keys.row_stride, 1, query_tile, kTileQueries, scores, kTileQueries, head_dim},
-      num_keys, padded_count);
+  const T factor = static_cast<T>(params.scale * kLog2E);
+  Operands<Storage>::gather_columns(query, query_stride, queries, count, head_dim, factor, query_tile, kTileQueries);
+  tile_gemm_prefetching<false>(
+      GemmOperands<T, OperandOf<Storage>>{keys.data, keys.row_stride, 1, query_tile, kTileQueries, scores, kTileQueries,
+                                          Operands<Storage>::count(head_dim),
+                                          Operands<Storage>::product_factor(factor)},
+      num_keys, padded_count, prefetch);
   if (params.softcap > 0) {
     cap_scores(scores, kTileQueries, padded_count / kLanes<T>, num_keys, static_cast<T>(params.softcap * kLog2E));
   }
@@ -133,6 +143,7 @@ struct ListRows {
 template <typename Storage>
 struct ForwardTask {
   using T = ComputeOf<Storage>;
+  using Operand = OperandOf<Storage>;
   static constexpr int64_t kTileQueries = MobaForwardConfig::kTileQueries;
   static constexpr int64_t kTileKeys = MobaForwardConfig::kTileKeys;
   static constexpr int64_t kHalfQueries = MobaForwardConfig::kHalfQueries;
@@ -148,11 +159,12 @@ struct ForwardTask {
   T* running_out;              // [range rows, padded V], sum of weights x values relative to the running maximum
   T* running_max;              // [range rows], base-2 exponent
   T* running_sum;              // [range rows]
-  T* query_tile;               // [D, kTileQueries]
+  Operand* query_tile;         // [D, kTileQueries]
   T* scores;                   // [kTileKeys, kTileQueries]
   T* out_tile;                 // [kTileQueries, padded V]
-  T* key_scratch;              // [kTileKeys, D]
-  T* value_scratch;            // [kTileKeys, padded V]
+  Operand* key_scratch;        // [kTileKeys, D]
+  Operand* value_scratch;      // [kTileKeys, padded V]
+  Operand* some_values;        // the same, of pairs
 #if TOPGATHER_MATRIX_UNIT
   AmxForwardTile amx;
 #endif
@@ -176,11 +188,13 @@ struct ForwardTask {
     running_out = scratch.take<T>(range_rows * padded_value_dim);
     running_max = scratch.take<T>(range_rows);
     running_sum = scratch.take<T>(range_rows);
-    query_tile = scratch.take<T>(p.problem.head_dim * kTileQueries);
+    query_tile = scratch.take<Operand>(Operands<Storage>::count(p.problem.head_dim) * kTileQueries);
     scores = scratch.take<T>(kTileKeys * kTileQueries);
     out_tile = scratch.take<T>(kTileQueries * padded_value_dim);
-    key_scratch = scratch.take<T>(kTileKeys * p.problem.head_dim);
-    value_scratch = scratch.take<T>(kTileKeys * padded_value_dim);
+    const int64_t value_elements = Operands<Storage>::count(kTileKeys) * padded_value_dim;
+    key_scratch = scratch.take<Operand>(kTileKeys * Operands<Storage>::count(p.problem.head_dim));
+    value_scratch = scratch.take<Operand>(value_elements);
+    some_values = scratch.take<Operand>(Operands<Storage>::kArePairs ? value_elements : 0);
   }
 
   // Step 4. `running` receives, per query of the tile, what its running output must be multiplied with.
@@ -190,7 +204,7 @@ struct ForwardTask {
       running.largest[i] = running_max[row];
       running.sum[i] = running_sum[row];
     }
-    online_softmax(scores, count, num_keys, running);
+    online_softmax<Operands<Storage>::kArePairs>(scores, count, num_keys, running);
     for (int64_t i = 0; i < count; ++i) {
       running_max[rows[i]] = running.largest[i];
       running_sum[rows[i]] = running.sum[i];
@@ -212,8 +226,6 @@ struct ForwardTask {
     if (visibility.max_keys == 0) return;
     const int64_t last_start =
         is_edge ? window_starts<T>(problem, range, queries, count, first_key, visibility.max_keys, starts) : 0;
-    prefetch_rows(running_out, padded_value_dim, rows, count, padded_value_dim);
-    prefetch_rows(range_query, all.place_stride, all.places + count, num_following, problem.head_dim);
     const bool hides_keys = visibility.min_keys < visibility.max_keys || last_start > 0;
     // On the unit a query's keys begin with the tile's.
     const bool is_on_unit = uses_matrix_unit<Storage>(params.scale) && !is_edge;
@@ -228,6 +240,8 @@ struct ForwardTask {
 #if TOPGATHER_MATRIX_UNIT
     if constexpr (kHasMatrixUnit<Storage>) {
       if (is_on_unit && hides_only_finite) {
+        prefetch_rows(running_out, padded_value_dim, rows, count, padded_value_dim);
+        prefetch_rows(range_query, all.place_stride, all.places + count, num_following, problem.head_dim);
         const auto limit_of = [&](int64_t i) {
           return hides_keys ? static_cast<int64_t>(limits[i / kLanes<T>][i % kLanes<T>]) : visibility.max_keys;
         };
@@ -243,11 +257,17 @@ struct ForwardTask {
       for (int64_t i = 0; i < count; ++i) attend(range, range_query, all.from(i), 1, 0, tile, is_edge);
       return;
     }
-    if (tile.keys.data == nullptr) densify(tile);
-    const RowBlock<T> keys{tile.keys.data + skipped * tile.keys.row_stride, tile.keys.row_stride};
-    const RowBlock<T> values{tile.values.data + skipped * tile.values.row_stride, tile.values.row_stride};
+    if (tile.keys.data == nullptr) prepare(tile);
+    const RowBlock<Operand> keys{tile.keys.data + skipped * tile.keys.row_stride, tile.keys.row_stride};
+    const RowBlock<Operand> values =
+        Operands<Storage>::rows_of_b(tile.values, tile.num_keys, tile.value_rows, params.value.strides[2], skipped,
+                                     visibility.max_keys, problem.value_dim, some_values);
+    const int64_t key_steps = ceil_div(visibility.max_keys, rows_at_once<T>(round_up(count, kLanes<T>)));
+    RowPrefetch<T> sums(running_out, padded_value_dim, rows, count, padded_value_dim, key_steps);
+    RowPrefetch<const Storage> following(range_query, all.place_stride, all.places + count, num_following,
+                                         problem.head_dim, ceil_div(count, rows_at_once<T>(padded_value_dim)));
     make_scores<kTileQueries>(params, range_query, all.place_stride, all.places, count, keys, visibility.max_keys,
-                              query_tile, scores);
+                              query_tile, scores, [&] { sums.advance(); });
     if (hides_keys) {
       constexpr T kLowest = -std::numeric_limits<T>::infinity();
       const int64_t num_vectors = ceil_div(count, kLanes<T>);
@@ -255,9 +275,14 @@ struct ForwardTask {
       hide_earlier_keys(scores, kTileQueries, num_vectors, last_start, starts, kLowest);
     }
     softmax(visibility.max_keys, rows, count, running);
-    tile_gemm<false>(GemmOperands<T>{scores, 1, kTileQueries, values.data, values.row_stride, out_tile,
-                                     padded_value_dim, visibility.max_keys},
-                     count, padded_value_dim);
+    tile_gemm_prefetching<false>(GemmOperands<T, Operand>{reinterpret_cast<const Operand*>(scores), 1, kTileQueries,
+                                                          values.data, values.row_stride, out_tile, padded_value_dim,
+                                                          Operands<Storage>::count(visibility.max_keys)},
+                                 count, padded_value_dim, [&] {
+                                   following.advance();
+                                   tile.next_keys.advance();
+                                   tile.next_values.advance();
+                                 });
     add_to_running(rows, count, running.rescale, out_tile, padded_value_dim);
   }
 
@@ -272,12 +297,12 @@ struct ForwardTask {
     }
   }
 
-  void densify(KeyTile<Storage>& tile) {
+  void prepare(KeyTile<Storage>& tile) {
     const MobaProblem& problem = params.problem;
-    tile.keys = dense_rows(tile.key_rows, params.key.strides[2], tile.num_keys, problem.head_dim, problem.head_dim,
-                           key_scratch);
-    tile.values = dense_rows(tile.value_rows, params.value.strides[2], tile.num_keys, problem.value_dim,
-                             padded_value_dim, value_scratch);
+    tile.keys = Operands<Storage>::rows_as_a(tile.key_rows, params.key.strides[2], tile.num_keys, problem.head_dim,
+                                             key_scratch);
+    tile.values = Operands<Storage>::rows_as_b(tile.value_rows, params.value.strides[2], tile.num_keys,
+                                               problem.value_dim, padded_value_dim, value_scratch);
   }
 
   // Step 7.
@@ -384,16 +409,31 @@ struct ForwardTask {
       if (offsets[0] == offsets[lists_of_block]) continue;
       const int64_t block_end = min64((block + 1) * problem.block_size, sequence.key_len);
       const ListRows rows = rows_of_lists(range, offsets[0], offsets[lists_of_block]);
+      // Rows that stand in a row: of one head the next block's lists follow.
+      const int64_t num_known = range.num_heads == 1 ? lists.offsets[sequence.num_blocks * lists_of_block] - offsets[0]
+                                                     : (offsets[lists_of_block] - offsets[0]) * range.num_heads;
+      const int64_t num_rows_of_block = (offsets[lists_of_block] - offsets[0]) * range.num_heads;
       const int64_t last_position_in = block_end - range.first_query - sequence.position_offset;
       for (int64_t first_key = block * problem.block_size; first_key < block_end; first_key += kTileKeys) {
         const int64_t num_keys = min64(kTileKeys, block_end - first_key);
         const int64_t key_row = sequence.key_start + first_key;
+        // What comes next is prefetched in the steps of all the block's products with values.
+        const int64_t num_next = min64(min64(kTileKeys, problem.block_size), sequence.key_len - first_key - num_keys);
+        const int64_t num_steps = ceil_div(num_rows_of_block, rows_at_once<T>(padded_value_dim));
+        const auto prefetch_after = [&](const Storage* rows, int64_t row_stride, int64_t depth) {
+          return RowPrefetch<const Storage>(rows + num_keys * row_stride, row_stride, nullptr, num_next, depth,
+                                            num_steps);
+        };
+        const Storage* key_rows = params.key.at<Storage>(sequence.batch_idx, kv_head, key_row);
+        const Storage* value_rows = params.value.at<Storage>(sequence.batch_idx, kv_head, key_row);
         KeyTile<Storage> tile{first_key,
                               num_keys,
-                              params.key.at<Storage>(sequence.batch_idx, kv_head, key_row),
-                              params.value.at<Storage>(sequence.batch_idx, kv_head, key_row),
+                              key_rows,
+                              value_rows,
                               {nullptr, 0},
-                              {nullptr, 0}};
+                              {nullptr, 0},
+                              prefetch_after(key_rows, params.key.strides[2], problem.head_dim),
+                              prefetch_after(value_rows, params.value.strides[2], problem.value_dim)};
 #if TOPGATHER_MATRIX_UNIT
         if constexpr (kHasMatrixUnit<Storage>) {
           amx.pack(tile.key_rows, params.key.strides[2], tile.value_rows, params.value.strides[2], num_keys);
@@ -406,7 +446,7 @@ struct ForwardTask {
             const bool half = uses_matrix_unit<Storage>(params.scale) || is_edge ||
                               (problem.is_causal && rows.queries[i] < last_position_in);
             const int64_t count = min64(half ? kHalfQueries : kTileQueries, end - i);
-            const int64_t num_following = min64(kHalfQueries, end - i - count);
+            const int64_t num_following = min64(kTileQueries, num_known - i - count);
             attend(range, range_query, rows.from(i), count, num_following, tile, is_edge);
             i += count;
           }

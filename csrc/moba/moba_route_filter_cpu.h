@@ -412,21 +412,7 @@ class RouteFilter {
       }
       sums[i] = sum;
     }
-    add_lanes(sums);
-    return sums[0];
-  }
-
-  // rows[0][i] becomes the sum of the lanes of rows[i].
-  template <int kBit = 1>
-  static void add_lanes(Vector<float> (&rows)[kLanesPerVector]) {
-    if constexpr (kBit < kLanesPerVector) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanesPerVector; i += 2 * kBit) {
-        rows[i] = butterfly<float, kBit, false>(rows[i], rows[i + kBit]) +
-                  butterfly<float, kBit, true>(rows[i], rows[i + kBit]);
-      }
-      add_lanes<2 * kBit>(rows);
-    }
+    return sums_of_rows<float>(sums);
   }
 
   // Where sums in another order leave a doubt: RouteTask's scores, products summed in ascending order of d. Candidates

@@ -13,7 +13,7 @@ from tests.common.ops import OpCase, every, one_of_each
 from tests.common.runs import assert_all_equal
 
 pytestmark = pytest.mark.sanitize
-KNOWN_TARGETS = ["baseline", "avx2", "avx512", "amx"]
+KNOWN_TARGETS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 CPU = torch.device("cpu")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import topgather as tg
-from tests.block_attention.helpers import AttentionCase, check_attention
+from tests.block_attention.helpers import AttentionCase, check_attention, make_gradients, make_inputs, run_attention
 from tests.common.tensors import DTYPES, integer_tensor
 from topgather import reference
 
@@ -33,6 +33,22 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_reference(case: AttentionCase, dtype: torch.dtype, is_causal: bool) -> None:
     check_attention(replace(case, is_causal=is_causal), dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_multiplies_bfloat16_is_all_that_differs_from_avx512(cpu_target: str, dtype: torch.dtype) -> None:
+    """Its weights are rounded, those of the plain build are not; every other dtype runs the plain build."""
+    if cpu_target not in ("avx512_bf16", "amx"):
+        pytest.skip("this target has code of its own for every dtype")
+    case = AttentionCase(query_len=200, head_dim=64, block_size=32, top_k=4)
+    inputs = make_inputs(case, dtype, CPU)
+    gradients = make_gradients(case, dtype, CPU, 0)
+    ours = run_attention(*inputs, *gradients, case)
+    tg._native.set_cpu_target("avx512")
+    plain = run_attention(*inputs, *gradients, case)
+    assert torch.equal(ours.out, plain.out) == (dtype != torch.bfloat16)
+    if dtype != torch.bfloat16 or cpu_target == "avx512_bf16":
+        assert torch.equal(ours.d_value, plain.d_value) == (dtype != torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", ["offset", "padded_rows"])
