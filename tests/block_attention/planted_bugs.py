@@ -16,6 +16,7 @@ from tests.block_attention.helpers import (
     make_inputs,
     run_attention,
 )
+from tests.block_attention.test_cuda_unusual_work import check_work
 from tests.block_attention.test_filtered_routing import check_exact_scores, check_roundings_that_mislead
 from tests.block_attention.test_shared_choices import shared_choice_case
 from tests.block_attention.test_softcap_and_sinks import (
@@ -202,6 +203,7 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "routed": routed_case,
     "shared choices": shared_choice_case,
     "nonfinite": nonfinite_case,
+    "work of NaN": lambda: check_work(torch.nan, emulated.native()),
     "named twice": named_twice_case,
     "unchosen blocks": unchosen_blocks_case,
     "varlen": varlen_case,
@@ -505,6 +507,12 @@ ARITHMETIC = [
                "small", WRONG_OUT),
     PlantedBug("tiles: four columns of a row stored at another lane's", TILE_MATH,
                "return t % 2 * 8 + t / 2 * 4;", "return t / 2 * 8 + t % 2 * 4;", "small", WRONG_OUT),
+    PlantedBug("route: every NaN score computed once more, though the list is full", ROUTE,
+               "if (marked == 0 || scores[kKept - 1] == INFINITY) return;", "if (marked == 0) return;",
+               "work of NaN", "AssertionError: route: .* times the accesses"),
+    PlantedBug("route by warps: every NaN score computed once more, though the list is full", ROUTE,
+               "block < shared.num_visible[row] && *last_score < INFINITY;", "block < shared.num_visible[row];",
+               "work of NaN", "AssertionError: route: .* times the accesses"),
     PlantedBug("forward: hidden keys from one too late", FORWARD,
                "+ e - start) >= count)", "+ e - start) > count)", "small", WRONG_OUT),
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
@@ -512,8 +520,13 @@ ARITHMETIC = [
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
                "running.sum[m][h] *= rescale[h];", "running.sum[m][h] *= 1.0f;", "steep", WRONG_OUT),
     PlantedBug("forward: hidden values that are not finite", FORWARD,
-               "forward::hides_keys<Element, kHeadDim>(args, shared);", "false;",
+               "if (hides_keys && shared.has_unusual_values) {", "if (false) {",
                "nonfinite", "AssertionError: out: NaN mask differs"),
+    PlantedBug("forward: every step of a block with NaN takes care", FORWARD,
+               "if (hides_keys && shared.has_unusual_values) {", "if (shared.has_unusual_values) {",
+               "work of NaN", "AssertionError: forward: .* times the accesses"),
+    PlantedBug("forward: weights of visible pairs from one key too early", FORWARD,
+               "if (k % 8 != 7) continue;", "if (k % 8 != 6) continue;", "nonfinite", "AssertionError: out"),
     PlantedBug("merge: the first slot weighs twice", MERGE,
                "weight_of_lane[s], in_group + j, kGroup);",
                "weight_of_lane[s], in_group + j, kGroup) * (first + j == 0 ? 2.0f : 1.0f);",
