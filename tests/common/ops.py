@@ -331,10 +331,10 @@ EXPERT_LEAVES = ("x", "values_in", "values_out", "weights")
 
 
 def lookup_cases(name: str, case: LookupCase) -> list[OpCase]:
-    """Both lookups on one problem, with gradients of tables dense and sparse."""
+    """Both lookups on one problem, with gradients of tables dense, sparse and padded."""
     cases = []
-    for is_sparse in (False, True):
-        described = ",".join(filter(None, (name, "sparse" if is_sparse else "")))
+    for is_sparse in (False, True, "padded"):
+        described = ",".join(filter(None, (name, {True: "sparse"}.get(is_sparse, is_sparse or ""))))
         suffix = f"({described})" if described else ""
         bag = _lookup(case, BAG, {}, sparse_grad=is_sparse)
         cases.append(OpCase(f"memory_lookup{suffix}", tg.memory_lookup, bag, **_gives(("values", "weights"))))
