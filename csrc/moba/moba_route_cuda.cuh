@@ -149,12 +149,11 @@ __device__ __forceinline__ float plain_score(Shared& shared, int row, const floa
   return sum;
 }
 
-// What a score is that came out NaN; the score otherwise.
+// What a score is that came out NaN.
 template <typename Shared>
-__device__ __forceinline__ float repaired_score(const RouteArguments& args, float score, Shared& shared,
-                                                const float* centroids, int row, int column, int num_chunks) {
-  if (!isnan(score)) return score;
-  score = plain_score(shared, row, centroids + column * args.row_elements, num_chunks);
+__device__ __forceinline__ float repaired_score(const RouteArguments& args, Shared& shared, const float* centroids,
+                                                int row, int column, int num_chunks) {
+  const float score = plain_score(shared, row, centroids + column * args.row_elements, num_chunks);
   return isnan(score) ? INFINITY : score;
 }
 
@@ -185,13 +184,17 @@ __device__ __forceinline__ void select_by_lane(const RouteArguments& args, Share
     marked |= shared.scores[row][column] <= scores[kKept - 1] ? 0u : 1u << column;
   }
   marked &= ~0u >> (Shared::kCentroids - num_visible);
-  // NaN is marked even where it is of no use: a query of nothing else fills its list with the first blocks it sees.
-  if (marked == 0 || scores[kKept - 1] == INFINITY) return;
+  if (marked == 0) return;
 #pragma unroll 1
   while (marked != 0) {
     const int column = __ffs(static_cast<int>(marked)) - 1;
     marked &= marked - 1;
-    const float score = repaired_score(args, shared.scores[row][column], shared, centroids, row, column, num_chunks);
+    float score = shared.scores[row][column];
+    if (isnan(score)) {
+      // Of no use where the list is full of what ranks as +inf: a query of NaN alone takes the first blocks it sees.
+      if (scores[kKept - 1] == INFINITY) break;
+      score = repaired_score(args, shared, centroids, row, column, num_chunks);
+    }
     const int32_t block = first_block + column;
 #pragma unroll
     for (int r = kKept - 1; r > 0; --r) {
@@ -226,7 +229,7 @@ __device__ __forceinline__ void select_by_warp(const RouteArguments& args, Share
     const bool is_candidate = column < count && block < shared.num_visible[row] && *last_score < INFINITY;
     const int32_t* last_block = lists.blocks + static_cast<int64_t>(row + 1) * lists.length - 1;
     float score = shared.scores[row][column];
-    if (is_candidate) score = repaired_score(args, score, shared, centroids, row, column, num_chunks);
+    if (is_candidate && isnan(score)) score = repaired_score(args, shared, centroids, row, column, num_chunks);
     bool passes = is_candidate && beats(score, block, *last_score, *last_block);
     unsigned passing = __ballot_sync(kAllLanes, passes);
     while (passing != 0) {

@@ -504,7 +504,7 @@ ARITHMETIC = [
     PlantedBug("tiles: four columns of a row stored at another lane's", TILE_MATH,
                "return t % 2 * 8 + t / 2 * 4;", "return t / 2 * 8 + t % 2 * 4;", "small", WRONG_OUT),
     PlantedBug("route: every NaN score computed once more, though the list is full", ROUTE,
-               "if (marked == 0 || scores[kKept - 1] == INFINITY) return;", "if (marked == 0) return;",
+               "if (scores[kKept - 1] == INFINITY) break;", "",
                "work of NaN", "AssertionError: route: .* times the accesses"),
     PlantedBug("route by warps: every NaN score computed once more, though the list is full", ROUTE,
                "block < shared.num_visible[row] && *last_score < INFINITY;", "block < shared.num_visible[row];",

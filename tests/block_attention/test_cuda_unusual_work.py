@@ -40,7 +40,7 @@ def check_forward(case: AttentionCase, number: float, module: Any) -> None:
     value.fill_(number)
     work, out = count(module, lambda: tg.moba_attention(query, key, value, case.block_size, routing=routing))
     assert torch.equal(out.isnan(), torch.full_like(out, number).isnan()), "out: hidden values are seen"
-    assert_bounded("forward", work, finite, 2.0)
+    assert_bounded("forward", work, finite, 3.0)
 
 
 def check_backward(case: AttentionCase, number: float, module: Any) -> None:
@@ -54,16 +54,16 @@ def check_backward(case: AttentionCase, number: float, module: Any) -> None:
     for name, gradient in zip(("query", "key", "value"), gradients, strict=True):
         assert not gradient.isfinite().any() or name == "query", f"d_{name}: does not show that grad_out is not finite"
     assert not gradients[0].isfinite().all(), "d_query: does not show that grad_out is not finite"
-    assert_bounded("backward", work, finite, 4.0)
+    assert_bounded("backward", work, finite, 8.0)
 
 
-def check_route(top_k: int, number: float, module: Any) -> None:
+def check_route(top_k: int, number: float, most: float, module: Any) -> None:
     """Every number of a query is ``number``: scores are NaN, inf or -inf."""
     query, key, _ = (tensor.detach() for tensor in make_inputs(CASE, torch.bfloat16, torch.device("cpu")))
     finite, _ = count(module, lambda: tg.moba_route(query, key, 4, top_k))
     query.fill_(number)
     work, _ = count(module, lambda: tg.moba_route(query, key, 4, top_k))
-    assert_bounded("route", work, finite, 3.0)
+    assert_bounded("route", work, finite, most)
 
 
 def check_work(number: float, module: Any) -> None:
@@ -71,8 +71,8 @@ def check_work(number: float, module: Any) -> None:
     check_forward(CASE, number, module)
     check_forward(LARGE_BLOCKS, number, module)
     check_backward(CASE, number, module)
-    check_route(4, number, module)
-    check_route(20, number, module)
+    check_route(4, number, 1.6, module)
+    check_route(20, number, 1.2, module)
 
 
 @pytest.mark.emulator

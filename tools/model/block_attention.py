@@ -67,7 +67,16 @@ ROUTE = KernelModel(
     tile="for (int32_t first_block = 0",
     threads=128,
     rare=(
-        *("last_start_up_to", "plain_score", "score = plain_score", "write_all", "write_choices", "select_by_warp"),
+        *(
+            "last_start_up_to",
+            "plain_score",
+            "repaired_score",
+            "if (isnan(score))",
+            "score = repaired_score",
+            "write_all",
+            "write_choices",
+            "select_by_warp",
+        ),
         *("if (is_rerun)", "has_failed", "hide_rows_but", "bool found = false"),
         *("route::write_all(", "route::select_by_warp", "route::select_by_lane<route::kMaxLaneList>"),
         "route::write_choices_by_lane<route::kMaxLaneList, Shared>",
@@ -464,7 +473,7 @@ def _without(rare: Sequence[str], *names: str) -> tuple[str, ...]:
 
 
 # Every row fails before the filter. A thread block has 32 tiles of queries. A row's list is full of what ranks as +inf
-# after 7 insertions: as many as it sees tiles of centroids, less one or two.
+# after 7 insertions, and those are fewer than the tiles of centroids that it sees: one a tile.
 _RERUN = Launch(
     LARGE.num_rows / 128 / 32,
     (
@@ -485,8 +494,8 @@ RERUN = of_one_size(
     "moba_route", ROUTE.source, bfloat16("moba_route")(128), "a warp's 32 queries x 32 centroids, all NaN", _RERUN,
     size=128, tile=ROUTE.tile, threads=128,
     rare=_without(
-        ROUTE.rare, "plain_score", "score = plain_score", "if (is_rerun)", "has_failed", "hide_rows_but",
-        "bool found = false",
+        ROUTE.rare, "plain_score", "repaired_score", "if (isnan(score))", "score = repaired_score", "if (is_rerun)",
+        "has_failed", "hide_rows_but", "bool found = false",
     ),
 )  # fmt: skip
 # Of a block's list, the first entries are of the block's own queries. A warp's 32 of them hide keys in one step.
