@@ -72,7 +72,7 @@ def check_work(number: float, module: Any) -> None:
     check_forward(LARGE_BLOCKS, number, module)
     check_backward(CASE, number, module)
     check_route(4, number, 1.6, module)
-    check_route(20, number, 1.2, module)
+    check_route(20, number, 0.92, module)
 
 
 @pytest.mark.emulator

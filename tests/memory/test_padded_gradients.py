@@ -157,6 +157,6 @@ def test_nothing_waits_for_the_device(cuda_device: torch.device) -> None:
 
 def test_other_forms_are_refused() -> None:
     lookup = make_lookup(CASE, torch.float32, CPU)
-    for form, error in (("coalesced", ValueError), (1, TypeError), (None, TypeError)):
-        with pytest.raises(error, match="sparse_grad must be"):
+    for form in ("coalesced", 1, None):
+        with pytest.raises(TypeError, match="sparse_grad must be a bool or 'padded'"):
             run_lookup(lookup, form)
