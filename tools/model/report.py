@@ -384,9 +384,10 @@ average trip counts; choices are random; masks of the diagonal and centroids are
 OTHERS = """
 First a problem of the tables above with numbers that are not finite everywhere: what finite ones take, and on top of
 it what only they do. A step that a gradient scaler throws away is such a problem. Then the other ops, bfloat16, at the
-sizes of their benchmarks. "By bytes" is at 3.0 TB/s, what a copy was measured to reach on an H100; a kernel takes the longer of the two, and 3 us. "Share of a copy": of a copy of what has to be read and
-written. Reads that the second-level cache answers take no bytes here: rows of `grad_out` in the memory layers'
-backward, keys and values of a group that several thread blocks read, the keys of `product_key_topk`.
+sizes of their benchmarks. "By bytes" is at 3.0 TB/s, what a copy was measured to reach on an H100; a kernel takes the
+longer of the two, and 3 us. "Share of a copy": of a copy of what has to be read and written. Reads that the
+second-level cache answers take no bytes here: rows of `grad_out` in the memory layers' backward, keys and values of a
+group that several thread blocks read, the keys of `product_key_topk`.
 
 """
 
