@@ -156,11 +156,43 @@ __device__ __forceinline__ void multiply_by_columns(float (&c)[kM][kN][4], TileA
   }
 }
 
-// c += W B with W where a product left it, in registers, rounded to the 16-bit Element: the layout of results is the
+// Two neighbours of a row of results, rounded to the element type.
+template <typename Element>
+using Pair = std::conditional_t<std::is_same_v<Element, float>, float2, uint32_t>;
+template <typename Element>
+__device__ __forceinline__ Pair<Element> pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return make_float2(low, high);
+  } else {
+    return pack2<Element>(low, high);
+  }
+}
+template <typename Element>
+__device__ __forceinline__ float2 unpack_pair(Pair<Element> pair) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return pair;
+  } else {
+    return unpack2<Element>(pair);
+  }
+}
+// Results as pairs: of block (m, n) the lane's row g, then row g + 8.
+template <typename Element, int kM, int kN>
+__device__ __forceinline__ void pack_pairs(const float (&c)[kM][kN][4], Pair<Element> (&pairs)[kM][kN][2]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) pairs[m][n][h] = pack_pair<Element>(c[m][n][2 * h], c[m][n][2 * h + 1]);
+    }
+  }
+}
+
+// c += W B with W where a product left it, in registers, as pairs of the 16-bit Element: the layout of results is the
 // layout of left operands. B: rows first_row.. of `b`, num_columns of whose columns count; depth of W's columns count.
 template <typename Element, typename TileB, int kM, int kDepthBlocks, int kN>
-__device__ __forceinline__ void multiply_registers(float (&c)[kM][kN][4], const float (&w)[kM][kDepthBlocks][4],
-                                                   TileB& b, int first_row, int num_columns, int depth) {
+__device__ __forceinline__ void multiply_pairs(float (&c)[kM][kN][4], const uint32_t (&w)[kM][kDepthBlocks][2],
+                                               TileB& b, int first_row, int num_columns, int depth) {
   static_assert(kDepthBlocks % 2 == 0 && kN % 2 == 0, "steps of 16");
   const int lane = lane_id();
   const SharedRow first_right = shared_row(b.chunk(first_row + (lane & 15), lane >> 4));
@@ -170,10 +202,8 @@ __device__ __forceinline__ void multiply_registers(float (&c)[kM][kN][4], const 
     uint32_t left[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      left[m][0] = pack2<Element>(w[m][2 * k][0], w[m][2 * k][1]);
-      left[m][1] = pack2<Element>(w[m][2 * k][2], w[m][2 * k][3]);
-      left[m][2] = pack2<Element>(w[m][2 * k + 1][0], w[m][2 * k + 1][1]);
-      left[m][3] = pack2<Element>(w[m][2 * k + 1][2], w[m][2 * k + 1][3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) left[m][i] = w[m][2 * k + i / 2][i % 2];
     }
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
@@ -187,6 +217,15 @@ __device__ __forceinline__ void multiply_registers(float (&c)[kM][kN][4], const 
       }
     }
   }
+}
+
+// The same with W in float32.
+template <typename Element, typename TileB, int kM, int kDepthBlocks, int kN>
+__device__ __forceinline__ void multiply_registers(float (&c)[kM][kN][4], const float (&w)[kM][kDepthBlocks][4],
+                                                   TileB& b, int first_row, int num_columns, int depth) {
+  uint32_t pairs[kM][kDepthBlocks][2];
+  pack_pairs<Element>(w, pairs);
+  multiply_pairs<Element>(c, pairs, b, first_row, num_columns, depth);
 }
 
 // The elements of 16 bytes, and back, rounded.

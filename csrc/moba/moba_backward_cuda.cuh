@@ -396,19 +396,28 @@ __device__ __forceinline__ void multiply_visible(float (&c)[kM][kN][4], TileA& a
   const int g = lane_here() / 4, t = lane_here() % 4;
 #pragma unroll 1
   for (int k = 0; k < depth; ++k) {
+    float left[kM][2];
+    bool is_visible[kM][2];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int i = first_a + m * 16 + h * 8 + g;
         const int row = kIsTransposed ? k : i, key = kIsTransposed ? i : k;
-        if (!terms[row].sees(key)) continue;
-        const float left = cuda::to_float(a.at(row, key));
+        is_visible[m][h] = terms[row].sees(key);
+        left[m][h] = cuda::to_float(a.at(row, key));
+      }
+    }
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          const float2 right = cuda::load_pair(&b.at(k, first_column + n * 8 + 2 * t));
-          c[m][n][2 * h] = fmaf(left, right.x, c[m][n][2 * h]);
-          c[m][n][2 * h + 1] = fmaf(left, right.y, c[m][n][2 * h + 1]);
+    for (int n = 0; n < kN; ++n) {
+      const float2 right = cuda::load_pair(&b.at(k, first_column + n * 8 + 2 * t));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (!is_visible[m][h]) continue;
+          c[m][n][2 * h] = fmaf(left[m][h], right.x, c[m][n][2 * h]);
+          c[m][n][2 * h + 1] = fmaf(left[m][h], right.y, c[m][n][2 * h + 1]);
         }
       }
     }

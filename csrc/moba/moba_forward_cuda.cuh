@@ -21,8 +21,9 @@
 // of values each, and scores are computed for each of them. Blocks of more than kResidentKeys keys pass through shared
 // memory once per round of tiles, all warps together.
 // Numerics: scores, weights and sums in float32; weights are rounded to a 16-bit element type before they meet the
-// values. A hidden key weighs 0, and 0 x inf is NaN: an item that hides keys and whose values are not all finite takes
-// its entries one at a time, with the hidden keys' rows zeroed. A choice whose scores are all -inf leaves its outputs
+// values. A hidden key weighs 0, and 0 x inf is NaN: where a block's values are not all finite, steps that hide keys
+// from some row of a tile take step 5 in plain arithmetic over visible pairs alone. Most tiles of a long sequence hide
+// nothing, so that numbers that are not finite cost little. A choice whose scores are all -inf leaves its outputs
 // undivided, with a sum of 0; the maximum passes NaN on, so that inf and NaN scores can be told apart. Ties do not arise.
 // Determinism: an entry's arithmetic depends on its own row and block alone.
 #pragma once
@@ -73,6 +74,7 @@ struct ForwardSharedMemory {
   // under way.
   Unit unit;
   WorkItem item;
+  bool has_unusual_values;                          // keys may be hidden, and the block's values are not all finite
   const Element* query_row[kWarps * kRowsPerWarp];  // a row's query in global memory; null: the row is not there
   // Keys of the block that the row sees, from its first on; of a window's edge ~count, the keys before the window.
   int32_t num_visible[kWarps * kRowsPerWarp];
@@ -121,13 +123,13 @@ __device__ __forceinline__ void copy_keys_async(const ForwardArguments& args, co
   copy(shared.value, args.value, first_value_column<Shared>(), num_value_columns<Shared>(args));
 }
 
-// Whether any value of the block is NaN or inf. Called by all threads; a barrier. Rows are whole chunks of 16 bytes,
-// with zeros behind their columns. is_resident: the block's values are in shared memory, those of the columns that this
+// Tells all threads whether any value of the block is NaN or inf. Called by all of them. Rows are whole chunks of 16
+// bytes, with zeros behind their columns. is_resident: the block's values are in shared memory, those of the columns that this
 // thread block has.
 template <typename Element, int kHeadDim>
-__device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args, const Unit& unit,
-                                                   const KeyBlock& block, bool is_resident,
-                                                   ForwardSharedMemory<Element, kHeadDim>& shared) {
+__device__ __forceinline__ void find_unusual_values(const ForwardArguments& args, const Unit& unit,
+                                                    const KeyBlock& block, bool is_resident,
+                                                    ForwardSharedMemory<Element, kHeadDim>& shared) {
   using Shared = ForwardSharedMemory<Element, kHeadDim>;
   constexpr int kPerChunk = 16 / static_cast<int>(sizeof(Element));
   bool found = false;
@@ -151,24 +153,10 @@ __device__ __forceinline__ bool has_unusual_values(const ForwardArguments& args,
       }
     }
   }
-  return __syncthreads_or(found ? 1 : 0) != 0;
-}
-
-// Whether a key of the item's block is hidden from any of its entries. Called by all threads; a barrier.
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ bool hides_keys(const ForwardArguments& args,
-                                           const ForwardSharedMemory<Element, kHeadDim>& shared) {
-  using Shared = ForwardSharedMemory<Element, kHeadDim>;
-  const WorkItem& item = shared.item;
-  bool found = false;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < item.num_entries; i += Shared::kThreads) {
-    const int32_t row = row_of_entry(args.geometry, item.entries[i]);
-    const WaveRow place = wave_row(args.geometry, args.wave, shared.unit, row);
-    found = found || is_edge_entry(args.geometry, item.entries[i], row) ||
-            num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys;
-  }
-  return __syncthreads_or(found ? 1 : 0) != 0;
+  const bool is_found_by_any = __syncthreads_or(found ? 1 : 0) != 0;
+  if (threadIdx.x == 0) shared.has_unusual_values = is_found_by_any;
+  // Publishes it to all warps.
+  __syncthreads();
 }
 
 // The lane's entry of a tile, -1 where there is none: lane r has row r.
@@ -260,8 +248,23 @@ __device__ __forceinline__ void cap_scores(float (&scores)[kRowBlocks][kStepBloc
   }
 }
 
-// Step 3's mask: keys from num_visible on, counted from the block's start, are hidden from a row; of an edge those outside
-// the window and the block.
+// The keys that a row sees, counted from its block's start.
+struct VisibleKeys {
+  int32_t start;
+  uint32_t count;
+
+  __device__ __forceinline__ bool has(int key) const { return static_cast<uint32_t>(key - start) < count; }
+};
+
+// Of one of a warp's rows: keys up to num_visible, of an edge those inside the window and the block. All lanes take part.
+__device__ __forceinline__ VisibleKeys visible_keys_of(int row, int32_t num_visible_of_lane, int32_t window,
+                                                       int32_t num_keys) {
+  const int32_t num_visible = __shfl_sync(kAllLanes, num_visible_of_lane, row);
+  const int32_t start = num_visible < 0 ? ~num_visible : 0;
+  return {start, static_cast<uint32_t>(num_visible < 0 ? min(window, num_keys - start) : num_visible)};
+}
+
+// Step 3's mask.
 template <int kRowBlocks, int kStepBlocks>
 __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kStepBlocks][4], int first_key,
                                           int32_t num_visible_of_lane, int32_t window, int32_t num_keys) {
@@ -270,15 +273,12 @@ __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kStepBlock
   for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int32_t num_visible = __shfl_sync(kAllLanes, num_visible_of_lane, m * 16 + h * 8 + g);
-      const int32_t start = num_visible < 0 ? ~num_visible : 0;
-      const auto count = static_cast<uint32_t>(num_visible < 0 ? min(window, num_keys - start) : num_visible);
+      const VisibleKeys visible = visible_keys_of(m * 16 + h * 8 + g, num_visible_of_lane, window, num_keys);
 #pragma unroll
       for (int n = 0; n < kStepBlocks; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (static_cast<uint32_t>(first_key + n * 8 + 2 * t + e - start) >= count)
-            scores[m][n][2 * h + e] = -INFINITY;
+          if (!visible.has(first_key + n * 8 + 2 * t + e)) scores[m][n][2 * h + e] = -INFINITY;
         }
       }
     }
@@ -372,6 +372,57 @@ __device__ __forceinline__ void multiply_step_values(float (&out)[1][kN][4], Sha
   }
 }
 
+// Step 5 over visible pairs alone: out += weights x values of `count` keys, which lie from row `step` of the tile on and
+// are keys first_key .. of the block. Uses weights up. Rare and slow.
+template <typename Element, typename Tile, int kRowBlocks, int kStepBlocks, int kN>
+__device__ __forceinline__ void multiply_visible(float (&out)[kRowBlocks][kN][4],
+                                                 cuda::Pair<Element> (&weights)[kRowBlocks][kStepBlocks][2],
+                                                 Tile& values, int step, int count, int first_key,
+                                                 int32_t num_visible_of_lane, int32_t window, int32_t num_keys) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll 1
+  for (int k = 0; k < count; ++k) {
+    float of_row[kRowBlocks][2];
+    bool is_visible[kRowBlocks][2];
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // One of the row's four lanes has the key's weight.
+        const float2 pair = cuda::unpack_pair<Element>(weights[m][0][h]);
+        of_row[m][h] = __shfl_sync(kAllLanes, k % 2 == 0 ? pair.x : pair.y, g * 4 + k % 8 / 2);
+        const int row = m * 16 + h * 8 + g;
+        is_visible[m][h] = visible_keys_of(row, num_visible_of_lane, window, num_keys).has(first_key + k);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      // Values loaded all at once would take registers that the other steps need.
+      if (n % 4 == 0) __syncwarp();
+      const float2 right = cuda::load_pair(&values.at(step + k, n * 8 + 2 * t));
+#pragma unroll
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (!is_visible[m][h]) continue;
+          out[m][n][2 * h] = fmaf(of_row[m][h], right.x, out[m][n][2 * h]);
+          out[m][n][2 * h + 1] = fmaf(of_row[m][h], right.y, out[m][n][2 * h + 1]);
+        }
+      }
+    }
+    if (k % 8 != 7) continue;
+    // The next eight keys' weights take the place of the first: registers are not found by a number at run time.
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n + 1 < kStepBlocks; ++n) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) weights[m][n][h] = weights[m][n + 1][h];
+      }
+    }
+  }
+}
+
 // Steps 3 to 5 for the keys in shared memory, which are keys first_key .. of the block. `after_scores` runs once the
 // queries are not needed any more.
 template <typename Element, int kHeadDim, typename AfterScores>
@@ -403,11 +454,17 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
       }
     }
     if (args.softcap > 0.0f) cap_scores(scores, args.softcap);
-    if (first_key + step + kStepKeys > min_visible) {
+    const bool hides_keys = first_key + step + kStepKeys > min_visible;
+    if (hides_keys) {
       hide_keys(scores, first_key + step, num_visible, args.geometry.window, shared.item.block.num_keys);
     }
     online_softmax(scores, running, first_key + step == 0);
-    if constexpr (Tiles::kIsFloat) {
+    cuda::Pair<Element> weights[Tiles::kRowBlocks][kStepKeys / 8][2];
+    cuda::pack_pairs<Element>(scores, weights);
+    if (hides_keys && shared.has_unusual_values) {
+      multiply_visible<Element>(running.out, weights, shared.value, step, min(kStepKeys, end - step), first_key + step,
+                                num_visible, args.geometry.window, shared.item.block.num_keys);
+    } else if constexpr (Tiles::kIsFloat) {
       const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
       for (int n = 0; n < kStepKeys / 8; ++n) {
@@ -421,7 +478,7 @@ __device__ __forceinline__ void attend(const ForwardArguments& args, ForwardShar
       // Tells the lanes that the weights have been used and may be overwritten.
       __syncwarp();
     } else {
-      cuda::multiply_registers<Element>(running.out, scores, shared.value, step, Tiles::kValueColumns, kStepKeys);
+      cuda::multiply_pairs<Element>(running.out, weights, shared.value, step, Tiles::kValueColumns, kStepKeys);
     }
   }
   if (end <= 0) after_scores();
@@ -498,6 +555,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
     if (threadIdx.x == 0) {
       shared.unit = unit_at(args.geometry, args.wave.first_unit + unit_in_wave);
       shared.item = own_item;
+      shared.has_unusual_values = false;
     }
     first_entry = forward::entry_of_lane(own_item, warp * Shared::kRowsPerWarp, Shared::kRowsPerWarp);
     // Publishes the work to all threads.
@@ -514,7 +572,7 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   if (!has_item) return;  // the whole thread block
   const Unit& unit = shared.unit;
   const WorkItem& item = shared.item;
-  const bool fits = item.block.num_keys <= Tiles::kResidentKeys;
+  const bool is_resident = item.block.num_keys <= Tiles::kResidentKeys;
   const auto start_tile = [&](int32_t entry) {
     forward::place_rows<Element, kHeadDim>(args, unit, item.block, entry, shared);
     // Publishes the warp's rows to its lanes.
@@ -524,27 +582,17 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
   };
   start_tile(first_entry);
   cuda::copy_async_wait<0>();
-  // Publishes keys and values, where all of them are on chip, to all warps; they stay as they are while all rows see
-  // values that are finite.
+  // Publishes keys and values, where all of them are on chip, to all warps.
   __syncthreads();
-  const bool is_one_by_one = args.geometry.is_causal &&
-                             forward::has_unusual_values<Element, kHeadDim>(args, unit, item.block, fits, shared) &&
-                             forward::hides_keys<Element, kHeadDim>(args, shared);
-  const bool is_resident = fits && !is_one_by_one;
-
-  const int rows_per_tile = is_one_by_one ? 1 : Shared::kRowsPerWarp;
-  const int tiles_per_round = is_one_by_one ? 1 : Shared::kWarps;
-  const int num_tiles = (item.num_entries + rows_per_tile - 1) / rows_per_tile;
-  const auto entry_of_round = [&](int round) {
-    const int tile = round * tiles_per_round + warp;
-    const bool is_there = warp < tiles_per_round && tile < num_tiles;
-    return forward::entry_of_lane(item, is_there ? tile * rows_per_tile : item.num_entries, rows_per_tile);
-  };
-  if (is_one_by_one) {
-    start_tile(entry_of_round(0));
-    cuda::copy_async_wait<0>();
+  if (args.geometry.is_causal) {
+    forward::find_unusual_values<Element, kHeadDim>(args, unit, item.block, is_resident, shared);
   }
-  for (int round = 0; round * tiles_per_round < num_tiles; ++round) {
+  const int num_tiles = (item.num_entries + Shared::kRowsPerWarp - 1) / Shared::kRowsPerWarp;
+  const auto entry_of_round = [&](int round) {
+    const int tile = round * Shared::kWarps + warp;
+    return forward::entry_of_lane(item, tile * Shared::kRowsPerWarp, Shared::kRowsPerWarp);
+  };
+  for (int round = 0; round * Shared::kWarps < num_tiles; ++round) {
     const bool is_row = cuda::lane_id() < Shared::kRowsPerWarp;
     const int32_t num_visible =
         is_row ? shared.num_visible[warp * Shared::kRowsPerWarp + cuda::lane_id()] : forward::kSeesAll;
@@ -560,35 +608,26 @@ __global__ void __launch_bounds__(ForwardSharedMemory<Element, kHeadDim>::kThrea
     };
     forward::RunningOf<Element, kHeadDim> running;
     running.reset();
-    if (is_resident) {
-      cuda::copy_async_wait<0>();
-      // Publishes the warp's queries to its lanes.
-      __syncwarp();
-      forward::attend<Element, kHeadDim>(args, shared, num_visible, 0, item.block.num_keys, running, gather_next);
-    } else {
-      // One by one: only what the round's single row sees; the rows of keys behind are zeros.
-      int first_seen = 0, num_keys = item.block.num_keys;
-      if (is_one_by_one) {
-        const int32_t entry = item.entries[round], row = row_of_entry(args.geometry, entry);
-        const WaveRow place = wave_row(args.geometry, args.wave, unit, row);
-        num_keys = num_visible_keys(args.geometry, item.block, place.query);
-        if (is_edge_entry(args.geometry, entry, row)) {
-          first_seen = keys_before_window(args.geometry, item.block, place.query);
-        }
-      }
-      for (int first_key = first_seen; first_key < num_keys; first_key += Tiles::kResidentKeys) {
-        const int count = min(Tiles::kResidentKeys, num_keys - first_key);
+    const int num_keys = item.block.num_keys;
+    for (int first_key = 0; first_key < num_keys; first_key += Tiles::kResidentKeys) {
+      const int count = min(Tiles::kResidentKeys, num_keys - first_key);
+      if (!is_resident) {
         // Tells all warps that the keys before have been used and may be overwritten.
         __syncthreads();
         forward::copy_keys_async<Element, kHeadDim>(args, unit, item.block, first_key, count, shared);
         cuda::copy_async_commit();
-        cuda::copy_async_wait<0>();
+      }
+      cuda::copy_async_wait<0>();
+      if (is_resident) {
+        // Publishes the warp's queries to its lanes.
+        __syncwarp();
+      } else {
         // Publishes keys and values to all warps, and each warp's queries to its lanes.
         __syncthreads();
-        forward::attend<Element, kHeadDim>(args, shared, num_visible, first_key, count, running, [&] {
-          if (first_key + Tiles::kResidentKeys >= num_keys) gather_next();
-        });
       }
+      forward::attend<Element, kHeadDim>(args, shared, num_visible, first_key, count, running, [&] {
+        if (first_key + Tiles::kResidentKeys >= num_keys) gather_next();
+      });
     }
     // Entries are read again: they would take registers all the while.
     forward::write_partials<Element, kHeadDim>(args, unit_in_wave, entry_of_round(round), running);

@@ -125,30 +125,43 @@ __device__ __forceinline__ void insert(const Lists& lists, int row, float score,
   }
 }
 
-// The float32 score, for where cut products do not tell inf from NaN.
-template <typename Element>
-__device__ __forceinline__ float plain_score(const Element* query, const float* centroid, int head_dim) {
+// The float32 score, for where cut products do not tell inf from NaN: in order, over the columns that tiles have, behind
+// whose rows there are zeros. A query that is not finite may need it of every block, so that it takes 16 bytes at a time.
+template <typename Shared>
+__device__ __forceinline__ float plain_score(Shared& shared, int row, const float* centroid, int num_chunks) {
+  using Tile = decltype(shared.query);
+  using Element = std::remove_reference_t<decltype(shared.query.elements[0])>;
   float sum = 0.0f;
 #pragma unroll 1
-  for (int d = 0; d < head_dim; ++d) sum = fmaf(cuda::to_float(query[d]), centroid[d], sum);
+  for (int chunk = 0; chunk < num_chunks; ++chunk) {
+    float values[Tile::kPerChunk];
+    cuda::unpack_chunk<Element>(*reinterpret_cast<const uint4*>(shared.query.chunk(row, chunk)), values);
+    const auto* others = reinterpret_cast<const float4*>(centroid + chunk * Tile::kPerChunk);
+#pragma unroll
+    for (int i = 0; i < Tile::kPerChunk / 4; ++i) {
+      const float4 other = others[i];
+      sum = fmaf(values[4 * i], other.x, sum);
+      sum = fmaf(values[4 * i + 1], other.y, sum);
+      sum = fmaf(values[4 * i + 2], other.z, sum);
+      sum = fmaf(values[4 * i + 3], other.w, sum);
+    }
+  }
   return sum;
 }
 
-// What a score is that came out NaN; the score otherwise.
-template <typename Element>
-__device__ __forceinline__ float repaired_score(const RouteArguments& args, float score, const Element* query_rows,
-                                                const float* centroids, int row, int column) {
-  if (!isnan(score)) return score;
-  score = plain_score(query_rows + row * args.query.strides[2], centroids + column * args.row_elements, args.head_dim);
+// What a score is that came out NaN.
+template <typename Shared>
+__device__ __forceinline__ float repaired_score(const RouteArguments& args, Shared& shared, const float* centroids,
+                                                int row, int column, int num_chunks) {
+  const float score = plain_score(shared, row, centroids + column * args.row_elements, num_chunks);
   return isnan(score) ? INFINITY : score;
 }
 
 // Step 3 by a lane a row, for lists of up to kKept entries. They stand at the end of the registers; those before them
-// hold +inf, which nothing beats. query_rows: the tile's rows in global memory.
-template <int kKept, typename Element, typename Shared>
+// hold +inf, which nothing beats. num_chunks: of a row.
+template <int kKept, typename Shared>
 __device__ __forceinline__ void select_by_lane(const RouteArguments& args, Shared& shared, const LaneLists& lists,
-                                               const Element* query_rows, const float* centroids, int32_t first_block,
-                                               int count) {
+                                               const float* centroids, int32_t first_block, int count, int num_chunks) {
   static_assert(Shared::kCentroids == 32, "a bit a centroid");
   if (lane_id() >= Shared::kRowsPerWarp) return;  // no barrier follows for the warp
   const int row = warp_id() * Shared::kRowsPerWarp + lane_id();
@@ -176,7 +189,12 @@ __device__ __forceinline__ void select_by_lane(const RouteArguments& args, Share
   while (marked != 0) {
     const int column = __ffs(static_cast<int>(marked)) - 1;
     marked &= marked - 1;
-    const float score = repaired_score(args, shared.scores[row][column], query_rows, centroids, row, column);
+    float score = shared.scores[row][column];
+    if (isnan(score)) {
+      // Of no use where the list is full of what ranks as +inf: a query of NaN alone takes the first blocks it sees.
+      if (scores[kKept - 1] == INFINITY) break;
+      score = repaired_score(args, shared, centroids, row, column, num_chunks);
+    }
     const int32_t block = first_block + column;
 #pragma unroll
     for (int r = kKept - 1; r > 0; --r) {
@@ -197,21 +215,21 @@ __device__ __forceinline__ void select_by_lane(const RouteArguments& args, Share
 }
 
 // Step 3 by the warp's lanes together, row by row.
-template <typename Element, typename Shared>
+template <typename Shared>
 __device__ __forceinline__ void select_by_warp(const RouteArguments& args, Shared& shared, const Lists& lists,
-                                               const Element* query_rows, const float* centroids, int32_t first_block,
-                                               int count) {
+                                               const float* centroids, int32_t first_block, int count, int num_chunks) {
   static_assert(Shared::kCentroids == kLanes, "a lane a centroid");
   const int column = lane_id();
   const int32_t block = first_block + column;
 #pragma unroll 1
   for (int i = 0; i < Shared::kRowsPerWarp; ++i) {
     const int row = warp_id() * Shared::kRowsPerWarp + i;
-    const bool is_candidate = column < count && block < shared.num_visible[row];
     const float* last_score = lists.scores + static_cast<int64_t>(row + 1) * lists.length - 1;
+    // Later blocks beat no list that is full of +inf.
+    const bool is_candidate = column < count && block < shared.num_visible[row] && *last_score < INFINITY;
     const int32_t* last_block = lists.blocks + static_cast<int64_t>(row + 1) * lists.length - 1;
     float score = shared.scores[row][column];
-    if (is_candidate) score = repaired_score(args, score, query_rows, centroids, row, column);
+    if (is_candidate && isnan(score)) score = repaired_score(args, shared, centroids, row, column, num_chunks);
     bool passes = is_candidate && beats(score, block, *last_score, *last_block);
     unsigned passing = __ballot_sync(kAllLanes, passes);
     while (passing != 0) {
@@ -358,12 +376,12 @@ __global__ void __launch_bounds__(RouteSharedMemory<Element, kHeadDim>::kThreads
         if (first_block + Shared::kCentroids < max_visible) copy_centroids(first_block + Shared::kCentroids);
         const float* centroids = args.centroids + (unit_block + first_block) * args.row_elements;
         if (!args.has_lane_lists) {
-          route::select_by_warp(args, shared, lists, query_rows, centroids, first_block, count);
+          route::select_by_warp(args, shared, lists, centroids, first_block, count, used_chunks);
         } else if (args.list_length <= 8) {
-          route::select_by_lane<8>(args, shared, lane_lists, query_rows, centroids, first_block, count);
+          route::select_by_lane<8>(args, shared, lane_lists, centroids, first_block, count, used_chunks);
         } else {
-          route::select_by_lane<route::kMaxLaneList>(args, shared, lane_lists, query_rows, centroids, first_block,
-                                                     count);
+          route::select_by_lane<route::kMaxLaneList>(args, shared, lane_lists, centroids, first_block, count,
+                                                     used_chunks);
         }
       }
     } else {

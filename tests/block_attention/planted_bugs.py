@@ -16,6 +16,7 @@ from tests.block_attention.helpers import (
     make_inputs,
     run_attention,
 )
+from tests.block_attention.test_cuda_unusual_work import check_work
 from tests.block_attention.test_filtered_routing import check_exact_scores, check_roundings_that_mislead
 from tests.block_attention.test_shared_choices import shared_choice_case
 from tests.block_attention.test_softcap_and_sinks import (
@@ -32,7 +33,6 @@ from tests.common import emulated
 from tests.common.tensors import assert_bitwise_equal, integer_tensor
 from tests.cuda.planted_bug import (
     BEFORE_WAIT,
-    DIVERGENT,
     OUT_OF_BOUNDS,
     OVERWRITTEN,
     RACE,
@@ -202,6 +202,7 @@ BLOCK_ATTENTION_CASES: dict[str, Callable[[], Any]] = {
     "routed": routed_case,
     "shared choices": shared_choice_case,
     "nonfinite": nonfinite_case,
+    "work of NaN": lambda: check_work(torch.nan, emulated.native()),
     "named twice": named_twice_case,
     "unchosen blocks": unchosen_blocks_case,
     "varlen": varlen_case,
@@ -290,7 +291,7 @@ BARRIERS = [
     PlantedBug("layout: counts of a row's lanes not published to the next row's", LAYOUT,
                "Publishes the counts of this row's lanes to the next row's. __syncwarp();", "", "small", RACE),
     PlantedBug("forward: keys not published", FORWARD,
-               "while all rows see values that are finite. __syncthreads();", "", "small", UNPUBLISHED),
+               "are on chip, to all warps. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("forward: keys of large blocks not published", FORWARD,
                "Publishes keys and values to all warps, and each warp's queries to its lanes. __syncthreads();", "",
                "large blocks", UNPUBLISHED),
@@ -310,11 +311,8 @@ BARRIERS = [
     PlantedBug("forward: weights in float32 overwritten while read", FORWARD,
                "Tells the lanes that the weights have been used and may be overwritten. __syncwarp();", "",
                "many queries float32", OVERWRITTEN, FORWARD_FLOAT32),
-    PlantedBug("forward: threads vote on hidden keys each for themselves", FORWARD,
-               "num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys; } "
-               "return __syncthreads_or(found ? 1 : 0) != 0;",
-               "num_visible_keys(args.geometry, item.block, place.query) < item.block.num_keys; } return found;",
-               "nonfinite", f"{DIVERGENT}|{RACE}"),
+    PlantedBug("forward: warps not told of values that are not finite", FORWARD,
+               "Publishes it to all warps. __syncthreads();", "", "nonfinite", RACE),
     PlantedBug("backward: places of rows not published", BACKWARD,
                "Publishes the first tile's rows to all threads. __syncthreads();", "", "small", UNPUBLISHED),
     PlantedBug("backward: queries not published", BACKWARD,
@@ -370,7 +368,7 @@ COPIES_AND_ATOMICS = [
                "cuda::copy_async_wait<0>(); // Publishes keys and values, where", "// Publishes keys and values, where",
                "small", UNPUBLISHED),
     PlantedBug("forward: next queries not waited for", FORWARD,
-               "cuda::copy_async_wait<0>(); // Publishes the warp's queries", "// Publishes the warp's queries",
+               "cuda::copy_async_wait<0>(); if (is_resident) {", "if (is_resident) {",
                "many queries", BEFORE_WAIT),
     PlantedBug("backward: copies not waited for", BACKWARD,
                "cuda::copy_async_wait<0>();", "", "small", BEFORE_WAIT),
@@ -489,8 +487,8 @@ SCORES = [
 
 ARITHMETIC = [
     PlantedBug("tiles: left operands of an mma swapped", TILE_MATH,
-               "left[m][1] = pack2<Element>(w[m][2 * k][2], w[m][2 * k][3]); left[m][2]",
-               "left[m][2] = pack2<Element>(w[m][2 * k][2], w[m][2 * k][3]); left[m][1]", "small", WRONG_OUT),
+               "left[m][i] = w[m][2 * k + i / 2][i % 2];", "left[m][i] = w[m][2 * k + i % 2][i / 2];",
+               "small", WRONG_OUT),
     PlantedBug("tiles: right operands of an mma swapped", TILE_MATH,
                "((lane >> 4) << 3), (lane >> 3) & 1));", "((lane >> 4) << 3), 1 - ((lane >> 3) & 1)));",
                "small", WRONG_OUT),
@@ -505,15 +503,24 @@ ARITHMETIC = [
                "small", WRONG_OUT),
     PlantedBug("tiles: four columns of a row stored at another lane's", TILE_MATH,
                "return t % 2 * 8 + t / 2 * 4;", "return t / 2 * 8 + t % 2 * 4;", "small", WRONG_OUT),
+    PlantedBug("route: every NaN score computed once more, though the list is full", ROUTE,
+               "if (scores[kKept - 1] == INFINITY) break;", "",
+               "work of NaN", "AssertionError: route: .* times the accesses"),
     PlantedBug("forward: hidden keys from one too late", FORWARD,
-               "+ e - start) >= count)", "+ e - start) > count)", "small", WRONG_OUT),
+               "static_cast<uint32_t>(key - start) < count;", "static_cast<uint32_t>(key - start) <= count;",
+               "small", WRONG_OUT),
     PlantedBug("forward: outputs not rescaled to a new maximum", FORWARD,
                "running.out[m][n][e] *= rescale[e / 2];", ";", "steep", WRONG_OUT),
     PlantedBug("forward: sums not rescaled to a new maximum", FORWARD,
                "running.sum[m][h] *= rescale[h];", "running.sum[m][h] *= 1.0f;", "steep", WRONG_OUT),
     PlantedBug("forward: hidden values that are not finite", FORWARD,
-               "forward::hides_keys<Element, kHeadDim>(args, shared);", "false;",
+               "if (hides_keys && shared.has_unusual_values) {", "if (false) {",
                "nonfinite", "AssertionError: out: NaN mask differs"),
+    PlantedBug("forward: every step of a block with NaN takes care", FORWARD,
+               "if (hides_keys && shared.has_unusual_values) {", "if (shared.has_unusual_values) {",
+               "work of NaN", "AssertionError: forward: .* times the accesses"),
+    PlantedBug("forward: weights of visible pairs from one key too early", FORWARD,
+               "if (k % 8 != 7) continue;", "if (k % 8 != 6) continue;", "nonfinite", "AssertionError: out"),
     PlantedBug("merge: the first slot weighs twice", MERGE,
                "weight_of_lane[s], in_group + j, kGroup);",
                "weight_of_lane[s], in_group + j, kGroup) * (first + j == 0 ? 2.0f : 1.0f);",

@@ -107,7 +107,8 @@ def _parts(name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
     """A tensor, or the parts of a sparse one."""
     if not tensor.is_sparse:
         return [(name, tensor)]
-    return [(f"{name} rows", tensor.indices()), (name, tensor.values())]
+    kind = "rows" if tensor.is_coalesced() else "padded rows"
+    return [(f"{name} {kind}", tensor._indices()), (name, tensor._values())]
 
 
 def on(device: torch.device, inputs: Inputs) -> Inputs:

@@ -331,10 +331,10 @@ EXPERT_LEAVES = ("x", "values_in", "values_out", "weights")
 
 
 def lookup_cases(name: str, case: LookupCase) -> list[OpCase]:
-    """Both lookups on one problem, with gradients of tables dense and sparse."""
+    """Both lookups on one problem, with gradients of tables dense, sparse and padded."""
     cases = []
-    for is_sparse in (False, True):
-        described = ",".join(filter(None, (name, "sparse" if is_sparse else "")))
+    for is_sparse in (False, True, "padded"):
+        described = ",".join(filter(None, (name, {True: "sparse", "padded": "padded sparse"}.get(is_sparse, ""))))
         suffix = f"({described})" if described else ""
         bag = _lookup(case, BAG, {}, sparse_grad=is_sparse)
         cases.append(OpCase(f"memory_lookup{suffix}", tg.memory_lookup, bag, **_gives(("values", "weights"))))
@@ -363,13 +363,13 @@ MEMORY = [
     OpCase(
         "ops.memory_lookup",
         ops.memory_lookup.default,
-        _lookup(LOOKUP, BAG, {}, sparse_grad=False),
+        _lookup(LOOKUP, BAG, {}, sparse_grad=False, padded_grad=False),
         **_gives(("values", "weights")),
     ),
     OpCase(
         "ops.memory_dot",
         ops.memory_dot.default,
-        _lookup(LOOKUP, DOT, {"values_in": "values"}, sparse_grad=False),
+        _lookup(LOOKUP, DOT, {"values_in": "values"}, sparse_grad=False, padded_grad=False),
         **_gives(("values", "x"), ("dots",)),
     ),
     OpCase(
@@ -381,7 +381,7 @@ MEMORY = [
     OpCase(
         "ops.memory_backward_sparse",
         ops.memory_backward_sparse.default,
-        _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True, owner="memory_lookup"),
+        _lookup(LOOKUP, BACKWARD, {}, needs_grad_weights=True, owner="memory_lookup", padded=False),
         ("grad_values", "grad_weights"),
     ),
     OpCase(

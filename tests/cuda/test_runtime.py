@@ -66,7 +66,7 @@ def gradients_of(results: Tensor | tuple[Tensor, ...], leaves: list[Tensor], gra
 
 
 def memory_problem(dtype: torch.dtype, device: torch.device, deterministic: bool) -> tuple[list[Tensor], Attend]:
-    """Top-k within the kernel's sizes and beyond them, and lookup with gradients of values and weights."""
+    """Top-k within the kernel's sizes and beyond them, and lookup with gradients of values and weights, padded too."""
     query, keys, wide_query, wide_keys, values, weights, grad_scores, grad_out = random_leaves(
         dtype, device, (300, 2, 64), (2, 2, 40, 32), (20, 2, 600), (2, 2, 40, 300), (1600, 48), (300, 24), (300, 2, 12),
         (300, 48),
@@ -82,6 +82,8 @@ def memory_problem(dtype: torch.dtype, device: torch.device, deterministic: bool
         }
         results |= {f"wide {i}": tensor.detach() for i, tensor in enumerate(wide)}
         of_lookup = gradients_of(out, [values, weights], grad_out)
+        (padded,) = torch.autograd.grad(tg.memory_lookup(values, indices, weights.float(), "padded"), values, grad_out)
+        results |= {"padded rows": padded._indices(), "padded values": padded._values()}
         return results | {f"lookup {name}": tensor for name, tensor in of_lookup.items()}
 
     return [query, keys, wide_query, wide_keys, values, weights, grad_scores, grad_out, indices], attend

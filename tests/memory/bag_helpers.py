@@ -62,7 +62,7 @@ def differentiate(out: Tensor, bags: dict[str, Any], grad_out: Tensor) -> dict[s
     return {"out": out.detach(), **named}
 
 
-def run_bags(bags: dict[str, Any], sparse_grad: bool = False) -> dict[str, Tensor]:
+def run_bags(bags: dict[str, Any], sparse_grad: bool | str = False) -> dict[str, Tensor]:
     out = tg.memory_lookup(**bags, sparse_grad=sparse_grad)
     return differentiate(out, bags, random_tensor(tuple(out.shape), out.dtype, out.device, 99))
 

@@ -244,13 +244,13 @@ def make_lookup(
     return Lookup(indices=indices, **tensors)
 
 
-def run_lookup(lookup: Lookup, sparse_grad: bool = False) -> dict[str, Tensor]:
+def run_lookup(lookup: Lookup, sparse_grad: bool | str = False) -> dict[str, Tensor]:
     """Forward and backward of ``memory_lookup``; a sparse gradient stays sparse."""
     out = tg.memory_lookup(lookup.values, lookup.indices, lookup.weights, sparse_grad)
     return _with_gradients(out, lookup, experts=False)
 
 
-def run_experts(lookup: Lookup, activation: str = "gelu", sparse_grad: bool = False) -> dict[str, Tensor]:
+def run_experts(lookup: Lookup, activation: str = "gelu", sparse_grad: bool | str = False) -> dict[str, Tensor]:
     """Forward and backward of ``expert_lookup``."""
     tables = (lookup.values_in, lookup.values)
     out = tg.expert_lookup(lookup.x, *tables, lookup.indices, lookup.weights, activation, sparse_grad)

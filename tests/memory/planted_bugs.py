@@ -184,7 +184,7 @@ WRONG_WEIGHTS = "AssertionError: d_weights"
 WRONG_STEP = "AssertionError: (values|steps|first|second|decayed|squares)"
 WRONG_SEARCH = "AssertionError: (indices|scores)"
 
-LOOKUPS = "memory/memory_lookup_cuda.cu"
+LOOKUPS = "memory/memory_walks_cuda.cuh"
 BAGS = "memory/memory_bags_cuda.cuh"
 QUANTIZED = "memory/memory_quantized_cuda.cu"
 ROWS = "cuda/lane_rows.cuh"
@@ -195,6 +195,7 @@ TOPK = "memory/memory_topk_cuda.cuh"
 LISTS = "memory/memory_topk_lists_cuda.cuh"
 MEMORY_UNITS = {
     ROWS: ["memory_lookup_cuda.cu"],
+    LOOKUPS: ["memory_lookup_cuda.cu"],
     BAGS: ["memory_lookup_cuda.cu"],
     RUNS_OF_ROWS: ["memory_backward_cuda.cu"],
     TOPK: ["memory_topk_cuda.cu"],
@@ -242,9 +243,8 @@ MEMORY_BUGS = [
     PlantedBug("quantized: scales of the first group", QUANTIZED,
                "args.scales[row * args.scales_stride + column / args.group_size]",
                "args.scales[row * args.scales_stride]", "quantized", WRONG_OUT),
-    PlantedBug("quantized: dot with the scale of the last row", QUANTIZED,
-               "sums[i] = fmaf(scales[i].of(0), of_lane, sums[i]);",
-               "sums[i] = fmaf(scales[kRowsInFlight - 1].of(0), of_lane, sums[i]);", "quantized", WRONG_WEIGHTS),
+    PlantedBug("quantized: dot without the scale", QUANTIZED,
+               "return fmaf(row.scales.of(0), of_lane, sum);", "return sum + of_lane;", "quantized", WRONG_WEIGHTS),
     PlantedBug("quantized: one scale for columns apart", QUANTIZED,
                "return values[kVector == 1 ? piece : 0];", "return values[0];",
                "quantized odd", f"{WRONG_OUT}|{WRONG_WEIGHTS}"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from model.paths import Passes
-from model.problems import KernelModel, Launch, Problem, insertions
+from model.problems import Case, KernelModel, Launch, Problem, insertions, of_one_size
 
 STEP_KEYS = {64: 64, 128: 32}
 LIST_ITEM = 512
@@ -67,7 +67,16 @@ ROUTE = KernelModel(
     tile="for (int32_t first_block = 0",
     threads=128,
     rare=(
-        *("last_start_up_to", "plain_score", "score = plain_score", "write_all", "write_choices", "select_by_warp"),
+        *(
+            "last_start_up_to",
+            "plain_score",
+            "repaired_score",
+            "if (isnan(score))",
+            "score = repaired_score",
+            "write_all",
+            "write_choices",
+            "select_by_warp",
+        ),
         *("if (is_rerun)", "has_failed", "hide_rows_but", "bool found = false"),
         *("route::write_all(", "route::select_by_warp", "route::select_by_lane<route::kMaxLaneList>"),
         "route::write_choices_by_lane<route::kMaxLaneList, Shared>",
@@ -159,7 +168,9 @@ def _attend_passes(problem: Problem, entries: float, merges: float) -> tuple[Pas
         Passes("for (int first = 0; first < top_k; first += kSlots", 1),
         Passes("for (int slot = lane + kGroup", 0),
         Passes("for (int round = 0", entries / 128),
-        Passes("if (is_resident) {", 0),  # the compiler lays its body last
+        Passes("for (int first_key = 0; first_key < num_keys", 1),
+        Passes("if (!is_resident) {", 0),
+        Passes("if (is_resident) {", 1),
         Passes("for (int step = 0; step < end", problem.block_size / STEP_KEYS[problem.head_dim]),
         Passes("if (step + kStepKeys >= end) after_scores", STEP_KEYS[problem.head_dim] / problem.block_size),
         Passes("for (unsigned first = 0; first < kCopies", problem.head_dim / 8, unrolled=4),
@@ -167,6 +178,7 @@ def _attend_passes(problem: Problem, entries: float, merges: float) -> tuple[Pas
         depth(problem.head_dim, unrolled=problem.head_dim // 32),
         Passes("for (int i = threadIdx.x; i < num_rows * Tile::kChunks", keys_of_thread, unrolled=4),
         Passes("for (int i = static_cast<int>(threadIdx.x); i < num_rows * decltype", keys_of_thread, unrolled=4),
+        Passes("for (int key = static_cast<int>(threadIdx.x) / 8", 0),
     )
 
 
@@ -204,8 +216,8 @@ def attend(problem: Problem, direction: str) -> list[Launch]:
 
 
 _ATTEND_RARE = (
-    *("last_start_up_to", "cap_scores", "hide_keys", "hides_keys", "move_bases", "keys_before_window"),
-    *("for (int first_key = first_seen", "if (end <= 0) after_scores", "if (is_one_by_one)", "has_sink"),
+    *("last_start_up_to", "cap_scores", "hide_keys", "visible_keys_of", "multiply_visible", "move_bases"),
+    *("keys_before_window", "if (end <= 0) after_scores", "has_sink", "if (hides_keys && "),
     *("for (int s = 0; s < kSets; ++s) mine[s] = terms_at", "load(false);", "words[s][j][c] = make_uint4"),
     "return sinks.data == nullptr ?",
 )
@@ -450,4 +462,98 @@ BACKWARD = (
     ),
 )  # fmt: skip
 
-KERNELS = (ROUTE, ROUTE_FILTER, *LAYOUT, ATTEND, MERGE, *BACKWARD)
+# --- numbers that are not finite ------------------------------------------------------------------------------------
+
+LARGE = Problem(64 * 1024, 128, 128)
+_NUM_LISTS = LARGE.num_units * LARGE.num_blocks
+
+
+def _without(rare: Sequence[str], *names: str) -> tuple[str, ...]:
+    return tuple(name for name in rare if name not in names)
+
+
+# Every row fails before the filter. A thread block has 32 tiles of queries. A row's list is full of what ranks as +inf
+# after 7 insertions, and those are fewer than the tiles of centroids that it sees: one a tile.
+_RERUN = Launch(
+    LARGE.num_rows / 128 / 32,
+    (
+        Passes("for (uint32_t work = first_work", 32),
+        Passes("for (int32_t first_block = 0", (LARGE.num_blocks / 32 + 1) / 2),
+        Passes("for (int chunk = 0; chunk < num_chunks", LARGE.head_dim / 8),
+        Passes("while (marked != 0)", 1),
+        Passes("for (int i = static_cast<int>(threadIdx.x); i < num_words", 1),
+        Passes("for (int i = 0; i < num_words", 4, unrolled=4),
+        *(entry for entry in route(Problem(8 * 1024, 128, 128), "forward")[0].passes if entry.line not in (
+            "for (uint32_t work = first_work", "for (int32_t first_block = 0", "while (marked != 0)",
+            "for (int i = static_cast<int>(threadIdx.x); i < num_words",
+        )),
+    ),
+    LARGE.num_rows * (LARGE.row_bytes + 4 * LARGE.top_k),
+)  # fmt: skip
+RERUN = of_one_size(
+    "moba_route", ROUTE.source, bfloat16("moba_route")(128), "a warp's 32 queries x 32 centroids, all NaN", _RERUN,
+    size=128, tile=ROUTE.tile, threads=128,
+    rare=_without(
+        ROUTE.rare, "plain_score", "repaired_score", "if (isnan(score))", "score = repaired_score", "if (is_rerun)",
+        "has_failed", "hide_rows_but", "bool found = false",
+    ),
+)  # fmt: skip
+# Of a block's list, the first entries are of the block's own queries. A warp's 32 of them hide keys in one step.
+_CAREFUL_ATTEND = Launch(
+    _NUM_LISTS,
+    (
+        Passes("for (int step = 0; step < end", 1),
+        Passes("for (int k = 0; k < count; ++k)", STEP_KEYS[128]),
+        *(entry for entry in _attend_passes(LARGE, 128, 0) if not entry.line.startswith("for (int step = 0")),
+    ),
+    0,
+    1,
+    NO_MERGE,
+)
+CAREFUL_ATTEND = of_one_size(
+    "moba_attend_blocks", ATTEND.source, bfloat16("moba_attend_blocks")(128),
+    "a warp's 32 entries x 32 keys, some hidden, values NaN", _CAREFUL_ATTEND, size=128, tile=ATTEND.tile, threads=128,
+    rare=_without(_ATTEND_RARE, "multiply_visible", "visible_keys_of", "if (hides_keys && "),
+)  # fmt: skip
+_WIDE = _attend_backward_kernel(128)
+_CAREFUL_BACKWARD = Launch(
+    _NUM_LISTS,
+    (
+        Passes("for (int first_entry = 0", 128 / 64),
+        Passes("if (is_unusual)", 1),
+        Passes("for (int i = threadIdx.x; i < Tile::kRows * Tile::kChunks", 64 * 16 / 256),
+        Passes("for (int k = 0; k < depth; ++k)", 128, within="backward::multiply_visible<false>"),
+        Passes("for (int k = 0; k < depth; ++k)", 64),
+        *(entry for entry in attend_backward(LARGE, "backward")[0].passes if entry.line not in (
+            "for (int first_entry = 0", "if (is_unusual)",
+        )),
+    ),
+    0,
+)  # fmt: skip
+CAREFUL_BACKWARD = of_one_size(
+    "moba_attend_blocks_backward", _WIDE.source, _WIDE.symbol(128),
+    "a warp's part of 64 entries x 128 keys, some hidden, NaN", _CAREFUL_BACKWARD, size=128, tile=_WIDE.tile,
+    variant=_WIDE.variant,
+    rare=_without(_WIDE.rare, "has_unusual_chunks", "multiply_visible", "backward::multiply_visible", "is_unusual = "),
+)  # fmt: skip
+
+
+def _stages(direction: str, *more: tuple[KernelModel, Launch]) -> tuple[tuple[KernelModel, Launch], ...]:
+    """Everything a problem launches, and what numbers that are not finite add."""
+    models = [model for model in _ALWAYS if direction in model.directions and model.takes(LARGE)]
+    stages = [(model, launch) for model in models for launch in model.launches(LARGE, direction)]
+    return (*((model, launch) for model, launch in stages if launch.thread_blocks > 0), *more)
+
+
+_ALWAYS = (ROUTE, ROUTE_FILTER, *LAYOUT, ATTEND, MERGE, *BACKWARD)
+KERNELS = (*_ALWAYS, RERUN, CAREFUL_ATTEND, CAREFUL_BACKWARD)
+CASES = (
+    Case(
+        "block attention forward, 64K, D 128, block 128, every number NaN",
+        _stages("forward", (RERUN, _RERUN), (CAREFUL_ATTEND, _CAREFUL_ATTEND)),
+    ),
+    Case(
+        "its backward, every number NaN, or every number of grad_out inf",
+        _stages("backward", (CAREFUL_BACKWARD, _CAREFUL_BACKWARD)),
+    ),
+)

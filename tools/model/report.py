@@ -70,7 +70,14 @@ CLASSES = {
 """Opcodes by what they take; whatever is not here is counted as integer: addresses, indices, predicates, moves."""
 OPS = (block_attention, memory, grid, key_conv, decode, indexer)
 KERNELS: tuple[KernelModel, ...] = tuple(kernel for op in OPS for kernel in op.KERNELS)
-CASES: tuple[Case, ...] = (*memory.CASES, *grid.CASES, *key_conv.CASES, *decode.CASES, *indexer.CASES)
+CASES: tuple[Case, ...] = (
+    *block_attention.CASES,
+    *memory.CASES,
+    *grid.CASES,
+    *key_conv.CASES,
+    *decode.CASES,
+    *indexer.CASES,
+)
 HEADING = kernel_table.MODEL_HEADING
 COUNTS_END = "<!-- what follows is predicted, not counted -->"
 
@@ -339,6 +346,8 @@ def format_cases(subjects: Sequence[Subject]) -> str:
     ]
     of_model = {id(subject.model): subject for subject in subjects}
     for case in CASES:
+        if any(id(model) not in of_model for model, _ in case.launches):
+            continue  # of other kernels than those asked for
         total, launches = 0.0, 0.0
         rows = []
         for model, launch in case.launches:
@@ -373,10 +382,12 @@ average trip counts; choices are random; masks of the diagonal and centroids are
 
 """
 OTHERS = """
-The other ops, bfloat16, at the sizes of their benchmarks. "By bytes" is at 3.0 TB/s, what a copy was measured to reach
-on an H100; a kernel takes the longer of the two, and 3 us. "Share of a copy": of a copy of what has to be read and
-written. Reads that the second-level cache answers take no bytes here: rows of `grad_out` in the memory layers'
-backward, keys and values of a group that several thread blocks read, the keys of `product_key_topk`.
+First a problem of the tables above with numbers that are not finite everywhere: what finite ones take, and on top of
+it what only they do. A step that a gradient scaler throws away is such a problem. Then the other ops, bfloat16, at the
+sizes of their benchmarks. "By bytes" is at 3.0 TB/s, what a copy was measured to reach on an H100; a kernel takes the
+longer of the two, and 3 us. "Share of a copy": of a copy of what has to be read and written. Reads that the
+second-level cache answers take no bytes here: rows of `grad_out` in the memory layers' backward, keys and values of a
+group that several thread blocks read, the keys of `product_key_topk`.
 
 """
 

@@ -72,8 +72,14 @@ library.define(
 
 
 def _sum(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    total = (first + second).coalesce()
-    keep_coalesced(total._indices())
+    if first.is_coalesced() and second.is_coalesced():
+        total = (first + second).coalesce()
+        keep_coalesced(total._indices())
+    else:
+        # Padded ones stand one behind the other: how many rows they touch is not waited for.
+        rows = torch.cat((first._indices(), second._indices()), dim=1)
+        values = torch.cat((first._values(), second._values()))
+        total = torch.sparse_coo_tensor(rows, values, first.shape, check_invariants=False)
     return total, total._values().new_empty(0)
 
 
@@ -83,7 +89,8 @@ def _fake_sum(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     num_entries = sum(tensor._nnz() for tensor in (first, second) if tensor.is_sparse)
     rows = torch.empty((1, num_entries), dtype=torch.int64, device=first.device)
     values = torch.empty((num_entries, first.size(1)), dtype=first.dtype, device=first.device)
-    total = torch.sparse_coo_tensor(rows, values, first.shape, is_coalesced=True, check_invariants=False)
+    is_coalesced = all(tensor.is_sparse and tensor.is_coalesced() for tensor in (first, second))
+    total = torch.sparse_coo_tensor(rows, values, first.shape, is_coalesced=is_coalesced, check_invariants=False)
     return total, values.new_empty(0)
 
 

@@ -215,23 +215,42 @@ def _touched_rows(values: Tensor, sorted_rows: Tensor, is_first: Tensor) -> Tens
     return sorted_rows[is_first & (sorted_rows < values.size(0))].to(torch.int64)
 
 
+def _padded_rows(values: Tensor, sorted_rows: Tensor, is_first: Tensor, targets: Tensor) -> Tensor:
+    """As many as there are entries, so that nothing waits: the touched rows, then the last of them again and again."""
+    num_entries = sorted_rows.numel() if values.size(0) > 0 else 0
+    # What names no row stands behind all rows: nobody reads that place.
+    places = torch.where(is_first & (sorted_rows < values.size(0)), targets, num_entries).to(torch.int64)
+    rows = sorted_rows.new_zeros(num_entries + 1, dtype=torch.int64)
+    return rows.scatter_(0, places, sorted_rows.to(torch.int64))[:num_entries].cummax(0).values
+
+
+def _rows_of_gradient(values: Tensor, sorted_rows: Tensor, is_first: Tensor, targets: Tensor, padded: bool) -> Tensor:
+    if padded:
+        return _padded_rows(values, sorted_rows, is_first, targets)
+    return _touched_rows(values, sorted_rows, is_first)
+
+
 def _sparse_gradients(
-    values: Tensor, indices: Tensor, needs_grad_weights: bool, rows: Tensor, grad_rows: Tensor
+    values: Tensor, indices: Tensor, needs_grad_weights: bool, rows: Tensor, grad_rows: Tensor, padded: bool
 ) -> tuple[Tensor, Tensor]:
-    sparse.keep_coalesced(rows)
+    if not padded:
+        sparse.keep_coalesced(rows)
     grad_values = torch.sparse_coo_tensor(
-        rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=True, check_invariants=False
+        rows.unsqueeze(0), grad_rows, values.shape, is_coalesced=not padded, check_invariants=False
     )
     return grad_values, _empty_weights(values, indices, needs_grad_weights)
 
 
-def _fake_sparse_gradients(values: Tensor, indices: Tensor, needs_grad_weights: bool) -> tuple[Tensor, Tensor]:
+def _fake_sparse_gradients(
+    values: Tensor, indices: Tensor, needs_grad_weights: bool, padded: bool
+) -> tuple[Tensor, Tensor]:
     """With as many rows as there are entries: how many are touched only data can tell, and nobody who traces asks."""
     sparse.let_compiler_compare()
     num_entries = indices.numel()
     rows = indices.new_empty((1, num_entries), dtype=torch.int64)
+    grad_rows = values.new_empty((num_entries, values.size(1)))
     grad_values = torch.sparse_coo_tensor(
-        rows, values.new_empty((num_entries, values.size(1))), values.shape, is_coalesced=True, check_invariants=False
+        rows, grad_rows, values.shape, is_coalesced=not padded, check_invariants=False
     )
     return grad_values, _empty_weights(values, indices, needs_grad_weights)
 
@@ -270,7 +289,10 @@ register(
 )
 register(
     Op(
-        schema=f"memory_backward_sparse({_backward_arguments}) -> (Tensor grad_values, Tensor grad_weights)",
+        schema=(
+            f"memory_backward_sparse({_backward_arguments}, bool padded=False) "
+            "-> (Tensor grad_values, Tensor grad_weights)"
+        ),
         native="memory_backward",
         check=_check_backward,
         check_content=check_content,
@@ -279,7 +301,7 @@ register(
             **_entry_locals,
             "is_first": _is_first,
             "targets": lambda is_first: is_first.cumsum(0, dtype=torch.int32).sub_(1),
-            "rows": _touched_rows,
+            "rows": _rows_of_gradient,
             "grad_rows": lambda values, rows: values.new_empty((rows.size(0), values.size(1))),
         },
         inputs=_backward_inputs,
@@ -290,10 +312,12 @@ register(
 )
 
 
-def _table_gradients(sparse_grad: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _table_gradients(sparse_grad: bool, padded_grad: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Gradients of a table, dense or sparse, and of weights; the latter empty unless asked for."""
-    op = _ops.memory_backward_sparse if sparse_grad else _ops.memory_backward
-    grad_values, grad_weights = op.default(*arguments)
+    if sparse_grad:
+        grad_values, grad_weights = _ops.memory_backward_sparse.default(*arguments, padded_grad)
+    else:
+        grad_values, grad_weights = _ops.memory_backward.default(*arguments)
     return grad_values, grad_weights
 
 
@@ -312,12 +336,13 @@ def _lookup_backward(
     weights: Tensor,
     sparse_grad: bool,
     offsets: Tensor | None,
+    padded_grad: bool,
     needs_grad_values: bool,
     needs_grad_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     if needs_grad_values:
         arguments = (grad_out, values, indices, weights, needs_grad_weights)
-        return _table_gradients(sparse_grad, *arguments, "memory_lookup", offsets)
+        return _table_gradients(sparse_grad, padded_grad, *arguments, "memory_lookup", offsets)
     return None, _ops.memory_dot.default(values, indices, grad_out, False, offsets)
 
 
@@ -340,13 +365,15 @@ def _dot_backward(
     x: Tensor,
     sparse_grad: bool,
     offsets: Tensor | None,
+    padded_grad: bool,
     needs_grad_values: bool,
     needs_grad_x: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_values = grad_x = None
     if needs_grad_values:
         owner = "memory_dot, of expert_lookup or of the gradient of memory_lookup,"
-        grad_values, _ = _table_gradients(sparse_grad, x, values, indices, grad_out, False, owner, offsets)
+        arguments = (x, values, indices, grad_out, False, owner, offsets)
+        grad_values, _ = _table_gradients(sparse_grad, padded_grad, *arguments)
     if needs_grad_x:
         grad_x = _ops.memory_lookup.default(values, indices, grad_out, False, offsets)
     return grad_values, grad_x
@@ -390,7 +417,7 @@ memory_lookup = register(
     Op(
         schema=(
             "memory_lookup(Tensor values, Tensor indices, Tensor weights, bool sparse_grad=False, "
-            "Tensor? offsets=None) -> Tensor out"
+            "Tensor? offsets=None, bool padded_grad=False) -> Tensor out"
         ),
         check=_check_lookup,
         check_content=check_content,
@@ -409,8 +436,8 @@ memory_lookup = register(
 memory_dot = register(
     Op(
         schema=(
-            "memory_dot(Tensor values, Tensor indices, Tensor x, bool sparse_grad=False, Tensor? offsets=None) "
-            "-> Tensor out"
+            "memory_dot(Tensor values, Tensor indices, Tensor x, bool sparse_grad=False, Tensor? offsets=None, "
+            "bool padded_grad=False) -> Tensor out"
         ),
         check=_check_dot,
         check_content=check_content,

@@ -298,11 +298,13 @@ def is_marked(table: Tensor) -> bool:
     return hasattr(table, _MARK)
 
 
-def lookup(values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, offsets: Tensor | None) -> Tensor:
+def lookup(
+    values: Tensor, indices: Tensor, weights: Tensor, sparse_grad: bool, offsets: Tensor | None, padded_grad: bool
+) -> Tensor:
     """``memory_lookup``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)
     if recorder is None:
-        out: Tensor = _memory_lookup(values, indices, weights, sparse_grad, offsets)
+        out: Tensor = _memory_lookup(values, indices, weights, sparse_grad, offsets, padded_grad)
         return out
     found: Tensor = _Lookup.apply(values, indices, weights, offsets, recorder)  # type: ignore[no-untyped-call]
     return found
@@ -319,11 +321,11 @@ def sharded_lookup(table: Tensor, local: Tensor, indices: Tensor, weights: Tenso
     return out
 
 
-def dot(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool) -> Tensor:
+def dot(values: Tensor, indices: Tensor, x: Tensor, sparse_grad: bool, offsets: None, padded_grad: bool) -> Tensor:
     """``memory_dot``, whose backward records where ``values`` has a recorder."""
     recorder = _recorder_for(values)
     if recorder is None:
-        out: Tensor = _ops.memory_dot.default(values, indices, x, sparse_grad)
+        out: Tensor = _ops.memory_dot.default(values, indices, x, sparse_grad, offsets, padded_grad)
         return out
     found: Tensor = _Dot.apply(values, indices, x, recorder)  # type: ignore[no-untyped-call]
     return found

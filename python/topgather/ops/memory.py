@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def memory_lookup(
     values: Tensor,
     indices: Tensor,
     weights: Tensor | None = None,
-    sparse_grad: bool = False,
+    sparse_grad: bool | str = False,
     offsets: Tensor | None = None,
     mode: str = "sum",
     padding_idx: int | None = None,
@@ -78,7 +79,9 @@ def memory_lookup(
             float32. None: ones.
         sparse_grad: whether ``values`` gets a sparse gradient, coalesced, over the touched rows alone, for
             ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table. Otherwise a
-            dense one.
+            dense one. ``"padded"``: a sparse gradient of as many rows as there are entries, so that on CUDA nothing
+            waits and a graph can be captured: the touched rows in order, then the last of them again with zeros (the
+            first row of the table, if none is touched). It is not coalesced.
         offsets: ``[T]`` int64 or int32, for bags of different sizes: bag ``t`` has the entries from ``offsets[t]`` up
             to ``offsets[t + 1]``, the last one the rest. The first offset is 0, and none is below the one before it.
         mode: ``"sum"``, or ``"mean"``, which divides by the number of a bag's entries and takes no ``weights``.
@@ -99,13 +102,13 @@ def memory_lookup(
         IndexError: an index below 0 or not below ``rows``. On CUDA what a tensor holds is not waited for: such an index
             is not followed and makes its token's row of the result NaN, and no row's gradient; set
             ``TOPGATHER_CHECK_INDICES=1`` to have it raised there too. A sparse gradient on CUDA waits once for the
-            number of touched rows.
+            number of touched rows, a padded one does not.
 
     Under ``torch.autocast`` the table keeps its dtype: casting it whole would cost more than the lookup.
     """
     checks.check_tensor("values", values)
     checks.check_tensor("indices", indices)
-    checks.check_flag("sparse_grad", sparse_grad)
+    sparse_grad, padded_grad = _form_of_gradient(sparse_grad)
     if weights is not None:
         checks.check_tensor("weights", weights)
     if offsets is not None:
@@ -117,10 +120,20 @@ def memory_lookup(
     if _memory_update.is_recording:
         if not torch.compiler.is_compiling():
             assert weights is not None
-            return _memory_update.lookup(values, indices, weights, sparse_grad, offsets)
+            return _memory_update.lookup(values, indices, weights, sparse_grad, offsets, padded_grad)
         sparse_grad = sparse_grad or _memory_update.is_marked(values)
-    out: Tensor = _memory_ops.memory_lookup(values, indices, weights, sparse_grad, offsets)
+    out: Tensor = _memory_ops.memory_lookup(values, indices, weights, sparse_grad, offsets, padded_grad)
     return out
+
+
+def _form_of_gradient(sparse_grad: Any) -> tuple[bool, bool]:
+    """Whether the gradient of a table is sparse, and whether it has as many rows as there are entries."""
+    if isinstance(sparse_grad, str) and sparse_grad == "padded":
+        return True, True
+    if not isinstance(sparse_grad, bool):
+        kind = type(sparse_grad).__name__
+        raise TypeError(f"sparse_grad must be a bool or 'padded', got {sparse_grad!r} of type {kind}")
+    return sparse_grad, False
 
 
 def expert_lookup(
@@ -130,7 +143,7 @@ def expert_lookup(
     indices: Tensor,
     weights: Tensor,
     activation: str = "gelu",
-    sparse_grad: bool = False,
+    sparse_grad: bool | str = False,
 ) -> Tensor:
     """Experts of one hidden neuron, ``out_t = sum_k weights[t, k] * act(dot(x_t, values_in[i])) * values_out[i]`` with
     ``i`` = ``indices[t, k]`` (PEER, arXiv 2407.04153, section 2; the PEER variant of arXiv 2412.09764).
@@ -158,7 +171,7 @@ def expert_lookup(
         checks.check_tensor(name, tensor)
     checks.check_tensor("indices", indices)
     checks.check_tensor("weights", weights)
-    checks.check_flag("sparse_grad", sparse_grad)
+    sparse_grad, padded_grad = _form_of_gradient(sparse_grad)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     device_type = x.device.type
@@ -174,9 +187,9 @@ def expert_lookup(
             is_sparse_out = sparse_grad or _memory_update.is_marked(values_out)
         else:
             look_up, dot = _memory_update.lookup, _memory_update.dot
-    hidden = dot(values_in, indices, x, is_sparse_in)
+    hidden = dot(values_in, indices, x, is_sparse_in, None, padded_grad)
     gates = ACTIVATIONS[activation](hidden) * weights.to(hidden.dtype)
-    out: Tensor = look_up(values_out, indices, gates, is_sparse_out, None)
+    out: Tensor = look_up(values_out, indices, gates, is_sparse_out, None, padded_grad)
     return out
 
 
