@@ -322,6 +322,41 @@ def test_a_refused_step_changes_nothing() -> None:
     assert not torch.equal(tables[0].detach(), before)
 
 
+def test_gradients_of_a_scaled_loss() -> None:
+    """``GradScaler`` finds none to divide, and says what to call, which steps as an unscaled loss does."""
+    table, expected = draw_table(torch.float32), draw_table(torch.float32)
+    optimizer, unscaled = optim.RowSGD([table], lr=0.5), optim.RowSGD([expected], lr=0.5)
+    before = table.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    indices, weights, grad = draw_bags(0, torch.float32)
+
+    def scaled_backward() -> None:
+        scaler.scale((tg.memory_lookup(table, indices, weights) * grad).sum()).backward()
+
+    for unscales in (False, True):
+        scaled_backward()
+        if unscales:
+            scaler.unscale_(optimizer)
+        with pytest.raises(RuntimeError, match=r"GradScaler cannot step .*scale_grad_\(1 / scaler.get_scale\(\)\)"):
+            scaler.step(optimizer)
+        assert torch.equal(table.detach(), before)
+        optimizer.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled_backward()
+    backward(expected, 0)
+    optimizer.scale_grad_(1 / scaler.get_scale())
+    assert bool(optimizer.grad_square().isfinite())
+    optimizer.step()
+    unscaled.step()
+    torch.testing.assert_close(table, expected)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    off.scale((tg.memory_lookup(table, indices, weights) * grad).sum()).backward()
+    backward(expected, 0)
+    off.step(optimizer)
+    unscaled.step()
+    torch.testing.assert_close(table, expected)
+
+
 def test_a_gradient_that_is_asked_for_is_refused() -> None:
     table = draw_table(torch.float32)
     optimizer = optim.RowSGD([table])

@@ -84,5 +84,6 @@ def test_the_reference_has_every_public_name() -> None:
         if not isinstance(getattr(module, name), ModuleType)
     }
     names -= {"topgather.advisor.advise", "topgather.advisor.advise_memory"}  # topgather.advise, advise_memory
-    names |= {f"topgather.integrations.transformers.{name}" for name in ("register", "set_moba", "make_cache")}
+    of_transformers = ("register", "set_moba", "make_cache", "add_ngram_memory")
+    names |= {f"topgather.integrations.transformers.{name}" for name in of_transformers}
     assert there == names

@@ -37,10 +37,11 @@ from ._attend import PackedRows, Settings, as_autocast, attend, attend_packed, s
 from ._cache import IndexedMobaLayer, MobaLayer
 from ._indexed import choice_of, choice_within_sequences, keeps_index, of_columns
 from ._models import hook_attention, is_local, layer_of, watch_models
+from ._ngram import add_ngram_memory
 from ._over_ranks import attend_over_ranks, check_mask_over_ranks, check_over_ranks
 from ._settings import Registered, check_layers, check_layers_exist, set_registered, settings_of, settings_of_config
 
-__all__ = ["make_cache", "register", "set_moba"]
+__all__ = ["add_ngram_memory", "make_cache", "register", "set_moba"]
 
 
 def register(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .._common import checks
 from ..nn._init import TruncatedNormalLinear, reset_modules
+from ..nn._one_graph import BatchNorm2d, ConstantFloat, LayerNorm, PatchConv2d, is_exporting
 from ..nn._tables import check_number, copy_reference, parameter_to_load
-from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts, is_exporting, resize
+from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts, resize
 from ..ops.grid import GRID, Pair, axis_of
 
 
@@ -128,7 +129,7 @@ class SparseViT(nn.Module):
                     for size, drop_rate in zip(sizes, stage_drop_rates, strict=True)
                 ]
             self.stages.append(nn.ModuleList(blocks))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, **place) for dim in dims[2:])
+        self.norms = nn.ModuleList(LayerNorm(dim, eps=1e-6, **place) for dim in dims[2:])
         map_channels = [dim for dim, stage_rates in zip(dims[2:], rates, strict=True) for _ in stage_rates]
         self.fusion = LearnableFeatureFusion(map_channels, fusion_dim, out_channels, init_value, **place)
 
@@ -297,8 +298,8 @@ class PatchEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.proj = PatchConv2d(in_channels, dim, patch_size, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         missing = [-(-side // self.patch_size) * self.patch_size - side for side in x.shape[2:]]
@@ -326,6 +327,8 @@ class ConvBlock(nn.Module):
         ("mlp_out", "mlp.fc2"),
     )
 
+    drop_path_rate = ConstantFloat()
+
     def __init__(
         self,
         dim: int,
@@ -338,13 +341,13 @@ class ConvBlock(nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.drop_path_rate = drop_path_rate
         self.position_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **place)
-        self.mixer_norm = nn.BatchNorm2d(dim, **place)
-        self.mixer_in = nn.Conv2d(dim, dim, 1, **place)
+        self.mixer_norm = BatchNorm2d(dim, **place)
+        self.mixer_in = PatchConv2d(dim, dim, 1, **place)
         self.mixer_conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **place)
-        self.mixer_out = nn.Conv2d(dim, dim, 1, **place)
-        self.mlp_norm = nn.BatchNorm2d(dim, **place)
-        self.mlp_in = nn.Conv2d(dim, hidden_dim, 1, **place)
-        self.mlp_out = nn.Conv2d(hidden_dim, dim, 1, **place)
+        self.mixer_out = PatchConv2d(dim, dim, 1, **place)
+        self.mlp_norm = BatchNorm2d(dim, **place)
+        self.mlp_in = PatchConv2d(dim, hidden_dim, 1, **place)
+        self.mlp_out = PatchConv2d(hidden_dim, dim, 1, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.position_conv(x)
@@ -377,6 +380,8 @@ class SparseAttentionBlock(nn.Module):
         ("mlp_gamma", "gamma_2"),
     )
 
+    drop_path_rate = ConstantFloat()
+
     def __init__(
         self,
         dim: int,
@@ -392,12 +397,12 @@ class SparseAttentionBlock(nn.Module):
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.drop_path_rate = drop_path_rate
-        self.attention_norm = nn.LayerNorm(dim, eps=1e-6, **place)
+        self.attention_norm = LayerNorm(dim, eps=1e-6, **place)
         self.attention = _SparseAttention(
             dim, num_heads, **group_size, qkv_bias=qkv_bias, layout=CHANNELS_LAST, **place
         )
         self.attention_gamma = nn.Parameter(torch.empty(dim, **place))
-        self.mlp_norm = nn.LayerNorm(dim, eps=1e-6, **place)
+        self.mlp_norm = LayerNorm(dim, eps=1e-6, **place)
         self.mlp_in = TruncatedNormalLinear(dim, hidden_dim, **place)
         self.mlp_conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **place)
         self.mlp_out = TruncatedNormalLinear(hidden_dim, dim, **place)
@@ -423,7 +428,7 @@ class SparseAttentionBlock(nn.Module):
 
 def drop_path(branch: Tensor, rate: float, is_training: bool) -> Tensor:
     """``branch`` left out for some images of a batch in training, the others scaled so that its mean stays."""
-    if rate == 0 or not is_training:
+    if not is_training or rate == 0:
         return branch
     is_kept = branch.new_empty(branch.size(0), 1, 1, 1).bernoulli_(1 - rate)
     return branch * is_kept / (1 - rate)

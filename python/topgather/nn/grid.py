@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,8 @@ from .._common import checks
 from ..ops import grid_attention, window_attention
 from ..ops.grid import GRID, WINDOW, Pair, axis_of, grid_step
 from ._init import reset_modules
+from ._one_graph import LayerNorm, PatchConv2d, is_exporting
 from ._tables import check_number
-
-# Not in torch 2.6.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 CHANNELS_FIRST, CHANNELS_LAST = LAYOUTS = ("channels_first", "channels_last")
 
@@ -244,13 +242,13 @@ class LearnableFeatureFusion(nn.Module):
         self.out_channels = out_channels
         self.init_value = float(init_value)
         self.projections = nn.ModuleList(
-            nn.Identity() if channels == dim else nn.Conv2d(channels, dim, 1, device=device, dtype=dtype)
+            nn.Identity() if channels == dim else PatchConv2d(channels, dim, 1, device=device, dtype=dtype)
             for channels in self.in_channels
         )
         shape = (len(self.in_channels), dim)
         self.gammas = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.norm = nn.LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
-        self.out_proj = nn.Conv2d(dim, out_channels, 1, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, eps=1e-6, device=device, dtype=dtype)
+        self.out_proj = PatchConv2d(dim, out_channels, 1, device=device, dtype=dtype)
         self._reset_own()
 
     def _reset_own(self) -> None:

@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._common import checks
-from ..ops import memory_lookup, ngram_hash, ngram_table_rows
-from ..ops.ngram import NO_TOKEN, check_tables, check_tokens, check_vocabulary, place_in_document
+from ..ops import memory_lookup, ngram_table_rows
+from ..ops.ngram import (
+    NO_TOKEN,
+    STATE_OF_PACKED,
+    check_tables,
+    check_tokens,
+    check_vocabulary,
+    hash_ngrams,
+    place_in_document,
+)
 from ._init import FanInNormalLinear, reset_modules
 from ._tables import SparseTables, TableModule, check_number
 
@@ -211,15 +219,13 @@ class NgramMemory(TableModule):
         Returns:
             ``[B, N, len(orders) * num_tables]`` int64, or ``[total, ...]``.
         """
-        return ngram_hash(
-            tokens,
-            self.orders,
-            num_tables=self.num_tables,
-            rows=self.table_rows,
-            cu_seqlens=cu_seqlens,
-            vocab_size=self.vocab_size,
-            end_token=self.end_token,
-            seed=self.seed,
+        check_tokens(tokens, cu_seqlens)
+        place = None if cu_seqlens is None else place_in_document(tokens.size(0), cu_seqlens)
+        return self._hash(tokens, place, None)[0]
+
+    def _hash(self, tokens: Tensor, place: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return hash_ngrams(
+            tokens, self.orders, self.table_rows, place, state, self.vocab_size, self.end_token, self.seed
         )
 
     @overload
@@ -275,26 +281,15 @@ class NgramMemory(TableModule):
             if mask.shape != tokens.shape:
                 raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")
             tokens = torch.where(mask, tokens, self._absent)
-        new_tokens: Tensor | None = None
-        if state is None:
-            indices = self.rows_of(tokens, cu_seqlens)
-        else:
+        if state is not None:
             if not isinstance(state, NgramState):
                 raise TypeError(
                     f"state must be what make_state or a call before returned, or None, got {type(state).__name__}"
                 )
             if cu_seqlens is not None:
-                raise ValueError("state must be None where cu_seqlens is given: packed documents start from nothing")
-            indices, new_tokens = ngram_hash(
-                tokens,
-                self.orders,
-                num_tables=self.num_tables,
-                rows=self.table_rows,
-                state=state.tokens,
-                vocab_size=self.vocab_size,
-                end_token=self.end_token,
-                seed=self.seed,
-            )
+                raise ValueError(STATE_OF_PACKED)
+        place = None if cu_seqlens is None else place_in_document(tokens.size(0), cu_seqlens)
+        indices, new_tokens = self._hash(tokens, place, None if state is None else state.tokens)
         embeddings = memory_lookup(self.values, indices.reshape(-1, 1), None, self._gives_sparse)
         embeddings = embeddings.view(*tokens.shape, self.embed_dim)
 
@@ -306,16 +301,16 @@ class NgramMemory(TableModule):
         if mask is not None:
             gated = gated * mask[..., None, None]
         normed = self.conv_norm(gated).flatten(-2)
-        taken, new_values = self._convolve(normed, cu_seqlens, None if state is None else state.values)
+        taken, new_values = self._convolve(normed, place, None if state is None else state.values)
         out = (gated.flatten(-2) + F.silu(taken)).to(x.dtype)
         if new_tokens is None:
             return out
         return out, NgramState(new_tokens, new_values)
 
-    def _convolve(self, normed: Tensor, cu_seqlens: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _convolve(self, normed: Tensor, place: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """The sums of taps, and what the next call's taps read."""
         step, length, weight = self.orders[-1], self._state_length, self.conv_weight
-        if cu_seqlens is None:
+        if place is None:
             if before is None:
                 before = normed.new_zeros(normed.size(0), length, normed.size(2))
             elif tuple(before.shape) != (normed.size(0), length, normed.size(2)):
@@ -325,9 +320,9 @@ class NgramMemory(TableModule):
             shifted = [padded.narrow(1, length - back * step, normed.size(1)) for back in range(self.kernel_size)]
             rest = padded.narrow(1, normed.size(1), length).clone().to(before.dtype)
         else:
-            place = place_in_document(normed.size(0), cu_seqlens).unsqueeze(1)
+            column = place.unsqueeze(1)
             shifted = [
-                torch.where(place >= back * step, normed.roll(back * step, 0), 0) for back in range(self.kernel_size)
+                torch.where(column >= back * step, normed.roll(back * step, 0), 0) for back in range(self.kernel_size)
             ]
             rest = normed
         taken = shifted[0] * weight[:, -1]

@@ -15,6 +15,7 @@ MAX_ORDER = 64
 MAX_VOCAB = 2**31
 NO_TOKEN = -1
 """Stands for the tokens before a document's first, where no token ends documents."""
+STATE_OF_PACKED = "state must be None where cu_seqlens is given: packed documents start from nothing"
 MASK = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
 
@@ -155,25 +156,41 @@ def ngram_hash(
     check_tokens(tokens, cu_seqlens)
     checks.check_count("seed", seed, least=0)
     check_vocabulary(vocab_size, end_token)
-    if state is not None:
-        if cu_seqlens is not None:
-            raise ValueError("state must be None where cu_seqlens is given: packed documents start from nothing")
-        checks.check_tensor("state", state)
-        checks.check_dtype("state", state, torch.int64)
-        checks.check_same_device("state", state, "tokens", tokens)
-        if tuple(state.shape) != (tokens.size(0), max(orders) - 1):
-            expected = [tokens.size(0), max(orders) - 1]
-            raise ValueError(f"state must have shape {expected} [batch, max(orders) - 1], got {tuple(state.shape)}")
-    absent = NO_TOKEN if end_token is None else end_token
-    longest = max(orders)
-    tokens = tokens.to(torch.int64)
+    if state is not None and cu_seqlens is not None:
+        raise ValueError(STATE_OF_PACKED)
     place = None if cu_seqlens is None else place_in_document(tokens.size(0), cu_seqlens)
+    indices, next_state = hash_ngrams(tokens, orders, sizes, place, state, vocab_size, end_token, seed)
+    return indices if next_state is None else (indices, next_state)
+
+
+def hash_ngrams(
+    tokens: Tensor,
+    orders: Sequence[int],
+    sizes: Sequence[int],
+    place: Tensor | None,
+    state: Tensor | None,
+    vocab_size: int,
+    end_token: int | None,
+    seed: int,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`ngram_hash` of what is checked but for ``state``; ``place`` is that of packed tokens in their documents.
+
+    The next call's state is None where ``state`` is.
+    """
+    longest = orders[-1]
+    absent = NO_TOKEN if end_token is None else end_token
+    tokens = tokens.to(torch.int64)
     if place is None:
-        before = tokens.new_full((tokens.size(0), longest - 1), absent) if state is None else state
+        if state is None:
+            before = tokens.new_full((tokens.size(0), longest - 1), absent)
+        else:
+            _check_state(state, tokens, longest)
+            before = state
         history = torch.cat([before, tokens], dim=1)
 
     multipliers = ngram_multipliers(longest, vocab_size, seed)
     shifted, mixed = tokens, tokens * multipliers[0]
+    num_tables = len(sizes) // len(orders)
     found: list[Tensor] = []
     for shift in range(longest):
         if shift > 0:
@@ -189,9 +206,7 @@ def ngram_hash(
             found += [mixed.remainder(sizes[first + table]) for table in range(num_tables)]
     offsets = [sum(sizes[:table]) for table in range(len(sizes))]
     indices = torch.stack([part + offset for part, offset in zip(found, offsets, strict=True)], dim=-1)
-    if state is None:
-        return indices
-    return indices, history.narrow(1, tokens.size(1), longest - 1).clone()
+    return indices, None if state is None else history.narrow(1, tokens.size(1), longest - 1).clone()
 
 
 def place_in_document(num_tokens: int, cu_seqlens: Tensor) -> Tensor:
@@ -236,6 +251,15 @@ def check_tokens(tokens: Any, cu_seqlens: Any) -> None:
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         total = tokens.size(0)
         checks.check_boundaries("cu_seqlens", cu_seqlens, total, "tokens", "max_seqlen", total)
+
+
+def _check_state(state: Any, tokens: Tensor, longest: int) -> None:
+    checks.check_tensor("state", state)
+    checks.check_dtype("state", state, torch.int64)
+    checks.check_same_device("state", state, "tokens", tokens)
+    expected = [tokens.size(0), longest - 1]
+    if tuple(state.shape) != tuple(expected):
+        raise ValueError(f"state must have shape {expected} [batch, max(orders) - 1], got {tuple(state.shape)}")
 
 
 def check_vocabulary(vocab_size: Any, end_token: Any) -> None:

@@ -55,6 +55,9 @@ class RowOptimizer(torch.optim.Optimizer):
         defaults: options of groups that name none.
     """
 
+    # torch's GradScaler, which would find no gradients to divide, then calls step() with the scale in grad_scale.
+    _step_supports_amp_scaling = True
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._recorders: dict[Tensor, Recorder] = {}
         self._masks: dict[Tensor, Tensor] = {}
@@ -263,9 +266,18 @@ class RowOptimizer(torch.optim.Optimizer):
             What ``closure`` returns.
 
         Raises:
-            RuntimeError: a table has a dense gradient: something other than a lookup uses it. No table was stepped.
+            RuntimeError: a table has a dense gradient: something other than a lookup uses it; or a ``GradScaler``
+                called: see docs/memory.md for what to call instead. No table was stepped.
             ValueError: an option of a group is out of range, or the factor of :meth:`scale_grad_` not finite; likewise.
         """
+        if hasattr(self, "grad_scale"):
+            for name in ("grad_scale", "found_inf"):  # which it takes back from steps that return
+                delattr(self, name)
+            raise RuntimeError(
+                "GradScaler cannot step a row optimizer, whose gradients are never made: call "
+                "optimizer.scale_grad_(1 / scaler.get_scale()), then optimizer.step() if "
+                "optimizer.grad_square().isfinite(), else optimizer.zero_grad()"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,0 +1,70 @@
+"""Layers of torch in forms with which one compiled graph serves all sizes; parameters and their names are torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Not in torch 2.6.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel, of single tokens too: ``[B, in_channels, H, W]`` to ``[B, out_channels,
+    H // kernel, W // kernel]``.
+
+    Torch's convolution asks whether its input has more than 20480 numbers, and a compiled graph is good for one answer.
+    There it is a matrix product, which is no faster by itself: 0.94 to 0.99 times as fast in ``SparseViT``. An exported
+    program keeps the convolution, of which nothing is asked, and which leaves out what is no whole patch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **options: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=kernel_size, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() or is_exporting():
+            return super().forward(x)
+        side = self.kernel_size[0]
+        if side == 1:
+            patches = x.permute(0, 2, 3, 1)
+        else:
+            rows, columns = x.size(2) // side, x.size(3) // side
+            patches = x[:, :, : rows * side, : columns * side].unflatten(2, (rows, side)).unflatten(4, (columns, side))
+            patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class ConstantFloat:
+    """An attribute of a module that holds a float, which compilers take for the constant that it is.
+
+    ``torch.compile(dynamic=True)`` makes an input of its graph of each float of a module; where torch's own layers then
+    ask for its value, the graph is thrown away and compiled once more.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name, self._digits = name, f"_{name}_digits"
+
+    def __get__(self, module: nn.Module, owner: type) -> float:
+        return float(getattr(module, self._digits))
+
+    def __set__(self, module: nn.Module, value: float) -> None:
+        # As digits, which are no number to a compiler, and name a float exactly.
+        setattr(module, self._digits, repr(float(value)))
+        module.__dict__[self._name] = value  # for who prints a module's fields
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, of which the first graph is kept."""
+
+    eps = ConstantFloat()
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's, of which the first graph is kept; without cumulative averages, which have no ``momentum``."""
+
+    eps = ConstantFloat()
+    momentum = ConstantFloat()
