@@ -1,15 +1,18 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
-// All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by
-// a power of two, reciprocals, 16-bit integers widened. AMX: the matrix unit of recent x86-64 processors, which
-// multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one
-// 32-bit word holds two consecutive depths of one column.
+// All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512 and ARM:
+// float16 from and to float32. AVX-512: scaling by a power of two, reciprocals, 16-bit integers widened. AMX: the matrix
+// unit of recent x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C
+// [16, 16] float32. B comes as pairs: one 32-bit word holds two consecutive depths of one column.
 #pragma once
 
-#include "convert.h"
+#include "../common/dtype.h"
+#include "simd.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace topgather::TOPGATHER_CPU_TARGET {
@@ -121,6 +124,26 @@ inline Vector<float> reciprocal_from_one(const Vector<float>& x) {
   // Of inf the estimate is 0 and its error 0 times inf, a NaN, which this maximum drops.
   const __m512 bounded = _mm512_mask_max_ps(error, 0xffff, error, _mm512_set1_ps(-1.0f));
   return estimate + estimate * bit_cast<Vector<float>>(bounded);
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
+#endif
+
+#if defined(__aarch64__)
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// Four float16 numbers.
+inline Vector<float> widen_float16(const void* source) {
+  float16x4_t halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  return bit_cast<Vector<float>>(vcvt_f32_f16(halves));
+}
+
+// The nearest float16 numbers, ties to even.
+inline void narrow_to_float16(const Vector<float>& vector, void* target) {
+  const float16x4_t halves = vcvt_f16_f32(bit_cast<float32x4_t>(vector));
+  std::memcpy(target, &halves, sizeof(halves));
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from .. import _native
 
@@ -28,10 +29,23 @@ DTYPE_CODES = {
     torch.int8: 6,
 }
 
-# Before torch 2.8 Dynamo takes torch.sym_max and torch.sym_min of symbols alone.
+# Before torch 2.8 Dynamo takes torch.sym_max and torch.sym_min of symbols alone; the builtins, which it makes the same
+# of, take both.
 SYM_MAX_TAKES_INTS = torch.__version__ >= "2.8"
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def smaller(left: int, right: int) -> int:
+    """The smaller of two sizes, in graphs without a comparison, which would tell one kind of sizes from another."""
+    least: int = torch.sym_min(left, right) if SYM_MAX_TAKES_INTS or not is_dynamo_compiling() else min(left, right)
+    return least
+
+
+def larger(left: int, right: int) -> int:
+    """The larger of two sizes, as :func:`smaller`."""
+    most: int = torch.sym_max(left, right) if SYM_MAX_TAKES_INTS or not is_dynamo_compiling() else max(left, right)
+    return most
 
 
 def use_exchange(module: Any) -> bool:
