@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h'
            CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake tools/exports.map \
            pyproject.toml
 
-.PHONY: install docs quick demo test emulation kernels model gpu wheel versions arm sanitize lint compilers bench clean
+.PHONY: install docs quick demo test emulation kernels model gpu wheel versions corner arm sanitize lint compilers bench clean
 
 install: $(VENV)/.installed
 
@@ -96,13 +96,19 @@ versions: $(VENV)/.tools
 	$(RUN) tools/wheel.py --cuda OFF --output $(CPU_WHEELS) --torch "$(TORCH)"
 	$(RUN) tools/versions.py --wheel $(CPU_WHEELS)/*.whl $(VERSIONS)
 
-# The module for 64-bit ARM, cross-compiled; under qemu the self-check and tests of the kernels in 16-bit types, the only
-# ones with code of their own there: tools/arm.sh.
+# The oldest torch with the oldest Python, on what `make install` built: CI.
+corner: install
+	rm -rf build/wheels/installed
+	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation -C cmake.define.TOPGATHER_LINE_INFO=ON -w build/wheels/installed .
+	$(RUN) tools/versions.py --wheel build/wheels/installed/*.whl --corner
+
+# The module for 64-bit ARM, cross-compiled; under qemu the self-check and tests of every kernel in float16, the one type
+# with code of its own there: tools/arm.sh.
 ARM_TESTS ?= $(addprefix tests/, \
-  block_attention/test_attention.py::test_against_reference block_attention/test_routing.py::test_tie_rule_on_exact_scores \
-  decoding/test_decode.py::test_rows_of_attention_over_whole_sequences grid/test_attention.py::test_against_reference \
-  indexer/test_route.py key_conv/test_key_conv.py::test_against_reference \
-  memory/test_lookup.py::test_lookup_against_reference memory/test_topk.py::test_against_all_pairs) -k "dtype1 or dtype2"
+  memory/test_lookup.py::test_lookup_against_reference memory/test_lookup.py::test_layouts memory/test_topk.py::test_layouts \
+  grid/test_attention.py::test_layouts key_conv/test_key_conv.py::test_layouts indexer/test_route.py::test_contract \
+  decoding/test_decode.py::test_layouts_of_new_tokens block_attention/test_routing.py::test_tie_rule_on_exact_scores \
+  block_attention/test_attention.py::test_layouts_against_reference) -k dtype2
 arm: $(VENV)/.tools
 	tools/arm.sh $(RUN) $(ARM_TESTS)
 

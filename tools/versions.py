@@ -37,24 +37,25 @@ REPOSITORY = ["cuda", "distributed", "emulation", "package", "transformers"]
 SUBSETS: dict[str, list[str]] = {
     "ops and layers": ["tests", *(f"--ignore=tests/{folder}" for folder in REPOSITORY)],
     "a subset": [
-        "tests/block_attention/test_routing.py",
         "tests/block_attention/test_attention.py",
-        "tests/block_attention/test_varlen.py",
+        "tests/block_attention/test_block_routing.py",
         "tests/block_attention/test_nn.py",
         "tests/block_attention/test_record_replay.py",
-        "tests/decoding/test_decode.py",
+        "tests/block_attention/test_top_k.py",
+        "tests/decoding/test_cache.py",
         "tests/grid/test_attention.py",
         "tests/grid/test_nn.py",
-        "tests/indexer",
-        "tests/key_conv/test_key_conv.py",
+        "tests/indexer/test_loss.py",
+        "tests/indexer/test_nn.py",
+        "tests/key_conv/test_torch_integration.py",
         "tests/memory/test_lookup.py",
         "tests/memory/test_nn.py",
-        "tests/memory/test_row_optimizers.py",
         "tests/memory/test_topk.py",
+        "tests/memory/test_usage.py",
         "tests/all_ops/test_autograd.py",
         "tests/all_ops/test_compile.py",
         "tests/all_ops/test_export.py",
-        "tests/all_ops/test_transforms.py",
+        "tests/all_ops/test_onnx.py",
     ],
     "transformers": ["tests/transformers"],
 }
@@ -91,16 +92,16 @@ class Row:
 OLDEST, NEWEST = "3.10", "3.13"
 CORNER = Row("2.6.0", OLDEST, "a subset")
 MATRIX = [
-    Row("2.6.0", OLDEST, "ops and layers"),
+    CORNER,
     Row("2.6.0", NEWEST, "a subset"),
-    Row("2.8.0", OLDEST, "ops and layers"),
-    Row("2.10.0", "3.12", "ops and layers"),
-    Row("2.13.0", "3.11", "ops and layers", numpy=False),
+    Row("2.8.0", OLDEST, "a subset"),
+    Row("2.10.0", "3.12", "a subset"),
+    Row("2.13.0", "3.11", "a subset", numpy=False),
     Row("2.14.1", OLDEST, "a subset"),
-    Row("2.14.1", NEWEST, "ops and layers"),
+    Row("2.14.1", NEWEST, "a subset"),
     *(
         Row("2.13.0", "3.11", "transformers", transformers=version)
-        for version in ("4.56.2", "4.57.6", "5.0.0", "5.4.0", "5.8.1", "5.12.1", "5.16.1", "5.20.2", "5.24.0")
+        for version in ("4.56.2", "4.57.6", "5.0.0", "5.8.1", "5.16.1", "5.24.0")
     ),
 ]
 
@@ -172,16 +173,15 @@ def interpreters(named: list[str]) -> dict[str, str]:
 
 
 def make_environment(row: Row, python: str, wheel: Path) -> Path:
-    """The environment's folder, made if it is not there."""
+    """The environment's folder, made if it is not there, with this wheel."""
     place = ENVIRONMENTS / row.name
-    if (place / "complete").exists():
-        return place
-    shutil.rmtree(place, ignore_errors=True)
-    subprocess.run([python, "-m", "venv", place], check=True)
     pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir"]
-    subprocess.run([*pip, *row.requirements()], check=True)
-    subprocess.run([*pip, "--no-deps", wheel], check=True)
-    (place / "complete").touch()
+    if not (place / "complete").exists():
+        shutil.rmtree(place, ignore_errors=True)
+        subprocess.run([python, "-m", "venv", place], check=True)
+        subprocess.run([*pip, *row.requirements()], check=True)
+        (place / "complete").touch()
+    subprocess.run([*pip, "--no-deps", "--force-reinstall", wheel], check=True)
     return place
 
 

@@ -29,22 +29,20 @@ DTYPE_CODES = {
     torch.int8: 6,
 }
 
-# Before torch 2.8 Dynamo takes torch.sym_max and torch.sym_min of symbols alone; the builtins, which it makes the same
-# of, take both.
-SYM_MAX_TAKES_INTS = torch.__version__ >= "2.8"
-
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
+# Sizes in graphs must not be compared, or a graph would serve one kind of them. Dynamo makes torch.sym_min of the
+# builtin, and up to torch 2.10 takes that function itself of symbols alone.
 def smaller(left: int, right: int) -> int:
-    """The smaller of two sizes, in graphs without a comparison, which would tell one kind of sizes from another."""
-    least: int = torch.sym_min(left, right) if SYM_MAX_TAKES_INTS or not is_dynamo_compiling() else min(left, right)
+    """The smaller of two sizes."""
+    least: int = min(left, right) if is_dynamo_compiling() else torch.sym_min(left, right)
     return least
 
 
 def larger(left: int, right: int) -> int:
-    """The larger of two sizes, as :func:`smaller`."""
-    most: int = torch.sym_max(left, right) if SYM_MAX_TAKES_INTS or not is_dynamo_compiling() else max(left, right)
+    """The larger of two sizes."""
+    most: int = max(left, right) if is_dynamo_compiling() else torch.sym_max(left, right)
     return most
 
 
