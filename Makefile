@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h'
            CMakeLists.txt tools/cuda_instances.cmake tools/nvcc_architectures.cmake tools/exports.map \
            pyproject.toml
 
-.PHONY: install docs quick demo test emulation kernels model gpu wheel sanitize lint compilers bench clean
+.PHONY: install docs quick demo test emulation kernels model gpu wheel versions corner arm sanitize lint compilers bench clean
 
 install: $(VENV)/.installed
 
@@ -86,6 +86,31 @@ wheel: $(VENV)/.tools
 	for cuda in $(WHEELS); do \
 	  $(RUN) tools/wheel.py --cuda $$cuda --output build/wheels/cuda-$$(echo $$cuda | tr A-Z a-z) --torch "$(TORCH)" || exit 1; \
 	done
+
+# One wheel under the tests, with every torch, Python and transformers that is promised; writes the table of
+# docs/status.md. VERSIONS holds further options of tools/versions.py, as "--only torch2.6.0-python3.10".
+CPU_WHEELS := build/wheels/cuda-off
+versions: $(VENV)/.tools
+	$(PIP_INSTALL) --group wheel
+	rm -rf $(CPU_WHEELS)
+	$(RUN) tools/wheel.py --cuda OFF --output $(CPU_WHEELS) --torch "$(TORCH)"
+	$(RUN) tools/versions.py --wheel $(CPU_WHEELS)/*.whl $(VERSIONS)
+
+# The oldest torch with the oldest Python, on what `make install` built: CI.
+corner: install
+	rm -rf build/wheels/installed
+	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation -C cmake.define.TOPGATHER_LINE_INFO=ON -w build/wheels/installed .
+	$(RUN) tools/versions.py --wheel build/wheels/installed/*.whl --corner
+
+# The module for 64-bit ARM, cross-compiled; under qemu the self-check and tests of every kernel in float16, the one type
+# with code of its own there: tools/arm.sh.
+ARM_TESTS ?= $(addprefix tests/, \
+  memory/test_lookup.py::test_lookup_against_reference memory/test_lookup.py::test_layouts memory/test_topk.py::test_layouts \
+  grid/test_attention.py::test_layouts key_conv/test_key_conv.py::test_layouts indexer/test_route.py::test_contract \
+  decoding/test_decode.py::test_layouts_of_new_tokens block_attention/test_routing.py::test_tie_rule_on_exact_scores \
+  block_attention/test_attention.py::test_layouts_against_reference) -k dtype2
+arm: $(VENV)/.tools
+	tools/arm.sh $(RUN) $(ARM_TESTS)
 
 # A clone's first green tests: one op, the CPU alone, nothing installed but what that takes. TESTS names others.
 QUICK := build/quick

@@ -2,10 +2,8 @@
 // tiles.
 #pragma once
 
-#include <utility>
-
 #include "../common/dtype.h"
-#include "simd.h"
+#include "intrinsics.h"
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
@@ -23,11 +21,15 @@ inline float to_compute(float value) { return value; }
 inline double to_compute(double value) { return value; }
 inline float to_compute(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 inline float to_compute(Float16 value) {
+#if defined(__aarch64__)
+  return bit_cast<__fp16>(value);
+#else
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   // Multiplying by 2^112 moves the exponent's bias and makes denormals normal in one step.
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t bits = (value.bits & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000u) : finite;
   return bit_cast<float>(bits | static_cast<uint32_t>(value.bits & 0x8000) << 16);
+#endif
 }
 
 template <typename Storage>
@@ -38,6 +40,9 @@ inline Storage from_compute(ComputeOf<Storage> value) {
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return BFloat16{static_cast<uint16_t>(is_nan ? 0x7fc0u | bits >> 16 : rounded)};
   } else if constexpr (std::is_same_v<Storage, Float16>) {
+#if defined(__aarch64__)
+    return bit_cast<Float16>(static_cast<__fp16>(value));
+#else
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
     const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
@@ -46,6 +51,7 @@ inline Storage from_compute(ComputeOf<Storage> value) {
     uint32_t result = magnitude < 0x38800000u ? denormal : normal;
     if (magnitude >= 0x47800000u) result = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     return Float16{static_cast<uint16_t>(result | (bits >> 16 & 0x8000u))};
+#endif
   } else {
     return value;
   }
@@ -58,7 +64,14 @@ inline void load_row(const Storage* source, int64_t count, ComputeOf<Storage>* t
 
 template <typename Storage>
 inline void store_row(const ComputeOf<Storage>* source, int64_t count, ComputeOf<Storage> factor, Storage* target) {
-  for (int64_t i = 0; i < count; ++i) target[i] = from_compute<Storage>(source[i] * factor);
+  int64_t i = 0;
+#if defined(__aarch64__)
+  if constexpr (std::is_same_v<Storage, Float16>) {  // which gcc 12 does one by one
+    for (; i + kLanes<float> <= count; i += kLanes<float>)
+      narrow_to_float16(load<float>(source + i) * factor, target + i);
+  }
+#endif
+  for (; i < count; ++i) target[i] = from_compute<Storage>(source[i] * factor);
 }
 
 template <typename Storage>
@@ -66,58 +79,14 @@ inline Vector<ComputeOf<Storage>> load_vector(const Storage* source) {
   using T = ComputeOf<Storage>;
   if constexpr (std::is_same_v<Storage, T>) {
     return load<T>(source);
+#if defined(__aarch64__)
+  } else if constexpr (std::is_same_v<Storage, Float16>) {
+    return widen_float16(source);
+#endif
   } else {
     T values[kLanes<T>];
     load_row(source, kLanes<T>, values);
     return load<T>(values);
-  }
-}
-
-// Lanes of `low` and `high` where bit kBit of the lane number decides: one step of a butterfly transpose.
-template <typename T, int kBit, bool kUpper>
-inline Vector<T> butterfly(const Vector<T>& low, const Vector<T>& high) {
-  constexpr int kWidth = kLanes<T>;
-  constexpr auto source_lane = [](int lane) {
-    const bool set = (lane & kBit) != 0;
-    if constexpr (kUpper) return set ? kWidth + lane : lane + kBit;
-    return set ? kWidth + lane - kBit : lane;
-  };
-  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(low, high, source_lane(kLane)...);
-#else
-    return __builtin_shuffle(low, high, IntegerVector<T>{source_lane(kLane)...});
-#endif
-  }(std::make_integer_sequence<int, kWidth>{});
-}
-
-template <typename T, int kBit = 1>
-inline void transpose_in_registers(Vector<T> (&rows)[kLanes<T>]) {
-  if constexpr (kBit < kLanes<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) {
-      if ((i & kBit) == 0) {
-        const Vector<T> low = rows[i];
-        const Vector<T> high = rows[i + kBit];
-        rows[i] = butterfly<T, kBit, false>(low, high);
-        rows[i + kBit] = butterfly<T, kBit, true>(low, high);
-      }
-    }
-    transpose_in_registers<T, kBit * 2>(rows);
-  }
-}
-
-// Lane l of the result is the sum of the lanes of rows[l]: a transpose that adds on its way. Overwrites rows.
-template <typename T, int kBit = 1>
-inline Vector<T> sums_of_rows(Vector<T> (&rows)[kLanes<T>]) {
-  if constexpr (kBit < kLanes<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; i += 2 * kBit) {
-      rows[i] = butterfly<T, kBit, false>(rows[i], rows[i + kBit]) + butterfly<T, kBit, true>(rows[i], rows[i + kBit]);
-    }
-    return sums_of_rows<T, kBit * 2>(rows);
-  } else {
-    return rows[0];
   }
 }
 

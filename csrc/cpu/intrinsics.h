@@ -1,16 +1,19 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
-// All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512: scaling by
-// a power of two, reciprocals, 16-bit integers widened, products of bytes. AVX512-BF16: products of pairs of bfloat16
-// numbers with float32 sums, rounding to them. AMX: the matrix unit of recent x86-64 processors, which
-// multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B comes as pairs: one
-// 32-bit word holds two consecutive depths of one column.
+// All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512 and ARM:
+// float16 from and to float32. AVX-512: scaling by a power of two, reciprocals, 16-bit integers widened, products of bytes.
+// AVX512-BF16: products of pairs of bfloat16 numbers with float32 sums, rounding to them. AMX: the matrix unit of recent
+// x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B
+// comes as pairs: one 32-bit word holds two consecutive depths of one column.
 #pragma once
 
-#include "convert.h"
+#include "../common/dtype.h"
+#include "simd.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace topgather::TOPGATHER_CPU_TARGET {
@@ -283,6 +286,26 @@ inline PairVector round_to_pairs(const Vector<float>& low, const Vector<float>& 
                                       0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f};
   const __m512bh halves = _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low));
   return bit_cast<PairVector>(_mm512_maskz_permutexvar_epi16(~0u, bit_cast<__m512i>(place), bit_cast<__m512i>(halves)));
+}
+
+}  // namespace topgather::TOPGATHER_CPU_TARGET
+#endif
+
+#if defined(__aarch64__)
+
+namespace topgather::TOPGATHER_CPU_TARGET {
+
+// Four float16 numbers.
+inline Vector<float> widen_float16(const void* source) {
+  float16x4_t halves;
+  std::memcpy(&halves, source, sizeof(halves));
+  return bit_cast<Vector<float>>(vcvt_f32_f16(halves));
+}
+
+// The nearest float16 numbers, ties to even.
+inline void narrow_to_float16(const Vector<float>& vector, void* target) {
+  const float16x4_t halves = vcvt_f16_f32(bit_cast<float32x4_t>(vector));
+  std::memcpy(target, &halves, sizeof(halves));
 }
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET

@@ -143,4 +143,52 @@ inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + diviso
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Lanes of `low` and `high` where bit kBit of the lane number decides: one step of a butterfly transpose.
+template <typename T, int kBit, bool kUpper>
+inline Vector<T> butterfly(const Vector<T>& low, const Vector<T>& high) {
+  constexpr int kWidth = kLanes<T>;
+  constexpr auto source_lane = [](int lane) {
+    const bool set = (lane & kBit) != 0;
+    if constexpr (kUpper) return set ? kWidth + lane : lane + kBit;
+    return set ? kWidth + lane - kBit : lane;
+  };
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(low, high, source_lane(kLane)...);
+#else
+    return __builtin_shuffle(low, high, IntegerVector<T>{source_lane(kLane)...});
+#endif
+  }(std::make_integer_sequence<int, kWidth>{});
+}
+
+template <typename T, int kBit = 1>
+inline void transpose_in_registers(Vector<T> (&rows)[kLanes<T>]) {
+  if constexpr (kBit < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & kBit) == 0) {
+        const Vector<T> low = rows[i];
+        const Vector<T> high = rows[i + kBit];
+        rows[i] = butterfly<T, kBit, false>(low, high);
+        rows[i + kBit] = butterfly<T, kBit, true>(low, high);
+      }
+    }
+    transpose_in_registers<T, kBit * 2>(rows);
+  }
+}
+
+// Lane l of the result is the sum of the lanes of rows[l]: a transpose that adds on its way. Overwrites rows.
+template <typename T, int kBit = 1>
+inline Vector<T> sums_of_rows(Vector<T> (&rows)[kLanes<T>]) {
+  if constexpr (kBit < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; i += 2 * kBit) {
+      rows[i] = butterfly<T, kBit, false>(rows[i], rows[i + kBit]) + butterfly<T, kBit, true>(rows[i], rows[i + kBit]);
+    }
+    return sums_of_rows<T, kBit * 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
 }  // namespace topgather::TOPGATHER_CPU_TARGET

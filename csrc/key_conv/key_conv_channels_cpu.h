@@ -47,7 +47,7 @@ inline IntegerVector<float> upper_half_of_float(const Vector<float>& vector) {
 template <typename Storage>
 inline constexpr bool kHasConversion = false;
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 template <>
 inline constexpr bool kHasConversion<Float16> = true;
 #endif

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import topgather as tg
+from tests.common.torch_versions import needs_torch
 
 
 def tokens(count: int = 16) -> Tensor:
@@ -74,7 +75,9 @@ def test_a_compiled_function_takes_and_returns_it() -> None:
     assert_same(compiled(tokens(), expected[0]), expected)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "strict", [False, pytest.param(True, marks=needs_torch(2, 10, "returns no frozen dataclasses from strict exports"))]
+)
 def test_an_exported_program_takes_and_returns_it(strict: bool, tmp_path: Path) -> None:
     expected = Route()(tokens())
     for inputs in ((tokens(),), (tokens(), expected[0])):

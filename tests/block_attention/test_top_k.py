@@ -136,5 +136,7 @@ def test_a_compiled_number_is_traced_once(option: str) -> None:
     torch.testing.assert_close(compiled(inputs, 1.5), tg.moba_attention(*inputs, 16, 2, **{option: 1.5}))
     assert counter.frame_count == 1
     for wrong in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=option):
+        # Older Dynamos take infinities and NaN for constants, and wrap what the op says of them in an error of theirs.
+        is_old = torch.__version__ < (2, 10)
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError if is_old else ValueError, match=option):
             compiled(inputs, wrong)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import topgather as tg
+from tests.common.torch_versions import needs_torch
 
 NUM_KEYS, DIM = 4, 8
 NUM_ROWS = NUM_KEYS**2
@@ -99,7 +100,10 @@ def test_reset_parameters_clears(kind: str) -> None:
 
 @KINDS
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=needs_torch(2, 10, "repeats what a compiled checkpoint writes to buffers"))],
+)
 def test_checkpointing_counts_once(kind: str, use_reentrant: bool, compiled: bool) -> None:
     if compiled and use_reentrant:
         return  # torch compiles no reentrant checkpoints

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from .. import _native
 
@@ -28,10 +29,21 @@ DTYPE_CODES = {
     torch.int8: 6,
 }
 
-# Before torch 2.8 Dynamo takes torch.sym_max and torch.sym_min of symbols alone.
-SYM_MAX_TAKES_INTS = torch.__version__ >= "2.8"
-
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+# Sizes in graphs must not be compared, or a graph would serve one kind of them. Dynamo makes torch.sym_min of the
+# builtin, and up to torch 2.10 takes that function itself of symbols alone.
+def smaller(left: int, right: int) -> int:
+    """The smaller of two sizes."""
+    least: int = min(left, right) if is_dynamo_compiling() else torch.sym_min(left, right)
+    return least
+
+
+def larger(left: int, right: int) -> int:
+    """The larger of two sizes."""
+    most: int = max(left, right) if is_dynamo_compiling() else torch.sym_max(left, right)
+    return most
 
 
 def use_exchange(module: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common import checks, cuda, tensors
-from .._common.library import SYM_MAX_TAKES_INTS, sum_dtype
+from .._common.library import larger, smaller, sum_dtype
 from .._common.spec import Meta, Op, register
 
 _ops = torch.ops.topgather
@@ -29,7 +29,7 @@ def num_slots(top_k: int | None, num_keys: int, block_size: int) -> int:
     if is_compiling() and top_k is not None and top_k <= MAX_SLOTS_OF_FEWER:
         return top_k  # a size that follows from another's quotient is a guard for torch: whether it is 1
     num_blocks = -(-num_keys // block_size)
-    least, most = (torch.sym_min, torch.sym_max) if SYM_MAX_TAKES_INTS and is_compiling() else (min, max)
+    least, most = (smaller, larger) if is_compiling() else (min, max)
     return most(num_blocks if top_k is None else least(top_k, num_blocks), 1)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .._common import checks, cuda, tensors
-from .._common.library import SYM_MAX_TAKES_INTS, sum_dtype
+from .._common.library import larger, smaller, sum_dtype
 from .._common.spec import Op, register
 
 Pair = int | tuple[int, int]
@@ -131,21 +129,16 @@ class Axis(NamedTuple):
     max_tokens: int
 
 
-# The builtin would make an exported size one of two kinds.
-_larger: Callable[[int, int], int] = torch.sym_max if SYM_MAX_TAKES_INTS else max
-
-
 def grid_step(size: int, most: int) -> int:
     """The stride of a grid whose groups have at most ``most`` tokens along an axis of ``size``."""
-    step: int = _larger(-(-size // most), 1)
-    return step
+    return larger(-(-size // most), 1)
 
 
 def axis_of(partition: str, size: int, step: int) -> Axis:
     """``step`` is the stride of a grid's tokens, or the side of a window."""
     if partition == GRID:
-        return Axis(size, torch.sym_min(step, size), 1, step, -(-size // step))
-    return Axis(size, -(-size // step), step, 1, torch.sym_min(step, size))
+        return Axis(size, smaller(step, size), 1, step, -(-size // step))
+    return Axis(size, -(-size // step), step, 1, smaller(step, size))
 
 
 def tokens_per_group(query: Tensor, partition: str, rows_step: int, columns_step: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._common import checks, cuda
+from .._common.library import smaller
 from . import _moba_ops, replay
 from .routing import BlockRouting
 
@@ -412,8 +413,7 @@ def _longest(key: Tensor, sequences: _Sequences, top_k: int | None) -> int:
     checks.check_ndim("key", key, 3, "[total_tokens, heads, dim]")
     # On CUDA nobody sees whether a sequence is longer than max_seqlen_k; a top_k counts on no such bound.
     is_bound_known = top_k is None or not cuda.gets(key)
-    longest: int = torch.sym_min(max_seqlen_k, key.size(0)) if is_bound_known else key.size(0)
-    return longest
+    return smaller(max_seqlen_k, key.size(0)) if is_bound_known else key.size(0)
 
 
 def _check_options(query: Tensor, key: Tensor, block_size: int, is_causal: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from .._common import checks
@@ -81,6 +82,8 @@ pytree.register_pytree_node(
         routing.block_size,
     ),
 )
+# What unpacks the arguments of an exported program; newer torch versions make it of the above.
+fx_pytree.register_pytree_flatten_spec(BlockRouting, lambda routing, spec: [routing.block_indices])
 # As an example input of an exported program that is loaded.
 torch.serialization.add_safe_globals([BlockRouting])
 
