@@ -24,7 +24,7 @@
 // a sum of opposite infinities as -inf; the score written is the true sum, -0 as 0.
 // Rows with infinite or NaN half scores are found in what was written, and done again (memory_topk_infinite_cuda.cu).
 // Determinism: a row's results depend on its own query and the keys alone.
-// What bounds it: instructions, of selecting as many as of multiplying (docs/performance.md). On processors with room
+// What bounds it: instructions, of selecting as many as of multiplying (docs/performance-cuda.md). On processors with room
 // for two thread blocks, one waits or selects while the other multiplies.
 #pragma once
 
