@@ -67,8 +67,9 @@ inline void store_row(const ComputeOf<Storage>* source, int64_t count, ComputeOf
   int64_t i = 0;
 #if defined(__aarch64__)
   if constexpr (std::is_same_v<Storage, Float16>) {  // which gcc 12 does one by one
-    for (; i + kLanes<float> <= count; i += kLanes<float>)
+    for (; i + kLanes<float> <= count; i += kLanes<float>) {
       narrow_to_float16(load<float>(source + i) * factor, target + i);
+    }
   }
 #endif
   for (; i < count; ++i) target[i] = from_compute<Storage>(source[i] * factor);

@@ -1,6 +1,7 @@
 """nn.MemoryPool, nn.ProductKeyMemory and nn.PeerMemory: the layers are their projections around the ops."""
 
 import copy
+import inspect
 import math
 import pickle
 import re
@@ -516,7 +517,8 @@ def test_the_optimizers_of_the_docstring(make: Make, sparse_grad: bool) -> None:
     """The examples are run as they are written."""
     docstring = tg.nn.memory_parameter_groups.__doc__
     assert docstring is not None
-    example = re.findall(r"::\n\n((?:        .*\n|\n)+)", docstring)[sparse_grad]
+    # Python 3.13 takes the indentation away by itself.
+    example = re.findall(r"::\n\n((?:    .*\n|\n)+)", inspect.cleandoc(docstring) + "\n")[sparse_grad]
     model = make(sparse_grad=sparse_grad)
     names: dict[str, Any] = {"torch": torch, "tg": tg, "model": model, "num_steps": 20}
     exec(textwrap.dedent(example), names)
