@@ -255,8 +255,9 @@ struct DecodeRouter {
 
   // Step 3.
   void write(Task& task, const Tile& tile, const Scopes& scopes) const {
+    const auto chosen_by = scopes.needs_scores ? Task::ChosenBy::kScore : Task::ChosenBy::kNumber;
     for (int64_t i = 0; i < tile.count; ++i) {
-      task.write_choices(i, scopes.needs_scores, scopes.of_row[i], choices_of(tile, i));
+      task.write_choices(i, chosen_by, scopes.of_row[i], choices_of(tile, i));
     }
   }
 

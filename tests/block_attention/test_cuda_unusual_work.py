@@ -1,7 +1,7 @@
 """What numbers that are not finite cost: a step that a gradient scaler throws away must not stall the device.
 
-``docs/performance-cuda.md`` has what it comes to at 64K tokens. Here the emulator counts what a kernel does: accesses of
-memory, asynchronous copies and products of matrices, of a problem of finite numbers and of the same with others.
+``docs/performance-cuda.md`` has what it comes to at 64K tokens. Here the emulator counts what a kernel does: accesses
+of memory, asynchronous copies and products of matrices, of a problem of finite numbers and of the same with others.
 """
 
 from typing import Any
