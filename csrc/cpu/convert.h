@@ -7,12 +7,6 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
-// Two bfloat16 numbers that are multiplied with two others and added up in one step: consecutive in the sum.
-struct BFloat16Pair {
-  BFloat16 first;
-  BFloat16 second;
-};
-
 // float64 computes in float64, everything else in float32.
 template <typename Storage>
 using ComputeOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;

@@ -18,6 +18,12 @@
 
 namespace topgather::TOPGATHER_CPU_TARGET {
 
+// Two bfloat16 numbers that are multiplied with two others and added up in one step: consecutive in the sum.
+struct BFloat16Pair {
+  BFloat16 first;
+  BFloat16 second;
+};
+
 // For lane masks as comparisons yield them: every lane 0 or -1.
 template <typename Mask>
 inline bool any_lane(const Mask& mask) {
