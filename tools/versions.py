@@ -84,8 +84,8 @@ class Row:
 
     def requirements(self) -> list[str]:
         """For pip."""
-        wanted = [f"torch=={self.torch}", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "safetensors"]
-        wanted += ["numpy"] if self.numpy else []
+        wanted = [f"torch=={self.torch}", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+        wanted += ["numpy", "safetensors"] if self.numpy else []  # the second imports the first
         return wanted + ([f"transformers=={self.transformers}"] if self.transformers else [])
 
 
@@ -169,6 +169,7 @@ def interpreters(named: list[str]) -> dict[str, str]:
             if path and subprocess.run([path, "-c", "import venv, ssl"], capture_output=True).returncode == 0:
                 found[version] = path
                 break
+    found.setdefault(f"3.{sys.version_info.minor}", sys.executable)
     return found | dict(pair.split("=", 1) for pair in named)
 
 

@@ -74,16 +74,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], int, int, tuple[int, int], list
 
 # Of these the sizes inside follow from quotients of the image's.
 QUOTIENTS = ["grid, relative", "grid of two sides", "window, relative", "fusion", "fusion, a third"]
-needs_quotients = needs_torch(2, 8, "takes no bounds of sizes that are quotients")
+OLD_EXPORTS = {
+    **dict.fromkeys(QUOTIENTS, needs_torch(2, 8, "takes no bounds of sizes that are quotients")),
+    **dict.fromkeys(["SparseViT", "SparseViT of strides"], needs_torch(2, 13, "asks what sizes of several stages are")),
+}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=needs_quotients if name.startswith("SparseViT") or name in QUOTIENTS else ())
-        for name in LAYERS
-    ],
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=OLD_EXPORTS.get(name, ())) for name in LAYERS])
 def test_an_exported_layer_serves_other_sizes(name: str) -> None:
     make, channels, least, first, others = LAYERS[name]
     layer = make()

@@ -137,6 +137,6 @@ def test_a_compiled_number_is_traced_once(option: str) -> None:
     assert counter.frame_count == 1
     for wrong in (float("nan"), float("inf")):
         # Older Dynamos take infinities and NaN for constants, and wrap what the op says of them in an error of theirs.
-        is_old = torch.__version__ < (2, 10)
+        is_old = torch.__version__ < (2, 13)
         with pytest.raises(torch._dynamo.exc.TorchRuntimeError if is_old else ValueError, match=option):
             compiled(inputs, wrong)
