@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .._common import checks
+from .._common.library import larger, smaller
 from ..ops import grid_attention, window_attention
 from ..ops.grid import GRID, WINDOW, Pair, axis_of, grid_step
 from ._init import reset_modules
@@ -307,7 +308,7 @@ class LearnableFeatureFusion(nn.Module):
 def _largest(sides: list[int]) -> int:
     if is_exporting():
         # In this form torch sees that it is at least 1.
-        exported: int = 1 + functools.reduce(torch.sym_max, [side - 1 for side in sides])
+        exported: int = 1 + functools.reduce(larger, [side - 1 for side in sides])
         return exported
     largest = sides[0]
     for side in sides[1:]:
@@ -317,6 +318,8 @@ def _largest(sides: list[int]) -> int:
 
 
 def _is_same(side: int, other: int) -> bool:
+    if torch.compiler.is_dynamo_compiling() and torch.__version__ < "2.8":
+        return side == other  # a guard, for there Dynamo does not trace the other
     return statically_known_true(side == other) if torch.compiler.is_compiling() else side == other
 
 
@@ -326,7 +329,7 @@ def _enlarged_side(side: int, target: int) -> int:
     missing = side - -(-target // factor)  # never below 0
     if not torch.compiler.is_compiling():
         return factor * side if missing == 0 else target
-    return target + (1 - torch.sym_min(missing, 1)) * (factor * side - target)
+    return target + (1 - smaller(missing, 1)) * (factor * side - target)
 
 
 def _enlarge(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
