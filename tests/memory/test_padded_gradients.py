@@ -1,5 +1,6 @@
 """Sparse gradients of a size that data does not say: ``sparse_grad="padded"``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,6 +154,42 @@ def test_nothing_waits_for_the_device(cuda_device: torch.device) -> None:
     with pytest.raises(AssertionError, match="waits"), NoWaits():
         kernel(*arguments, False)
     assert spec.OPS["memory_backward_sparse"].native == "memory_backward"
+
+
+def pool_and_memory(sparse_grad: bool | str) -> tg.nn.ProductKeyMemory:
+    return tg.nn.ProductKeyMemory(8, tg.nn.MemoryPool(6, 8, sparse_grad=sparse_grad), num_heads=2, top_k=3)
+
+
+LAYERS: dict[str, Callable[[bool | str], torch.nn.Module]] = {
+    "product keys": pool_and_memory,
+    "experts": lambda form: tg.nn.PeerMemory(8, num_keys=6, num_heads=2, top_k=3, sparse_grad=form),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_have_it(name: str) -> None:
+    x = random_tensor((4, 8), torch.float32, CPU, 0)
+    torch.manual_seed(0)
+    padded = LAYERS[name]("padded")
+    dense = LAYERS[name](False)
+    dense.load_state_dict(padded.state_dict())
+    for layer in (padded, dense):
+        layer(x).sum().backward()
+    grads = {name: parameter.grad for name, parameter in dense.named_parameters()}
+    tables = [name for name, parameter in padded.named_parameters() if parameter.grad.is_sparse]
+    assert tables and all("values" in name for name in tables)
+    for name in tables:
+        assert_padded(padded.get_parameter(name).grad, grads[name], 4 * 2 * 3)
+
+
+def test_n_gram_memories_have_it() -> None:
+    layer = tg.nn.NgramMemory(8, 30, num_tables=2, rows=20, sparse_grad="padded")
+    layer(random_tensor((1, 7, 8), torch.float32, CPU, 0), torch.randint(0, 30, (1, 7))).sum().backward()
+    grad = layer.values.grad
+    # Of each token the tables of both orders.
+    assert grad.is_sparse and not grad.is_coalesced() and grad._nnz() == 7 * 2 * 2
+    with pytest.raises(TypeError, match="sparse_grad must be a bool or 'padded'"):
+        tg.nn.NgramMemory(8, 30, num_tables=2, sparse_grad="padding")
 
 
 def test_other_forms_are_refused() -> None:

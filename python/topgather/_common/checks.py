@@ -133,6 +133,12 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
 
 
+def check_sparse_grad(value: Any) -> None:
+    """Raise ``TypeError`` unless ``value`` names a form of a table's gradient."""
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "padded"):
+        raise TypeError(f"sparse_grad must be a bool or 'padded', got {value!r} of type {type(value).__name__}")
+
+
 def _is_traced(value: Any) -> bool:
     """Whether ``value`` is a float of a graph being traced.
 

@@ -386,7 +386,7 @@ class PeerMemory(_ProductKeyLayer):
         key_norm: bool = False,
         value_dropout: float = 0.0,
         bias: bool = True,
-        sparse_grad: bool = False,
+        sparse_grad: bool | str = False,
         track_usage: bool = False,
         query_dropout: float = 0.0,
         score_activation: str = "softmax",
@@ -416,7 +416,7 @@ class PeerMemory(_ProductKeyLayer):
             raise TypeError(f"activation must be a str, got {activation!r} of type {type(activation).__name__}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        checks.check_flag("sparse_grad", sparse_grad)
+        checks.check_sparse_grad(sparse_grad)
         self.activation = activation
         self.sparse_grad = sparse_grad
         self.values_in = nn.Parameter(torch.empty(num_keys**2, dim, device=device, dtype=dtype))
@@ -440,7 +440,7 @@ class PeerMemory(_ProductKeyLayer):
 
     @property
     def _gives_sparse(self) -> bool:
-        return self.sparse_grad and self._are_parameters("values_in", "values_out")
+        return bool(self.sparse_grad) and self._are_parameters("values_in", "values_out")
 
     def _reset_retrieval(self) -> None:
         super()._reset_retrieval()
@@ -461,9 +461,10 @@ class PeerMemory(_ProductKeyLayer):
         """
         tokens = self._tokens(x)
         indices, weights = self._choose(tokens)
-        out = expert_lookup(
-            tokens, self.values_in, self.values_out, indices, weights, self.activation, self._gives_sparse
-        ).to(x.dtype)
+        sparse_grad = self._gives_sparse and self.sparse_grad
+        out = expert_lookup(tokens, self.values_in, self.values_out, indices, weights, self.activation, sparse_grad).to(
+            x.dtype
+        )
         return F.dropout(out, self.value_dropout, self.training).view(x.shape)
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:

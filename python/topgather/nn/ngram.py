@@ -118,7 +118,7 @@ class NgramMemory(TableModule):
         layer_idx: int = 0,
         seed: int = 1234,
         eps: float = 1e-6,
-        sparse_grad: bool = False,
+        sparse_grad: bool | str = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -136,7 +136,7 @@ class NgramMemory(TableModule):
         checks.check_count("layer_idx", layer_idx, least=0)
         checks.check_count("seed", seed, least=0)
         check_number("eps", eps)
-        checks.check_flag("sparse_grad", sparse_grad)
+        checks.check_sparse_grad(sparse_grad)
         self.dim = dim
         self.vocab_size = vocab_size
         self.orders = tuple(orders)
@@ -183,7 +183,7 @@ class NgramMemory(TableModule):
 
     @property
     def _gives_sparse(self) -> bool:
-        return self.sparse_grad and self._are_parameters("values")
+        return bool(self.sparse_grad) and self._are_parameters("values")
 
     @property
     def _absent(self) -> int:
@@ -290,7 +290,7 @@ class NgramMemory(TableModule):
                 raise ValueError(STATE_OF_PACKED)
         place = None if cu_seqlens is None else place_in_document(tokens.size(0), cu_seqlens)
         indices, new_tokens = self._hash(tokens, place, None if state is None else state.tokens)
-        embeddings = memory_lookup(self.values, indices.reshape(-1, 1), None, self._gives_sparse)
+        embeddings = memory_lookup(self.values, indices.reshape(-1, 1), None, self._gives_sparse and self.sparse_grad)
         embeddings = embeddings.view(*tokens.shape, self.embed_dim)
 
         streams = (self.num_streams, self.dim)

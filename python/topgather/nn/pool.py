@@ -30,7 +30,8 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         value_dim: channels of a row.
         sparse_grad: whether ``values`` gets a sparse gradient, over the touched rows alone, for
             ``torch.optim.SparseAdam`` or ``SGD``: the cost of a step then does not grow with the table. A table that
-            a parametrisation or pruning computes, whole at every call, has dense gradients all the same.
+            a parametrisation or pruning computes, whole at every call, has dense gradients all the same. ``"padded"``:
+            of a size that data does not say, as :func:`topgather.memory_lookup` has it.
         device: where the table is created; torch's default if None.
         dtype: of the table; torch's default if None.
         mode: ``"sum"``, or ``"mean"`` for lookups without weights: see :func:`topgather.memory_lookup`. A layer takes
@@ -63,7 +64,7 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         self,
         num_keys: int,
         value_dim: int,
-        sparse_grad: bool = False,
+        sparse_grad: bool | str = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         mode: str = "sum",
@@ -73,7 +74,7 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         nn.Module.__init__(self)
         check_num_keys(num_keys)
         checks.check_count("value_dim", value_dim)
-        checks.check_flag("sparse_grad", sparse_grad)
+        checks.check_sparse_grad(sparse_grad)
         check_mode(mode)
         checks.check_flag("include_last_offset", include_last_offset)
         self.num_keys = num_keys
@@ -106,7 +107,7 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
     @property
     def sparse(self) -> bool:  # type: ignore[override]
         """Whether gradients are sparse, under the name that it has in an ``nn.EmbeddingBag``."""
-        return self.sparse_grad and self._are_parameters("values")
+        return bool(self.sparse_grad) and self._are_parameters("values")
 
     @property
     def num_embeddings(self) -> int:  # type: ignore[override]
@@ -135,7 +136,14 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         """
         includes_last = self.include_last_offset and offsets is not None
         return memory_lookup(
-            self.values, indices, weights, self.sparse, offsets, self.mode, self.padding_idx, includes_last
+            self.values,
+            indices,
+            weights,
+            self.sparse and self.sparse_grad,
+            offsets,
+            self.mode,
+            self.padding_idx,
+            includes_last,
         )
 
     def quantize(self, dtype: torch.dtype = torch.int8, group_size: int | None = None) -> QuantizedMemoryPool:

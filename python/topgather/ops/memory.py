@@ -128,12 +128,8 @@ def memory_lookup(
 
 def _form_of_gradient(sparse_grad: Any) -> tuple[bool, bool]:
     """Whether the gradient of a table is sparse, and whether it has as many rows as there are entries."""
-    if isinstance(sparse_grad, str) and sparse_grad == "padded":
-        return True, True
-    if not isinstance(sparse_grad, bool):
-        kind = type(sparse_grad).__name__
-        raise TypeError(f"sparse_grad must be a bool or 'padded', got {sparse_grad!r} of type {kind}")
-    return sparse_grad, False
+    checks.check_sparse_grad(sparse_grad)
+    return bool(sparse_grad), sparse_grad == "padded"
 
 
 def expert_lookup(
