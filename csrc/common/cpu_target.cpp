@@ -51,8 +51,8 @@ std::vector<CpuTarget> detect() {
   has_amx = processor_has_amx_bf16() && request_amx_from_kernel();
 #endif
 #if defined(TOPGATHER_HAVE_AVX512_BF16)
-  // Of products in bfloat16 AMD's processors issue as many a cycle as of multiply-adds, twice the work. Intel's issue half
-  // as many, which gains nothing: there the target is offered only below a better one.
+  // Of products in bfloat16 AMD's processors issue as many a cycle as of multiply-adds, twice the work. Intel's issue
+  // half as many, which gains nothing: there the target is offered only below a better one.
   if (has_amx || __builtin_cpu_is("amd")) targets.push_back(CpuTarget::kAvx512Bf16);
 #endif
   if (has_amx) targets.push_back(CpuTarget::kAmx);

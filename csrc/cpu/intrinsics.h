@@ -1,10 +1,10 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
 // All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512 and ARM:
-// float16 from and to float32. AVX-512: scaling by a power of two, reciprocals, 16-bit integers widened, products of bytes.
-// AVX512-BF16: products of pairs of bfloat16 numbers with float32 sums, rounding to them. AMX: the matrix unit of recent
-// x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16, 16] float32. B
-// comes as pairs: one 32-bit word holds two consecutive depths of one column.
+// float16 from and to float32. AVX-512: scaling by a power of two, reciprocals, 16-bit integers widened, products of
+// bytes. AVX512-BF16: products of pairs of bfloat16 numbers with float32 sums, rounding to them. AMX: the matrix unit
+// of recent x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16,
+// 16] float32. B comes as pairs: one 32-bit word holds two consecutive depths of one column.
 #pragma once
 
 #include "../common/dtype.h"
@@ -137,8 +137,8 @@ inline Vector<float> reciprocal_from_one(const Vector<float>& x) {
 // An extension that not every processor with AVX-512 has: callers ask multiplies_bytes() and carry the attribute too.
 #define TOPGATHER_MULTIPLIES_BYTES __attribute__((target("avx512vnni")))
 
-// Adds to each 32-bit sum four products of unsigned bytes of `a` with signed ones of `b`. As assembly, for GCC copies the
-// sums of the intrinsic.
+// Adds to each 32-bit sum four products of unsigned bytes of `a` with signed ones of `b`. As assembly, for GCC copies
+// the sums of the intrinsic.
 TOPGATHER_MULTIPLIES_BYTES inline void add_byte_products(__m512i& sum, const __m512i& a, const __m512i& b) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }

@@ -32,8 +32,8 @@ struct GemmOperands {
   T factor = 1;  // of pairs: what sums are multiplied with
 };
 
-// num_columns must be a multiple of kLanes<T>; C is overwritten, or added to where kAccumulate. T is float or double, and
-// Operand the same or, for T = float where the target multiplies them, BFloat16Pair: then depth counts pairs.
+// num_columns must be a multiple of kLanes<T>; C is overwritten, or added to where kAccumulate. T is float or double,
+// and Operand the same or, for T = float where the target multiplies them, BFloat16Pair: then depth counts pairs.
 template <bool kAccumulate, typename T, typename Operand>
 void tile_gemm(const GemmOperands<T, Operand>& op, int64_t num_rows, int64_t num_columns);
 

@@ -21,11 +21,12 @@
 //   6. rescale and add to the range's running outputs;
 //   last:
 //   7. divide, convert, write out, lse and softmax terms.
-// Queries and rows of running outputs are scattered and lie in the third-level cache by the time they are needed: between
-// the register tiles of step 3 this tile's running outputs are prefetched, of step 5 the next tile's queries and keys.
+// Queries and rows of running outputs are scattered and lie in the third-level cache by the time they are needed:
+// between the register tiles of step 3 this tile's running outputs are prefetched, of step 5 the next tile's queries
+// and keys.
 // Numerics: scores, weights and sums in float32 (float64 for float64); where bfloat16 is multiplied as such
-// (moba_operands_cpu.h), weights are rounded to it for step 5 and values are interleaved. A row without visible keys: out 0, lse -inf. A
-// row all of whose scores are -inf: NaN, as plain softmax.
+// (moba_operands_cpu.h), weights are rounded to it for step 5 and values are interleaved. A row without visible keys:
+// out 0, lse -inf. A row all of whose scores are -inf: NaN, as plain softmax.
 // Determinism: a range's arithmetic depends on shapes and choices alone, so any number of threads gives the same bits.
 #pragma once
 

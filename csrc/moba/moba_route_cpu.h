@@ -142,8 +142,8 @@ struct RouteTask {
 
   enum class ChosenBy { kNumber, kScore, kFilter };
 
-  // Step 4 for one query: ascending block numbers, then -1. By number where there are no more blocks than may be chosen, or
-  // none may by score: the first list_length of the others.
+  // Step 4 for one query: ascending block numbers, then -1. By number where there are no more blocks than may be
+  // chosen, or none may by score: the first list_length of the others.
   void write_choices(int64_t lane, ChosenBy chosen_by, const Scope& scope, int32_t* choices) {
     int64_t count = 0;
     for (; count < scope.first_end; ++count) choices[count] = static_cast<int32_t>(count);
@@ -165,8 +165,8 @@ struct RouteTask {
   }
 
   // All steps for `count` queries: row_of(i) is the i-th, choices_of(i) where its choices go. It sees the blocks up to
-  // own_block_of(i), -1 for none, or the first seen_by_all where those are more. `bytes`: the centroids that chunk_of reads
-  // in place, null where none were made.
+  // own_block_of(i), -1 for none, or the first seen_by_all where those are more. `bytes`: the centroids that chunk_of
+  // reads in place, null where none were made.
   template <typename Storage, typename RowOf, typename OwnBlockOf, typename ChunkOf, typename ChoicesOf>
   void route_tile(int64_t count, int64_t seen_by_all, const RowOf& row_of, const OwnBlockOf& own_block_of,
                   const ChunkOf& chunk_of, const ChoicesOf& choices_of, const ByteCentroids* bytes = nullptr) {

@@ -1,14 +1,14 @@
-// Which blocks can be among a query's best, by products of bytes with a proven bound: the exact scores of a few, the choice
-// of all. docs/routing-bounds.md has the proof.
+// Which blocks can be among a query's best, by products of bytes with a proven bound: the exact scores of a few, the
+// choice of all. docs/routing-bounds.md has the proof.
 //
 //   With mu any vector, t_d > 0 and s > 0:     c_jd = mu_d + t_d (b_jd + r_jd)      b integers, at most 127
 //                                              q_d t_d = s (a_d + u_d)              a integers, at most 127
 //   dot(q, c_j) - dot(q, mu) = s (dot(a, b_j) + e_j),    |e_j| <= |u| |b_j| + |q t / s| |r_j|
 //
 // The first term of the right side is the same for all blocks, so a query's blocks rank as dot(a, b_j) + e_j do, in
-// integers, up to the rounding of the score's own sum, which the bound includes: E_j. Of k blocks of which no
-// dot(a, b_j) - E_j is below T, every one scores more than a block i with dot(a, b_i) + E_i < T, strictly, so i is
-// not among the k best whatever ties there are. Blocks that remain are scored by sums in another order, F off at most from
+// integers, up to the rounding of the score's own sum, which the bound includes: E_j. Of k blocks of which no dot(a,
+// b_j) - E_j is below T, every one scores more than a block i with dot(a, b_i) + E_i < T, strictly, so i is not among
+// the k best whatever ties there are. Blocks that remain are scored by sums in another order, F off at most from
 // RouteTask's; only where these leave a doubt, in its order, to the last bit.
 //
 // Who owns what: a tile of 64 queries, in vector lanes, as RouteTask has it. Rows of bytes come in groups of kRows and
@@ -19,8 +19,8 @@
 //   4. groups with a product of at least T - E, a list a query;
 //   5. of these the products once more, row by row: candidates;
 //   6. scores of candidates, the best of them.
-// What has no bound (a number that is not finite, or out of the range of kMinNumber to kMaxNumber) and what has too many
-// candidates (equal scores) is refused, and RouteTask scores all blocks of the tile.
+// What has no bound (a number that is not finite, or out of FilterRange) and what has too many candidates (equal
+// scores) is refused, and RouteTask scores all blocks of the tile.
 #pragma once
 
 #include <cmath>
@@ -40,7 +40,8 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 #define TOPGATHER_FILTERS_ROUTES 0
 #endif
 
-// Of computations in float32 on numbers within these, nothing overflows, and what underflows is far below a unit of bytes.
+// Of computations in float32 on numbers within these, nothing overflows, and what underflows is far below a unit of
+// bytes.
 struct FilterRange {
   static constexpr float kMax = 1e10f;
   static constexpr float kMinQuery = 1e-15f;
@@ -311,8 +312,9 @@ class RouteFilter {
     }
   }
 
-  // Step 4. Groups that not every query may choose from wholly are candidates of all. What passes is first written in the
-  // order of groups, whether something does or not, for a branch would be mispredicted, and then given to its query.
+  // Step 4. Groups that not every query may choose from wholly are candidates of all. What passes is first written in
+  // the order of groups, whether something does or not, for a branch would be mispredicted, and then given to its
+  // query.
   bool list_groups(int64_t full_groups, int64_t num_groups) {
     for (int64_t lane = 0; lane < kTileQueries; ++lane) num_groups_[lane] = 0;
     Integers lane_numbers;
@@ -343,7 +345,8 @@ class RouteFilter {
     return true;
   }
 
-  // Step 5: rows whose own product passes, ascending; there are list_length at least. Returns how many, -1 where they are too many.
+  // Step 5: rows whose own product passes, ascending; there are list_length at least. Returns how many, -1 where they
+  // are too many.
   TOPGATHER_MULTIPLIES_BYTES int64_t list_candidates(const ByteCentroids& bytes, int64_t lane, int64_t end) {
     int64_t count = 0;
     for (int64_t i = 0; i < num_groups_[lane]; ++i) {
