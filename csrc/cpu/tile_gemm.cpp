@@ -7,15 +7,11 @@ namespace topgather::TOPGATHER_CPU_TARGET {
 namespace {
 
 // Vectors of operands, and their products added to a vector of sums.
-template <typename T>
-inline Vector<T> load_operands(const T* source) {
-  return load<T>(source);
-}
-
-template <typename T>
-inline Vector<T> broadcast_operand(const T* source) {
-  return broadcast<T>(*source);
-}
+inline Vector<float> load_operands(const float* source) { return load<float>(source); }
+inline Vector<float> broadcast_operand(const float* source) { return broadcast<float>(*source); }
+// Not on targets of bfloat16 alone, which compute in float32.
+[[maybe_unused]] inline Vector<double> load_operands(const double* source) { return load<double>(source); }
+[[maybe_unused]] inline Vector<double> broadcast_operand(const double* source) { return broadcast<double>(*source); }
 
 template <typename V>
 inline V add_product(const V& sum, const V& a, const V& b) {

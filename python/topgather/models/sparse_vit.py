@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._common import checks
 from ..nn._init import TruncatedNormalLinear, reset_modules
-from ..nn._one_graph import BatchNorm2d, ConstantFloat, LayerNorm, PatchConv2d, is_exporting
+from ..nn._one_graph import BatchNorm2d, LayerNorm, PatchConv2d, constant_float, is_exporting
 from ..nn._tables import check_number, copy_reference, parameter_to_load
 from ..nn.grid import CHANNELS_LAST, LearnableFeatureFusion, SparseSelfAttention2d, check_counts, resize
 from ..ops.grid import GRID, Pair, axis_of
@@ -327,7 +327,7 @@ class ConvBlock(nn.Module):
         ("mlp_out", "mlp.fc2"),
     )
 
-    drop_path_rate = ConstantFloat()
+    drop_path_rate = constant_float("drop_path_rate")
 
     def __init__(
         self,
@@ -380,7 +380,7 @@ class SparseAttentionBlock(nn.Module):
         ("mlp_gamma", "gamma_2"),
     )
 
-    drop_path_rate = ConstantFloat()
+    drop_path_rate = constant_float("drop_path_rate")
 
     def __init__(
         self,

@@ -38,33 +38,33 @@ class PatchConv2d(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class ConstantFloat:
-    """An attribute of a module that holds a float, which compilers take for the constant that it is.
+def constant_float(name: str) -> Any:
+    """A property of a module that holds a float, which compilers take for the constant that it is.
 
     ``torch.compile(dynamic=True)`` makes an input of its graph of each float of a module; where torch's own layers then
     ask for its value, the graph is thrown away and compiled once more.
     """
+    digits = f"_{name}_digits"
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name, self._digits = name, f"_{name}_digits"
+    def get(module: nn.Module) -> float:
+        return float(getattr(module, digits))
 
-    def __get__(self, module: nn.Module, owner: type) -> float:
-        return float(getattr(module, self._digits))
-
-    def __set__(self, module: nn.Module, value: float) -> None:
+    def put(module: nn.Module, value: float) -> None:
         # As digits, which are no number to a compiler, and name a float exactly.
-        setattr(module, self._digits, repr(float(value)))
-        module.__dict__[self._name] = value  # for who prints a module's fields
+        setattr(module, digits, repr(float(value)))
+        module.__dict__[name] = value  # for who prints a module's fields
+
+    return property(get, put)
 
 
 class LayerNorm(nn.LayerNorm):
     """torch's, of which the first graph is kept."""
 
-    eps = ConstantFloat()
+    eps = constant_float("eps")
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's, of which the first graph is kept; without cumulative averages, which have no ``momentum``."""
 
-    eps = ConstantFloat()
-    momentum = ConstantFloat()
+    eps = constant_float("eps")
+    momentum = constant_float("momentum")
