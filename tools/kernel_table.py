@@ -78,8 +78,9 @@ def parse_report(text: str) -> Iterator[Resources]:
 
 
 def find_build() -> Path:
-    """The build under ``build/`` for the most architectures, of several the one configured last."""
-    builds = (ROOT / "build").glob(f"*/{BUILD_FACTS}")
+    """The build under ``build/`` for the most architectures, of several the one configured last; none for a wheel."""
+    found_facts = (ROOT / "build").glob(f"*/{BUILD_FACTS}")
+    builds = (path for path in found_facts if not path.parent.name.startswith("wheel-"))
     found = max(builds, key=lambda path: (len(path.read_text().splitlines()[1]), path.stat().st_mtime), default=None)
     if found is None:
         raise FileNotFoundError("no build with CUDA under build/: `make install` makes one where a toolkit is found")
