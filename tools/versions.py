@@ -192,6 +192,7 @@ def run_tests(row: Row, place: Path, workers: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "topgather"], cwd=folder, check=True)
         shutil.copytree(ROOT / "tests", Path(folder) / "tests")
+        shutil.copytree(ROOT / "docs", Path(folder) / "docs", ignore=shutil.ignore_patterns("assets"))  # its tables
         shutil.copy(ROOT / "pyproject.toml", folder)  # pytest's settings
         command = [python, "-m", "pytest", "-q", "--show-capture=no", "-p", "no:cacheprovider"]
         command += ["-o", "faulthandler_timeout=120"]  # what hangs says where

@@ -64,7 +64,8 @@ class MobaLayer(DynamicLayer):
     def of(cls, layer: DynamicLayer) -> MobaLayer:
         """A layer with the columns of transformers' own."""
         taker = cls()
-        taker.keys, taker.values, taker.is_initialized = layer.keys, layer.values, layer.is_initialized
+        taker.keys, taker.values = layer.keys, layer.values
+        taker.is_initialized = getattr(layer, "is_initialized", layer.keys is not None)  # new in transformers 4.57
         taker.num_columns = layer.get_seq_length()
         return taker
 
