@@ -85,6 +85,7 @@ struct ByteCentroids {
     float* largest = work + head_dim;
     float* inverse = work + 2 * head_dim;
     *usable = false;
+    if (!all_finite(centroids, head_dim, num_rows, head_dim)) return;
     for (int64_t d = 0; d < head_dim; ++d) mean[d] = largest[d] = 0;
     float largest_number = 0;
     for (int64_t j = 0; j < num_rows; ++j) {
@@ -94,12 +95,11 @@ struct ByteCentroids {
     for (int64_t j = 0; j < num_rows; ++j) {
       for (int64_t d = 0; d < head_dim; ++d) {
         const float number = centroids[j * head_dim + d];
-        // Written so that a NaN becomes the largest and stays it.
-        largest_number = std::fabs(number) <= largest_number ? largest_number : std::fabs(number);
+        largest_number = std::fabs(number) > largest_number ? std::fabs(number) : largest_number;
         const float distance = std::fabs(number - mean[d]);
         largest[d] = distance > largest[d] ? distance : largest[d];
       }
-      if (!(largest_number <= FilterRange::kMax)) return;
+      if (largest_number > FilterRange::kMax) return;
     }
     for (int64_t d = 0; d < head_dim; ++d) {
       scales[d] = largest[d] / 127;
@@ -107,7 +107,7 @@ struct ByteCentroids {
       inverse[d] = scales[d] == 0 ? 0 : 1 / scales[d];
     }
     const float slack = 1 + static_cast<float>(head_dim) * 0x1p-22f;  // of sums in float32
-    const float rounding = std::sqrt(static_cast<float>(head_dim)) * 2e-5f;
+    const float rounding = std::sqrt(static_cast<float>(head_dim)) * 3e-5f;
     Norms& of_all = norms[num_stretches_];
     of_all = {0, 0, 0};
     for (int64_t stretch = 0; stretch < num_stretches_; ++stretch) {
@@ -263,7 +263,7 @@ class RouteFilter {
       }
       const float depth = static_cast<float>(head_dim_), slack = 1 + depth * 0x1p-22f;
       for (int lane = 0; lane < kLanesPerVector; ++lane) {
-        residual_norms_[v][lane] = std::sqrt(residuals[lane]) * slack + std::sqrt(depth) * 2e-5f;
+        residual_norms_[v][lane] = std::sqrt(residuals[lane]) * slack + std::sqrt(depth) * 3e-5f;
         product_norms_[v][lane] = std::sqrt(products[lane]) * slack;
         // The score's own sum is off by at most D * 2^-24 of |q| |c|, and a little.
         const float norm = std::sqrt(numbers[lane]) * slack;

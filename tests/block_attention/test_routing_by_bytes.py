@@ -137,6 +137,13 @@ def many_leaders(places: Tensor) -> Problem:
     return centroids, queries, 8
 
 
+def one_number(number: float) -> Tensor:
+    """Centroids of which one has one such number, before others of its row."""
+    centroids = random(500, 64, 8)[0]
+    centroids[77, 3] = number
+    return centroids
+
+
 CHOSEN: dict[str, Callable[[], Problem]] = {
     "random": lambda: random(1000, 64, 8),
     "one column": lambda: random(500, 1, 3),
@@ -158,6 +165,8 @@ REFUSED: dict[str, Callable[[], Problem]] = {
     "zeros": lambda: (torch.zeros(500, 64), torch.ones(64, 64), 8),
     "zero query": lambda: (random(500, 64, 8)[0], torch.zeros(64, 64), 8),
     "NaN": lambda: (random(500, 64, 8)[0].index_fill(0, torch.tensor([77]), torch.nan), torch.ones(64, 64), 8),
+    "NaN in one column": lambda: (one_number(torch.nan), torch.ones(64, 64), 8),
+    "infinite in one column": lambda: (one_number(-torch.inf), torch.ones(64, 64), 8),
     "infinite": lambda: (random(500, 64, 8)[0].index_fill(0, torch.tensor([77]), torch.inf), torch.ones(64, 64), 8),
     "infinite query": lambda: (random(500, 64, 8)[0], torch.full((64, 64), torch.inf), 8),
     "subnormal": lambda: (random(500, 64, 8)[0] * 1e-40, torch.ones(64, 64), 8),
