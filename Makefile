@@ -154,7 +154,7 @@ compilers: $(VENV)/.tools
 	set -e; for compiler in $(COMPILERS); do \
 	  build=build/compilers/$$compiler; \
 	  $(CONFIGURE) -S . -B $$build -DTOPGATHER_CUDA=OFF -DCMAKE_CXX_COMPILER=$$compiler \
-	    -DCMAKE_CXX_FLAGS_RELEASE="-fsyntax-only -Werror"; \
+	    -DCMAKE_CXX_FLAGS_RELEASE="-fsyntax-only -Werror -Wno-unused-command-line-argument"; \
 	  objects=$$($(VENV)/bin/ninja -C $$build -t targets all | sed -n 's/^\(.*\.o\): .*/\1/p'); \
 	  $(VENV)/bin/ninja -C $$build --quiet $$objects; \
 	done

@@ -89,16 +89,18 @@ class Row:
         return wanted + ([f"transformers=={self.transformers}"] if self.transformers else [])
 
 
-OLDEST, NEWEST = "3.10", "3.13"
+OLDEST, NEWEST = "3.10", "3.15"
 CORNER = Row("2.6.0", OLDEST, "a subset")
 MATRIX = [
     CORNER,
-    Row("2.6.0", NEWEST, "a subset"),
+    Row("2.6.0", "3.13", "a subset"),  # the newest that has this torch
     Row("2.8.0", OLDEST, "a subset"),
     Row("2.10.0", "3.12", "a subset"),
     Row("2.13.0", "3.11", "a subset", numpy=False),
     Row("2.14.1", OLDEST, "a subset"),
-    Row("2.14.1", NEWEST, "a subset"),
+    Row("2.14.1", "3.13", "a subset"),
+    Row("2.15.0", "3.14", "a subset"),
+    Row("2.15.0", NEWEST, "a subset"),
     *(
         Row("2.13.0", "3.11", "transformers", transformers=version)
         for version in ("4.56.2", "4.57.6", "5.0.0", "5.8.1", "5.16.1", "5.24.0")

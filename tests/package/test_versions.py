@@ -58,7 +58,7 @@ def test_rows_replace_their_own_line(versions: ModuleType) -> None:
 
 
 def test_which_rows_run(versions: ModuleType) -> None:
-    pythons = dict.fromkeys(["3.9", "3.10", "3.11", "3.12", "3.13"], "python")
+    pythons = dict.fromkeys(["3.9", "3.10", "3.11", "3.12", "3.13", "3.14", "3.15"], "python")
     del pythons["3.9"]
     assert versions.select([], False, pythons) == versions.MATRIX
     assert versions.select([versions.MATRIX[2].name], False, pythons) == [versions.MATRIX[2]]
