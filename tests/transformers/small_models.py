@@ -180,11 +180,15 @@ def _set(config: Any, name: str, small: Any) -> None:
         setattr(config, name, WINDOW)
 
 
-def _in_words_of(known: Any, layers: Any) -> Any:
-    """Kinds of layers as older versions call them, which a config's own say."""
-    if not isinstance(known, list) or not isinstance(layers, list) or "mamba" not in known:
-        return layers
-    return [{"linear_attention": "mamba", "full_attention": "attention"}.get(each, each) for each in layers]
+def _in_words_of(default: Any, name: str, own: Any) -> Any:
+    """Kinds of layers as older versions call them, of which a config's own tell."""
+    if name not in _LAYERS:
+        return own
+    layers = getattr(default, name, None)
+    is_older = "mamba" in layers if layers else hasattr(default, "layers_block_type")
+    if not is_older:
+        return own
+    return [{"linear_attention": "mamba", "full_attention": "attention"}.get(each, each) for each in own]
 
 
 @cache
@@ -194,11 +198,12 @@ def class_and_config(kind: str) -> tuple[Any, Any]:
     model_class = getattr(transformers, names if isinstance(names, str) else names[0])
     config_class, own = CONFIG_MAPPING[kind], OWN.get(kind, {})
     try:
-        known = config_class(**{name: value for name, value in own.items() if name == "text_config"}).to_dict()
+        default = config_class(**{name: value for name, value in own.items() if name == "text_config"})
     except (TypeError, ValueError, StrictDataclassFieldValidationError):  # older versions have no default parts
         config_class = model_class.config_class
-        known = config_class().to_dict()
-    own = {name: _in_words_of(known.get(name), value) for name, value in own.items()}
+        default = config_class()
+    known = default.to_dict()
+    own = {name: _in_words_of(default, name, value) for name, value in own.items()}
     given = {name: small for name, small in SMALL.items() if name in known and small is not None} | own
     config = config_class(**{name: value for name, value in given.items() if value is not ...})
     if not hasattr(config, "pad_token_id"):  # which some models of transformers 5.0 read all the same
