@@ -272,7 +272,9 @@ def _snapshot(layer: Any) -> dict[str, Any]:
     # transformers' growing layers replace their tensors; their lists of states hold some. Static layers count in place,
     # and forget with the count what they have written behind it.
     fields = {name: list(value) if isinstance(value, list) else value for name, value in vars(layer).items()}
-    counts = [(value, value.clone()) for value in fields.values() if isinstance(value, torch.Tensor) and not value.ndim]
+    counts = [
+        (value, value.clone()) for value in fields.values() if isinstance(value, torch.Tensor) and value.numel() == 1
+    ]
     # In older versions their length is the number of keys that are not 0.
     counts_keys = isinstance(layer, StaticLayer) and layer.keys is not None and "cumulative_length" not in fields
     return {**fields, _COUNTS: counts, _LENGTH: layer.get_seq_length() if counts_keys else None}
