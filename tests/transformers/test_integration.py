@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -449,36 +448,6 @@ def test_a_cache_cut_repeated_and_selected(lengths: list[int]) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
         cache.reset()
         assert cache.get_seq_length() == 0
-
-
-@pytest.mark.parametrize("number", [0, -4, torch.tensor(-4), -30], ids=str)
-def test_a_cache_is_cut_as_the_stock_cache(number: Any) -> None:
-    """0 is all of it in older versions, which give the length to keep; assisted generation gave tensors."""
-    ids = tokens(1, 30)
-    lengths = []
-    for replace_cache in (False, True):
-        moba.register(block_size=8, top_k=2, replace_cache=replace_cache)
-        model, cache = llama(), DynamicCache()
-        with torch.no_grad():
-            model(ids, past_key_values=cache)
-        cache.crop(number)
-        lengths.append(cache.get_seq_length())
-    assert holds_moba_layers(cache) and cache.layers[0].moba_cache.lengths == [lengths[1]]
-    assert lengths[0] == lengths[1]
-
-
-def test_a_cache_that_the_model_would_not_read_is_refused() -> None:
-    """Under the name of newer versions of transformers."""
-    model = llama()
-    with torch.no_grad():
-        if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters:
-            cache = DynamicCache()
-            model(tokens(1, 20), cache=cache)
-            assert cache.get_seq_length() == 20
-        else:
-            assert not IS_OF_TABLE
-            with pytest.raises(ValueError, match="cache is no argument of LlamaForCausalLM in transformers"):
-                model(tokens(1, 20), cache=DynamicCache())
 
 
 def test_models_with_hooks_are_copied_and_pickled() -> None:
