@@ -39,6 +39,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "alibi": False,
+    "use_mamba_kernels": False,
     "sliding_window": None,
 }
 WINDOW = 8  # of sliding windows, less than a prompt
@@ -63,6 +64,7 @@ _GEMMA4 = {
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64, "num_hidden_layers": 2, "local_attention_window_len": None},
+    "codegen": {"n_head": 4},  # which older versions divide by 4
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {**_ROPE, "mrope_section": [4, 2, 2]}},
         "sliding_window": WINDOW,
@@ -178,15 +180,34 @@ def _set(config: Any, name: str, small: Any) -> None:
         setattr(config, name, WINDOW)
 
 
+def _in_words_of(default: Any, name: str, own: Any) -> Any:
+    """Kinds of layers as older versions call them, of which a config's own tell."""
+    if name not in _LAYERS:
+        return own
+    layers = getattr(default, name, None)
+    is_older = "mamba" in layers if layers else hasattr(default, "layers_block_type")
+    if not is_older:
+        return own
+    return [{"linear_attention": "mamba", "full_attention": "attention"}.get(each, each) for each in own]
+
+
 @cache
 def class_and_config(kind: str) -> tuple[Any, Any]:
     """The class of a kind of model, and its config."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
     model_class = getattr(transformers, names if isinstance(names, str) else names[0])
     config_class, own = CONFIG_MAPPING[kind], OWN.get(kind, {})
-    known = config_class(**{name: value for name, value in own.items() if name == "text_config"}).to_dict()
+    try:
+        default = config_class(**{name: value for name, value in own.items() if name == "text_config"})
+    except (TypeError, ValueError, StrictDataclassFieldValidationError):  # older versions have no default parts
+        config_class = model_class.config_class
+        default = config_class()
+    known = default.to_dict()
+    own = {name: _in_words_of(default, name, value) for name, value in own.items()}
     given = {name: small for name, small in SMALL.items() if name in known and small is not None} | own
     config = config_class(**{name: value for name, value in given.items() if value is not ...})
+    if not hasattr(config, "pad_token_id"):  # which some models of transformers 5.0 read all the same
+        config.pad_token_id = None
     if model_class.config_class is not config_class:  # the class takes the text part alone
         config = config.get_text_config(decoder=True)
     return model_class, _shrink(config, {} if kind == "gpt_neo" else own)
@@ -199,7 +220,10 @@ def build(kind: str, implementation: str) -> Any:
     """A small model of this kind, the same at every call."""
     model_class, config = class_and_config(kind)
     if kind not in _SMALL:  # which its config does not tell; refused models are refused here
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                model = model_class._from_config(config, attn_implementation=implementation)
+        except NotImplementedError:  # older versions of Apertus read what they have just made
             model = model_class._from_config(config, attn_implementation=implementation)
         size = sum(each.numel() for each in model.parameters())
         assert size <= MOST_PARAMETERS, f"{kind}: {size:.0e} parameters"

@@ -1,6 +1,7 @@
 """Models under ``torch.compile(fullgraph=True)`` give what they give without: forwards, training, decoding."""
 
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,10 +77,14 @@ def test_decoding_with_a_static_cache(family: Family, side: str | None) -> None:
         mask = torch.ones(2, 40, dtype=torch.long)
         mask[:, :LENGTH] = inputs.get("attention_mask", mask[:, :LENGTH])
         given = {} if side is None else {"attention_mask": mask}
-        with torch.no_grad():
-            logits = [run(inputs["input_ids"], past_key_values=cache, **given).logits]
-            for token in range(3, 8):
-                logits.append(run(torch.full((2, 1), token), past_key_values=cache, **given).logits)
+        steps = [inputs["input_ids"], *(torch.full((2, 1), token) for token in range(3, 8))]
+        logits, start = [], 0
+        for ids in steps:
+            if "cache_position" in inspect.signature(type(model).forward).parameters:  # needed by older versions
+                given["cache_position"] = torch.arange(start, start + ids.shape[1])
+            with torch.no_grad():
+                logits.append(run(ids, past_key_values=cache, **given).logits)
+            start += ids.shape[1]
         outs.append(logits)
     assert_close(outs[0][0], outs[1][0], inputs)
     torch.testing.assert_close(torch.cat(outs[0][1:], 1), torch.cat(outs[1][1:], 1), atol=1e-4, rtol=1e-4)

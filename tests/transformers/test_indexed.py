@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ LAYERS = {
     "sparse": ["minimax_m3_sparse"] * 2,
 }
 BLOCK_SIZE, SLOTS = 8, 3
+# The argument that takes a cache, which has had another name.
+CACHE = "cache" if "cache" in inspect.signature(MiniMaxM3VLForCausalLM.forward).parameters else "past_key_values"
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +214,7 @@ def test_caches(made: str) -> None:
         expected = ours(ids, use_cache=False).logits
         cache, parts = make(), []
         for part in ids.split([20, 13, 1, 1, 10], dim=1):
-            parts.append(ours(part, cache=cache, use_cache=True).logits)
+            parts.append(ours(part, **{CACHE: cache}, use_cache=True).logits)
     assert_close(torch.cat(parts, dim=1), expected)
     if made in ("ours", "paged", "replaced"):
         assert type(cache.layers[0]) is MobaLayer and type(cache.layers[1]) is IndexedMobaLayer
@@ -228,7 +231,7 @@ def test_what_generation_does_to_a_cache(made: str) -> None:
     options: dict[str, Any] = {"num_beams": 3}
 
     def cache() -> dict[str, Any]:
-        return {"cache": moba.make_cache(ours, max_seq_len=128, paged=True)} if made == "paged" else {}
+        return {CACHE: moba.make_cache(ours, max_seq_len=128, paged=True)} if made == "paged" else {}
 
     beams = greedy(ours, ids, attention_mask=mask, **cache(), **options)
     for row, real, generated in zip(ids, mask, beams, strict=True):
@@ -246,7 +249,7 @@ def test_another_implementation_in_the_middle_of_a_conversation() -> None:
         cache, parts = DynamicCache(config=ours.config), []
         for number, part in enumerate(ids.split([20, 4, 3, 3], dim=1)):
             moba.set_moba(ours, enabled=number % 2 == 0)
-            parts.append(ours(part, cache=cache, use_cache=True).logits)
+            parts.append(ours(part, **{CACHE: cache}, use_cache=True).logits)
     assert_close(torch.cat(parts, dim=1), expected)
 
 
@@ -255,12 +258,12 @@ def test_a_forward_that_fails_takes_nothing() -> None:
     with torch.no_grad():
         expected = ours(ids, use_cache=False).logits
         cache = DynamicCache(config=ours.config)
-        ours(ids[:, :20], cache=cache, use_cache=True)
+        ours(ids[:, :20], **{CACHE: cache}, use_cache=True)
         hook = ours.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            ours(ids[:, 20:], cache=cache, use_cache=True)
+            ours(ids[:, 20:], **{CACHE: cache}, use_cache=True)
         hook.remove()
-        assert_close(ours(ids[:, 20:], cache=cache, use_cache=True).logits, expected[:, 20:])
+        assert_close(ours(ids[:, 20:], **{CACHE: cache}, use_cache=True).logits, expected[:, 20:])
 
 
 def test_chunked_prefill_and_a_copied_prompt() -> None:
@@ -269,9 +272,9 @@ def test_chunked_prefill_and_a_copied_prompt() -> None:
     assert torch.equal(greedy(ours, ids, prefill_chunk_size=16), expected)
     with torch.no_grad():
         prompt = DynamicCache(config=ours.config)
-        ours(ids[:, :-1], cache=prompt, use_cache=True)
+        ours(ids[:, :-1], **{CACHE: prompt}, use_cache=True)
     for _ in range(2):
-        assert torch.equal(greedy(ours, ids, cache=copy.deepcopy(prompt)), expected)
+        assert torch.equal(greedy(ours, ids, **{CACHE: copy.deepcopy(prompt)}), expected)
 
 
 def test_switched_in_the_middle() -> None:

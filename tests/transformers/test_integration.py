@@ -20,6 +20,8 @@ import topgather as tg
 from topgather.integrations import transformers as moba
 from topgather.integrations._cache import MobaLayer
 
+from .causal_models import IS_OF_TABLE
+
 transformers.logging.set_verbosity_error()
 
 VOCABULARY = 61
@@ -365,8 +367,20 @@ def test_assisted_generation_equals_greedy() -> None:
     model, assistant = llama(), llama(num_hidden_layers=1)
     ids = tokens(1, 30)
     expected = greedy(model, ids, 20)
+    # A token that never comes: older versions of transformers cannot look for none here.
+    for each in (model, assistant):
+        each.generation_config.eos_token_id = VOCABULARY
     assert torch.equal(greedy(model, ids, 20, assistant_model=assistant), expected)
     assert torch.equal(greedy(model, ids, 20, prompt_lookup_num_tokens=4), expected)
+
+
+def stock_in_chunks(ids: Tensor, mask: Tensor, chunk: int) -> Tensor | None:
+    """What the installed transformers generates with its own attention; None where it takes no chunks."""
+    try:
+        return greedy(llama("sdpa"), ids, 8, attention_mask=mask, prefill_chunk_size=chunk)
+    except ValueError as error:  # 5.0
+        assert "Cannot use prefill chunking without a cache" in str(error)
+        return None
 
 
 @pytest.mark.parametrize("lengths", [[45, 45], [45, 20]], ids=str)
@@ -374,8 +388,14 @@ def test_assisted_generation_equals_greedy() -> None:
 def test_chunked_prefill(chunk: int, lengths: list[int]) -> None:
     model = llama(moba_dense_layers=[1])
     ids, mask = padded(lengths, "left")
-    expected = greedy(model, ids, 8, attention_mask=mask)
-    assert torch.equal(greedy(model, ids, 8, attention_mask=mask, prefill_chunk_size=chunk), expected)
+    stock = stock_in_chunks(ids, mask, chunk)
+    if stock is not None and torch.equal(stock, greedy(llama("sdpa"), ids, 8, attention_mask=mask)):
+        expected = greedy(model, ids, 8, attention_mask=mask)
+        assert torch.equal(greedy(model, ids, 8, attention_mask=mask, prefill_chunk_size=chunk), expected)
+    else:  # in 4 padded rows get wrong positions, whatever the attention
+        assert not IS_OF_TABLE
+        options = {"attention_mask": mask, "prefill_chunk_size": chunk}
+        assert stock is None or torch.equal(greedy(llama(moba_top_k=EVERYTHING), ids, 8, **options), stock)
     position_ids = positions_of(mask)
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, position_ids=position_ids).logits
@@ -538,8 +558,13 @@ def test_models_that_need_more_are_refused() -> None:
     ids = tokens(1, 20)
     with pytest.raises(ValueError, match="attention_dropout"):
         llama(attention_dropout=0.1).train()(ids)
-    with pytest.raises(ValueError, match="is_causal"):
+    both_ways, causal = (llama("eager", is_causal=is_causal)(ids).logits for is_causal in (False, True))
+    if torch.equal(both_ways, causal):  # older versions do not read it
+        assert not IS_OF_TABLE
         llama(is_causal=False)(ids)
+    else:
+        with pytest.raises(ValueError, match="is_causal"):
+            llama(is_causal=False)(ids)
 
 
 @pytest.mark.parametrize(

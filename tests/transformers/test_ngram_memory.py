@@ -96,7 +96,12 @@ def test_caches() -> None:
     out = model(tokens[:1, 5:], past_key_values=first).logits
     torch.testing.assert_close(out, expected[:1, 5:], rtol=1e-4, atol=1e-4)
     second.reset()
-    assert second.get_seq_length() == 0
+    if second.get_seq_length():  # older versions only zero the keys
+        plain = DynamicCache()
+        plain.update(torch.ones(1, 1, 7, 2), torch.ones(1, 1, 7, 2), 0)
+        plain.reset()
+        assert plain.get_seq_length() == 7
+        second = DynamicCache(config=model.config)
     before = copy.deepcopy(second.layers)
     hook = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -105,6 +110,9 @@ def test_caches() -> None:
     second.layers[:] = before
     out = model(tokens[1:], past_key_values=second).logits
     torch.testing.assert_close(out, expected[1:], rtol=1e-4, atol=1e-4)
+    made = model(tokens[:, :5], use_cache=True).past_key_values  # by the model itself
+    out = model(tokens[:, 5:], past_key_values=made).logits
+    torch.testing.assert_close(out, expected[:, 5:], rtol=1e-4, atol=1e-4)
     second.crop(-4)
     with pytest.raises(ValueError, match=r"the cache must be one .* not cut: it has 5 tokens"):
         model(tokens[1:, 5:], past_key_values=second)
@@ -119,7 +127,7 @@ def test_it_trains(checkpointed: bool) -> None:
     assert any(name.endswith("layers.2.ngram_memory.values") for name in names)
     expected = [torch.autograd.grad(model(row[None]).logits.square().mean(), parameters) for row in tokens]
     if checkpointed:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # older versions need to be told
     losses = [model(row[None]).logits.square().mean() for row in tokens]
     for loss, wanted in zip(losses, expected, strict=True):
         for name, mine, gradient in zip(names, torch.autograd.grad(loss, parameters), wanted, strict=True):

@@ -17,9 +17,11 @@ if importlib.util.find_spec("transformers") is None:
 
 import transformers
 from transformers import AutoConfig, AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from topgather.integrations import transformers as moba
 
+from .causal_models import IS_OF_TABLE, register_zeros
 from .small_models import SMALL
 
 transformers.logging.set_verbosity_error()
@@ -68,7 +70,12 @@ def shrink(config: Any) -> Any:
 
 def run(kind: str, implementation: str) -> list[Tensor]:
     """Every floating-point output of a small model."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers does not know {kind}")
     config = shrink(AutoConfig.for_model(kind))
+    text = config.get_text_config()
+    if kind == "qwen3_vl" and getattr(text, "rope_scaling", ...) is None:  # older versions have no default
+        text.rope_scaling = {"rope_type": "default", "mrope_section": [4, 2, 2]}
     torch.manual_seed(0)
     model = AutoModel.from_config(config, attn_implementation=implementation).eval()
     torch.manual_seed(1)
@@ -125,7 +132,15 @@ def test_a_table_of_attentions_of_its_own_is_refused() -> None:
 def test_causal_text_beside_images_attends_by_blocks(kind: str) -> None:
     expected = run(kind, "eager")
     moba.register(block_size=4, top_k=64)
-    assert_equal(run(kind, "moba"), expected)
+    try:
+        actual = run(kind, "moba")
+    except ValueError as error:
+        assert not IS_OF_TABLE and 'attn_implementation="moba" in CLIP' in str(error)
+        asked = register_zeros()
+        run(kind, "zeros")
+        assert 4 in asked.masks  # older versions made the mask themselves
+        return
+    assert_equal(actual, expected)
     moba.register(block_size=4, top_k=1)
     with pytest.raises(AssertionError):
         assert_equal(run(kind, "moba"), expected)

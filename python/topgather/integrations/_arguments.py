@@ -50,6 +50,7 @@ OF_OTHER_PARTS = frozenset(
         "position_embeddings",
         "return_dict",
         "use_cache",
+        "user_cache",  # so it is written in Nemotron-H of transformers 5.8
     }
 )
 
@@ -122,7 +123,11 @@ def check_dropout(module: nn.Module, dropout: float) -> None:
     raise ValueError(f"dropout must be 0 {by_us(module)}, got {dropout}{hint}")
 
 
-def check_causal(module: nn.Module, is_causal: bool | None) -> None:
+def check_causal(module: nn.Module, is_causal: bool | None, num_queries: int, mask: Any) -> None:
     """Raise ``ValueError`` for attention to later tokens."""
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if getattr(module, "is_causal", True) if is_causal is None else is_causal:
+        return
+    # GPT-2 of transformers 4 says so what a kernel has to add: nothing to a mask, and nothing for one token.
+    is_own = getattr(module, "is_causal", False) and not getattr(module, "is_cross_attention", True)
+    if not is_own or (mask is None and num_queries > 1):
         raise ValueError(f"is_causal must be True {by_us(module)}, got False")

@@ -16,6 +16,7 @@ small, stay beside them. From blocks to columns it goes when a module asks that 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,9 @@ from ._forward import note_part, remembered
 
 _Fields = dict[str, Any]
 
+
+# Whether ``crop`` is told how many columns to keep, so that 0 leaves none, as it was in older versions.
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 # Room that a cache is given at most for the end of a block, where blocks are longer than what there is to hold.
 MAX_SPARE_TOKENS = 4096
@@ -124,10 +128,10 @@ class MobaLayer(DynamicLayer):
             return self.moba_cache.batch_size
         return -1 if self.keys is None else self.keys.shape[0]
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Drop the last ``-tokens_to_remove`` columns. A positive number, in older versions, is how many to keep."""
-        keep = self.num_columns + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
-        keep = max(keep, 0)
+        number = int(tokens_to_remove)  # assisted generation of transformers 5.16 gives a tensor
+        keep = number if number > 0 or (number == 0 and _CROPS_TO_LENGTH) else max(self.num_columns + number, 0)
         if keep >= self.num_columns:
             return
         if self.moba_cache is not None:
@@ -376,7 +380,7 @@ class IndexedMobaLayer(MobaLayer):
         self.idx_keys = idx_k if self.idx_keys is None else torch.cat([self.idx_keys, idx_k], dim=2)
         return self.idx_keys
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Drop the last columns, as :meth:`MobaLayer.crop` does."""
         super().crop(tokens_to_remove)
         if self.idx_keys is not None:

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers import PreTrainedModel, __version__
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from . import _forward
 from ._arguments import IMPLEMENTATION
@@ -98,7 +98,10 @@ def _takes_text(model: PreTrainedModel) -> bool:
 
 
 def _refuse(model: nn.Module, reason: str) -> None:
-    raise ValueError(f'{type(model).__name__} does not work with attn_implementation="{IMPLEMENTATION}": {reason}')
+    raise ValueError(
+        f'{type(model).__name__} does not work with attn_implementation="{IMPLEMENTATION}": {reason} '
+        f"(transformers {__version__})"
+    )
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -260,7 +263,7 @@ class _Taken:
                 _restore(layer, snapshot)
 
 
-_COUNTS = "_topgather_counts"
+_COUNTS, _LENGTH = "_topgather_counts", "_topgather_length"
 
 
 def _snapshot(layer: Any) -> dict[str, Any]:
@@ -269,8 +272,12 @@ def _snapshot(layer: Any) -> dict[str, Any]:
     # transformers' growing layers replace their tensors; their lists of states hold some. Static layers count in place,
     # and forget with the count what they have written behind it.
     fields = {name: list(value) if isinstance(value, list) else value for name, value in vars(layer).items()}
-    counts = [(value, value.clone()) for value in fields.values() if isinstance(value, torch.Tensor) and not value.ndim]
-    return {**fields, _COUNTS: counts}
+    counts = [
+        (value, value.clone()) for value in fields.values() if isinstance(value, torch.Tensor) and value.numel() == 1
+    ]
+    # In older versions their length is the number of keys that are not 0.
+    counts_keys = isinstance(layer, StaticLayer) and layer.keys is not None and "cumulative_length" not in fields
+    return {**fields, _COUNTS: counts, _LENGTH: layer.get_seq_length() if counts_keys else None}
 
 
 def _restore(layer: Any, snapshot: dict[str, Any]) -> None:
@@ -280,12 +287,30 @@ def _restore(layer: Any, snapshot: dict[str, Any]) -> None:
     fields = dict(snapshot)
     for tensor, count in fields.pop(_COUNTS):
         tensor.copy_(count)
+    length = fields.pop(_LENGTH)
     layer.__dict__.update(fields)
+    if length is not None:
+        for written in (layer.keys, layer.values):
+            written[:, :, int(length) :] = 0
+
+
+@functools.cache
+def _check_takes_cache(kind: Any) -> None:
+    """Raise ``ValueError`` for a model that would pass ``cache``, which newer ones read, on to nobody."""
+    names = inspect.signature(kind.forward).parameters
+    if "cache" not in names and "past_key_values" in names:
+        raise ValueError(
+            f"cache is no argument of {kind.__name__} in transformers {__version__}, and would not be read: "
+            f"pass past_key_values"
+        )
 
 
 def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
+    if "cache" in kwargs:
+        kind: Any = type(model)  # hashable, which types of modules do not say
+        _check_takes_cache(kind)
     _forward.begin(model, _Taken(list(_caches(args, kwargs))))
     if not model.__dict__.get(_ASKED):
         for module in model.modules():

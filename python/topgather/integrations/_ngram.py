@@ -75,9 +75,14 @@ class _Call:
     """A forward of a decoder: its tokens, and the states of its memories before and after."""
 
     def __init__(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> None:
-        self.tokens, self.mask, self.cache = tokens, mask, cache
+        self.tokens, self.mask = tokens, mask
         self.next_states: dict[NgramMemory, NgramState] = {}
         self.states: dict[NgramMemory, NgramState] = {}
+        self.take(cache)
+
+    def take(self, cache: Cache | None) -> None:
+        """Go by the states of ``cache``, which has none of this forward's tokens yet."""
+        self.cache = cache
         if cache is None:
             return
         num_before = int(cache.get_seq_length())
@@ -131,8 +136,11 @@ def _before_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise ValueError("attention_mask must have shape [batch, tokens], or be None, where n-gram memories are")
         mask = mask[:, mask.size(1) - tokens.size(1) :].to(torch.bool)
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    return args, {**kwargs, _CALL: _Call(tokens, mask, cache)}
+    return args, {**kwargs, _CALL: _Call(tokens, mask, _cache_of(args, kwargs))}
+
+
+def _cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def _after_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -142,6 +150,8 @@ def _after_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kwargs = dict(kwargs)
     call = kwargs.pop(_CALL, None)
+    if call is not None and call.cache is None and not torch.is_grad_enabled():
+        call.take(_cache_of(args, kwargs))  # one that the decoder made, as it does for generate() of transformers 5.0
     memory = getattr(layer, _NAME, None)
     if memory is None:
         return args, kwargs

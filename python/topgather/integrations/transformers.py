@@ -25,7 +25,7 @@ from .._common import checks, over_ranks
 from ._version import raise_unless_too_old
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, __version__, masking_utils
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 except ImportError as error:
@@ -308,6 +308,8 @@ def _key_mask(
     if q_length is None:
         assert cache_position is not None
         q_length, q_offset = cache_position.shape[0], cache_position[0]
+    if kv_length == q_length:  # nothing is cached; older versions give a tensor here all the same
+        q_offset = kv_offset
     if torch.compiler.is_compiling() and isinstance(q_offset, Tensor):
         return _mask_of_static_cache(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     num_keys = int(q_offset if q_offset is not None else 0) + q_length - kv_offset
@@ -512,7 +514,7 @@ def _attention(
         return _attend_locally(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     check_dropout(module, dropout)
     check_names(module, kwargs)
-    check_causal(module, kwargs.get("is_causal"))
+    check_causal(module, kwargs.get("is_causal"), query.shape[2], attention_mask)
     if attention_mask is not None and _shares_keys(getattr(module, "config", None)) and attention_mask.ndim == 4:
         attention_mask = _forward.remembered(_of_keys, attention_mask)
     _check_mask(module, attention_mask)
@@ -573,7 +575,8 @@ def _check_mask(module: nn.Module, mask: Any) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask must have 2 dimensions, [batch, tokens], to be read {by_us(module)}, got {shape}"
+            f"attention_mask must have 2 dimensions, [batch, tokens], to be read {by_us(module)}, got {shape} "
+            f"(transformers {__version__})"
         )
 
 
