@@ -4,6 +4,7 @@
 // for a free-threaded Python, which has none before 3.15, is its own, and says that it needs no interpreter lock: an
 // entry point reads its arguments, which no other thread changes, and keeps no state between calls.
 #include "bindings.h"
+#include "common/cache_size.h"
 #include "common/cpu_target.h"
 #include "common/native_call.h"
 #include "common/parallel.h"
@@ -33,6 +34,12 @@ void fill(PyObject* module) {
   });
   add_function(module, "count_tasks", 1,
                [](PyObject* const* arguments) { return to_python(count_tasks(PyObject_IsTrue(arguments[0]) == 1)); });
+  add_function(module, "assume_last_level_cache", 1, [](PyObject* const* arguments) -> PyObject* {
+    const int64_t num_bytes = PyLong_AsLongLong(arguments[0]);
+    if (PyErr_Occurred() != nullptr) throw PythonError();
+    assume_last_level_cache(num_bytes);
+    return nullptr;
+  });
   add_function(module, "cuda_architectures", 0, [](PyObject* const*) { return to_python(cuda_architectures()); });
   add_function(module, "cuda_toolkit", 0, [](PyObject* const*) { return to_python(cuda_toolkit()); });
   add_function(module, "cuda_devices", 0, [](PyObject* const*) { return to_python(cuda_devices()); });

@@ -69,6 +69,12 @@ inline void store_row(const ComputeOf<Storage>* source, int64_t count, ComputeOf
   for (; i < count; ++i) target[i] = from_compute<Storage>(source[i] * factor);
 }
 
+// The same past the caches: a whole number of lines, and aligned to them. The caller calls finish_streaming().
+template <typename T>
+inline void stream_row(const T* source, int64_t count, T factor, T* target) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) stream<T>(target + i, load<T>(source + i) * factor);
+}
+
 template <typename Storage>
 inline Vector<ComputeOf<Storage>> load_vector(const Storage* source) {
   using T = ComputeOf<Storage>;

@@ -1,8 +1,8 @@
 // The only file of the CPU backend with intrinsics: what vector extensions cannot say.
 //
 // All: testing whether any lane of a mask is set, appending the lanes that pass a bound to a list. AVX-512 and ARM:
-// float16 from and to float32. AVX-512: scaling by a power of two, reciprocals, 16-bit integers widened, products of
-// bytes. AVX512-BF16: products of pairs of bfloat16 numbers with float32 sums, rounding to them. AMX: the matrix unit
+// float16 from and to float32. AVX-512: stores past the caches, scaling by a power of two, reciprocals, 16-bit integers
+// widened, products of bytes. AVX512-BF16: products of pairs of bfloat16 numbers with float32 sums, rounding to them. AMX: the matrix unit
 // of recent x86-64 processors, which multiplies A [16 rows, 32 deep] bfloat16 by B [32 deep, 16 columns] into C [16,
 // 16] float32. B comes as pairs: one 32-bit word holds two consecutive depths of one column.
 #pragma once
@@ -75,6 +75,24 @@ inline int64_t append_not_below(const Vector<T>& scores, T bound, const IntegerV
   return count;
 #endif
 }
+
+// Stores a vector to `target`, aligned to it, past the caches, where kStreamsLines; else as any other. Before another
+// thread reads it, the one that stored it calls finish_streaming().
+#if defined(__AVX512F__)
+inline constexpr bool kStreamsLines = true;  // a vector is a cache line: nothing is left to be merged with memory
+template <typename T>
+inline void stream(T* target, const Vector<T>& vector) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), bit_cast<__m512i>(vector));
+}
+inline void finish_streaming() { _mm_sfence(); }
+#else
+inline constexpr bool kStreamsLines = false;
+template <typename T>
+inline void stream(T* target, const Vector<T>& vector) {
+  store<T>(target, vector);
+}
+inline void finish_streaming() {}
+#endif
 
 }  // namespace topgather::TOPGATHER_CPU_TARGET
 

@@ -37,6 +37,7 @@ struct GridBackwardTask {
   const GridBackwardParams& params;
   const TransposedBias<T>& bias;
   int64_t padded_dim;
+  bool streams;  // gradients, past the caches
 
   T* keys;                             // [G, padded D]
   T* values;                           // [G, padded D]
@@ -55,8 +56,9 @@ struct GridBackwardTask {
   TokensAhead<Storage, 3> written;     // of this one
   int64_t num_prefetched = 0;          // tokens by each call of prefetch_tokens
 
-  GridBackwardTask(const GridBackwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
-      : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
+  GridBackwardTask(const GridBackwardParams& p, const TransposedBias<T>& b, bool streams_gradients,
+                   ScratchCutter& scratch)
+      : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)), streams(streams_gradients) {
     const int64_t max_tokens = p.problem.max_tokens();
     for (T** rows : {&keys, &values, &grad_keys, &grad_values}) *rows = scratch.take<T>(max_tokens * padded_dim);
     for (T** columns : {&query_columns, &grad_out_columns}) *columns = scratch.take<T>(padded_dim * kTileQueries);
@@ -97,7 +99,7 @@ struct GridBackwardTask {
 
   void prefetch_tokens() {
     next.prefetch(num_prefetched);
-    written.prefetch(num_prefetched);
+    if (!streams) written.prefetch(num_prefetched);
   }
 
   // Gradients of [num_rows, padded D]; is_first: nothing is there yet.
@@ -149,7 +151,11 @@ struct GridBackwardTask {
   void write(const Group& group, const MutableImage& image, const T* rows, int64_t first, int64_t last, T factor) {
     const GridProblem& problem = params.problem;
     rows_in<Storage>(problem, image, group).for_each(group, first, last, [&](int64_t token, Storage* target) {
-      store_row(rows + (token - first) * padded_dim, problem.head_dim, factor, target);
+      const T* row = rows + (token - first) * padded_dim;
+      if constexpr (std::is_same_v<Storage, T>) {
+        if (streams) return stream_row(row, problem.head_dim, factor, target);
+      }
+      store_row(row, problem.head_dim, factor, target);
     });
   }
 
@@ -179,6 +185,7 @@ struct GridBackwardTask {
     }
     write(group, params.grad_key, grad_keys, 0, num_tokens, scale);
     write(group, params.grad_value, grad_values, 0, num_tokens, T(1));
+    if (streams && following == nullptr) finish_streaming();
   }
 };
 
@@ -195,6 +202,7 @@ struct GridBackwardContext {
 
   const GridBackwardParams& params;
   const TransposedBias<T>& bias;
+  bool streams;  // gradients, past the caches
   const WorkerScratch* scratch;
   int64_t groups_per_task;  // where there is no grad_bias
   int64_t num_pieces;       // of a head's groups, where there is
@@ -207,7 +215,7 @@ struct GridBackwardContext {
 
   GridBackwardTask<Storage> task_of(int worker) const {
     ScratchCutter cutter = scratch->of(worker);
-    return GridBackwardTask<Storage>(params, bias, cutter);
+    return GridBackwardTask<Storage>(params, bias, streams, cutter);
   }
 
   void run_groups(int64_t task, int worker) const {
@@ -248,15 +256,15 @@ void grid_backward_storage(const GridBackwardParams& params) {
   const GridProblem& problem = params.problem;
   const bool has_grad_bias = params.grad_bias.data != nullptr;
   const TransposedBias<T> bias(problem, params.bias.data);
-  GridBackwardContext<Storage> context{params, bias, nullptr, 1, 1, nullptr};
+  const MutableImage* const results[] = {&params.grad_query, &params.grad_key, &params.grad_value};
+  const bool streams = streams_results<Storage>(problem, 8, results, 3);
+  GridBackwardContext<Storage> context{params, bias, streams, nullptr, 1, 1, nullptr};
   const int64_t bias_size = context.bias_size(), num_units = context.num_units();
   if (has_grad_bias) {
     for (int64_t i = 0; i < problem.num_heads * bias_size; ++i) params.grad_bias.at<T>()[i] = 0;
   }
   if (num_units == 0) return;
-  for (const MutableImage* image : {&params.grad_query, &params.grad_key, &params.grad_value}) {
-    populate_image<Storage>(problem, *image);
-  }
+  for (const MutableImage* image : results) populate_image<Storage>(problem, *image);
   context.groups_per_task = groups_per_task(num_units);
   if (has_grad_bias) context.num_pieces = bias_pieces(problem, bias_size * static_cast<int64_t>(sizeof(T)));
   const int64_t num_tasks =
@@ -264,7 +272,7 @@ void grid_backward_storage(const GridBackwardParams& params) {
   const double operations = 5.0 * static_cast<double>(num_units * problem.head_dim) * static_cast<double>(bias_size);
   const int num_workers = useful_threads(problem.num_threads, num_tasks, operations);
   const WorkerScratch scratch(num_workers,
-                              [&](ScratchCutter& cutter) { GridBackwardTask<Storage>(params, bias, cutter); });
+                              [&](ScratchCutter& cutter) { GridBackwardTask<Storage>(params, bias, streams, cutter); });
   context.scratch = &scratch;
   if (!has_grad_bias) {
     for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) { context.run_groups(task, worker); });

@@ -59,7 +59,8 @@ struct GridForwardTask {
   TokensAhead<Storage, 1> written;     // of this one
   int64_t num_prefetched = 0;          // tokens by each call of prefetch_tokens
 
-  GridForwardTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
+  // Results go through the caches: in groups of more than a vector nothing was gained past them.
+  GridForwardTask(const GridForwardParams& p, const TransposedBias<T>& b, bool, ScratchCutter& scratch)
       : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kLanes<T>)) {
     const int64_t max_tokens = p.problem.max_tokens();
     keys = scratch.take<T>(max_tokens * padded_dim);
@@ -161,18 +162,20 @@ void run_grid_forward(const GridForwardParams& params) {
   if (num_units == 0) return;
   populate_image<Storage>(problem, params.out);
   const TransposedBias<T> bias(problem, params.bias.data);
+  const MutableImage* const results[] = {&params.out};
+  const bool streams = streams_results<Storage>(problem, 4, results, 1);
   const int64_t pieces = ceil_div(problem.max_tokens(), GridConfig::kQueriesPerTask);
   const double pairs = static_cast<double>(problem.max_tokens()) * static_cast<double>(problem.max_tokens());
   const int64_t units_per_task = groups_per_task(num_units * pieces);
   const int64_t num_tasks = ceil_div(num_units, units_per_task) * pieces;
   const int num_workers =
       useful_threads(problem.num_threads, num_tasks, 2.0 * static_cast<double>(num_units * problem.head_dim) * pairs);
-  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, bias, cutter); });
+  const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) { Task(params, bias, streams, cutter); });
   for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
     const int64_t first_query = task % pieces * GridConfig::kQueriesPerTask;
     const int64_t first_unit = task / pieces * units_per_task;
     ScratchCutter cutter = scratch.of(worker);
-    Task forward(params, bias, cutter);
+    Task forward(params, bias, streams, cutter);
     for_each_with_next(
         first_unit, min64(first_unit + units_per_task, num_units),
         [&](int64_t unit) { return unit_at(problem, params.query, unit); },

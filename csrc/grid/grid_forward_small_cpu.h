@@ -42,7 +42,7 @@ __attribute__((noinline)) void score_rows(const T* const* key_rows, const T* que
 }
 
 // Step 5 for kVectors vectors of columns: out_rows[i][column..] = sum over keys of weights[key, i] * value_rows[key].
-template <typename T, int kVectors>
+template <bool kStreams, int kVectors, typename T>
 __attribute__((noinline)) void weigh_rows(const T* const* value_rows, const T* weights, int64_t num_tokens,
                                           int64_t column, T* const* out_rows) {
   constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4;
@@ -64,7 +64,14 @@ __attribute__((noinline)) void weigh_rows(const T* const* value_rows, const T* w
     for (int i = 0; i < kQueries; ++i) {
       if (first + i < num_tokens) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) store<T>(out_rows[first + i] + column + v * kLanes<T>, sums[i][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          T* target = out_rows[first + i] + column + v * kLanes<T>;
+          if constexpr (kStreams) {
+            stream<T>(target, sums[i][v]);
+          } else {
+            store<T>(target, sums[i][v]);
+          }
+        }
       }
     }
   }
@@ -129,6 +136,7 @@ struct GridForwardSmallTask {
   const GridForwardParams& params;
   const TransposedBias<T>& bias;
   int64_t padded_dim;
+  bool streams;  // results, past the caches
 
   T* converted_keys;              // [kTokens, padded D], where rows cannot be read in place
   T* converted_values;            // [kTokens, padded D]
@@ -141,8 +149,8 @@ struct GridForwardSmallTask {
   int which = 0;           // of the two is this group's, the other that of the group that follows
   bool is_placed = false;  // this group's, while the one before was worked on
 
-  GridForwardSmallTask(const GridForwardParams& p, const TransposedBias<T>& b, ScratchCutter& scratch)
-      : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kTokens)) {
+  GridForwardSmallTask(const GridForwardParams& p, const TransposedBias<T>& b, bool streams_out, ScratchCutter& scratch)
+      : params(p), bias(b), padded_dim(round_up(p.problem.head_dim, kTokens)), streams(streams_out) {
     for (T** rows : {&converted_keys, &converted_values, &converted_out}) {
       *rows = scratch.take<T>(kTokens * padded_dim);
     }
@@ -187,18 +195,30 @@ struct GridForwardSmallTask {
                                     static_cast<T>(problem.scale * kLog2E), query_tile, kTokens);
     for (int64_t key = 0; key < num_tokens; key += kKeysAtOnce) {
       score_rows<T, kKeysAtOnce, Storage>(keys + key, query_tile, problem.head_dim, scores + key * kTokens,
-                                          key == 0 ? ahead.query : ahead.key, key == 0 ? own.out : ahead.value);
+                                          key == 0 ? ahead.query : ahead.key,
+                                          key == 0 && !streams ? own.out : ahead.value);
     }
     if (bias.exists()) {
       write_bias_indices(problem, group, bias_indices);
       add_bias(bias, group.head_idx, bias_indices, bias_indices, num_tokens, num_tokens, scores, kTokens);
     }
     softmax(group, num_tokens);
+    if (streams) {
+      weigh<true>(values, num_tokens, out);
+    } else {
+      weigh<false>(values, num_tokens, out);
+    }
+  }
+
+  template <bool kStreams>
+  void weigh(const T* const* values, int64_t num_tokens, T* const* out) const {
     int64_t column = 0;
     for (; column + 4 * kTokens <= padded_dim; column += 4 * kTokens) {
-      weigh_rows<T, 4>(values, scores, num_tokens, column, out);
+      weigh_rows<kStreams, 4>(values, scores, num_tokens, column, out);
     }
-    for (; column < padded_dim; column += kTokens) weigh_rows<T, 1>(values, scores, num_tokens, column, out);
+    for (; column < padded_dim; column += kTokens) {
+      weigh_rows<kStreams, 1>(values, scores, num_tokens, column, out);
+    }
   }
 
   void attend_converted(const Group& group) {
@@ -229,6 +249,7 @@ struct GridForwardSmallTask {
     attend_in_place_or_converted(group);
     which = 1 - which;
     is_placed = following != nullptr;
+    if (streams && !is_placed) finish_streaming();
   }
 };
 

@@ -1,6 +1,7 @@
 // One group of one head as the CPU kernels see it: where its tokens lie.
 #pragma once
 
+#include "../common/cache_size.h"
 #include "../cpu/convert.h"
 #include "../cpu/fresh_pages.h"
 #include "../cpu/tile_gemm.h"
@@ -97,6 +98,24 @@ inline void populate_image(const GridProblem& problem, const MutableImage& image
   const int64_t num_rows = problem.batch_size * problem.num_heads * problem.rows.size * problem.columns.size;
   populate_if_fresh(image.at<Storage>(), num_rows * problem.head_dim * static_cast<int64_t>(sizeof(Storage)),
                     problem.num_threads);
+}
+
+// Whether results are stored past the caches: rows of whole, aligned lines that need no conversion, where a call's
+// images, num_images in all, do not fit the last-level cache. What is written through it there is read from memory first,
+// and evicts what the call reads; of 16-bit numbers half as much, which gained nothing (docs/performance.md).
+template <typename Storage>
+inline bool streams_results(const GridProblem& problem, int64_t num_images, const MutableImage* const* results,
+                            int num_results) {
+  if constexpr (!kStreamsLines || !std::is_same_v<Storage, ComputeOf<Storage>>) return false;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Storage));
+  const int64_t num_rows = problem.batch_size * problem.num_heads * problem.rows.size * problem.columns.size;
+  const int64_t row_bytes = problem.head_dim * static_cast<int64_t>(sizeof(Storage));
+  bool are_lines = problem.head_dim % kLine == 0;
+  for (int i = 0; i < num_results; ++i) {
+    are_lines = are_lines && bit_cast<int64_t>(results[i]->data) % 64 == 0;
+    for (int axis = 0; axis < 4; ++axis) are_lines = are_lines && results[i]->strides[axis] % kLine == 0;
+  }
+  return are_lines && num_images * num_rows * row_bytes > last_level_cache_bytes();
 }
 
 // Prefetches a group's tokens: scattered rows are too irregular for the hardware prefetcher. A few at a time, since a

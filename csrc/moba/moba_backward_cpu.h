@@ -9,8 +9,10 @@
 //
 // Who owns what: every (query range r, chunk of key blocks c) of a key head's group is one task; it adds to the rows
 // of grad_query of r and to the rows of grad_key and grad_value of c. Tasks run in rounds, task (r, c) in round
-// (r + c) mod num_rounds, so that two tasks of a round share neither r nor c: no atomics, no copies of gradients, and
-// each sum is taken in an order fixed by shapes alone, whatever the number of threads. Steps:
+// (r + c) mod num_rounds, so that two tasks of a round share neither r nor c: no atomics, and each sum is taken in an
+// order fixed by shapes alone, whatever the number of threads. Where a sequence has few ranges, chunks are cut in halves,
+// and a range's tasks with first and with second halves run in the same round: grad_query then has two sums, which are
+// added up at the end. Steps:
 //   1. key-major lists of every range, delta of every row;
 //   per round, per task, per block of c, per kTileKeys keys, per tile of queries of r:
 //   2. gather queries and grad_out, transposed (for the scores) and as rows (for the sums over queries);
@@ -19,7 +21,8 @@
 //   5. ds^T x keys, added to grad_query;
 //   6. after the last tile, the block's tiles are added to grad_key and grad_value;
 //   last:
-//   7. where gradients are 16 bits wide, the float32 sums are converted.
+//   7. the second sum of grad_query is added to the first, and where gradients are 16 bits wide, the float32 sums are
+//      converted.
 // Numerics: float32 sums (float64 for float64). Where bfloat16 is multiplied as such (moba_operands_cpu.h), p and ds are
 // rounded to it for steps 4 and 5. 16-bit gradients are summed in a float32 workspace, of as many key
 // heads at a time as keep the threads busy. Rows without visible keys are in no list: their gradients are 0.
@@ -275,10 +278,19 @@ struct BackwardTask {
   }
 };
 
-// Step 1 of a range: delta, and the key-major lists.
+// Of grad_query, by a sequence's shape alone.
+inline int64_t sums_per_range(const MobaProblem& problem, const Sequence& sequence) {
+  const int64_t num_ranges = ranges_in(problem, sequence) * problem.num_query_heads;
+  const int64_t keys_per_query = min64(num_slots(problem), sequence.num_blocks) * problem.block_size;
+  const bool is_cut = num_ranges < MobaRangeConfig::kMinRanges &&
+                      sequence.query_len <= MobaBackwardConfig::kMostQueriesForTwoSums &&
+                      keys_per_query >= MobaBackwardConfig::kFewestKeysForTwoSums;
+  return is_cut ? 2 : 1;
+}
+
+// Step 1 of a range: delta.
 template <typename Storage>
-RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& range, int32_t* joined, int32_t* cursors,
-                           const BlockLists& lists, ComputeOf<Storage>* delta) {
+void make_delta(const MobaBackwardParams& params, const QueryRange& range, ComputeOf<Storage>* delta) {
   using T = ComputeOf<Storage>;
   const Sequence& sequence = range.sequence;
   const int64_t first_row = sequence.query_start + range.first_query;
@@ -293,8 +305,6 @@ RoutingFault prepare_range(const MobaBackwardParams& params, const QueryRange& r
     }
     delta[i] = sum;
   }
-  const int32_t* choices = choices_of_query(params, sequence.batch_idx, head, first_row);
-  return build_range_lists(params.problem, range, choices, params.block_indices.strides[2], joined, cursors, lists);
 }
 
 // The rounds of a whole problem. A unit is one sequence's key head with its group of query heads; a unit takes part in
@@ -315,8 +325,12 @@ class Backward {
     const int64_t num_units = problem_.batch_size * problem_.num_kv_heads;
     if (num_units == 0 || extent_.num_ranges == 0) return;
     max_rounds_ = group_size_ * extent_.max_ranges;
+    for (int64_t s = 0; s < problem_.batch_size; ++s) {
+      max_sums_ = max64(max_sums_, sums_per_range(problem_, sequence_at(problem_, s)));
+    }
+    const int64_t tasks_per_unit = max_rounds_ * max_sums_;
     const int num_workers =
-        useful_threads(problem_.num_threads, num_units * max_rounds_, 5 * pair_operations(problem_, extent_));
+        useful_threads(problem_.num_threads, num_units * tasks_per_unit, 5 * pair_operations(problem_, extent_));
     const WorkerScratch scratch(num_workers, [&](ScratchCutter& cutter) {
       BackwardTask<Storage>(params_, cutter);
       cutter.take<int32_t>(num_cursors() + num_joined());
@@ -327,32 +341,36 @@ class Backward {
     const AlignedBuffer prepared = allocate_aligned(static_cast<size_t>(lay_out_prepared_ranges()));
     prepared_ = prepared.get();
 
-    for_each_range(
-        problem_, 1, num_workers, [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker) {
-          const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
-          int32_t* cursors = scratch.of(worker).template take<int32_t>(num_cursors() + num_joined());
-          return prepare_range<Storage>(params_, range, cursors + num_cursors(), cursors, at.lists, at.delta);
-        });
+    for_each_part(problem_, 1, 2, num_workers,
+                  [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker, int64_t part) {
+                    const PreparedRange at = prepared_range(range.sequence, sequence_idx, range.head_idx, range_idx);
+                    if (part == 1) {
+                      make_delta<Storage>(params_, range, at.delta);
+                      return RoutingFault{};
+                    }
+                    return build_lists(range, at.lists, worker);
+                  });
 
-    // In place, all units run together; with a workspace, so many that each round has tasks for every thread.
-    const int64_t wave = kSumsInPlace ? num_units : min64(num_units, ceil_div(4 * num_workers, max_rounds_));
+    // In place, all units run together; with a workspace, so many that each round has tasks for every thread, but no
+    // more: the next units' then lies in cache, and takes no new memory.
+    const bool has_workspace = !kSumsInPlace || max_sums_ > 1;
+    const int64_t wanted = max64(4 * num_workers, kSumsInPlace ? MobaBackwardConfig::kTasksPerRound : 0);
+    const int64_t wave = has_workspace ? min64(num_units, ceil_div(wanted, tasks_per_unit)) : num_units;
     AlignedBuffer workspace;
-    if constexpr (!kSumsInPlace) {
-      workspace_bytes_ = round_up(unit_elements(extent_.longest) * static_cast<int64_t>(sizeof(T)), 64);
+    if (has_workspace) {
+      workspace_bytes_ = round_up(unit_elements(extent_.longest, max_sums_) * static_cast<int64_t>(sizeof(T)), 64);
       workspace = allocate_aligned(static_cast<size_t>(workspace_bytes_ * wave));
       workspace_ = workspace.get();
     }
     for (first_unit_ = 0; first_unit_ < num_units; first_unit_ += wave) {
       const int64_t wave_units = min64(wave, num_units - first_unit_);
-      if constexpr (!kSumsInPlace) {
-        for_each_task(num_workers, wave_units, [&](int64_t index, int) { clear_unit(index); });
-      }
+      const int64_t num_pieces = wave_units * MobaBackwardConfig::kUnitPieces;
+      if (has_workspace) for_each_task(num_workers, num_pieces, [&](int64_t piece, int) { clear_piece(piece); });
       for (round_ = 0; round_ < max_rounds_; ++round_) {
-        for_each_task(num_workers, wave_units * max_rounds_, [&](int64_t task, int worker) { run_task(task, worker); });
+        for_each_task(num_workers, wave_units * tasks_per_unit,
+                      [&](int64_t task, int worker) { run_task(task, worker); });
       }
-      if constexpr (!kSumsInPlace) {
-        for_each_task(num_workers, wave_units, [&](int64_t index, int) { convert_unit(index); });
-      }
+      if (has_workspace) for_each_task(num_workers, num_pieces, [&](int64_t piece, int) { finish_piece(piece); });
     }
   }
 
@@ -366,6 +384,15 @@ class Backward {
   // Scratch of step 1.
   int64_t num_cursors() const { return lists_per_block(problem_) * extent_.max_blocks; }
   int64_t num_joined() const { return problem_.window > 0 ? extent_.max_queries * num_slots(problem_) : 0; }
+
+  // Step 1 of a range: its key-major lists.
+  RoutingFault build_lists(const QueryRange& range, const BlockLists& lists, int worker) const {
+    int32_t* cursors = scratch_->of(worker).template take<int32_t>(num_cursors() + num_joined());
+    const int64_t row = range.sequence.query_start + range.first_query;
+    const int32_t* choices = choices_of_query(params_, range.sequence.batch_idx, range.head_idx, row);
+    return build_range_lists(problem_, range, choices, params_.block_indices.strides[2], cursors + num_cursors(),
+                             cursors, lists);
+  }
 
   int64_t lists_in(const Sequence& sequence) const { return lists_per_block(problem_) * sequence.num_blocks; }
 
@@ -395,55 +422,74 @@ class Backward {
     return {{offsets, offsets + lists_in(sequence) + 1}, reinterpret_cast<T*>(piece + list_bytes)};
   }
 
-  // Where the gradients of a unit are summed, from the first row of the sequence on.
+  // A gradient of a unit's query heads while it is being summed, from the first row of the sequence on.
+  struct QuerySum {
+    GradientSum<T> first_head;
+    int64_t head_stride;
+
+    GradientSum<T> at(int64_t head, int64_t row) const {
+      return {first_head.data + head * head_stride + row * first_head.row_stride, first_head.row_stride};
+    }
+  };
+
   struct UnitSums {
-    GradientSum<T> grad_query;  // of the group's first query head
-    int64_t grad_query_head;    // elements between its heads
+    QuerySum grad_query[2];  // the second only where sums_per_range() says so
     GradientSum<T> grad_key;
     GradientSum<T> grad_value;
   };
 
-  int64_t unit_elements(const Sequence& sequence) const {
-    return sequence.key_len * (problem_.head_dim + problem_.value_dim) +
-           group_size_ * sequence.query_len * problem_.head_dim;
+  int64_t query_elements(const Sequence& sequence) const {
+    return group_size_ * sequence.query_len * problem_.head_dim;
+  }
+
+  // Of a unit in the workspace: what is not summed in place, then second sums.
+  int64_t unit_elements(const Sequence& sequence, int64_t num_sums) const {
+    const int64_t key_elements = sequence.key_len * (problem_.head_dim + problem_.value_dim);
+    return (kSumsInPlace ? 0 : key_elements) + (num_sums - (kSumsInPlace ? 1 : 0)) * query_elements(sequence);
   }
 
   UnitSums sums_of(int64_t unit, const Sequence& sequence) const {
+    T* data = reinterpret_cast<T*>(workspace_ + (unit - first_unit_) * workspace_bytes_);
+    const auto query_sum = [&](T* sum) {
+      return QuerySum{{sum, problem_.head_dim}, sequence.query_len * problem_.head_dim};
+    };
     if constexpr (kSumsInPlace) {
       const int64_t kv_head = unit % problem_.num_kv_heads;
       const int64_t batch = sequence.batch_idx;
-      return {
+      const QuerySum result{
           {params_.grad_query.at<T>(batch, kv_head * group_size_, sequence.query_start), params_.grad_query.strides[2]},
-          params_.grad_query.strides[1],
-          {params_.grad_key.at<T>(batch, kv_head, sequence.key_start), params_.grad_key.strides[2]},
-          {params_.grad_value.at<T>(batch, kv_head, sequence.key_start), params_.grad_value.strides[2]}};
+          params_.grad_query.strides[1]};
+      return {{result, query_sum(data)},
+              {params_.grad_key.at<T>(batch, kv_head, sequence.key_start), params_.grad_key.strides[2]},
+              {params_.grad_value.at<T>(batch, kv_head, sequence.key_start), params_.grad_value.strides[2]}};
     } else {
-      T* data = reinterpret_cast<T*>(workspace_ + (unit - first_unit_) * workspace_bytes_);
-      const int64_t query_elements = sequence.query_len * problem_.head_dim;
-      T* key_sums = data + group_size_ * query_elements;
-      return {{data, problem_.head_dim},
-              query_elements,
+      T* key_sums = data + query_elements(sequence);
+      T* value_sums = key_sums + sequence.key_len * problem_.head_dim;
+      return {{query_sum(data), query_sum(value_sums + sequence.key_len * problem_.value_dim)},
               {key_sums, problem_.head_dim},
-              {key_sums + sequence.key_len * problem_.head_dim, problem_.value_dim}};
+              {value_sums, problem_.value_dim}};
     }
   }
 
   void run_task(int64_t task, int worker) const {
-    const int64_t unit = first_unit_ + task / max_rounds_;
+    const int64_t unit = first_unit_ + task / (max_rounds_ * max_sums_);
+    const int64_t sum_idx = task / max_rounds_ % max_sums_;
     const int64_t row_idx = task % max_rounds_;
     const int64_t sequence_idx = unit / problem_.num_kv_heads;
     const Sequence sequence = sequence_at(problem_, sequence_idx);
     const int64_t num_ranges = ranges_in(problem_, sequence);
     const int64_t num_rounds = num_ranges * group_size_;
-    if (round_ >= num_rounds || row_idx >= num_rounds) return;
-    const int64_t chunk = (round_ - row_idx + num_rounds) % num_rounds;
+    const int64_t num_sums = sums_per_range(problem_, sequence);
+    if (round_ >= num_rounds || row_idx >= num_rounds || sum_idx >= num_sums) return;
+    const int64_t num_chunks = num_rounds * num_sums;
+    const int64_t chunk = (round_ - row_idx + num_rounds) % num_rounds * num_sums + sum_idx;
     const int64_t head_in_group = row_idx / num_ranges;
     const int64_t head = unit % problem_.num_kv_heads * group_size_ + head_in_group;
     const int64_t range_idx = row_idx % num_ranges;
     const int64_t range_size = queries_per_range(problem_, sequence);
     const int64_t first_query = range_idx * range_size;
-    const int64_t first_block = chunk * sequence.num_blocks / num_rounds;
-    const int64_t last_block = (chunk + 1) * sequence.num_blocks / num_rounds;
+    const int64_t first_block = chunk * sequence.num_blocks / num_chunks;
+    const int64_t last_block = (chunk + 1) * sequence.num_blocks / num_chunks;
     const QueryRange range{sequence, head, first_query, min64(range_size, sequence.query_len - first_query)};
 
     const PreparedRange prepared = prepared_range(sequence, sequence_idx, head, range_idx);
@@ -458,8 +504,7 @@ class Backward {
         params_.lse.at<T>(sequence.batch_idx, head, row),
         params_.softmax_terms.data == nullptr ? nullptr : params_.softmax_terms.at<T>(sequence.batch_idx, head, row),
         prepared.delta,
-        {sums.grad_query.data + head_in_group * sums.grad_query_head + first_query * sums.grad_query.row_stride,
-         sums.grad_query.row_stride}};
+        sums.grad_query[sum_idx].at(head_in_group, first_query)};
     ScratchCutter cutter = scratch_->of(worker);
     [[maybe_unused]] const std::conditional_t<kHasMatrixUnit<Storage>, AmxGuard, int> guard{};
     BackwardTask<Storage> backward(params_, cutter);
@@ -471,38 +516,61 @@ class Backward {
     }
   }
 
-  void clear_unit(int64_t index) const {
+  // The piece-th of kUnitPieces parts of `size` things.
+  static int64_t first_of_piece(int64_t piece, int64_t size) { return piece * size / MobaBackwardConfig::kUnitPieces; }
+
+  void clear_piece(int64_t task) const {
+    const int64_t index = task / MobaBackwardConfig::kUnitPieces, piece = task % MobaBackwardConfig::kUnitPieces;
     const Sequence sequence = sequence_at(problem_, (first_unit_ + index) / problem_.num_kv_heads);
+    const int64_t num_lines = ceil_div(unit_elements(sequence, sums_per_range(problem_, sequence)), kLineElements);
     T* data = reinterpret_cast<T*>(workspace_ + index * workspace_bytes_);
-    for (int64_t i = 0; i < unit_elements(sequence); ++i) data[i] = 0;
+    const int64_t last = first_of_piece(piece + 1, num_lines) * kLineElements;
+    for (int64_t i = first_of_piece(piece, num_lines) * kLineElements; i < last; ++i) data[i] = 0;
   }
 
-  // Step 7 for one unit.
-  void convert_unit(int64_t index) const {
-    const int64_t unit = first_unit_ + index;
+  // Step 7 for some rows of one unit.
+  void finish_piece(int64_t task) const {
+    const int64_t piece = task % MobaBackwardConfig::kUnitPieces;
+    const int64_t unit = first_unit_ + task / MobaBackwardConfig::kUnitPieces;
     const int64_t kv_head = unit % problem_.num_kv_heads;
     const Sequence sequence = sequence_at(problem_, unit / problem_.num_kv_heads);
     const UnitSums sums = sums_of(unit, sequence);
-    const auto convert = [&](const GradientSum<T>& sum, const Array<void, 4>& grad, int64_t head, int64_t first_row,
-                             int64_t num_rows, int64_t depth) {
-      for (int64_t i = 0; i < num_rows; ++i) {
-        store_row(sum.data + i * sum.row_stride, depth, T(1),
-                  grad.at<Storage>(sequence.batch_idx, head, first_row + i));
+    const int64_t first_query = first_of_piece(piece, sequence.query_len);
+    const int64_t last_query = first_of_piece(piece + 1, sequence.query_len);
+    if (sums_per_range(problem_, sequence) > 1) {
+      for (int64_t h = 0; h < group_size_; ++h) {
+        const GradientSum<T> second = sums.grad_query[1].at(h, first_query);
+        add_rows<T>(second.data, second.row_stride, nullptr, last_query - first_query, problem_.head_dim, T(1),
+                    sums.grad_query[0].at(h, first_query));
       }
-    };
-    for (int64_t h = 0; h < group_size_; ++h) {
-      convert({sums.grad_query.data + h * sums.grad_query_head, sums.grad_query.row_stride}, params_.grad_query,
-              kv_head * group_size_ + h, sequence.query_start, sequence.query_len, problem_.head_dim);
     }
-    convert(sums.grad_key, params_.grad_key, kv_head, sequence.key_start, sequence.key_len, problem_.head_dim);
-    convert(sums.grad_value, params_.grad_value, kv_head, sequence.key_start, sequence.key_len, problem_.value_dim);
+    if constexpr (!kSumsInPlace) {
+      const auto convert = [&](const GradientSum<T>& sum, const Array<void, 4>& grad, int64_t head, int64_t start,
+                               int64_t first, int64_t last, int64_t depth) {
+        for (int64_t i = first; i < last; ++i) {
+          store_row(sum.data + i * sum.row_stride, depth, T(1), grad.at<Storage>(sequence.batch_idx, head, start + i));
+        }
+      };
+      for (int64_t h = 0; h < group_size_; ++h) {
+        convert(sums.grad_query[0].at(h, 0), params_.grad_query, kv_head * group_size_ + h, sequence.query_start,
+                first_query, last_query, problem_.head_dim);
+      }
+      const int64_t first_key = first_of_piece(piece, sequence.key_len);
+      const int64_t last_key = first_of_piece(piece + 1, sequence.key_len);
+      convert(sums.grad_key, params_.grad_key, kv_head, sequence.key_start, first_key, last_key, problem_.head_dim);
+      convert(sums.grad_value, params_.grad_value, kv_head, sequence.key_start, first_key, last_key,
+              problem_.value_dim);
+    }
   }
+
+  static constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(T));
 
   const MobaBackwardParams& params_;
   const MobaProblem& problem_;
   RangeExtent extent_;
   int64_t group_size_;
   int64_t max_rounds_ = 0;       // of any unit
+  int64_t max_sums_ = 1;         // of grad_query, of any sequence
   int64_t workspace_bytes_ = 0;  // sums of one unit
   int64_t first_unit_ = 0;       // of the wave
   int64_t round_ = 0;

@@ -12,7 +12,7 @@ struct MobaRangeConfig {
   static constexpr int64_t kQueriesPerBlock = 128;
   static constexpr int64_t kMinQueries = 1024;
   // Where a sequence's heads have fewer ranges than this, the forward's are down to half as large, and have at least so
-  // many queries. Not the backward's: of lists half as long its tiles would be less full.
+  // many queries. Not the backward's: of lists half as long its tiles would be less full (MobaBackwardConfig).
   static constexpr int64_t kMinRanges = 64;
   static constexpr int64_t kFewestQueries = 512;
 };
@@ -39,6 +39,16 @@ struct MobaForwardConfig {
 struct MobaBackwardConfig {
   static constexpr int64_t kTileQueries = 32;
   static constexpr int64_t kTileKeys = 128;
+  // Where a sequence's heads have fewer than MobaRangeConfig::kMinRanges ranges, two tasks of a round take a range, each
+  // with a sum of grad_query of its own. Only of up to so many queries, since a longer sequence would pay for it in memory
+  // and, with few threads, a percent or two of its time; and of at least so many keys a query, since of fewer adding up
+  // would show.
+  static constexpr int64_t kMostQueriesForTwoSums = 8192;
+  static constexpr int64_t kFewestKeysForTwoSums = 512;
+  // Tasks into which clearing, and converting, what a key head's gradients are summed in is cut.
+  static constexpr int64_t kUnitPieces = 16;
+  // Tasks of a round that are worth a workspace of second sums alone, whatever the number of threads.
+  static constexpr int64_t kTasksPerRound = 64;
 };
 
 // Gathers fill whole vectors, up to 16 lanes wide, and the matrix unit works on panels of 32.

@@ -482,16 +482,18 @@ inline RangeExtent range_extent(const MobaProblem& problem, int64_t num_heads = 
   return extent;
 }
 
-// Calls run_range(range, sequence_idx, range_idx, worker) for every range of the problem; the first fault any of them
-// reports is thrown once all are done.
-template <typename RunRange>
-void for_each_range(const MobaProblem& problem, int64_t heads_of_range, int num_workers, const RunRange& run_range) {
+// Calls run_part(range, sequence_idx, range_idx, worker, part) for num_parts parts of every range of the problem; the
+// first fault any of them reports is thrown once all are done.
+template <typename RunPart>
+void for_each_part(const MobaProblem& problem, int64_t heads_of_range, int64_t num_parts, int num_workers,
+                   const RunPart& run_part) {
   const int64_t max_ranges = range_extent(problem, heads_of_range).max_ranges;
   const int64_t num_heads = problem.num_query_heads / heads_of_range;
   RoutingFault first_fault{};
   int32_t has_fault = 0;
-  const int64_t num_tasks = problem.batch_size * num_heads * max_ranges;
-  for_each_task(num_workers, num_tasks, [&](int64_t task, int worker) {
+  const int64_t num_tasks = problem.batch_size * num_heads * max_ranges * num_parts;
+  for_each_task(num_workers, num_tasks, [&](int64_t task_idx, int worker) {
+    const int64_t part = task_idx % num_parts, task = task_idx / num_parts;
     const int64_t range_idx = task % max_ranges;
     const int64_t head = task / max_ranges % num_heads * heads_of_range;
     const int64_t sequence_idx = task / max_ranges / num_heads;
@@ -500,7 +502,7 @@ void for_each_range(const MobaProblem& problem, int64_t heads_of_range, int num_
     const int64_t first_query = range_idx * size;
     if (first_query >= sequence.query_len) return;
     const QueryRange range{sequence, head, first_query, min64(size, sequence.query_len - first_query), heads_of_range};
-    const RoutingFault fault = run_range(range, sequence_idx, range_idx, worker);
+    const RoutingFault fault = run_part(range, sequence_idx, range_idx, worker, part);
     if (fault.kind != RoutingFault::kNone && __atomic_exchange_n(&has_fault, 1, __ATOMIC_RELAXED) == 0) {
       first_fault = fault;
     }
@@ -509,6 +511,14 @@ void for_each_range(const MobaProblem& problem, int64_t heads_of_range, int num_
     throw_routing_fault(first_fault.kind == RoutingFault::kDuplicate, first_fault.head_idx, first_fault.query,
                         first_fault.block);
   }
+}
+
+template <typename RunRange>
+void for_each_range(const MobaProblem& problem, int64_t heads_of_range, int num_workers, const RunRange& run_range) {
+  for_each_part(problem, heads_of_range, 1, num_workers,
+                [&](const QueryRange& range, int64_t sequence_idx, int64_t range_idx, int worker, int64_t) {
+                  return run_range(range, sequence_idx, range_idx, worker);
+                });
 }
 
 // Multiply-adds of one product of chosen queries with keys: what the number of threads is judged by.

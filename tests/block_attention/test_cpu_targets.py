@@ -25,6 +25,8 @@ CASES = [
     AttentionCase(query_len=190, key_len=33, head_dim=31, block_size=8, top_k=2),
     AttentionCase(query_len=1, key_len=65, head_dim=15, block_size=16, top_k=2),
     AttentionCase(query_len=150, head_dim=64, block_size=32, top_k=3, scale=-3.0),
+    # Two sums of grad_query.
+    AttentionCase(num_kv_heads=1, query_len=520, head_dim=16, block_size=64, top_k=8),
 ]
 
 
