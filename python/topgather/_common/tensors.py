@@ -39,6 +39,16 @@ def empty_like_rows(like: Tensor, dim: int) -> Tensor:
     return empty(like, (*like.shape[:-1], dim), like.dtype)
 
 
+def memory_of(*written: Tensor | None) -> set[int]:
+    """What memory these have: where their storages begin."""
+    return {tensor.untyped_storage().data_ptr() for tensor in written if tensor is not None}
+
+
+def apart(tensor: Tensor, memory: set[int]) -> Tensor:
+    """The tensor, or a copy of one that has a part of ``memory``."""
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in memory else tensor
+
+
 def boundaries(tensor: Tensor) -> Tensor:
     """``cu_seqlens`` or indices as int64, contiguous."""
     return tensor.to(torch.int64).contiguous()

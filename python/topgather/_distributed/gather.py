@@ -80,7 +80,8 @@ def parts_of(layout: Placement, bounds: list[int] | None, is_causal: bool, devic
         num_keys = [(min(end, stretch.end) if is_causal else end) - start for start, end in within]
         keys = slice(within[0][0], within[0][0] + sum(num_keys))
         cu_seqlens_q, cu_seqlens_k = (
-            torch.tensor([0, *numbers], dtype=torch.int64).cumsum(0).to(device) for numbers in (num_queries, num_keys)
+            torch.tensor([0, *numbers], dtype=torch.int64, device="cpu").cumsum(0).to(device)
+            for numbers in (num_queries, num_keys)
         )
         parts.append(Part(queries, keys, (cu_seqlens_q, cu_seqlens_k, max(num_queries), max(num_keys))))
     return parts

@@ -58,8 +58,13 @@ def check_no_gradient(name: str, tensor: Tensor, advice: str) -> None:
 
     Raises:
         ValueError: it requires grad where gradients are recorded; the message ends with ``advice``.
-        NotImplementedError: it has a tangent (forward mode).
+        NotImplementedError: it has a tangent (forward mode), or ``torch.jit.trace`` watches.
     """
+    if not is_compiling() and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "topgather: torch.jit.trace cannot follow a cache, of which it would keep the lengths as constants; "
+            "torch.compile can"
+        )
     while True:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require grad: {advice}")

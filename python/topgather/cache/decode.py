@@ -111,6 +111,7 @@ def moba_decode(
     checks.check_tensor("query", query)
     if not isinstance(cache, BaseCache):
         raise TypeError(f"cache must be a topgather.MobaCache or PagedMobaCache, got {type(cache).__name__}")
+    cache.check_whole()
     checks.check_scale(scale)
     checks.check_softcap(softcap)
     checks.check_sinks(sinks)
