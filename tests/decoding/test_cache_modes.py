@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topgather as tg
 import topgather.cache
@@ -399,3 +400,17 @@ def test_a_weight_that_is_taken_is_one_that_appends_take(dtype: torch.dtype, wid
         cache = make(tg.MobaCache, dtype=dtype, conv_weight=torch.randn(2, 8, width, dtype=weight_dtype))
         cache.append(tokens(3).to(dtype), tokens(3).to(dtype))
         assert cache.lengths == [3]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_fake_tensors_do_not_reach_a_real_cache(cls: type) -> None:
+    """Nothing would be written, and the lengths would count it; a cache made of fakes is another matter."""
+    cache = make(cls)
+    cache.append(tokens(3), tokens(3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(ValueError, match="key must not be a fake tensor"):
+            cache.append(torch.empty(1, 2, 2, 8), torch.empty(1, 2, 2, 8))
+        fake = make(cls)
+        fake.append(torch.empty(1, 2, 2, 8), torch.empty(1, 2, 2, 8))
+        assert tg.moba_decode(torch.empty(1, 2, 2, 8), fake).shape == (1, 2, 2, 8)
+    assert cache.lengths == cache.seq_lens.tolist() == [3]

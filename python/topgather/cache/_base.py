@@ -29,7 +29,13 @@ from .._common import checks
 from .._common.library import sum_dtype
 from ..ops import _decode_ops  # noqa: F401  registers the ops
 from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH, key_conv
-from ._checks import check_counts, check_device_dtype, check_no_gradient, check_not_transformed
+from ._checks import (
+    check_counts,
+    check_device_dtype,
+    check_no_gradient,
+    check_not_fake,
+    check_not_transformed,
+)
 
 ROW_BYTES = 16  # rows start on such boundaries, so that CUDA kernels read them in place
 
@@ -190,9 +196,10 @@ class BaseCache:
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: a wrong shape, stride or device; a tensor that requires grad where gradients are recorded, or
-                that a transform of ``torch.func`` wraps; not enough space. The cache is then what it was. On CUDA,
-                where only the device knows how many tokens there are, a token without a place is dropped instead.
+            ValueError: a wrong shape, stride or device; a tensor that requires grad where gradients are recorded, that
+                a transform of ``torch.func`` wraps, or that is fake; not enough space. The cache is then what it was.
+                On CUDA, where only the device knows how many tokens there are, a token without a place is dropped
+                instead.
             NotImplementedError: a dual tensor of forward-mode differentiation.
 
         In a compiled function and in a captured CUDA graph the host does not follow the lengths: pages must have been
@@ -312,6 +319,7 @@ class BaseCache:
             checks.check_contiguous_rows(name, tensor)
             check_no_gradient(name, tensor, "a cache records no gradients; use torch.no_grad()")
             check_not_transformed(name, tensor)
+            check_not_fake(name, tensor, self.key_pages)
 
     # --- space ------------------------------------------------------------------------------------------------------
 
