@@ -499,12 +499,12 @@ class BaseCache:
 
     def reset(self) -> None:
         """Forget every token. Memory stays, and stays where it is, but for that of a cache that was interrupted."""
-        was_interrupted = self._unfinished is not None
-        self._unfinished = "reset"
         with ordinary_tensors():
-            if was_interrupted:
+            if self._unfinished is not None:
                 self._allocate(self.batch_size if self.page_table is None else self.key_pages.size(0))
-            self._rearranged([(sequence, 0) for sequence in range(self.batch_size)]).commit()
+            rearrangement = self._rearranged([(sequence, 0) for sequence in range(self.batch_size)])
+            self._unfinished = "reset"
+            rearrangement.commit()
             self.seq_lens.zero_()
             if self._raw_keys is not None:
                 self._raw_keys.zero_()
