@@ -3,7 +3,8 @@ gets: the gradients are those without them.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+import topgather as tg
 from tests.common.ops import DIFFERENTIABLE, OpCase, every
 from tests.common.runs import assert_all_equal
 
@@ -39,3 +41,29 @@ def test_gradients_under_hooks(case: OpCase, hooks: str, device: torch.device) -
     with HOOKS[hooks]():
         found = case.everything(inputs)
     assert_all_equal(found, expected)
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_steps_of_a_row_optimizer_under_hooks(hooks: str) -> None:
+    """The lookups of a table that one has are functions of their own."""
+
+    def stepped(make_hooks: Callable[[], AbstractContextManager[Any]]) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = tg.nn.PeerMemory(16, 4, 2, 3, 8)
+        tables = [layer.values_in, layer.values_out]
+        optimizer = tg.optim.RowSGD(tables, lr=0.1)
+        x = torch.randn(5, 16, requires_grad=True)
+        with make_hooks():
+            layer(x).sin().sum().backward()
+        optimizer.step()
+        return [x.grad, *(table.detach() for table in tables)]
+
+    for found, expected in zip(stepped(HOOKS[hooks]), stepped(nullcontext), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_saved_tensors_are_read_in_one_way() -> None:
+    """Who writes a backward by hand takes ``tensors.saved_rows``."""
+    package = Path(tg.__file__).parent
+    readers = {path.name for path in package.rglob("*.py") if ".saved_tensors" in path.read_text()}
+    assert readers == {"spec.py", "tensors.py"}

@@ -356,7 +356,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, terms, choice = ctx.saved_tensors
+        query, key, value, out, lse, terms, choice = tensors.saved_rows(ctx)
         layout, blocks, options, traffic = ctx.calls
         group_size, dtype = query.size(1) // key.size(1), sum_dtype(query.dtype)
         # The others wait for this rank's part, whatever its own gradients are.

@@ -268,7 +268,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, terms, *choices = ctx.saved_tensors
+        query, key, value, out, lse, terms, *choices = tensors.saved_rows(ctx)
         layout, bounds, options, parts, heads = ctx.calls
         is_packed = bounds is not None
         tokens_dim, group_size = (0 if is_packed else 2), query.size(1) // key.size(1)
