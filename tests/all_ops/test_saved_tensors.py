@@ -59,7 +59,8 @@ def test_steps_of_a_row_optimizer_under_hooks(hooks: str) -> None:
         return [x.grad, *(table.detach() for table in tables)]
 
     for found, expected in zip(stepped(HOOKS[hooks]), stepped(nullcontext), strict=True):
-        assert torch.equal(found, expected)
+        # The layer's projections are torch's, which round by the layout too.
+        torch.testing.assert_close(found, expected)
 
 
 def test_saved_tensors_are_read_in_one_way() -> None:
