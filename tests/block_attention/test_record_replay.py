@@ -662,6 +662,12 @@ def test_a_context_that_ends_elsewhere_ends() -> None:
     assert len(recorded(model, x)[1]) == 1
 
 
+def test_torch_load_takes_a_record(tmp_path: Path) -> None:
+    record = recorded(Model(), tokens(), share_every=2)[1]
+    torch.save(record, tmp_path / "record.pt")
+    assert_same_choices(torch.load(tmp_path / "record.pt", weights_only=True), record)
+
+
 def test_records_that_are_not_whole(tmp_path: Path) -> None:
     """A ``ValueError`` that names the file, whatever is missing or does not go together."""
     path = tmp_path / "record.safetensors"

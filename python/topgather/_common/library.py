@@ -84,6 +84,11 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_device(device: torch.device) -> str:
+    """The type of device whose autocast bears on tensors of ``device``; the meta device has none of its own."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 def below_autograd() -> Any:
     """A context in which calling an op reaches its kernel, past its autograd registration."""
     return torch._C._AutoDispatchBelowAutograd()

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common import checks
-from .._common.library import sum_dtype
+from .._common.library import autocast_device, sum_dtype
 from ..ops import _decode_ops  # noqa: F401  registers the ops
 from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH, key_conv
 from ._checks import (
@@ -384,7 +384,7 @@ class BaseCache:
         assert self._raw_keys is not None
         num_kept = self._raw_keys.size(2)
         # Under autocast too: the cache has the dtype that was asked for.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(autocast_device(self.device), enabled=False):
             convolved, _ = key_conv(key, self.conv_weight, state=self._raw_keys[:, :, num_kept - self._state_len :])
         joined = torch.cat([self._raw_keys, key], dim=2)
         if count_tensor is None:
@@ -570,6 +570,11 @@ class BaseCache:
     def __deepcopy__(self: _Cache, memo: dict[int, Any]) -> _Cache:
         memo[id(self)] = other = self.copy()
         return other
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # What is unpickled may have gone elsewhere, by the map_location of torch.load.
+        self.device = self.key_pages.device
 
     def to(self: _Cache, device: torch.device | str) -> _Cache:
         """The same content on another device; the cache itself where it is there already.

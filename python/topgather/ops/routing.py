@@ -276,3 +276,7 @@ def _joined(choices: list[BlockRouting]) -> BlockRouting:
     most = max(choice.top_k for choice in choices)
     padded = (torch.nn.functional.pad(choice.block_indices, (0, most - choice.top_k), value=-1) for choice in choices)
     return BlockRouting(torch.cat(list(padded), dim=2), first.block_size)
+
+
+# A record is tensors and numbers: torch.load takes it as it takes those.
+torch.serialization.add_safe_globals([RoutingRecord])
