@@ -497,7 +497,7 @@ def clip_grad_norm_(
         norm = torch.linalg.vector_norm(grad, norm_type, dtype=sum_dtype(grad.dtype))
         norms.setdefault((kind, norm.dtype, norm.device), []).append(norm)
     if not norms:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     device = numbers[0].device
     # One collective for all DTensors that are spread alike.
     parts = [torch.linalg.vector_norm(torch.stack(group), norm_type) for group in norms.values()]

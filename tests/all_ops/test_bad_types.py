@@ -139,6 +139,24 @@ def test_sparse_layout(case: OpCase, name: str, device: torch.device) -> None:
     refuse(case, name, Tensor.to_sparse, EITHER, named, device)
 
 
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nested": lambda tensor: torch.nested.nested_tensor(list(tensor.unbind())),
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
+@arguments(lambda value: is_tensor(value) and value.is_floating_point() and value.ndim > 1)
+def test_tensors_of_other_kinds(case: OpCase, name: str, requires_grad: bool, kind: str) -> None:
+    """Where no kernel takes them, an op says so itself, not the dispatcher."""
+    inputs = case.inputs(torch.float32, torch.device("cpu"), requires_grad=requires_grad)
+    wrong = KINDS[kind](inputs[name].detach())
+    with pytest.raises((TypeError, ValueError), match=rf"\b({tensors_of(case)})\b"):
+        case.function(**inputs | {name: wrong.requires_grad_(requires_grad and kind == "nested")})
+
+
 @arguments(is_flag, PUBLIC)
 def test_flag_of_another_type(case: OpCase, name: str, device: torch.device) -> None:
     for wrong in (1, 0, None, "yes", torch.tensor(True)):

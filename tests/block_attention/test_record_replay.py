@@ -1,15 +1,18 @@
 """Choices of a whole forward: recorded, replayed, saved, shared; checkpoints, threads and compiled code with them."""
 
+import asyncio
 import copy
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +20,7 @@ import topgather as tg
 from tests.block_attention.helpers import Packed
 from tests.common.tensors import assert_bitwise_equal, random_tensor
 from tests.decoding.helpers import DecodeCase, in_steps, make_cache, make_tokens
+from topgather.ops import replay
 
 CPU = torch.device("cpu")
 NUM_LAYERS = 4
@@ -625,3 +629,66 @@ def test_a_torch_that_does_not_show_checkpoints(monkeypatch: pytest.MonkeyPatch)
     message = f"checkpoint need torch 2.8 or newer, this is {torch.__version__}"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         recorded(model, x)
+
+
+def test_a_context_that_ends_elsewhere_ends() -> None:
+    """A generator that another thread collects, or another task closes, leaves nothing behind where it began."""
+    model, x = Model(1), tokens()
+
+    def steps() -> Iterator[tg.RoutingRecord]:
+        with tg.record_routing() as record:
+            model(x)
+            yield record
+
+    async def asynchronous_steps() -> AsyncIterator[tg.RoutingRecord]:
+        with tg.record_routing() as record:
+            model(x)
+            yield record
+
+    async def closed_by_another_task() -> tg.RoutingRecord:
+        generator = asynchronous_steps()
+        record = await anext(generator)
+        await asyncio.create_task(generator.aclose())
+        model(x)
+        return record
+
+    suspended = steps()
+    record = next(suspended)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(suspended.close).result()
+    model(x)
+    assert len(record) == 1 and not replay.state.is_watched
+    assert len(asyncio.run(closed_by_another_task())) == 1 and not replay.state.is_watched
+    assert len(recorded(model, x)[1]) == 1
+
+
+def test_torch_load_takes_a_record(tmp_path: Path) -> None:
+    record = recorded(Model(), tokens(), share_every=2)[1]
+    torch.save(record, tmp_path / "record.pt")
+    assert_same_choices(torch.load(tmp_path / "record.pt", weights_only=True), record)
+
+
+def test_records_that_are_not_whole(tmp_path: Path) -> None:
+    """A ``ValueError`` that names the file, whatever is missing or does not go together."""
+    path = tmp_path / "record.safetensors"
+    whole = {"format": "topgather.RoutingRecord", "version": 1, "share_every": 1, "num_calls": 1, "block_sizes": "[8]"}
+    choice = torch.zeros(1, 1, 4, 2, dtype=torch.int32)
+
+    def load(described: dict[str, Any], tensor: Tensor = choice) -> tg.RoutingRecord:
+        save_file({"choice.0": tensor}, path, metadata={name: str(value) for name, value in described.items()})
+        return tg.RoutingRecord.load(path)
+
+    assert load(whole).num_calls == 1
+    wrongs = [{name: value for name, value in whole.items() if name != missing} for missing in whole]
+    changes: dict[str, list[Any]] = {
+        "version": ["x", "-1"], "share_every": [0, "x"], "num_calls": [7, "x"],
+        "block_sizes": ["[8, 8]", "8", "[8", '["8"]', "[0]"],
+    }  # fmt: skip
+    wrongs += [whole | {name: value} for name, values in changes.items() for value in values]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=f"^path must name .*{re.escape(str(path))}"):
+            load(wrong)
+    with pytest.raises(ValueError, match=r"^path must name .*int32"):
+        load(whole, choice.long())
+    with pytest.raises(FileNotFoundError, match="path must name a file"):
+        tg.RoutingRecord.load(tmp_path)

@@ -24,7 +24,7 @@ import topgather.cache
 CLASSES = [cls for cls in vars(topgather.cache).values() if inspect.isclass(cls)]
 BATCH, HEADS, DIM, VALUE_DIM, BLOCK, MAX_SEQ_LEN, PAGE = 2, 2, 8, 6, 4, 32, 8
 # Methods that change nothing; every other public one is a mutator.
-READERS = {"copy", "to", "token_counts"}
+READERS = {"copy", "to", "token_counts", "check_whole"}
 # A valid call of every mutator, on a cache of any state that STATES makes.
 CALLS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "append": lambda cache: {
@@ -314,6 +314,80 @@ def test_a_call_that_runs_out_of_memory_changes_nothing(
     assert torch.equal(*(tg.moba_decode(query, each, top_k=2, num_tokens=[1, 1]) for each in (cache, expected)))
     if conv:
         assert torch.equal(cache._raw_keys, expected._raw_keys)
+
+
+# --- interrupts -------------------------------------------------------------------------------------------------------
+
+
+class _InterruptsAt(TorchDispatchMode):
+    """Interrupts before the n-th op."""
+
+    def __init__(self, countdown: int) -> None:
+        super().__init__()
+        self.countdown = countdown
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.countdown -= 1
+        if self.countdown == 0:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+def decoded(cache: Any) -> Tensor:
+    """Of one more token, which tells of keys, values, centroids, lengths and the convolution's state."""
+    cache, generator = cache.copy(), torch.Generator().manual_seed(2)
+    shape = (cache.batch_size, HEADS, 1)
+    key, value = (torch.randn(*shape, dim, generator=generator).to(cache.device) for dim in (DIM, VALUE_DIM))
+    cache.append(key, value)
+    return tg.moba_decode(key, cache, top_k=2)
+
+
+# Calls that write as much as they can.
+INTERRUPTED: dict[str, list[dict[str, Any]]] = {
+    "reorder": [{"indices": [1, 0]}, {"indices": [1, 0, 1]}],
+    "reserve": [{"num_tokens": 12}],
+}
+
+
+@pytest.mark.parametrize("conv", [False, True], ids=["", "conv"])
+@pytest.mark.parametrize(("cls", "name"), MUTATORS)
+def test_an_interrupted_call_is_undone_or_known(cls: type, name: str, conv: bool, device: torch.device) -> None:
+    """A cache is what it was, or knows that it holds a part of what was to be written, until it is reset."""
+    weight = make(cls, device, conv).conv_weight
+    num_known = 0
+
+    def filled(cache: Any) -> Any:
+        torch.manual_seed(1)
+        cache.conv_weight = weight
+        return fill(cache, [13, 6])
+
+    for change in INTERRUPTED.get(name, [{}]):
+        for countdown in range(1, 500):
+            cache = filled(make(cls, device, conv))
+            arguments, expected = CALLS[name](cache) | change, decoded(cache)
+            try:
+                with _InterruptsAt(countdown):
+                    getattr(cache, name)(**arguments)
+                break
+            except KeyboardInterrupt:
+                pass
+            try:
+                cache.check_whole()
+            except RuntimeError:
+                num_known += 1
+            else:
+                assert torch.equal(decoded(cache), expected), f"{name} at op {countdown}"
+                continue
+            message = f"interrupted in the middle of {name}: .* reset"
+            for other in set(mutators(cls)) - {"reset"}:
+                with pytest.raises(RuntimeError, match=message):
+                    getattr(cache, other)(**CALLS[other](cache))
+            with pytest.raises(RuntimeError, match=message):
+                tg.moba_decode(torch.randn(cache.batch_size, HEADS, 1, DIM, device=device), cache)
+            cache.reset()
+            cache.reorder([0] * BATCH)
+            assert torch.equal(decoded(filled(cache)), expected), f"{name} at op {countdown}"
+    assert num_known > 0
 
 
 # --- the harness itself -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topgather as tg
 import topgather.cache
@@ -399,3 +400,36 @@ def test_a_weight_that_is_taken_is_one_that_appends_take(dtype: torch.dtype, wid
         cache = make(tg.MobaCache, dtype=dtype, conv_weight=torch.randn(2, 8, width, dtype=weight_dtype))
         cache.append(tokens(3).to(dtype), tokens(3).to(dtype))
         assert cache.lengths == [3]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_fake_tensors_do_not_reach_a_real_cache(cls: type) -> None:
+    """Nothing would be written, and the lengths would count it; a cache made of fakes is another matter."""
+    cache = make(cls)
+    cache.append(tokens(3), tokens(3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(ValueError, match="key must not be a fake tensor"):
+            cache.append(torch.empty(1, 2, 2, 8), torch.empty(1, 2, 2, 8))
+        fake = make(cls)
+        fake.append(torch.empty(1, 2, 2, 8), torch.empty(1, 2, 2, 8))
+        assert tg.moba_decode(torch.empty(1, 2, 2, 8), fake).shape == (1, 2, 2, 8)
+    assert cache.lengths == cache.seq_lens.tolist() == [3]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_loaded_to_another_device(cls: type) -> None:
+    """A ``map_location`` moves the tensors, and the cache knows where they are."""
+    cache = make(cls, conv=True)
+    cache.append(tokens(3), tokens(3))
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    moved = torch.load(file, map_location="meta", weights_only=False)
+    for count in (1, 60):
+        new = tokens(count).to("meta")
+        moved.append(new, new)
+        assert moved.device.type == tg.moba_decode(new, moved).device.type == "meta"
+    fresh = make(cls, "meta", conv=True)
+    fresh.append(tokens(64).to("meta"), tokens(64).to("meta"))  # a prefill
+    assert tg.moba_decode(tokens(64).to("meta"), fresh).shape == (1, 2, 64, 8)
+    assert cache.lengths == [3]

@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import topgather as tg
 from tests.common.devices import widest_dtype
+from topgather.nn._one_graph import BatchNorm2d
 
 SMALL: dict[str, Any] = {
     "depths": (1, 1, 3, 2),
@@ -648,3 +650,16 @@ def test_it_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_batch_norm_without_momentum() -> None:
+    """A momentum of None, which ``torch.optim.swa_utils.update_bn`` sets for a while, is a cumulative average."""
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, momentum=None)
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 4)
+        assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.running_mean, theirs.running_mean) and ours.momentum is None
+    ours.momentum = 0.3
+    update_bn([torch.randn(2, 3, 4, 4)], ours)
+    assert ours.momentum == 0.3 and "eps=1e-05, momentum=0.3" in repr(ours)

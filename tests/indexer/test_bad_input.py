@@ -96,6 +96,15 @@ def test_blocks_that_do_not_exist(block: int) -> None:
     refuses(loss, {"routing": choice(1, 2, 20, 2, fill=block)}, IndexError, f"block_indices holds {block}", cpu)
 
 
+def test_a_block_named_twice() -> None:
+    """It would have two shares of the attention's mass. Unused slots may be many."""
+    cpu = torch.device("cpu")
+    refuses(loss, {"routing": choice(1, 2, 20, 2)}, ValueError, "block_indices names block 0 twice for a query", cpu)
+    apart = torch.tensor([2, -1, 1, -1, 2], dtype=torch.int32).expand(1, 2, 20, 5)
+    refuses(loss, {"routing": lambda device: tg.BlockRouting(apart, 8)}, ValueError, "names block 2 twice", cpu)
+    assert loss(cpu, routing=tg.BlockRouting(apart[..., :4].contiguous(), 8)).isfinite()
+
+
 def test_wide_heads_on_cuda(cuda_device: torch.device) -> None:
     wide = {"index_query": zeros(1, 2, 20, 257), "index_key": zeros(1, 1, 20, 257)}
     for call in (route, loss):

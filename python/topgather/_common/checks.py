@@ -38,8 +38,9 @@ def check_tensor(name: str, value: Any) -> Tensor:
     """Raise ``TypeError`` unless ``value`` is a tensor, and ``ValueError`` unless it is a strided one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} must have layout torch.strided, got {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor: pack its sequences one behind the other" if value.is_nested else value.layout
+        raise ValueError(f"{name} must have layout torch.strided, got {kind}")
     return value
 
 

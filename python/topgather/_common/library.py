@@ -7,7 +7,7 @@ autograd adds to a call (``bench/overhead.py`` measures it; figures in docs/perf
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,16 +32,29 @@ DTYPE_CODES = {
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
+def refuse_jit_trace() -> NoReturn:
+    """Raise ``NotImplementedError``: a number that follows from a size would be a constant of the trace."""
+    raise NotImplementedError(
+        "topgather: torch.jit.trace keeps numbers that follow from sizes, such as how many blocks there are, as "
+        "constants, with which other sizes give something else; torch.export.export with dynamic shapes, or "
+        "torch.compile, does not"
+    )
+
+
 # Sizes in graphs must not be compared, or a graph would serve one kind of them. Dynamo makes torch.sym_min of the
-# builtin, and up to torch 2.10 takes that function itself of symbols alone.
+# builtin, and up to torch 2.10 takes that function itself of symbols alone. Sizes within torch.jit.trace are tensors.
 def smaller(left: int, right: int) -> int:
     """The smaller of two sizes."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        refuse_jit_trace()
     least: int = min(left, right) if is_dynamo_compiling() else torch.sym_min(left, right)
     return least
 
 
 def larger(left: int, right: int) -> int:
     """The larger of two sizes."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        refuse_jit_trace()
     most: int = max(left, right) if is_dynamo_compiling() else torch.sym_max(left, right)
     return most
 
@@ -69,6 +82,11 @@ def describe(value: Any) -> Any:
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, sums, centroids and lse: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_device(device: torch.device) -> str:
+    """The type of device whose autocast bears on tensors of ``device``; the meta device has none of its own."""
+    return "cpu" if device.type == "meta" else device.type
 
 
 def below_autograd() -> Any:

@@ -21,7 +21,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 from .. import _native
-from . import checks, cuda, direct, sparse, transforms
+from . import checks, cuda, direct, foreign, sparse, tensors, transforms
 from .library import AUTOCAST_KEYS, below_autograd, describe, in_forward_mode, library, reads_tensors, refuse_onnx
 
 Function = Callable[..., Any]
@@ -164,6 +164,7 @@ def register(op: Op) -> Function:
     if op.autocast:
         for device_type, key in AUTOCAST_KEYS.items():
             library.impl(name, generator.autocast(device_type, key), key)
+    foreign.refuse(name, generator.arguments)
     CALLERS[name] = generator.caller()
     return CALLERS[name]
 
@@ -281,6 +282,7 @@ class _Generator:
         extra_check = op.check_content if device == "cpu" else op.cuda_check
         if extra_check is not None:
             source.line(source.call(extra_check, names))
+        self._keep_apart(source)
         if device == "cuda" and op.composed_on_cuda is not None:
             source.line(f"composed = {source.call(op.composed_on_cuda, names)}")
             source.line(f"if composed is not None: return{' composed' if self.results else ''}")
@@ -330,6 +332,17 @@ class _Generator:
             source.line(f"{run}({self.tensors[0]}, {fields_text})")
         source.line(f"return {self._returned()}")
         return source.compiled(f"{device}_kernel")
+
+    def _keep_apart(self, source: _Source) -> None:
+        """Copy what shares memory with an argument that the op writes: it would change while it is read."""
+        if not self.written:
+            return
+        source.line(f"memory = {source.bound(tensors.memory_of, 'memory_of')}({', '.join(self.written)})")
+        apart = source.bound(tensors.apart, "apart")
+        for name in self.tensors:
+            if name not in self.written:
+                condition = f"if {name} is not None: " if self._is_optional(name) else ""
+                source.line(f"{condition}{name} = {apart}({name}, memory)")
 
     def _check_once(self, source: _Source) -> None:
         """Check what shapes, strides, dtypes, devices and options say, unless a call with the same was checked."""
@@ -545,15 +558,20 @@ class _Generator:
     def _backward(self) -> Function:
         op, source = self.op, _Source(self.name)
         parameters, optional, function = self._backward_parameters()
-        tensors, options = self._saved()
+        saved, options = self._saved()
         source.globals |= {"zeros_like": torch.zeros_like, "function": function}
         source.line(f"def backward(ctx, {', '.join(f'grad_{name}' for name in self.results)}):", 0)
         nothing = "return " + _tuple_of(["None"] * len(self.arguments))
         differentiable = self._differentiable_results()
         if differentiable:
             source.line(f"if {' and '.join(f'grad_{name} is None' for name in differentiable)}: {nothing}")
-        if tensors:
-            source.line(f"{_tuple_of(tensors)} = {self._saved_tensors(tensors)}")
+        if saved:
+            source.line(f"{_tuple_of(saved)} = {self._saved_tensors(saved)}")
+            # Hooks of saved tensors may have laid them out anew, which is not the caller's affair.
+            source.globals |= {"contiguous_rows": tensors.contiguous_rows, "is_compiling": torch.compiler.is_compiling}
+            source.line("if not is_compiling():")
+            for name in saved:
+                source.line(f"if {name} is not None and {name}.stride(-1) != 1: {name} = contiguous_rows({name})", 2)
         if options:
             source.line(f"{_tuple_of(options)} = ctx.options")
         position = {name: index for index, name in enumerate(self.arguments)}
@@ -565,7 +583,7 @@ class _Generator:
             result = name.removeprefix("grad_")
             if result in differentiable and result != name and len(differentiable) > 1 and not optional[name]:
                 source.line(f"if grad_{result} is None: grad_{result} = zeros_like({result})")
-            elif not (result in differentiable and result != name) and name not in (*tensors, *options):
+            elif not (result in differentiable and result != name) and name not in (*saved, *options):
                 raise ImportError(f"topgather: {self.name}: its backward asks for {name!r}, which nothing gives")
         for name in parameters:
             if name not in values:
@@ -588,7 +606,7 @@ class _Generator:
             dtype = f"{name}_meta.dtype" if f"{name}_meta" in options else f"{name}.dtype"
             unknown = f"not ctx.needs_input_grad[{position[name]}]"
             source.line(f"if {unknown} or gradient_{name} is None: gradient_{name} = None")
-            if name in tensors or f"{name}_meta" in options:
+            if name in saved or f"{name}_meta" in options:
                 source.line(f"elif gradient_{name}.dtype != {dtype}: gradient_{name} = gradient_{name}.to({dtype})")
         source.line("return " + _tuple_of(f"gradient_{name}" if name in given else "None" for name in self.arguments))
         return source.compiled("backward")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from .library import sum_dtype
 def contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor, copied only where its last dimension is not contiguous."""
     return tensor if tensor.size(-1) <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def saved_rows(ctx: Any) -> tuple[Any, ...]:
+    """The saved tensors of a backward; hooks of saved tensors may have laid them out anew, which rows do not show."""
+    return tuple(None if tensor is None else contiguous_rows(tensor) for tensor in ctx.saved_tensors)
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -37,6 +43,16 @@ def empty_like_rows(like: Tensor, dim: int) -> Tensor:
             return empty(like, (batch, tokens, heads, dim), like.dtype).transpose(1, 2)
         return empty(like, (batch, heads, tokens, dim), like.dtype)
     return empty(like, (*like.shape[:-1], dim), like.dtype)
+
+
+def memory_of(*written: Tensor | None) -> set[int]:
+    """What memory these have: where their storages begin."""
+    return {tensor.untyped_storage().data_ptr() for tensor in written if tensor is not None}
+
+
+def apart(tensor: Tensor, memory: set[int]) -> Tensor:
+    """The tensor, or a copy of one that has a part of ``memory``."""
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in memory else tensor
 
 
 def boundaries(tensor: Tensor) -> Tensor:

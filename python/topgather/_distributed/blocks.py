@@ -121,31 +121,31 @@ def _blocks(
 ) -> Blocks:
     num_ranks, num_sequences = len(all_stretches), len(bounds) - 1
     stretches = [[stretch for stretch in of_rank if stretch.length > 0] for of_rank in all_stretches]
-    edges = torch.tensor(bounds)
+    edges = torch.tensor(bounds, device="cpu")
     lengths = edges.diff()
     counts = (lengths + block_size - 1) // block_size
     first_blocks = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     num_blocks = int(first_blocks[-1])
-    sequence_of_block = torch.arange(num_sequences).repeat_interleave(counts)
-    number = torch.arange(num_blocks) - first_blocks[sequence_of_block]
+    sequence_of_block = torch.arange(num_sequences, device="cpu").repeat_interleave(counts)
+    number = torch.arange(num_blocks, device="cpu") - first_blocks[sequence_of_block]
     start = edges[sequence_of_block] + number * block_size
-    size = torch.minimum(edges[sequence_of_block + 1] - start, torch.tensor(block_size))
+    size = torch.minimum(edges[sequence_of_block + 1] - start, torch.tensor(block_size, device="cpu"))
 
     ordered = sorted((stretch.start, owner) for owner, of_rank in enumerate(stretches) for stretch in of_rank)
     if ordered:
-        at = torch.searchsorted(torch.tensor([first for first, _ in ordered]), start, right=True) - 1
-        owner = torch.tensor([of_rank for _, of_rank in ordered])[at]
+        at = torch.searchsorted(torch.tensor([first for first, _ in ordered], device="cpu"), start, right=True) - 1
+        owner = torch.tensor([of_rank for _, of_rank in ordered], device="cpu")[at]
     else:
         owner = start.new_zeros(0)
     owned = owner.bincount(minlength=num_ranks)
     by_owner = owner.sort(stable=True).indices
     place_at_owner = torch.empty_like(by_owner)
-    place_at_owner[by_owner] = torch.arange(num_blocks) - (owned.cumsum(0) - owned)[owner[by_owner]]
+    place_at_owner[by_owner] = torch.arange(num_blocks, device="cpu") - (owned.cumsum(0) - owned)[owner[by_owner]]
     pair = owner * num_sequences + sequence_of_block
     of_pair = pair.bincount(minlength=num_ranks * num_sequences)
     by_pair = pair.sort(stable=True).indices
     number_at_owner = torch.empty_like(by_pair)
-    number_at_owner[by_pair] = torch.arange(num_blocks) - (of_pair.cumsum(0) - of_pair)[pair[by_pair]]
+    number_at_owner[by_pair] = torch.arange(num_blocks, device="cpu") - (of_pair.cumsum(0) - of_pair)[pair[by_pair]]
 
     reach = [
         [reach_of(stretch, bounds, block_size, is_causal=is_causal) for stretch in of_rank] for of_rank in stretches
@@ -158,7 +158,9 @@ def _blocks(
         if owned_start < stretch.end:
             slices.append(slice(around + owned_start - needed.start, around + needed.length))
         around += needed.length
-    key_counts = torch.zeros(num_sequences, dtype=torch.int64).index_add_(0, sequence_of_block[mine], size[mine])
+    key_counts = torch.zeros(num_sequences, dtype=torch.int64, device="cpu").index_add_(
+        0, sequence_of_block[mine], size[mine]
+    )
     return Blocks(
         block_size=block_size,
         num_sequences=num_sequences,
@@ -203,28 +205,31 @@ def _places(
     num_tokens = num_padded = 0
     for stretch in mine:
         for number, start, end in _sequences_of(stretch, bounds):
-            tokens = torch.arange(start, end) - bounds[number]
+            tokens = torch.arange(start, end, device="cpu") - bounds[number]
             count, before = end - start, int(tokens[0]) % block_size
-            sequence.append(torch.full((count,), number))
+            sequence.append(torch.full((count,), number, device="cpu"))
             own.append(tokens // block_size)
-            first_block.append(torch.full((count,), first_blocks[number]))
+            first_block.append(torch.full((count,), first_blocks[number], device="cpu"))
             num_rows = -(-(before + count) // block_size)
-            rows = torch.arange(num_rows * block_size) - before
+            rows = torch.arange(num_rows * block_size, device="cpu") - before
             padded.append(num_tokens + rows.clamp(0, count - 1))
             # As the choice comes: by blocks, and there by offsets.
-            places.append(num_padded + before + torch.arange(count))
+            places.append(num_padded + before + torch.arange(count, device="cpu"))
             last = int(tokens[-1]) // block_size + 1 if is_causal else counts[number]
-            visible.append(torch.arange(first_blocks[number], first_blocks[number] + last))
+            visible.append(torch.arange(first_blocks[number], first_blocks[number] + last, device="cpu"))
             num_queries.append(num_rows if is_causal else count)
             num_visible.append(last)
             num_tokens, num_padded = num_tokens + count, num_padded + num_rows * block_size
 
     def joined(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
 
+    query_bounds, key_bounds = (
+        torch.tensor([0, *numbers], device="cpu").cumsum(0) for numbers in (num_queries, num_visible)
+    )
     return Places(
         joined(sequence), joined(own), joined(first_block), joined(padded), joined(places),
-        torch.tensor([0, *num_queries]).cumsum(0), torch.tensor([0, *num_visible]).cumsum(0), joined(visible),
+        query_bounds, key_bounds, joined(visible),
         max(num_queries, default=0), max(num_visible, default=0),
     )  # fmt: skip
 
@@ -238,14 +243,16 @@ def _home(
         for number, start, end in _sequences_of(stretch, bounds):
             # A call has a sequence's keys from the start of a block on.
             first = max(needed.start, bounds[number])
-            choice.append((torch.arange(start, end) - first) // block_size)
+            choice.append((torch.arange(start, end, device="cpu") - first) // block_size)
             num_queries.append(end - start)
             num_keys.append(end - first)
         if needed.end > stretch.end:  # the owner's, behind its own tokens: nobody's here
             num_queries.append(0)
             num_keys.append(needed.end - stretch.end)
-    own = torch.cat(choice) if choice else torch.empty(0, dtype=torch.int64)
-    query_bounds, key_bounds = (torch.tensor([0, *numbers]).cumsum(0) for numbers in (num_queries, num_keys))
+    own = torch.cat(choice) if choice else torch.empty(0, dtype=torch.int64, device="cpu")
+    query_bounds, key_bounds = (
+        torch.tensor([0, *numbers], device="cpu").cumsum(0) for numbers in (num_queries, num_keys)
+    )
     return (
         own.to(torch.int32)[None, :, None], query_bounds, key_bounds, max(num_queries, default=0),
         max(num_keys, default=0),

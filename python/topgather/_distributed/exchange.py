@@ -206,7 +206,7 @@ class _Trip:
         self.layout, self.rows, self.device = layout, rows, rows.row.device
         self.sent, self.received = traffic.sizes(some)
         counts = traffic.received[:, some].flatten(1)  # [R, segments]
-        segment = torch.arange(counts.size(1)).repeat(counts.size(0)).repeat_interleave(counts.flatten())
+        segment = torch.arange(counts.size(1), device="cpu").repeat(counts.size(0)).repeat_interleave(counts.flatten())
         self.order = segment.sort(stable=True).indices.to(self.device)
         of_segments = counts.sum(0)
         self.longest = int(of_segments.max()) if of_segments.numel() else 0
@@ -356,7 +356,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, terms, choice = ctx.saved_tensors
+        query, key, value, out, lse, terms, choice = tensors.saved_rows(ctx)
         layout, blocks, options, traffic = ctx.calls
         group_size, dtype = query.size(1) // key.size(1), sum_dtype(query.dtype)
         # The others wait for this rank's part, whatever its own gradients are.

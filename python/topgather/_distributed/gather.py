@@ -80,7 +80,8 @@ def parts_of(layout: Placement, bounds: list[int] | None, is_causal: bool, devic
         num_keys = [(min(end, stretch.end) if is_causal else end) - start for start, end in within]
         keys = slice(within[0][0], within[0][0] + sum(num_keys))
         cu_seqlens_q, cu_seqlens_k = (
-            torch.tensor([0, *numbers], dtype=torch.int64).cumsum(0).to(device) for numbers in (num_queries, num_keys)
+            torch.tensor([0, *numbers], dtype=torch.int64, device="cpu").cumsum(0).to(device)
+            for numbers in (num_queries, num_keys)
         )
         parts.append(Part(queries, keys, (cu_seqlens_q, cu_seqlens_k, max(num_queries), max(num_keys))))
     return parts
@@ -267,7 +268,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, terms, *choices = ctx.saved_tensors
+        query, key, value, out, lse, terms, *choices = tensors.saved_rows(ctx)
         layout, bounds, options, parts, heads = ctx.calls
         is_packed = bounds is not None
         tokens_dim, group_size = (0 if is_packed else 2), query.size(1) // key.size(1)

@@ -1,7 +1,9 @@
 """What every cache of keys and values can do; the two that users make differ in where space comes from.
 
 **All or nothing.** A method that changes a cache checks its arguments and computes everything it is going to write
-before it writes anything. A call that is refused, or that runs out of memory, leaves the cache as it was.
+before it writes anything. A call that is refused, or that runs out of memory, leaves the cache as it was. One that is
+interrupted while it writes (``KeyboardInterrupt``, a failure of the device) leaves a cache that knows it, and refuses
+all but :meth:`BaseCache.reset`.
 
 **Lengths** are on the device, where kernels read them, and mirrored on the host, where space is given out. What happens
 on the device alone (token counts in a CUDA tensor, a compiled step, a replayed CUDA graph) leaves the mirror behind; it
@@ -24,10 +26,16 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common import checks
-from .._common.library import sum_dtype
+from .._common.library import autocast_device, sum_dtype
 from ..ops import _decode_ops  # noqa: F401  registers the ops
 from ..ops.key_conv import MAX_WIDTH, MIN_WIDTH, key_conv
-from ._checks import check_counts, check_device_dtype, check_no_gradient, check_not_transformed
+from ._checks import (
+    check_counts,
+    check_device_dtype,
+    check_no_gradient,
+    check_not_fake,
+    check_not_transformed,
+)
 
 ROW_BYTES = 16  # rows start on such boundaries, so that CUDA kernels read them in place
 
@@ -89,6 +97,8 @@ class BaseCache:
         if conv_weight is not None:
             self._check_conv_weight(conv_weight)
         self.conv_weight = conv_weight
+        # The call that writes, or that was interrupted while it did.
+        self._unfinished: str | None = None
         with ordinary_tensors():
             try:
                 self._allocate(num_pages)
@@ -164,6 +174,14 @@ class BaseCache:
             f"dtype={self.dtype}, device='{self.device}', lengths={'on the device' if known is None else known})"
         )
 
+    def check_whole(self) -> None:
+        """Raise ``RuntimeError`` where a call was interrupted while it wrote."""
+        if self._unfinished is not None:
+            raise RuntimeError(
+                f"the cache was interrupted in the middle of {self._unfinished}: it holds a part of what that wrote; "
+                f"call reset() on it and fill it again"
+            )
+
     # --- appending --------------------------------------------------------------------------------------------------
 
     def append(self, key: Tensor, value: Tensor, num_tokens: Sequence[int] | Tensor | None = None) -> None:
@@ -178,9 +196,10 @@ class BaseCache:
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: a wrong shape, stride or device; a tensor that requires grad where gradients are recorded, or
-                that a transform of ``torch.func`` wraps; not enough space. The cache is then what it was. On CUDA,
-                where only the device knows how many tokens there are, a token without a place is dropped instead.
+            ValueError: a wrong shape, stride or device; a tensor that requires grad where gradients are recorded, that
+                a transform of ``torch.func`` wraps, or that is fake; not enough space. The cache is then what it was.
+                On CUDA, where only the device knows how many tokens there are, a token without a place is dropped
+                instead.
             NotImplementedError: a dual tensor of forward-mode differentiation.
 
         In a compiled function and in a captured CUDA graph the host does not follow the lengths: pages must have been
@@ -194,15 +213,17 @@ class BaseCache:
             self._assert_length(key.size(2) if count_tensor is None else count_tensor)
         table, take_room = self._room_for([key.size(2)] * self.batch_size if counts is None else counts)
         key, raw_keys = self._convolved(key, count_tensor)
-        # The one write that an op could refuse comes first.
+        # The one write that an op could refuse comes first, and nobody sees it before the lengths change.
         torch.ops.topgather.moba_cache_append.default(
             key, value, self.key_pages, self.value_pages, self.centroids,
             self.seq_lens, table, count_tensor, self.block_size,
         )  # fmt: skip
+        self._unfinished = "append"
         take_room()
         if raw_keys is not None:
             self._keep_raw_keys(raw_keys, counts)
         self._advance(key.size(2), counts, count_tensor)
+        self._unfinished = None
 
     @property
     def has_spare_rows(self) -> bool:
@@ -281,6 +302,7 @@ class BaseCache:
         return counts, torch.tensor(counts, dtype=torch.int32, device=self.device)
 
     def _check_new(self, key: Tensor, value: Tensor) -> None:
+        self.check_whole()
         dims = (self.head_dim, self.value_dim)
         for (name, tensor), dim in zip((("key", key), ("value", value)), dims, strict=True):
             checks.check_tensor(name, tensor)
@@ -297,6 +319,7 @@ class BaseCache:
             checks.check_contiguous_rows(name, tensor)
             check_no_gradient(name, tensor, "a cache records no gradients; use torch.no_grad()")
             check_not_transformed(name, tensor)
+            check_not_fake(name, tensor, self.key_pages)
 
     # --- space ------------------------------------------------------------------------------------------------------
 
@@ -361,7 +384,7 @@ class BaseCache:
         assert self._raw_keys is not None
         num_kept = self._raw_keys.size(2)
         # Under autocast too: the cache has the dtype that was asked for.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(autocast_device(self.device), enabled=False):
             convolved, _ = key_conv(key, self.conv_weight, state=self._raw_keys[:, :, num_kept - self._state_len :])
         joined = torch.cat([self._raw_keys, key], dim=2)
         if count_tensor is None:
@@ -414,6 +437,7 @@ class BaseCache:
                 tokens than the cache remembers the unconvolved keys of (a block, since the last truncation); for pages
                 that sequences share, no free page to copy one to. The cache is then what it was.
         """
+        self.check_whole()
         wanted = [lengths] * self.batch_size if isinstance(lengths, int) else lengths
         after, before = check_counts("lengths", wanted, self.batch_size), self.lengths
         for sequence, (old, new) in enumerate(zip(before, after, strict=True)):
@@ -428,13 +452,19 @@ class BaseCache:
             sum_blocks = self._restarted_sums(before, after)
             seq_lens = torch.tensor(after, dtype=torch.int32, device=self.device)
             rearrangement.write_rows()
-            # The one write that an op could refuse comes before all that can be seen.
-            sum_blocks(rearrangement.page_table)
+            self._unfinished = "truncate"
+            try:
+                sum_blocks(rearrangement.page_table)
+            except Exception:
+                # The one write that an op could refuse comes before all others that can be seen.
+                self._unfinished = None
+                raise
             rearrangement.commit()
             cut_raw_keys()
             self.seq_lens.copy_(seq_lens)
         self._lengths = after
         self.last_query_len, self.last_num_tokens = 0, None
+        self._unfinished = None
 
     def _give_back_reserved(self, lengths: list[int]) -> None:
         """Give back what :meth:`reserve` took and no token reached."""
@@ -468,9 +498,13 @@ class BaseCache:
         return sum_blocks
 
     def reset(self) -> None:
-        """Forget every token. Memory stays, and stays where it is."""
+        """Forget every token. Memory stays, and stays where it is, but for that of a cache that was interrupted."""
         with ordinary_tensors():
-            self._rearranged([(sequence, 0) for sequence in range(self.batch_size)]).commit()
+            if self._unfinished is not None:
+                self._allocate(self.batch_size if self.page_table is None else self.key_pages.size(0))
+            rearrangement = self._rearranged([(sequence, 0) for sequence in range(self.batch_size)])
+            self._unfinished = "reset"
+            rearrangement.commit()
             self.seq_lens.zero_()
             if self._raw_keys is not None:
                 self._raw_keys.zero_()
@@ -478,6 +512,7 @@ class BaseCache:
         self._lengths = [0] * self.batch_size
         self._is_exact = self._is_bound = True
         self.last_query_len, self.last_num_tokens = 0, None
+        self._unfinished = None
 
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
         """Let sequence ``i`` go on from what sequence ``indices[i]`` holds, as beam search does.
@@ -492,6 +527,7 @@ class BaseCache:
             IndexError: a sequence that does not exist.
             ValueError: not one-dimensional; for pages, not enough of them. The cache is then what it was.
         """
+        self.check_whole()
         numbers = indices.tolist() if isinstance(indices, Tensor) else indices
         if not isinstance(numbers, Sequence) or isinstance(numbers, (str, bytes)):
             raise TypeError(f"indices must be ints or a tensor, got {type(indices).__name__}")
@@ -511,6 +547,7 @@ class BaseCache:
             chosen = torch.tensor(numbers, dtype=torch.int64, device=self.device)
             seq_lens = self.seq_lens.index_select(0, chosen)
             raw_keys = None if self._raw_keys is None else self._raw_keys.index_select(0, chosen)
+            self._unfinished = "reorder"
             rearrangement.write_rows()
             rearrangement.commit()
             self.seq_lens = self.seq_lens.copy_(seq_lens) if stays else seq_lens
@@ -519,6 +556,7 @@ class BaseCache:
                 self._num_raw_keys = [self._num_raw_keys[number] for number in numbers]
         self.batch_size, self._lengths = len(numbers), lengths
         self.last_query_len, self.last_num_tokens = 0, None
+        self._unfinished = None
 
     # --- copies -------------------------------------------------------------------------------------------------------
 
@@ -532,6 +570,11 @@ class BaseCache:
     def __deepcopy__(self: _Cache, memo: dict[int, Any]) -> _Cache:
         memo[id(self)] = other = self.copy()
         return other
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # What is unpickled may have gone elsewhere, by the map_location of torch.load.
+        self.device = self.key_pages.device
 
     def to(self: _Cache, device: torch.device | str) -> _Cache:
         """The same content on another device; the cache itself where it is there already.

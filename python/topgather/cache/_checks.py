@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -58,8 +59,13 @@ def check_no_gradient(name: str, tensor: Tensor, advice: str) -> None:
 
     Raises:
         ValueError: it requires grad where gradients are recorded; the message ends with ``advice``.
-        NotImplementedError: it has a tangent (forward mode).
+        NotImplementedError: it has a tangent (forward mode), or ``torch.jit.trace`` watches.
     """
+    if not is_compiling() and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "topgather: torch.jit.trace cannot follow a cache, of which it would keep the lengths as constants; "
+            "torch.compile can"
+        )
     while True:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require grad: {advice}")
@@ -75,3 +81,9 @@ def check_not_transformed(name: str, tensor: Tensor) -> None:
     if _is_wrapped(tensor):
         raise ValueError(f"{name} must not be wrapped by torch.vmap or another transform of torch.func: "
                          "a cache is written to in place")  # fmt: skip
+
+
+def check_not_fake(name: str, tensor: Tensor, pages: Tensor) -> None:
+    """Raise ``ValueError`` for a tensor without numbers (``FakeTensorMode``) for a cache that has some."""
+    if not is_compiling() and isinstance(tensor, FakeTensor) and not isinstance(pages, FakeTensor):
+        raise ValueError(f"{name} must not be a fake tensor: it has no numbers, and the cache is a real one")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._common import checks
+from .._common.library import autocast_device
 from ..ops import BlockRouting, replay
 from ..ops.moba import check_none_forced, forced_within
 from ._base import BaseCache
@@ -111,6 +112,7 @@ def moba_decode(
     checks.check_tensor("query", query)
     if not isinstance(cache, BaseCache):
         raise TypeError(f"cache must be a topgather.MobaCache or PagedMobaCache, got {type(cache).__name__}")
+    cache.check_whole()
     checks.check_scale(scale)
     checks.check_softcap(softcap)
     checks.check_sinks(sinks)
@@ -159,7 +161,7 @@ def moba_decode(
     with replay.taken_back_by_errors() if is_chosen else nullcontext():
         if query_len >= _PREFILL_TOKENS and _is_dense_problem(cache, lengths, counts, query_len):
             # Not to be cast: the cache has the dtype that was asked for.
-            with torch.autocast(query.device.type, enabled=False):
+            with torch.autocast(autocast_device(query.device), enabled=False):
                 out, lse, _ = torch.ops.topgather.moba_attention.default(
                     query, cache.key_pages[:, :, :longest], cache.value_pages[:, :, :longest], block_indices,
                     cache.block_size, True, factor, softcap=softcap, sinks=sinks, window=window,

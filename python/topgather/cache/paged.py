@@ -76,14 +76,14 @@ class PagedMobaCache(BaseCache):
             batch_size, num_kv_heads, head_dim, block_size=block_size, max_seq_len=max_seq_len, value_dim=value_dim,
             dtype=dtype, device=device, conv_weight=conv_weight, page_size=tokens, num_pages=pages,
         )  # fmt: skip
-        self._pages: list[list[int]] = [[] for _ in range(batch_size)]
-        self._num_users = [0] * pages
-        self._free = list(range(pages - 1, -1, -1))
 
     def _allocate(self, num_pages: int) -> None:
         super()._allocate(num_pages)
         shape = (self.batch_size, self._num_columns)
         self.page_table = torch.full(shape, -1, dtype=torch.int32, device=self.device)
+        self._pages: list[list[int]] = [[] for _ in range(self.batch_size)]
+        self._num_users = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
 
     @property
     def num_free_pages(self) -> int:
@@ -103,9 +103,12 @@ class PagedMobaCache(BaseCache):
             TypeError: not ints.
             ValueError: a negative number, or not enough space. The cache is then what it was.
         """
+        self.check_whole()
         wanted = [num_tokens] * self.batch_size if isinstance(num_tokens, int) else num_tokens
         _, take = self._room_for(check_counts("num_tokens", wanted, self.batch_size))
+        self._unfinished = "reserve"
         take()
+        self._unfinished = None
 
     def _missing_pages(self, lengths: list[int]) -> int:
         needed = (-(-length // self.page_size) for length in lengths)
@@ -148,7 +151,9 @@ class PagedMobaCache(BaseCache):
             with ordinary_tensors():
                 rearrangement = self._rearranged(list(enumerate(lengths)))
                 rearrangement.write_rows()
+                self._unfinished = "truncate"
                 rearrangement.commit()
+                self._unfinished = None
 
     def _rearranged(self, kept: list[tuple[int, int]]) -> Rearrangement:
         pages, users, free, copies = self._shared_pages(kept)
@@ -158,7 +163,7 @@ class PagedMobaCache(BaseCache):
         table = self.page_table.new_full((len(kept), self.page_table.size(1)), -1)
         most = max(map(len, pages), default=0)
         filled = [held + [-1] * (most - len(held)) for held in pages]
-        table[:, :most] = torch.tensor(filled, dtype=torch.int32).reshape(len(kept), most)
+        table[:, :most] = torch.tensor(filled, dtype=torch.int32, device=self.device).reshape(len(kept), most)
         stays = len(kept) == self.page_table.size(0)
 
         def write_rows() -> None:

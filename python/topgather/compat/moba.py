@@ -185,7 +185,8 @@ def flash_moba_attn_varlen_func(
         **options,
         return_lse=True,
         routing=routing,
-        deterministic=deterministic,
+        # False asks for nothing: torch.use_deterministic_algorithms holds here too.
+        deterministic=deterministic or None,
     )
     return (out, lse, None) if return_attn_probs else out
 

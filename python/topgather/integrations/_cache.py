@@ -156,7 +156,7 @@ class MobaLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence ``repeats`` times, one beside the other."""
         if self.batch_size >= 0:
-            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+            self._select(torch.arange(self.batch_size, device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Not supported."""

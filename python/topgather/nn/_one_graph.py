@@ -39,19 +39,20 @@ class PatchConv2d(nn.Conv2d):
 
 
 def constant_float(name: str) -> Any:
-    """A property of a module that holds a float, which compilers take for the constant that it is.
+    """A property of a module that holds a float or None, which compilers take for the constant that it is.
 
     ``torch.compile(dynamic=True)`` makes an input of its graph of each float of a module; where torch's own layers then
     ask for its value, the graph is thrown away and compiled once more.
     """
     digits = f"_{name}_digits"
 
-    def get(module: nn.Module) -> float:
-        return float(getattr(module, digits))
+    def get(module: nn.Module) -> float | None:
+        held = getattr(module, digits)
+        return None if held is None else float(held)
 
-    def put(module: nn.Module, value: float) -> None:
+    def put(module: nn.Module, value: float | None) -> None:
         # As digits, which are no number to a compiler, and name a float exactly.
-        setattr(module, digits, repr(float(value)))
+        setattr(module, digits, None if value is None else repr(float(value)))
         module.__dict__[name] = value  # for who prints a module's fields
 
     return property(get, put)
@@ -64,7 +65,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """torch's, of which the first graph is kept; without cumulative averages, which have no ``momentum``."""
+    """torch's, of which the first graph is kept; a ``momentum`` of None is a cumulative average, as there."""
 
     eps = constant_float("eps")
     momentum = constant_float("momentum")

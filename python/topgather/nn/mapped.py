@@ -98,7 +98,7 @@ class MappedMemoryPool(MemoryPool):
             raise ValueError(f"step must be above {self.step}, that of the file, got {step}")
         if self.values.data_ptr() != self._file.values.data_ptr():
             raise RuntimeError(f"values of a pool of {self.path} were replaced: they are changed in place")
-        rows = torch.cat([torch.empty(0, dtype=torch.int64), *self._pending]).unique()
+        rows = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *self._pending]).unique()
         with torch.no_grad():
             self._file.write_back(rows, step)
         # An optimizer may still take the step of a gradient that is there.
@@ -127,7 +127,7 @@ class MappedMemoryPool(MemoryPool):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "step"] = torch.tensor(self.step)
+        destination[prefix + "step"] = torch.tensor(self.step, device="cpu")
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
@@ -160,7 +160,7 @@ def _chunks(num_rows: int, row_dim: int, dtype: torch.dtype, padding_row: int | 
     """The rows that a :class:`MemoryPool` draws, some at a time."""
     step = max(CHUNK_NUMBERS // row_dim, 1)
     for first in range(0, num_rows, step):
-        rows = torch.empty(min(step, num_rows - first), row_dim, dtype=dtype).normal_(std=row_dim**-0.5)
+        rows = torch.empty(min(step, num_rows - first), row_dim, dtype=dtype, device="cpu").normal_(std=row_dim**-0.5)
         if padding_row is not None and first <= padding_row < first + len(rows):
             rows[padding_row - first] = 0
         yield rows

@@ -117,7 +117,7 @@ class OffloadedMemoryPool(MemoryPool):
 
     def _forget(self) -> None:
         self._hits = self._misses = 0
-        self._counts = torch.zeros(self.values.size(0) if self.cache_rows > 0 else 0, dtype=torch.int32)
+        self._counts = torch.zeros(self.values.size(0) if self.cache_rows > 0 else 0, dtype=torch.int32, device="cpu")
         self._pending: list[tuple[Tensor, _Rows]] = []
         self._side_stream: Any = None
         self.clear_cache()
@@ -125,7 +125,7 @@ class OffloadedMemoryPool(MemoryPool):
     def clear_cache(self) -> None:
         """Drop all cached rows; for changes of the table that torch does not see, through ``.data`` for one."""
         self._cache: Tensor | None = None
-        self._cached_rows = torch.empty(0, dtype=torch.int64)  # ascending, on the host
+        self._cached_rows = torch.empty(0, dtype=torch.int64, device="cpu")  # ascending, on the host
         self._cached_version: int | None = None
 
     def usage(self) -> CacheUsage:
@@ -211,7 +211,7 @@ class OffloadedMemoryPool(MemoryPool):
             self.clear_cache()
         copy = indices.detach().clone()
         at = torch.searchsorted(self._cached_rows, rows)
-        is_cached = torch.zeros(rows.shape, dtype=torch.bool)
+        is_cached = torch.zeros(rows.shape, dtype=torch.bool, device="cpu")
         if self._cached_rows.numel() > 0:
             is_cached = self._cached_rows[at.clamp(max=self._cached_rows.numel() - 1)] == rows
         missing = rows[~is_cached]
@@ -231,7 +231,7 @@ class OffloadedMemoryPool(MemoryPool):
         """Rows of the table, on the device."""
         values: Tensor = self.values.detach()
         is_pinned = self.compute_device.type == "cuda"
-        read = torch.empty((rows.numel(), self.value_dim), dtype=values.dtype, pin_memory=is_pinned)
+        read = torch.empty((rows.numel(), self.value_dim), dtype=values.dtype, pin_memory=is_pinned, device="cpu")
         torch.index_select(values, 0, rows, out=read)
         return read.to(self.compute_device, non_blocking=True)
 

@@ -96,7 +96,7 @@ class QuantizedMemoryPool(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self.values, self.scales = self.values.view(dtype), self.scales.view(torch.float32)
-        converted = fn(torch.empty(0, dtype=self.dtype)).dtype
+        converted = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         self.dtype = converted if converted in WIDE_DTYPES else torch.float32
         return self
 

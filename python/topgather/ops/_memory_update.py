@@ -368,7 +368,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
-        values, indices, weights, offsets = ctx.saved_tensors
+        values, indices, weights, offsets = tensors.saved_rows(ctx)
         if _is_asked_for(ctx):
             ctx.recorder.parts.append(entries_of(grad_out, indices, weights, offsets))
         grad_weights = None
@@ -388,7 +388,7 @@ class _Dot(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor) -> Any:  # type: ignore[override]
-        values, indices, x = ctx.saved_tensors
+        values, indices, x = tensors.saved_rows(ctx)
         if _is_asked_for(ctx):
             ctx.recorder.parts.append(entries_of(x.to(values.dtype), indices, grad_out))
         grad_x = None

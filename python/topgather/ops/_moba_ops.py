@@ -26,10 +26,12 @@ MAX_SLOTS_OF_FEWER = 64
 
 def num_slots(top_k: int | None, num_keys: int, block_size: int) -> int:
     """Blocks that ``top_k``, or all of them, can be of a sequence of so many keys: slots of a choice, at least one."""
-    if is_compiling() and top_k is not None and top_k <= MAX_SLOTS_OF_FEWER:
+    # Within torch.compile, make_fx (a symbol) and torch.jit.trace (a tensor) it is for sequences of other sizes too.
+    is_traced = is_compiling() or type(num_keys) is not int
+    if is_traced and top_k is not None and top_k <= MAX_SLOTS_OF_FEWER:
         return top_k  # a size that follows from another's quotient is a guard for torch: whether it is 1
     num_blocks = -(-num_keys // block_size)
-    least, most = (smaller, larger) if is_compiling() else (min, max)
+    least, most = (smaller, larger) if is_traced else (min, max)
     return most(num_blocks if top_k is None else least(top_k, num_blocks), 1)
 
 

@@ -146,9 +146,10 @@ def index_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, stride, device or option; ``routing`` that does not agree with the rest.
-        IndexError: ``routing`` naming a block that does not exist; looked at on the CPU alone, elsewhere such a slot
-            counts as unused.
+        ValueError: a wrong shape, stride, device or option; ``routing`` that does not agree with the rest, or
+            names a block twice for a query.
+        IndexError: ``routing`` naming a block that does not exist. What ``routing`` holds is looked at on the CPU
+            alone, elsewhere a slot of such a block counts as unused.
 
     Composed of torch's own ops on every device. On CUDA it waits for the device where there is a ``routing``.
     """
@@ -349,6 +350,10 @@ def _check_loss_content(key: Tensor, block_indices: Tensor | None, block_size: i
         raise IndexError(
             f"block_indices holds {wrong}; allowed are -1 and the numbers of the {num_blocks} key blocks, from 0 on"
         )
+    ordered = block_indices.sort(-1).values
+    is_twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if is_twice.any():
+        raise ValueError(f"block_indices names block {int(ordered[..., 1:][is_twice][0])} twice for a query")
 
 
 def _cuda_check(index_query: Tensor) -> None:

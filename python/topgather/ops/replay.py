@@ -15,7 +15,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from itertools import count
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -63,11 +63,22 @@ class _State:
 
 state = _State()
 _watchers = count()
-_active: ContextVar[_Recording | _Replaying | None] = ContextVar("topgather_routing", default=None)
+_variable: ContextVar[_Recording | _Replaying | None] = ContextVar("topgather_routing", default=None)
+
+
+def _active() -> _Recording | _Replaying | None:
+    """What stands around this call.
+
+    Who left it in another context of contextvars, as a generator does that another thread or task closes, could not
+    reset the variable of this one.
+    """
+    active = _variable.get()
+    return None if active is None or active.has_ended else active
 
 
 class _Recording:
-    token: Token[Any] | None = None
+    owner: _Context | None = None
+    has_ended = False
 
     def __init__(self, share_every: int) -> None:
         self.watcher = next(_watchers)
@@ -100,7 +111,8 @@ class _Recording:
 
 
 class _Replaying:
-    token: Token[Any] | None = None
+    owner: _Context | None = None
+    has_ended = False
 
     def __init__(self, record: RoutingRecord) -> None:
         self.watcher = next(_watchers)
@@ -151,7 +163,7 @@ def choose(route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call)
         memory = _memories.get(checkpoint)
         # Without a memory its first pass was outside of any context.
         return route(*arguments) if memory is None else memory.recall(repetition)
-    active = _active.get()
+    active = _active()
     if active is None:
         return route(*arguments)
     _refuse_hidden_checkpoints(checkpoint)
@@ -164,7 +176,7 @@ def choose(route: Callable[..., Tensor], arguments: tuple[Any, ...], call: Call)
 @torch.compiler.disable
 def _take_back() -> None:
     checkpoint, repetition = _checkpoint()
-    active = _active.get()
+    active = _active()
     if repetition is not None or active is None:
         return
     active.take_back()
@@ -199,7 +211,7 @@ def given(call: Call) -> tuple[Tensor | None, bool]:
     try:
         return choose(_raise_nothing_given, (), call), False
     except _NothingGiven:
-        return None, _active.get() is not None and _checkpoint()[1] is None
+        return None, _active() is not None and _checkpoint()[1] is None
 
 
 @torch.compiler.disable
@@ -211,17 +223,23 @@ def note(block_indices: Tensor, call: Call) -> None:
 class _Context:
     """What both contexts do."""
 
+    _entered: _Recording | _Replaying
+
     def _enter(self, active: _Recording | _Replaying) -> None:
-        if _active.get() is not None:
+        if _active() is not None:
             raise ValueError(f"{type(self).__name__} must not stand within record_routing or replay_routing")
-        active.token = _active.set(active)
+        self._entered = active
+        active.owner = self
+        _variable.set(active)
         state.add(active.watcher)
 
     def _exit(self) -> Any:
-        active = _active.get()
-        assert active is not None and active.token is not None
-        _active.reset(active.token)
-        active.token = None
+        active = _variable.get()
+        if active is None or active.owner is not self:
+            active = self._entered
+        active.has_ended = True
+        if _variable.get() is active:
+            _variable.set(None)
         state.discard(active.watcher)
         return active
 

@@ -218,7 +218,7 @@ class RoutingRecord(Sequence[BlockRouting]):
             ValueError: the file holds something else, or comes from a later version of topgather.
         """
         package = _safetensors()
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"path must name a file, got {os.fspath(path)!r}")
         try:
             with package.safe_open(path, framework="pt", device=str(device)) as file:
@@ -228,14 +228,22 @@ class RoutingRecord(Sequence[BlockRouting]):
             raise ValueError(f"path must name a file of safetensors, got {os.fspath(path)!r}: {error}") from error
         if described.get("format") != _FORMAT:
             raise ValueError(f"path must name a file that RoutingRecord.save wrote, got {os.fspath(path)!r}")
-        if int(described["version"]) > _VERSION:
+        version = described.get("version", "")
+        if not version.isdecimal():
+            raise ValueError(f"path must name a record with a version, got {os.fspath(path)!r} of version {version!r}")
+        if int(version) > _VERSION:
             raise ValueError(
                 f"path must name a record of version {_VERSION} at most, got {os.fspath(path)!r} of version "
-                f"{described['version']}: a later version of topgather wrote it"
+                f"{version}: a later version of topgather wrote it"
             )
-        sizes = json.loads(described["block_sizes"])
-        choices = [BlockRouting(tensors[f"choice.{i}"], block_size) for i, block_size in enumerate(sizes)]
-        return RoutingRecord(choices, int(described["share_every"]), int(described["num_calls"]))
+        try:
+            sizes = json.loads(described["block_sizes"])
+            choices = [BlockRouting(tensors[f"choice.{i}"], block_size) for i, block_size in enumerate(sizes)]
+            return RoutingRecord(choices, int(described["share_every"]), int(described["num_calls"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path must name a whole and consistent record, got {os.fspath(path)!r}: {error}"
+            ) from error
 
 
 class _Safetensors:
@@ -268,3 +276,7 @@ def _joined(choices: list[BlockRouting]) -> BlockRouting:
     most = max(choice.top_k for choice in choices)
     padded = (torch.nn.functional.pad(choice.block_indices, (0, most - choice.top_k), value=-1) for choice in choices)
     return BlockRouting(torch.cat(list(padded), dim=2), first.block_size)
+
+
+# A record is tensors and numbers: torch.load takes it as it takes those.
+torch.serialization.add_safe_globals([RoutingRecord])

@@ -196,7 +196,7 @@ class RowOptimizer(torch.optim.Optimizer):
                         square = DTensor.from_local(square, table.device_mesh, [Partial()]).full_tensor()
                     total = square if total is None else total + square.to(total.device)
         if total is None:
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device="cpu")
         return total * self._grad_scale**2
 
     def scale_grad_(self, factor: float | Tensor) -> None:
