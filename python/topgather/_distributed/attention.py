@@ -195,8 +195,8 @@ def _checked_choice(
         IndexError: a block that does not exist, on every rank.
         ValueError: a block twice in a row, on every rank.
     """
-    edges = torch.tensor([0, layout.total] if bounds is None else bounds)
-    positions = torch.cat([torch.arange(stretch.start, stretch.end) for stretch in layout.mine])
+    edges = torch.tensor([0, layout.total] if bounds is None else bounds, device="cpu")
+    positions = torch.cat([torch.arange(stretch.start, stretch.end, device="cpu") for stretch in layout.mine])
     sequence = torch.searchsorted(edges, positions, right=True) - 1
     own = ((positions - edges[sequence]) // block_size).to(chosen.device)[:, None]
     counts = ((edges.diff()[sequence] + block_size - 1) // block_size).to(chosen.device)[:, None]

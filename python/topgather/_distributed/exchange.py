@@ -206,7 +206,7 @@ class _Trip:
         self.layout, self.rows, self.device = layout, rows, rows.row.device
         self.sent, self.received = traffic.sizes(some)
         counts = traffic.received[:, some].flatten(1)  # [R, segments]
-        segment = torch.arange(counts.size(1)).repeat(counts.size(0)).repeat_interleave(counts.flatten())
+        segment = torch.arange(counts.size(1), device="cpu").repeat(counts.size(0)).repeat_interleave(counts.flatten())
         self.order = segment.sort(stable=True).indices.to(self.device)
         of_segments = counts.sum(0)
         self.longest = int(of_segments.max()) if of_segments.numel() else 0

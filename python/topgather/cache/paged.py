@@ -158,7 +158,7 @@ class PagedMobaCache(BaseCache):
         table = self.page_table.new_full((len(kept), self.page_table.size(1)), -1)
         most = max(map(len, pages), default=0)
         filled = [held + [-1] * (most - len(held)) for held in pages]
-        table[:, :most] = torch.tensor(filled, dtype=torch.int32).reshape(len(kept), most)
+        table[:, :most] = torch.tensor(filled, dtype=torch.int32, device="cpu").reshape(len(kept), most)
         stays = len(kept) == self.page_table.size(0)
 
         def write_rows() -> None:

@@ -183,7 +183,7 @@ class RowFile:
     def _rows_of(self, mapping: mmap.mmap) -> Tensor:
         count = self.num_rows * self.row_dim
         if count == 0:
-            return torch.empty(self.num_rows, self.row_dim, dtype=self.dtype)
+            return torch.empty(self.num_rows, self.row_dim, dtype=self.dtype, device="cpu")
         rows = torch.frombuffer(mapping, dtype=self.dtype, count=count, offset=self._start)
         return rows.view(self.num_rows, self.row_dim)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,8 +125,7 @@ class UsageCounters(nn.Module):
         use = self.usage_weights.double() + self.usage_units.double() / 2**UNIT_BITS
         share_touched = float((use > 0).double().mean())
         entropy = torch.special.entr(use / use.sum()).sum()
-        most_entropy = torch.tensor(float(use.numel()), dtype=torch.float64).log()
-        return MemoryUsage(share_touched, max(0.0, float(most_entropy) - float(entropy)), num_lookups)
+        return MemoryUsage(share_touched, max(0.0, math.log(use.numel()) - float(entropy)), num_lookups)
 
     def reset_usage(self) -> None:
         """Forget what ``usage`` counted so far."""

@@ -299,7 +299,7 @@ class NgramMemory(TableModule):
         gate = gate.abs().clamp(min=1e-6).sqrt() * gate.sign()
         gated = gate.sigmoid() * self.value_proj(embeddings).unsqueeze(-2)
         if mask is not None:
-            gated = gated * mask[..., None, None]
+            gated = torch.where(mask[..., None, None], gated, 0)  # whatever padding holds
         normed = self.conv_norm(gated).flatten(-2)
         taken, new_values = self._convolve(normed, place, None if state is None else state.values)
         out = (gated.flatten(-2) + F.silu(taken)).to(x.dtype)

@@ -346,7 +346,7 @@ def _lookup_backward(
     return None, _ops.memory_dot.default(values, indices, grad_out, False, offsets)
 
 
-def _lookup_forward(
+def lookup_tangent(
     values: Tensor,
     indices: Tensor,
     weights: Tensor,
@@ -354,6 +354,7 @@ def _lookup_forward(
     tangent_values: Tensor | None,
     tangent_weights: Tensor | None,
 ) -> Tensor:
+    """The tangent of ``memory_lookup``."""
     pairs = (tangent_values, values), (weights, tangent_weights)
     return _sum_of_tangents(_ops.memory_lookup.default, indices, *pairs, offsets)
 
@@ -379,7 +380,7 @@ def _dot_backward(
     return grad_values, grad_x
 
 
-def _dot_forward(
+def dot_tangent(
     values: Tensor,
     indices: Tensor,
     x: Tensor,
@@ -387,6 +388,7 @@ def _dot_forward(
     tangent_values: Tensor | None,
     tangent_x: Tensor | None,
 ) -> Tensor:
+    """The tangent of ``memory_dot``."""
     return _sum_of_tangents(_ops.memory_dot.default, indices, (tangent_values, values), (x, tangent_x), offsets)
 
 
@@ -426,7 +428,7 @@ memory_lookup = register(
         results=lambda values, indices, offsets: values.new_empty((num_tokens(indices, offsets), values.size(1))),
         backward=_lookup_backward,
         gradients=("values", "weights"),
-        forward_mode=_lookup_forward,
+        forward_mode=lookup_tangent,
         autocast={"weights": lambda tensor, values, device_type: tensors.autocast_to_sums(tensor, values, device_type)},
         batch={"indices": 0, "weights": 0, "out": 0},
         folds=lambda offsets: offsets is None,
@@ -447,7 +449,7 @@ memory_dot = register(
         results=lambda values, indices: values.new_empty(indices.shape, dtype=sum_dtype(values.dtype)),
         backward=_dot_backward,
         gradients=("values", "x"),
-        forward_mode=_dot_forward,
+        forward_mode=dot_tangent,
         autocast={"x": follow_table},
         batch={"indices": 0, "x": 0, "out": 0},
         folds=lambda offsets: offsets is None,
