@@ -177,7 +177,7 @@ class NgramMemory(TableModule):
             prefix: put before every name. Default: empty.
             remove_duplicate: whether a module that stands in several places comes once. Default: ``True``.
         """
-        if self._gives_sparse and (memo is None or self not in memo):
+        if self._gives_sparse and (memo is None or self not in memo) and not torch.compiler.is_compiling():
             yield prefix, SparseTables(self, ("values",))
         yield from super().named_modules(memo, prefix, remove_duplicate)
 

@@ -387,23 +387,31 @@ def _memory_lookup(*arguments: Any) -> Any:
     return _ops.memory_lookup.default(*arguments)
 
 
+def _is_averaged_by(ddp: Any, table: Tensor) -> bool:
+    """Whether this module of DistributedDataParallel has the table, and is not told to ignore it."""
+    return ddp is not None and any(parameter is table for parameter in ddp._module_parameters)
+
+
 def _recorder_for(values: Tensor) -> Recorder | None:
-    if not (values.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active():
-        return None
     recorder = recorder_of(values)
     if recorder is None:
+        return None
+    is_averaged = _is_averaged_by(DistributedDataParallel._active_ddp_module, values)
+    if is_averaged:
+        recorder.is_averaged = True
+    if not (values.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active():
+        return None
+    # What is computed anew within a backward, by checkpointing, belongs to a forward before.
+    if not is_averaged and torch._C._current_graph_task_id() == -1:
+        recorder.is_averaged = False
+    if recorder.is_averaged:
         return None
     if any(not hasattr(hook, TAKES_NONE) for hook in (values._backward_hooks or {}).values()):
         raise RuntimeError(
             "a table of a row optimizer must have no hooks on its gradient, which is never made: remove them, or "
             "detach() the optimizer"
         )
-    # A forward of DistributedDataParallel, and what is computed anew in its backward.
-    if DistributedDataParallel._active_ddp_module is not None:
-        recorder.is_averaged = True
-    elif torch._C._current_graph_task_id() == -1:
-        recorder.is_averaged = False
-    return None if recorder.is_averaged else recorder
+    return recorder
 
 
 def _is_asked_for(ctx: Any) -> bool:
