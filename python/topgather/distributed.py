@@ -478,11 +478,13 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: ``norm_type`` not above 0.
+        ValueError: ``norm_type`` not above 0, or ``max_norm`` below.
         RuntimeError: the norm is not finite, and ``error_if_nonfinite``.
     """
     for name, number in (("max_norm", max_norm), ("norm_type", norm_type)):
         check_number(name, number)
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, got {norm_type}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
