@@ -1,4 +1,4 @@
-"""Attention and convolutions over ranks in torch's modes: autocast, another default device, transforms of torch.func."""
+"""Attention and convolutions over ranks in torch's modes: autocast, another default device, torch.func."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_autocast_casts_as_on_one_rank(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_default_device_is_left_alone(method: str) -> None:
-    """The meta device, from which nothing can be copied, stands for any other. Plans are kept: sizes are this test's."""
+    """The meta device, from which nothing can be copied, stands for any other. Plans are kept: sizes are this test's
+    alone.
+    """
     whole = [tensor[:, :, :10] for tensor in problem()]
 
     def run(group: Any) -> None:
@@ -107,9 +109,10 @@ def test_a_buffer_is_cut_once() -> None:
         ):
             pass
         # A buffer that cannot be cut leaves the one before it whole.
-        fixed = torch.from_numpy(torch.arange(8).numpy())[None]
+        with torch.inference_mode():
+            fixed = torch.arange(8)[None]
         with pytest.raises(RuntimeError), tgd.context_parallel(group, [tokens, fixed], [1, 1], placement="contiguous"):
             pass
         assert torch.equal(tokens, torch.arange(8)[None])
 
-    on_pretended_ranks(1, run)
+    on_pretended_ranks(NUM_RANKS, run)
