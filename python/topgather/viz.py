@@ -169,7 +169,8 @@ def _with_window(chosen: Tensor, first_query: int, block_size: int, window: int)
     """A choice and, where it has them not, the blocks of each query's newest ``window`` keys."""
     position = first_query + torch.arange(chosen.size(2), device=chosen.device)
     first, last = (position - window + 1).clamp(min=0) // block_size, position // block_size
-    blocks = first[:, None] + torch.arange(int((last - first).max()) + 1 if position.numel() else 0).to(chosen.device)
+    most = int((last - first).max()) + 1 if position.numel() else 0
+    blocks = first[:, None] + torch.arange(most, device=chosen.device)
     blocks = torch.where(blocks <= last[:, None], blocks, -1).to(torch.int32).expand(*chosen.shape[:3], -1)
     is_there = (blocks[..., None] == chosen[..., None, :]).any(-1)
     return torch.cat([chosen, blocks.masked_fill(is_there, -1)], dim=-1)

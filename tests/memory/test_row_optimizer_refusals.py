@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_a_refused_group_leaves_the_tables_of_others_alone() -> None:
     backward(table)
     assert table.grad is not None, caught  # whose traceback keeps what there is of the optimizer
     table.grad = None
-    with pytest.raises(ValueError, match="name each table once"):
+    with pytest.raises(ValueError, match="name each table once"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what it will refuse some day
         optim.RowAdam([table, table])
     stepped(table, OPTIMIZERS["RowAdam"])
 
@@ -163,6 +165,10 @@ def saved(table: nn.Parameter, make: Callable[[Any], Any]) -> dict[str, Any]:
         (
             lambda: {**saved(draw(), OPTIMIZERS["RowAdam"]), "state": {0: {"exp_avg": torch.zeros(ROWS, WIDTH)}}},
             "holds exp_avg",
+        ),
+        (
+            lambda: {**saved(draw(), OPTIMIZERS["RowAdam"]), "state": {0: {"first": torch.zeros(ROWS, WIDTH)}}},
+            "has no num_steps, decay, steps",
         ),
     ],
 )

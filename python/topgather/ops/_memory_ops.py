@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .._common import checks, cuda, sparse, tensors
 from .._common.library import sum_dtype
@@ -313,8 +314,13 @@ register(
 
 
 def _table_gradients(sparse_grad: bool, padded_grad: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Gradients of a table, dense or sparse, and of weights; the latter empty unless asked for."""
-    if sparse_grad:
+    """Gradients of a table, dense or sparse, and of weights; the latter empty unless asked for.
+
+    Those of several backward passes at once (``torch.autograd.grad`` with ``is_grads_batched``) are dense: torch's loop
+    over them takes no sparse results.
+    """
+    is_batch = any(isinstance(each, Tensor) and is_legacy_batchedtensor(each) for each in arguments)
+    if sparse_grad and not is_batch:
         grad_values, grad_weights = _ops.memory_backward_sparse.default(*arguments, padded_grad)
     else:
         grad_values, grad_weights = _ops.memory_backward.default(*arguments)

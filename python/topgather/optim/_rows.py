@@ -87,14 +87,12 @@ class RowOptimizer(torch.optim.Optimizer):
             ValueError: one that is no leaf or not ``[rows, W]``, that stands there twice or that another optimizer of
                 rows has; an option out of range.
         """
-        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), Tensor):
-            param_group = {**param_group, "params": list(param_group["params"])}
-            if len({id(table) for table in param_group["params"]}) < len(param_group["params"]):
-                raise ValueError("params must name each table once")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            if len({id(table) for table in group["params"]}) < len(group["params"]):
+                raise ValueError("params must name each table once")
             for table in group["params"]:
                 if isinstance(table, DTensor) and tuple(table.placements) != (Shard(1),):
                     raise TypeError(
@@ -468,6 +466,9 @@ class RowOptimizer(torch.optim.Optimizer):
             unknown = [state for state in values if state not in STATES]
             if unknown:
                 raise ValueError(f"state_dict must be of a {name}, but holds {', '.join(unknown)}")
+            missing = [state for state in ("num_steps", "decay", "steps") if state not in values]
+            if missing and values.keys() - {"trainable"}:
+                raise ValueError(f"state_dict must be of a {name}, but has no {', '.join(missing)} beside the states")
             for state, value in values.items():
                 expected = table.shape[: STATES[state]]
                 if isinstance(value, Tensor) and value.shape != expected:
