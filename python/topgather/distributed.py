@@ -98,7 +98,7 @@ from .nn._tables import check_number
 from .nn.memory import MemoryPool
 from .ops import _memory_update, memory_lookup
 from .ops._memory_ops import check_indices, check_weights
-from .optim._clip import factor_to_clip, strided_gradient
+from .optim._clip import factor_to_clip, refuse_recorded, strided_gradient
 
 __all__ = [
     "MemoryColwise",
@@ -478,7 +478,8 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: ``norm_type`` not above 0, or ``max_norm`` below.
+        ValueError: ``norm_type`` not above 0, ``max_norm`` below, or a table of a row optimizer, whose recorded
+            gradients :func:`topgather.optim.clip_grad_norm_` counts.
         RuntimeError: the norm is not finite, and ``error_if_nonfinite``.
     """
     for name, number in (("max_norm", max_norm), ("norm_type", norm_type)):
@@ -488,6 +489,7 @@ def clip_grad_norm_(
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, got {norm_type}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    refuse_recorded(parameters)
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     norms: dict[Any, list[Tensor]] = {}
     numbers: list[Tensor] = []  # what is scaled: tensors without structure

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import topgather as tg
+import topgather.distributed
 from topgather import optim
 from topgather.ops import _memory_update
 
@@ -260,6 +261,19 @@ def test_clipping_beside_tables_with_gradients(sparse_grad: bool | str, max_norm
     torch.testing.assert_close(tables[1].grad.to_dense(), theirs[1].grad)
     optimizer.step()
     torch.testing.assert_close(tables[0].detach(), theirs[0].detach() - theirs[0].grad)
+
+
+def test_recorded_gradients_that_would_not_count_are_no_part_of_a_norm() -> None:
+    table, other = draw(), nn.Parameter(torch.ones(2))
+    optimizer = optim.RowSGD([table])
+    other.grad = torch.ones(2)
+    for clip in (optim.clip_grad_norm_, tg.distributed.clip_grad_norm_):
+        assert float(clip([table, other], 10.0)) == pytest.approx(2**0.5)
+    backward(table)
+    for clip in (optim.clip_grad_norm_, tg.distributed.clip_grad_norm_):
+        with pytest.raises(ValueError, match="row_optimizers"):
+            clip([table, other], 10.0)
+    assert float(optim.clip_grad_norm_([table, other], 10.0, optimizer)) > 2**0.5
 
 
 def test_the_norm_of_float16_gradients_is_not_infinite() -> None:

@@ -174,6 +174,10 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
 
         Args:
             path: of the file. It has its name once it is whole.
+
+        Raises:
+            TypeError: the table is sharded over ranks.
+            BlockingIOError: a file of this name is open to train.
         """
         from .mapped import pool_to_file  # whose pools are of this class
 

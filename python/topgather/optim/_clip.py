@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .._common.library import sum_dtype
 from ..nn._tables import check_number
+from ..ops._memory_update import recorder_of
 from ._rows import RowOptimizer
 
 
@@ -22,6 +23,18 @@ def strided_gradient(parameter: Tensor) -> Tensor:
         grad = parameter.grad = grad.coalesce()
         grad = grad._values()
     return grad
+
+
+def refuse_recorded(parameters: Iterable[Tensor], optimizers: Iterable[RowOptimizer] = ()) -> None:
+    """Raise ``ValueError`` for a table whose recorded gradients would not count."""
+    known = [recorder for optimizer in optimizers for recorder in optimizer._recorders.values()]
+    for parameter in parameters:
+        recorder = recorder_of(parameter)
+        if recorder is not None and recorder.parts and all(recorder is not other for other in known):
+            raise ValueError(
+                "parameters must have no table of a row optimizer whose recorded gradients would not count: pass the "
+                "optimizer to topgather.optim.clip_grad_norm_ as one of row_optimizers, or leave the table out"
+            )
 
 
 def factor_to_clip(norm: Tensor, max_norm: float) -> Tensor:
@@ -60,7 +73,8 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: ``max_norm`` is no number.
-        ValueError: it is negative.
+        ValueError: it is negative, or a table among ``parameters`` has recorded gradients of an optimizer that is not
+            among ``row_optimizers``.
         RuntimeError: the norm is not finite, where that is an error.
     """
     max_norm = float(max_norm) if isinstance(max_norm, Tensor) else max_norm
@@ -68,8 +82,9 @@ def clip_grad_norm_(
     if not max_norm >= 0:
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
     optimizers = [row_optimizers] if isinstance(row_optimizers, RowOptimizer) else list(row_optimizers)
-    squares = [optimizer.grad_square() for optimizer in optimizers]  # takes the sparse gradients of tables
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    refuse_recorded(parameters, optimizers)
+    squares = [optimizer.grad_square() for optimizer in optimizers]  # takes the sparse gradients of tables
     grads = [strided_gradient(parameter) for parameter in parameters if parameter.grad is not None]
     device = grads[0].device if grads else squares[0].device if squares else torch.device("cpu")
     norms = (torch.linalg.vector_norm(grad, dtype=sum_dtype(grad.dtype)) for grad in grads)
