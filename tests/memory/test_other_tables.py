@@ -90,9 +90,11 @@ def test_a_tangent_of_a_table_in_host_memory_is_refused() -> None:
 
 
 @ON_LINUX
-@pytest.mark.parametrize("is_by_hand", [False, True])
-def test_what_any_step_changes_is_written_back(is_by_hand: bool, tmp_path: Path) -> None:
-    """Momentum moves the rows of earlier gradients on; a gradient may come from elsewhere than a backward."""
+@pytest.mark.parametrize("is_by_hand", [None, True, False])
+def test_what_any_step_changes_is_written_back(is_by_hand: bool | None, tmp_path: Path) -> None:
+    """Momentum moves the rows of earlier gradients on; a gradient may come from elsewhere than a backward, or be
+    dense.
+    """
     pool = tg.nn.MemoryPool.from_file(tmp_path / "table", 4, 8)
     values = pool.values.detach().clone().requires_grad_()
     ours, theirs = (torch.optim.SGD([table], lr=0.1, momentum=0.9) for table in (pool.values, values))
@@ -100,9 +102,9 @@ def test_what_any_step_changes_is_written_back(is_by_hand: bool, tmp_path: Path)
         indices = torch.tensor([[number, 3 * number]])
         for table, optimizer in ((pool.values, ours), (values, theirs)):
             optimizer.zero_grad()
-            other = values.detach().clone().requires_grad_() if is_by_hand else table
+            other = table if is_by_hand is False else values.detach().clone().requires_grad_()
             tg.memory_lookup(other, indices, sparse_grad=True).square().sum().backward()
-            table.grad = other.grad
+            table.grad = other.grad.to_dense() if is_by_hand is None else other.grad
             optimizer.step()
         pool.flush()
         assert torch.equal(pool.values, values)

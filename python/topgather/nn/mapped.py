@@ -103,7 +103,7 @@ class MappedMemoryPool(MemoryPool):
             self._file.write_back(rows, step)
         # An optimizer may still take the step of a gradient that is there.
         grad = self.values.grad
-        self._pending = [] if grad is None else [grad._indices()[0]]
+        self._pending = [] if grad is None else [_memory_update.rows_of_gradient(grad)]
         return step
 
     def prefetch(self, indices: Tensor) -> None:

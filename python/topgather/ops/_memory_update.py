@@ -319,12 +319,16 @@ def _tell_of_step(optimizer: Any, _arguments: Any, _options: Any) -> None:
         for table in group["params"]:
             if table not in _listeners:
                 continue
-            grad = table.grad
-            for tensor in (grad, *optimizer.state.get(table, {}).values()):
-                if isinstance(tensor, Tensor) and tensor.is_sparse:
-                    tell_of_changes(table, tensor._indices()[0])
-            if grad is not None and not grad.is_sparse:
-                tell_of_changes(table, torch.arange(table.size(0), device=table.device))
+            if table.grad is not None:
+                tell_of_changes(table, rows_of_gradient(table.grad))
+            for state in optimizer.state.get(table, {}).values():
+                if isinstance(state, Tensor) and state.is_sparse:
+                    tell_of_changes(table, rows_of_gradient(state))
+
+
+def rows_of_gradient(grad: Tensor) -> Tensor:
+    """The rows that a step by this gradient changes."""
+    return grad._indices()[0] if grad.is_sparse else torch.arange(grad.size(0), device=grad.device)
 
 
 def tell_of_changes(table: Tensor, rows: Tensor) -> None:
