@@ -145,6 +145,8 @@ class _MemoryStyle(ParallelStyle):
             )
         if type(pool) is not MemoryPool:
             raise TypeError(f"the pool must be a MemoryPool itself, not of a derived class, got {type(pool).__name__}")
+        if _memory_update.recorder_of(values) is not None:
+            raise ValueError("the pool must have no row optimizer yet: make it of the sharded table")
         if pool.sparse_grad:
             raise ValueError("the pool must have sparse_grad=False: a DTensor holds no sparse gradient")
         if (pool.mode, pool.padding_idx, pool.include_last_offset) != ("sum", None, False):
@@ -193,8 +195,9 @@ class MemoryColwise(_MemoryStyle):
     Raises:
         TypeError: from ``parallelize_module``, for a module that is not a pool as ``topgather.nn`` makes it.
         ValueError: from ``parallelize_module``, for a mesh that is not one-dimensional, a table that is sharded
-            already, or a pool with ``sparse_grad``, as a DTensor holds no sparse gradient, or with a ``mode``,
-            ``padding_idx`` or ``include_last_offset`` of its own: a sharded pool takes weighted bags of one size.
+            already or that a row optimizer has, or a pool with ``sparse_grad``, as a DTensor holds no sparse gradient,
+            or with a ``mode``, ``padding_idx`` or ``include_last_offset`` of its own: a sharded pool takes weighted
+            bags of one size.
     """
 
     DIM = 1

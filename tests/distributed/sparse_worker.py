@@ -257,6 +257,10 @@ def refused_of_sharded(folder: Path, mesh: Any) -> dict[str, Any]:
             "grad": lambda layer=layer, x=x: torch.func.grad(lambda x: layer(x).sum())(x),
         }
         results |= {f"{style} {name}": refusal(call) for name, call in calls.items()}
+        pool = make("pool", False).pool
+        optimizer = tg.optim.RowSGD([pool.values])
+        results[f"{style} attached"] = refusal(lambda pool=pool, style=style: parallelize_module(pool, mesh, style))
+        optimizer.detach()
     return results
 
 

@@ -191,8 +191,9 @@ def test_row_optimizers_under_data_parallelism(kind: str, ranks: list[dict[str, 
 def test_what_a_sharded_table_refuses(ranks: list[dict[str, Any]]) -> None:
     """In words that say so, whatever torch would say of DTensors and of functions without a setup_context."""
     for result in results_of("refused_of_sharded", ranks):
-        assert len(result) == 12
+        assert len(result) == 14
         for name, refusal in result.items():
             is_transform = name.endswith(("vmap", "grad"))
             words = "cannot be called under torch.vmap" if is_transform else "sharded over ranks"
+            words = "must have no row optimizer yet" if name.endswith("attached") else words
             assert words in refusal, f"{name}: {refusal}"

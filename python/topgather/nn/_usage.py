@@ -67,17 +67,25 @@ class UsageCounters(nn.Module):
                 counts = torch.zeros(shape, dtype=torch.int64, device=self.keys.device) if is_tracked else None
             setattr(self, name, counts)
 
+    def _check_counting(self) -> None:
+        """Raise where a call's lookups cannot be counted."""
+        if self.usage_units is None or torch.compiler.is_compiling():
+            return
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "track_usage must be False under torch.vmap and other transforms of torch.func: counters are written "
+                "to in place"
+            )
+
     @torch.no_grad()
     def _count(self, indices: Tensor, weights: Tensor) -> None:
-        """Count a call's lookups, ``indices`` and ``weights [T, K]``, where usage is tracked."""
+        """Count a call's lookups, ``indices`` and ``weights [T, K]``, where usage is tracked.
+
+        Behind everything else: a call that was refused did not use a row.
+        """
         if self.usage_units is None or _is_recomputing():
             return
         if not torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active():
-                raise NotImplementedError(
-                    "track_usage must be False under torch.vmap and other transforms of torch.func: counters are "
-                    "written to in place"
-                )
             self._make_ordinary()
         assert self.usage_weights is not None
         assert self.usage_lookups is not None and self.usage_lookups_carried is not None
