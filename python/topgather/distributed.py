@@ -83,8 +83,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from ._common import checks
+from ._common import checks, tensors
 from ._common.library import DTYPE_CODES, sum_dtype
+from ._common.transforms import refuse_transforms
 from ._distributed import collectives
 from ._distributed.attention import moba_attention
 from ._distributed.cache import ShardedCache
@@ -97,6 +98,7 @@ from .nn._tables import check_number
 from .nn.memory import MemoryPool
 from .ops import _memory_update, memory_lookup
 from .ops._memory_ops import check_indices, check_weights
+from .optim._clip import factor_to_clip, refuse_recorded, strided_gradient
 
 __all__ = [
     "MemoryColwise",
@@ -143,6 +145,8 @@ class _MemoryStyle(ParallelStyle):
             )
         if type(pool) is not MemoryPool:
             raise TypeError(f"the pool must be a MemoryPool itself, not of a derived class, got {type(pool).__name__}")
+        if _memory_update.recorder_of(values) is not None:
+            raise ValueError("the pool must have no row optimizer yet: make it of the sharded table")
         if pool.sparse_grad:
             raise ValueError("the pool must have sparse_grad=False: a DTensor holds no sparse gradient")
         if (pool.mode, pool.padding_idx, pool.include_last_offset) != ("sum", None, False):
@@ -191,8 +195,9 @@ class MemoryColwise(_MemoryStyle):
     Raises:
         TypeError: from ``parallelize_module``, for a module that is not a pool as ``topgather.nn`` makes it.
         ValueError: from ``parallelize_module``, for a mesh that is not one-dimensional, a table that is sharded
-            already, or a pool with ``sparse_grad``, as a DTensor holds no sparse gradient, or with a ``mode``,
-            ``padding_idx`` or ``include_last_offset`` of its own: a sharded pool takes weighted bags of one size.
+            already or that a row optimizer has, or a pool with ``sparse_grad``, as a DTensor holds no sparse gradient,
+            or with a ``mode``, ``padding_idx`` or ``include_last_offset`` of its own: a sharded pool takes weighted
+            bags of one size.
     """
 
     DIM = 1
@@ -419,9 +424,9 @@ def _checked_weights(indices: Tensor, weights: Tensor, local_values: Tensor) -> 
     """The weights as autocast leaves them, both arguments of a lookup checked."""
     checks.check_tensor("indices", indices)
     checks.check_tensor("weights", weights)
-    is_cast = torch.is_autocast_enabled(weights.device.type) and weights.is_floating_point()
-    if is_cast and weights.dtype != local_values.dtype:
-        weights = weights.to(sum_dtype(local_values.dtype))
+    device_type = weights.device.type
+    if torch.is_autocast_enabled(device_type):
+        weights = tensors.autocast_to_sums(weights, local_values, device_type)
     check_indices(indices, local_values)
     check_weights(weights, indices, local_values)
     return weights
@@ -444,6 +449,7 @@ def _shard_table(values: Tensor, device_mesh: DeviceMesh, dim: int, src_data_ran
 def _sharded_along(values: Tensor, dim: int) -> DTensor:
     """``values``, checked."""
     name, parts = (("RowShardedMemoryPool", "rows"), ("ShardedMemoryPool", "columns"))[dim]
+    refuse_transforms(name, "ranks send each other rows")
     if not isinstance(values, DTensor):
         raise TypeError(f"values of a {name} must be a DTensor, got {type(values).__name__}")
     if tuple(values.placements) != (Shard(dim),):
@@ -475,29 +481,29 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: ``norm_type`` not above 0.
+        ValueError: ``norm_type`` not above 0, ``max_norm`` below, or a table of a row optimizer, whose recorded
+            gradients :func:`topgather.optim.clip_grad_norm_` counts.
         RuntimeError: the norm is not finite, and ``error_if_nonfinite``.
     """
     for name, number in (("max_norm", max_norm), ("norm_type", norm_type)):
         check_number(name, number)
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, got {norm_type}")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    refuse_recorded(parameters)
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     norms: dict[Any, list[Tensor]] = {}
     numbers: list[Tensor] = []  # what is scaled: tensors without structure
     for parameter in with_gradient:
-        grad = cast(Tensor, parameter.grad)
-        if grad.is_sparse:
-            # A row that stands several times counts with its sum.
-            grad = parameter.grad = grad.coalesce()
-            grad = grad._values()
+        grad = strided_gradient(parameter)
         numbers.append(grad.to_local() if isinstance(grad, DTensor) else grad)
         kind = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
         norm = torch.linalg.vector_norm(grad, norm_type, dtype=sum_dtype(grad.dtype))
         norms.setdefault((kind, norm.dtype, norm.device), []).append(norm)
     if not norms:
-        return torch.tensor(0.0, device="cpu")
+        return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     device = numbers[0].device
     # One collective for all DTensors that are spread alike.
     parts = [torch.linalg.vector_norm(torch.stack(group), norm_type) for group in norms.values()]
@@ -508,7 +514,7 @@ def clip_grad_norm_(
         raise RuntimeError(
             f"the norm of order {norm_type} of the gradients is {float(total)}, so they cannot be clipped"
         )
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    factor = factor_to_clip(total, max_norm)
     with torch.no_grad():
         for tensor in numbers:
             tensor.mul_(factor.to(tensor.device, sum_dtype(tensor.dtype)))

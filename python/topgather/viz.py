@@ -5,6 +5,7 @@ They take matplotlib, which is loaded when one is drawn. ``topgather.viz`` itsel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,8 @@ def _with_window(chosen: Tensor, first_query: int, block_size: int, window: int)
     """A choice and, where it has them not, the blocks of each query's newest ``window`` keys."""
     position = first_query + torch.arange(chosen.size(2), device=chosen.device)
     first, last = (position - window + 1).clamp(min=0) // block_size, position // block_size
-    blocks = first[:, None] + torch.arange(int((last - first).max()) + 1 if position.numel() else 0).to(chosen.device)
+    most = int((last - first).max()) + 1 if position.numel() else 0
+    blocks = first[:, None] + torch.arange(most, device=chosen.device)
     blocks = torch.where(blocks <= last[:, None], blocks, -1).to(torch.int32).expand(*chosen.shape[:3], -1)
     is_there = (blocks[..., None] == chosen[..., None, :]).any(-1)
     return torch.cat([chosen, blocks.masked_fill(is_there, -1)], dim=-1)
@@ -244,7 +246,7 @@ def memory_usage(layers: nn.Module | Sequence[nn.Module], *, max_bins: int = 256
     num_rows = use.numel()
     num_dead = int((use == 0).sum())
     entropy = float(torch.special.entr(use / use.sum()).sum())
-    divergence = max(0.0, float(torch.tensor(float(num_rows), dtype=torch.float64).log()) - entropy)
+    divergence = max(0.0, math.log(num_rows) - entropy)
     is_alone = ax is None
     if ax is None:
         figure = _new_figure(10.0, 4.2)
@@ -252,9 +254,7 @@ def memory_usage(layers: nn.Module | Sequence[nn.Module], *, max_bins: int = 256
     figure = _figure_of(ax)
     ranked = use.sort(descending=True).values / use.mean()
     alive = ranked[: num_rows - num_dead]
-    ranks = (
-        torch.logspace(0, torch.tensor(float(len(alive))).log10().item(), max_bins).long().clamp(1, len(alive)).unique()
-    )
+    ranks = torch.logspace(0, math.log10(len(alive)), max_bins, device="cpu").long().clamp(1, len(alive)).unique()
     ax.plot(ranks.tolist(), alive[ranks - 1].tolist(), label="rows by rank")
     ax.axhline(1.0, color="gray", linestyle="--", label="even use")
     if num_dead > 0:
@@ -265,8 +265,8 @@ def memory_usage(layers: nn.Module | Sequence[nn.Module], *, max_bins: int = 256
     if not is_alone:
         return figure
     bins = min(max_bins, num_keys)
-    bin_of_key = torch.arange(num_keys) * bins // num_keys
-    summed = torch.zeros(bins, bins, dtype=torch.float64)
+    bin_of_key = torch.arange(num_keys, device="cpu") * bins // num_keys
+    summed = torch.zeros(bins, bins, dtype=torch.float64, device="cpu")
     cell = (bin_of_key[:, None] * bins + bin_of_key).flatten()
     summed.view(-1).index_add_(0, cell, use / use.mean())
     per_bin = torch.bincount(bin_of_key, minlength=bins)
@@ -299,7 +299,7 @@ def _use_of(layers: nn.Module | Sequence[nn.Module]) -> tuple[Tensor, int]:
     sizes = {layer.num_keys for layer in counting}
     if len(sizes) > 1:
         raise ValueError(f"layers must have tables of one size, got num_keys of {sorted(sizes)}")
-    use = torch.zeros(counting[0].num_keys ** 2, dtype=torch.float64)
+    use = torch.zeros(counting[0].num_keys ** 2, dtype=torch.float64, device="cpu")
     for layer in counting:
         assert layer.usage_weights is not None and layer.usage_units is not None
         use += (layer.usage_weights.double() + layer.usage_units.double() / 2**UNIT_BITS).cpu()

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,3 +233,20 @@ def test_command_without_optional_packages(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--html needs the package matplotlib" in done.stderr, done.stderr
     assert done.stdout.count("Advised") == 2 and "measuring 128 tokens" in done.stderr
     assert not page.exists()
+
+
+# --- modes of the caller --------------------------------------------------------------------------------------------
+
+ADVISE = {
+    "attention": lambda: tg.advise(heads=2, kv_heads=1, head_dim=8, seq_len=128, train=True, seconds=0.01),
+    "memory": lambda: tg.advise_memory(64, 16, 2, num_heads=1, num_tokens=16, train=True, seconds=0.01),
+}
+
+
+@pytest.mark.parametrize("name", ADVISE)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_measures_gradients_in_any_mode_and_draws_no_number_of_the_caller(name: str, mode: Any) -> None:
+    before = torch.random.get_rng_state()
+    with mode():
+        ADVISE[name]()
+    assert torch.equal(torch.random.get_rng_state(), before)

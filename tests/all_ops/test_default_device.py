@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import topgather as tg
-from tests.common.ops import CASES, OpCase, every
+from tests.common.ops import CASES, Inputs, OpCase, every
 from tests.common.runs import assert_all_equal
 
 CPU = torch.device("cpu")
@@ -20,13 +21,25 @@ FACTORIES = {
 PROGRAMS = ("__main__.py", "advisor/", "viz.py", "reference/")
 
 
+def results_and_gradients(case: OpCase, inputs: Inputs) -> dict[str, Tensor]:
+    results = case.run(inputs)
+    outputs = [results[name] for name in case.differentiable_results if results[name].requires_grad]
+    if outputs:
+        leaves = [inputs[name] for name in case.differentiable]
+        found = torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+        gradients = zip(case.differentiable, found, strict=True)
+        results |= {f"grad_{name}": grad.to_dense() if grad.is_sparse else grad for name, grad in gradients}
+    return results
+
+
 @every(CASES)
-def test_every_op_under_another_default_device(case: OpCase) -> None:
-    expected = case.everything(case.inputs(torch.float32, CPU))
-    inputs = case.inputs(torch.float32, CPU)
+def test_what_a_call_makes_is_where_its_arguments_are(case: OpCase) -> None:
+    """The meta device, from which nothing can be copied, stands for any other."""
+    expected = results_and_gradients(case, case.inputs(torch.float32, CPU, requires_grad=True))
+    inputs = case.inputs(torch.float32, CPU, requires_grad=True)
     with torch.device("meta"):
-        results = case.run(inputs)
-    assert_all_equal({name: tensor for name, tensor in results.items() if not tensor.is_sparse}, expected)
+        found = results_and_gradients(case, inputs)
+    assert_all_equal(found, expected)
 
 
 def without_device(source: str) -> Iterator[int]:

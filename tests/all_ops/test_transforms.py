@@ -110,6 +110,20 @@ def test_grad(case: OpCase) -> None:
 
 
 @every(DIFFERENTIABLE)
+def test_several_backward_passes_at_once(case: OpCase) -> None:
+    """What ``torch.autograd.grad`` loops over with ``is_grads_batched``, also where gradients would be sparse."""
+    inputs = case.inputs(torch.float64, CPU)
+    leaves = leaves_of(case, inputs)
+    outputs = function_of(case, inputs)(*leaves)
+    incoming = [random_tensor((SAMPLES, *output.shape), output.dtype, CPU, 80 + i) for i, output in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, leaves, incoming, is_grads_batched=True, retain_graph=True)
+    for sample in range(SAMPLES):
+        one = [each[sample] for each in incoming]
+        expected = [each.to_dense() for each in torch.autograd.grad(outputs, leaves, one, retain_graph=True)]
+        assert_rounded([each[sample] for each in found], expected)
+
+
+@every(DIFFERENTIABLE)
 def test_vjp(case: OpCase) -> None:
     inputs = case.inputs(torch.float32, CPU)
     leaves = leaves_of(case, inputs)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from topgather._distributed import attention, collectives
+from topgather._distributed import attention, collectives, context, placement
 
 
 class PretendedGroup:
@@ -72,6 +72,8 @@ def on_pretended_ranks(num_ranks: int, run: Callable[[Any], Any]) -> list[Any]:
         mock.patch.object(dist, "get_world_size", lambda group: num_ranks),
         mock.patch.object(dist, "get_backend", lambda group: "pretended"),
         mock.patch.object(attention, "group_of", lambda mesh: mesh),
+        mock.patch.object(context, "group_of", lambda mesh: mesh),
+        mock.patch.object(placement, "group_of", lambda mesh: mesh),
     ):
         threads = [threading.Thread(target=body, args=(rank,)) for rank in range(num_ranks)]
         for thread in threads:

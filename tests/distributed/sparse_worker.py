@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import topgather as tg
-from topgather.distributed import MemoryColwise, clip_grad_norm_
+from topgather.distributed import MemoryColwise, MemoryRowwise, clip_grad_norm_
 
 WORLD_SIZE, DIM = 2, 8
 NORMS = {"2": (2.0, 0.05), "inf": (float("inf"), 0.01), "1.5": (1.5, 1e6)}
@@ -193,6 +196,84 @@ def row_optimizer(mesh: Any) -> dict[str, Any]:
     return results
 
 
+class Checkpointed(nn.Module):
+    """A model that is computed anew in its backward."""
+
+    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.model, x, use_reentrant=self.use_reentrant)
+
+
+ROW_MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": lambda model: model,
+    "checkpointed": lambda model: Checkpointed(model, False),
+    "checkpointed reentrantly": lambda model: Checkpointed(model, True),
+}
+
+
+def data_parallel_rows(kind: str, rank: int) -> dict[str, Any]:
+    """A row optimizer on a table of DistributedDataParallel, whose gradients of two micro-batches are averaged."""
+    model = make("shared", True)
+    table = model[0].pool.values
+    wrapped = DistributedDataParallel(ROW_MODELS[kind](model))
+    optimizer = tg.optim.RowSGD([table], lr=1.0)
+    for step in range(2):
+        with wrapped.no_sync() if step == 0 else nullcontext():
+            wrapped((tokens(rank) + step).requires_grad_()).square().sum(dim=1).mean().backward()
+    optimizer.step()
+    results: dict[str, Any] = {"table": full(table)}
+    dense = make("pool", False)
+    optimizer = tg.optim.RowSGD([dense.pool.values], lr=1.0)
+    backward(DistributedDataParallel(dense), tokens(rank))
+    results["refused"] = refusal(optimizer.step)
+    return results
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing is refused"
+
+
+def refused_of_sharded(folder: Path, mesh: Any) -> dict[str, Any]:
+    """What a table that is spread over ranks cannot be made into, and how its layer cannot be called."""
+    results = {}
+    for style in (MemoryColwise(), MemoryRowwise()):
+        layer = make("memory", False)
+        published = published_names(make("memory", False))
+        parallelize_module(layer, mesh, {"pool": style})
+        x = tokens(mesh.get_local_rank())
+        calls: dict[str, Callable[[], Any]] = {
+            "file": lambda layer=layer: layer.pool.to_file(folder / "table"),
+            "quantised": lambda layer=layer: layer.pool.quantize(),
+            "host": lambda layer=layer: tg.nn.OffloadedMemoryPool.from_pool(layer.pool, "cpu"),
+            "published": lambda layer=layer, published=published: layer.load_reference_state_dict(published),
+            "vmap": lambda layer=layer, x=x: torch.vmap(layer)(x[None]),
+            "grad": lambda layer=layer, x=x: torch.func.grad(lambda x: layer(x).sum())(x),
+        }
+        results |= {f"{style} {name}": refusal(call) for name, call in calls.items()}
+        pool = make("pool", False).pool
+        optimizer = tg.optim.RowSGD([pool.values])
+        results[f"{style} attached"] = refusal(lambda pool=pool, style=style: parallelize_module(pool, mesh, style))
+        optimizer.detach()
+    return results
+
+
+def published_names(layer: nn.Module) -> dict[str, Tensor]:
+    names = {"query_proj": "query_proj.query_mlps.0", "pool.values": "values.weight"}
+    found = {}
+    for name, value in layer.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    return found
+
+
 def fsdp_on_meta(rank: int) -> dict[str, Any]:
     """FSDP1 gives a model on the meta device its memory, and has every module draw what it holds."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -225,6 +306,8 @@ def run(rank: int, folder: Path) -> None:
         **{f"sharded_{n}": lambda n=n: sharded(n, mesh) for n in NORMS},
         **{f"all_dtensors_{n}": lambda n=n: all_dtensors(n, mesh) for n in NORMS},
         "row_optimizer": lambda: row_optimizer(mesh),
+        **{f"ddp_rows_{kind}": lambda kind=kind: data_parallel_rows(kind, rank) for kind in ROW_MODELS},
+        "refused_of_sharded": lambda: refused_of_sharded(folder, mesh),
         "fsdp_on_meta": lambda: fsdp_on_meta(rank),
     }
     for name, case in cases.items():

@@ -15,7 +15,19 @@ import topgather.distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sparse_worker import DIM, MODELS, NORMS, OPTIMIZERS, WORLD_SIZE, backward, gradients, make, tokens, train_rows
+from sparse_worker import (
+    DIM,
+    MODELS,
+    NORMS,
+    OPTIMIZERS,
+    ROW_MODELS,
+    WORLD_SIZE,
+    backward,
+    gradients,
+    make,
+    tokens,
+    train_rows,
+)
 
 from tests.distributed.ranks import results_in, run_once
 
@@ -163,3 +175,25 @@ def test_row_optimizer_of_a_sharded_table(ranks: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(result[name], value, msg=lambda text, name=name: f"{name}: {text}")
         assert result["loaded"]
         assert "sharded by columns alone" in result["refused"] and "ignored_params" in result["refused"]
+
+
+@pytest.mark.parametrize("kind", ROW_MODELS)
+def test_row_optimizers_under_data_parallelism(kind: str, ranks: list[dict[str, Any]]) -> None:
+    """Every rank steps its copy by the averaged gradient, not by what it looked up itself."""
+    expected = make("shared", False)[0].pool.values.detach().clone()
+    for step in range(2):
+        expected -= mean_gradients("shared", step)["0.pool.values"]
+    for result in results_of(f"ddp_rows_{kind}", ranks):
+        torch.testing.assert_close(result["table"], expected)
+        assert "DistributedDataParallel does with sparse_grad=False" in result["refused"]
+
+
+def test_what_a_sharded_table_refuses(ranks: list[dict[str, Any]]) -> None:
+    """In words that say so, whatever torch would say of DTensors and of functions without a setup_context."""
+    for result in results_of("refused_of_sharded", ranks):
+        assert len(result) == 14
+        for name, refusal in result.items():
+            is_transform = name.endswith(("vmap", "grad"))
+            words = "cannot be called under torch.vmap" if is_transform else "sharded over ranks"
+            words = "must have no row optimizer yet" if name.endswith("attached") else words
+            assert words in refusal, f"{name}: {refusal}"

@@ -339,3 +339,40 @@ def test_other_systems_import_what_they_cannot_open(monkeypatch: pytest.MonkeyPa
     spec.loader.exec_module(module)
     with pytest.raises(NotImplementedError, match="need Linux"):
         module.RowFile(tmp_path / "table", True)
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_the_log_of_another_table_is_not_replayed(is_deleted: bool, tmp_path: Path) -> None:
+    """A process was killed before it changed the file; then another table takes its place."""
+    path = tmp_path / "table"
+    killed = tg.nn.MemoryPool.from_file(path, 4, 6)
+    with torch.no_grad():
+        killed.values[3] = 7
+    killed._file._write_log(torch.tensor([3]), 1)  # type: ignore[attr-defined]
+    killed.close()
+    if is_deleted:
+        path.unlink()
+        opened = tg.nn.MemoryPool.from_file(path, 4, 6)
+        assert not bool((opened.values[3] == 7).all())
+    else:
+        pool = tg.nn.MemoryPool(4, 6)
+        pool.to_file(path)
+        opened = tg.nn.MemoryPool.from_file(path)
+        assert torch.equal(opened.values, pool.values)
+    assert opened.step == 0
+    opened.close()
+
+
+def test_a_file_that_is_trained_is_not_replaced(tmp_path: Path) -> None:
+    """Readers keep what they read."""
+    path = tmp_path / "table"
+    pool = tg.nn.MemoryPool.from_file(path, 4, 6)
+    for other in (pool, tg.nn.MemoryPool(4, 6)):
+        with pytest.raises(BlockingIOError, match="is open in another process, or in this one"):
+            other.to_file(path)
+    before = pool.values.detach().clone()
+    pool.close()
+    reader = tg.nn.MemoryPool.from_file(path, trainable=False)
+    tg.nn.MemoryPool(4, 6).to_file(path)
+    assert torch.equal(reader.values, before)
+    reader.close()

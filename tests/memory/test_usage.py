@@ -188,3 +188,13 @@ def test_transforms_are_refused(kind: str) -> None:
     layer.track_usage = False
     for run in transforms.values():
         run()
+
+
+def test_a_refused_call_is_not_counted() -> None:
+    layer = tg.nn.ProductKeyMemory(8, tg.nn.MemoryPool(4, 8), 2, 3, 8, track_usage=True)
+    layer(torch.randn(3, 8))
+    before = layer.usage()
+    layer.value_proj = torch.nn.Linear(9, 8)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(3, 8))
+    assert layer.usage() == before

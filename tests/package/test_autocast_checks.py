@@ -1,6 +1,7 @@
 """Autocast changes the dtype of floating inputs and no check: what is refused without it is refused with it.
 
-Every public op, every tensor of it in turn: other shapes, integers, bool and complex numbers.
+Every public op, every tensor of it in turn: other shapes, integers, bool, complex numbers, numbers
+of 8 bits.
 """
 
 import inspect
@@ -96,6 +97,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "int64": lambda t: (t * 10).long(),
     "bool": lambda t: t > 0,
     "complex": lambda t: t + 0j,
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
     "sparse": lambda t: t.to_sparse(),
 }
 

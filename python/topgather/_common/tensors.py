@@ -71,8 +71,9 @@ def sums_like_query(tensor: Tensor, query: Tensor) -> Tensor:
 
 
 def is_autocast(tensor: Tensor, device_type: str) -> bool:
-    """Whether autocast casts such a tensor: floating-point, not float64, on its device."""
-    return tensor.device.type == device_type and tensor.is_floating_point() and tensor.dtype != torch.float64
+    """Whether autocast casts such a tensor: floating-point, not float64, nor of 8 bits or fewer, on its device."""
+    is_cast = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.dtype.itemsize > 1
+    return tensor.device.type == device_type and is_cast
 
 
 def autocast(tensor: Tensor, device_type: str) -> Tensor:

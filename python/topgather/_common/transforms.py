@@ -28,6 +28,14 @@ def refuse_tangent(advice: str, **tensors: Tensor | None) -> None:
             raise NotImplementedError(f"topgather: {name} must not have a tangent (forward mode): {advice}")
 
 
+def refuse_transforms(what: str, reason: str) -> None:
+    """Raise ``NotImplementedError`` for a layer that no transform of torch.func can have."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"topgather: {what} cannot be called under torch.vmap and other transforms of torch.func: {reason}"
+        )
+
+
 def batching_rule(overload: Any, op: Op) -> Callable[..., Any]:
     """The rule that ``torch.library.register_vmap`` takes.
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._common import checks
+from .._common import checks, tensors
 from .._common.library import DTYPE_CODES
+from .._common.transforms import refuse_transforms
 from ..ops import _moba_ops, replay
 from . import collectives, exchange, gather
 from .gather import Choice, Options
@@ -77,7 +78,9 @@ def moba_attention(
         ValueError: a wrong shape, device or option, ranks that differ in them, or numbers of tokens that are not those
             of ``placement`` or ``cu_seqlens``, on every rank.
     """
+    refuse_transforms("distributed.moba_attention", "ranks send each other tokens")
     group = group_of(mesh)
+    query, key, value = (_as_autocast_has_it(tensor) for tensor in (query, key, value))
     try:
         error = None
         _check(query, key, value, block_size, top_k, is_causal, scale, return_lse, placement, cu_seqlens)
@@ -156,6 +159,13 @@ def moba_attention(
         share = share.transpose(0, 1) if bounds is not None else share
         out = (out * share[..., None]).to(out.dtype)
     return (out, lse) if return_lse else out
+
+
+def _as_autocast_has_it(tensor: Any) -> Any:
+    """A tensor as :func:`topgather.moba_attention` takes it under autocast; what is none is refused later."""
+    if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensors.autocast(tensor, tensor.device.type)
 
 
 def _exchange_batch(

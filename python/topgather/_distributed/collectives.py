@@ -29,7 +29,8 @@ def count_bytes() -> Iterator[dict[str, int]]:
     try:
         yield counts
     finally:
-        _counts.remove(counts)
+        # Not the first that is equal: one around it may have counted the same.
+        _counts[:] = [other for other in _counts if other is not counts]
 
 
 def _count(name: str, num_bytes: int) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._common import checks, over_ranks
 from .._common.library import DTYPE_CODES, sum_dtype
+from .._common.transforms import refuse_transforms
 from ..ops import key_conv as key_conv_of_one
 from . import collectives
 from .attention import METHODS, moba_attention
@@ -77,7 +78,7 @@ def context_parallel(
     Raises:
         TypeError: ``mesh`` is neither a mesh nor a group, or a buffer is no tensor.
         ValueError: as many ``seq_dims`` as ``buffers`` there are not, buffers of different lengths, one that requires
-            grad, one of ``no_restore_buffers`` that is not among them, or an unknown option.
+            grad or stands there twice, one of ``no_restore_buffers`` that is not among them, or an unknown option.
     """
     group = group_of(mesh)
     check_placement(placement)
@@ -91,15 +92,17 @@ def context_parallel(
         checks.check_tensor("buffers", buffer)
         if buffer.requires_grad:
             raise ValueError("buffers must not require grad: they are cut in place")
+    if len({id(buffer) for buffer in buffers}) < len(buffers):
+        raise ValueError("buffers must name each tensor once: they are cut in place")
     if any(all(buffer is not other for other in buffers) for buffer in no_restore_buffers):
         raise ValueError("no_restore_buffers must be among buffers")
     lengths = {buffer.size(dim) for buffer, dim in zip(buffers, seq_dims, strict=True)}
     if len(lengths) > 1:
         raise ValueError(f"buffers must have equally many tokens, got {sorted(lengths)}")
     whole = [None if any(buffer is other for other in no_restore_buffers) else buffer.clone() for buffer in buffers]
-    for buffer, dim in zip(buffers, seq_dims, strict=True):
-        _become(buffer, shard_sequence(buffer, group, dim, placement).clone())
     try:
+        for buffer, dim in zip(buffers, seq_dims, strict=True):
+            _become(buffer, shard_sequence(buffer, group, dim, placement).clone())
         with over_ranks.attending(_OverRanks(group, placement, method, lengths.pop() if lengths else None)):
             yield
     finally:
@@ -167,10 +170,12 @@ def key_conv(
         TypeError: an argument of the wrong type or dtype, on every rank.
         ValueError: a wrong shape or option, or ranks that differ in them, on every rank.
     """
+    refuse_transforms("distributed.key_conv", "ranks send each other tokens")
     group = group_of(mesh)
     error: Exception | None = None
-    numbers = [0] * 8
+    numbers = [0] * 9
     meanings = ["batch", "key heads", "head_dim", "dtype (by its code)", "width", "placement"]
+    meanings.append("need of a gradient for key")
     try:
         check_placement(placement)
         for name, tensor, layout in (
@@ -182,7 +187,7 @@ def key_conv(
             checks.check_floating(name, tensor)
         numbers = [
             0, key.size(2), key.size(0), key.size(1), key.size(3), DTYPE_CODES[key.dtype], weight.size(2),
-            PLACEMENTS.index(placement),
+            PLACEMENTS.index(placement), int(torch.is_grad_enabled() and key.requires_grad),
         ]  # fmt: skip
         # A call of no token says everything else.
         key_conv_of_one(key.detach()[:, :, :0], weight.detach(), bias=bias, activation=activation)

@@ -17,7 +17,7 @@ from .._common import checks
 from ..ops import moba_attention
 from . import _show
 from ._law import Needle
-from ._measure import Run, device_name, peak_bytes, show_seconds, time_in_turn
+from ._measure import Run, apart, device_name, peak_bytes, show_seconds, time_in_turn
 from ._progress import Progress
 from ._shape import DEFAULT_SEQ_LEN, AttentionShape, shape_of_model
 
@@ -129,6 +129,7 @@ class Advice:
         _show.save_attention_html(self, Path(path))
 
 
+@apart()
 def advise(
     *,
     seq_len: int | Sequence[int] | None = None,

@@ -71,10 +71,10 @@ class Needle:
         if top_k == 1:
             return 0.0
         shift = math.sqrt(2) * self.signal_to_noise(head_dim, block_size)
-        x = torch.linspace(-9, 9, 601, dtype=torch.float64)
+        x = torch.linspace(-9, 9, 601, dtype=torch.float64, device="cpu")
         density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
         beats = torch.special.ndtr(-(x + shift)).clamp(1e-300, 1 - 1e-16)[:, None]
-        count = torch.arange(top_k - 1, dtype=torch.float64)
+        count = torch.arange(top_k - 1, dtype=torch.float64, device="cpu")
         ways = math.lgamma(num_others + 1) - torch.lgamma(count + 1) - torch.lgamma(num_others - count + 1)
         terms = (ways + count * beats.log() + (num_others - count) * torch.log1p(-beats)).exp()
         return min(1.0, float(torch.trapezoid(density * terms.sum(1), x)))

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,14 @@ Run = Callable[[], object]
 # A sample is made of as many calls as take this long, so that the clock and a call's start do not count.
 SAMPLE_SECONDS = 2e-3
 MAX_ROUNDS = 12
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """What is measured has gradients whatever the caller's mode is, and leaves the caller's random numbers alone."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def device_name(device: torch.device) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .._common import checks
 from ..nn import MemoryPool, ProductKeyMemory
 from . import _show
 from ._attention import _lengths
-from ._measure import Run, device_name, peak_bytes, show_bytes, show_seconds, time_in_turn
+from ._measure import Run, apart, device_name, peak_bytes, show_bytes, show_seconds, time_in_turn
 from ._progress import Progress
 from ._shape import check_dtype
 
@@ -98,6 +99,7 @@ class MemoryAdvice:
         _show.save_memory_html(self, Path(path))
 
 
+@apart()
 def advise_memory(
     rows: int,
     width: int,
@@ -158,7 +160,9 @@ def advise_memory(
         f"top_k {count}": ProductKeyMemory(width, pool, num_heads, count, key_dim, device=place, dtype=dtype)
         for count in counts
     }
-    dense = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)).to(place, dtype)
+    options: dict[str, Any] = {"device": place, "dtype": dtype}
+    wide, narrow = nn.Linear(width, 4 * width, **options), nn.Linear(4 * width, width, **options)
+    dense = nn.Sequential(wide, nn.SiLU(), narrow)
     layers["feed-forward"] = dense
     x = torch.randn(num_tokens, width, device=place).to(dtype)
     runs = {name: _run(layer, x, train) for name, layer in layers.items()}
@@ -177,12 +181,12 @@ def advise_memory(
     cheap = [one for one in measurements if one.seconds <= feed_forward.seconds]
     best = cheap[-1] if cheap else measurements[0]
     table_bytes = pool.values.numel() * dtype.itemsize
-    options = f"num_heads={num_heads}, top_k={best.top_k}, key_dim={key_dim}"
+    arguments = f"num_heads={num_heads}, top_k={best.top_k}, key_dim={key_dim}"
     sparse = ", sparse_grad=True" if train else ""
     code = (
         "import topgather as tg\n"
         f"pool = tg.nn.MemoryPool(num_keys={num_keys}, value_dim={width}{sparse})  # may be shared by layers\n"
-        f"layer = tg.nn.ProductKeyMemory({width}, pool, {options})"
+        f"layer = tg.nn.ProductKeyMemory({width}, pool, {arguments})"
     )
     return MemoryAdvice(
         num_keys**2, num_keys, width, num_heads, key_dim, num_tokens, train, dtype, device_name(place), table_bytes,

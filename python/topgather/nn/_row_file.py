@@ -75,7 +75,12 @@ def create(
 ) -> None:
     """Write a table, whole or not at all: rows ``[n, row_dim]`` one chunk after the other; holes, that read as zeros,
     if None.
+
+    Raises:
+        BlockingIOError: there is a file of this name, which is open to be written to.
     """
+    if sys.platform.startswith("linux"):
+        _make_way(path)
     new = path.with_name(path.name + ".new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -90,6 +95,34 @@ def create(
         os.close(descriptor)
     os.replace(new, path)
     sync_folder(path)
+
+
+def _lock(descriptor: int, kind: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"{path} is open in another process, or in this one, that may change it") from None
+
+
+def _log_of(path: Path) -> Path:
+    return path.with_name(path.name + ".log")
+
+
+def _make_way(path: Path) -> None:
+    """See that a file may take the place of ``path``: nobody writes there, and no log is left of what was there, which
+    would be replayed in the new one.
+    """
+    if path.is_file():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _lock(descriptor, fcntl.LOCK_SH, path)  # who reads keeps what is read
+        finally:
+            os.close(descriptor)
+        if _log_of(path).exists():
+            with suppress(ValueError):  # no table, or a damaged one
+                RowFile(path, is_writable=True).close()
+    with suppress(FileNotFoundError):
+        os.unlink(_log_of(path))
 
 
 class RowFile:
@@ -115,31 +148,23 @@ class RowFile:
         if not sys.platform.startswith("linux"):
             raise NotImplementedError("tables in files need Linux")
         self.path = path
-        self.log_path = path.with_name(path.name + ".log")
+        self.log_path = _log_of(path)
         self.is_writable = is_writable
         has_log = self.log_path.exists()
         self._descriptor = os.open(path, os.O_RDWR if is_writable or has_log else os.O_RDONLY)
         self._closes = weakref.finalize(self, os.close, self._descriptor)
         try:
-            self._lock(fcntl.LOCK_EX if is_writable or has_log else fcntl.LOCK_SH)
+            _lock(self._descriptor, fcntl.LOCK_EX if is_writable or has_log else fcntl.LOCK_SH, path)
             self._read_header()
             if is_writable or has_log:
                 self._shared = mmap.mmap(self._descriptor, self._num_bytes)
                 self._replay()
             if not is_writable:
-                self._lock(fcntl.LOCK_SH)
+                _lock(self._descriptor, fcntl.LOCK_SH, path)
             self._map()
         except BaseException:
             self.close()
             raise
-
-    def _lock(self, kind: int) -> None:
-        try:
-            fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"{self.path} is open in another process, or in this one, that may change it"
-            ) from None
 
     def _read_header(self) -> None:
         problem = f"{self.path} is no table that MemoryPool.to_file or from_file wrote"

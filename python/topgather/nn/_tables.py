@@ -42,6 +42,18 @@ class TableModule(nn.Module):
             value = _Parametrizations(dict(value.items()))
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        tables = {name: self._parameters.get(name) for name in self.TABLES}
+        # Not parametrised ones, which go by other names.
+        are_of_their_kind = [
+            table is None or is_of_its_kind(table, state_dict, prefix + name, lists[-1])
+            for name, table in tables.items()
+        ]
+        if all(are_of_their_kind):
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[arg-type]
+
     def _are_parameters(self, *names: str) -> bool:
         """Whether these tables are parameters themselves, not computed from others by a parametrisation or pruning."""
         return all(self._parameters.get(name) is not None for name in names)
@@ -216,12 +228,26 @@ def copy_reference(
             raise ValueError(f"{full_name} must hold numbers, but is on the meta device")
         if name == "keys" and tensor.ndim == 2 and tensor.shape == target.flatten(0, 2).shape:
             tensor = tensor.reshape(target.shape)
+        if hasattr(target, "full_tensor"):
+            raise ValueError(f"{full_name} cannot be loaded into a tensor that is sharded over ranks: load it before")
+        errors: list[str] = []
+        if not is_of_its_kind(target, state_dict, prefix + name, errors):
+            raise ValueError(f"state_dict must hold numbers of the layer's kind: {errors[0]}")
         if tensor.shape != target.shape:
             raise ValueError(f"{full_name} must have shape {tuple(target.shape)}, got {tuple(tensor.shape)}")
         copies.append((target, tensor))
     with torch.no_grad():
         for target, tensor in copies:
             target.copy_(tensor)
+
+
+def refuse_sharded(values: Tensor, what: str) -> None:
+    """Raise ``TypeError`` for a table that is a DTensor."""
+    if hasattr(values, "full_tensor"):
+        raise TypeError(
+            f"{what} cannot be made of a table that is sharded over ranks, got a {type(values).__name__}: put "
+            f"values.full_tensor() into a MemoryPool first"
+        )
 
 
 def is_of_its_kind(table: Tensor, state_dict: Mapping[str, Any], name: str, errors: list[str]) -> bool:

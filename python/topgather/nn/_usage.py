@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,17 +67,25 @@ class UsageCounters(nn.Module):
                 counts = torch.zeros(shape, dtype=torch.int64, device=self.keys.device) if is_tracked else None
             setattr(self, name, counts)
 
+    def _check_counting(self) -> None:
+        """Raise where a call's lookups cannot be counted."""
+        if self.usage_units is None or torch.compiler.is_compiling():
+            return
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "track_usage must be False under torch.vmap and other transforms of torch.func: counters are written "
+                "to in place"
+            )
+
     @torch.no_grad()
     def _count(self, indices: Tensor, weights: Tensor) -> None:
-        """Count a call's lookups, ``indices`` and ``weights [T, K]``, where usage is tracked."""
+        """Count a call's lookups, ``indices`` and ``weights [T, K]``, where usage is tracked.
+
+        Behind everything else: a call that was refused did not use a row.
+        """
         if self.usage_units is None or _is_recomputing():
             return
         if not torch.compiler.is_compiling():
-            if torch._C._are_functorch_transforms_active():
-                raise NotImplementedError(
-                    "track_usage must be False under torch.vmap and other transforms of torch.func: counters are "
-                    "written to in place"
-                )
             self._make_ordinary()
         assert self.usage_weights is not None
         assert self.usage_lookups is not None and self.usage_lookups_carried is not None
@@ -124,8 +133,7 @@ class UsageCounters(nn.Module):
         use = self.usage_weights.double() + self.usage_units.double() / 2**UNIT_BITS
         share_touched = float((use > 0).double().mean())
         entropy = torch.special.entr(use / use.sum()).sum()
-        most_entropy = torch.tensor(float(use.numel()), dtype=torch.float64, device="cpu").log()
-        return MemoryUsage(share_touched, max(0.0, float(most_entropy) - float(entropy)), num_lookups)
+        return MemoryUsage(share_touched, max(0.0, math.log(use.numel()) - float(entropy)), num_lookups)
 
     def reset_usage(self) -> None:
         """Forget what ``usage`` counted so far."""

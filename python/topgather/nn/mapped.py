@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._common import checks
 from ..ops import _memory_update
 from ._row_file import RowFile, create
+from ._tables import refuse_sharded
 from .pool import MemoryPool
 
 # Rows that are drawn at a time, and indices that are kept before those that stand several times are struck out.
@@ -37,8 +38,7 @@ class MappedMemoryPool(MemoryPool):
         self.values = nn.Parameter(file.values, requires_grad=trainable)
         if trainable:
             # A table that nobody holds any more is let go of at once, with its file.
-            record = weakref.WeakMethod(self._record)
-            self.values.register_hook(lambda gradient: _call(record(), gradient))
+            self.values.register_hook(_Hook(self._record))
             _memory_update.listen(self.values, weakref.WeakMethod(self.mark_rows))
 
     @property
@@ -59,8 +59,8 @@ class MappedMemoryPool(MemoryPool):
     def mark_rows(self, rows: Tensor) -> None:
         """Say that rows are changed, or about to be: the next :meth:`flush` writes them back.
 
-        The rows of every gradient that backward computes are marked, and those that an optimizer of
-        :mod:`topgather.optim` steps. Only what changes ``values`` otherwise needs this.
+        The rows of every gradient that backward computes are marked, and those that an optimizer of torch's or of
+        :mod:`topgather.optim` steps, by momentum alone too. Only what changes ``values`` otherwise needs this.
 
         Args:
             rows: integers of any shape.
@@ -103,7 +103,7 @@ class MappedMemoryPool(MemoryPool):
             self._file.write_back(rows, step)
         # An optimizer may still take the step of a gradient that is there.
         grad = self.values.grad
-        self._pending = [] if grad is None else [grad._indices()[0]]
+        self._pending = [] if grad is None else [_memory_update.rows_of_gradient(grad)]
         return step
 
     def prefetch(self, indices: Tensor) -> None:
@@ -151,9 +151,17 @@ class MappedMemoryPool(MemoryPool):
         return f"{super().extra_repr()}, path={str(self.path)!r}, step={self.step}"
 
 
-def _call(record: Callable[[Tensor], None] | None, gradient: Tensor | None) -> None:
-    if record is not None and gradient is not None:  # a row optimizer's tables have none
-        record(gradient)
+class _Hook:
+    """A hook on the gradient of a table, where there is one."""
+
+    def __init__(self, record: Callable[[Tensor], None]) -> None:
+        self._record = weakref.WeakMethod(record)
+        setattr(self, _memory_update.TAKES_NONE, True)  # a row optimizer's tables have no gradient
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        record = self._record()
+        if record is not None and gradient is not None:
+            record(gradient)
 
 
 def _chunks(num_rows: int, row_dim: int, dtype: torch.dtype, padding_row: int | None) -> Iterator[Tensor]:
@@ -169,6 +177,7 @@ def _chunks(num_rows: int, row_dim: int, dtype: torch.dtype, padding_row: int | 
 def pool_to_file(pool: MemoryPool, path: str | os.PathLike[str]) -> None:
     """Write the table of a pool, in chunks."""
     values: Tensor = pool.values
+    refuse_sharded(values, "a file")
     chunk = max(CHUNK_NUMBERS // pool.value_dim, 1)
     num_rows, row_dim = values.shape
     create(_path(path), num_rows, row_dim, values.dtype, iter(values.detach().split(chunk)))

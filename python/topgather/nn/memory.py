@@ -107,6 +107,7 @@ class _ProductKeyLayer(TableModule, UsageCounters):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """``x [..., dim]``, checked, as ``[T, dim]``."""
+        self._check_counting()
         checks.check_tensor("x", x)
         if x.ndim < 1:
             raise ValueError(f"x must have at least 1 dimension [..., dim], got shape {tuple(x.shape)}")
@@ -131,7 +132,6 @@ class _ProductKeyLayer(TableModule, UsageCounters):
         scores, indices = product_key_topk(query, keys, self.top_k)
         weights = SCORE_ACTIVATIONS[self.score_activation](scores / self.temperature)
         indices, weights = indices.flatten(1), weights.flatten(1)
-        self._count(indices, weights)
         return indices, weights
 
     def _reference_targets(self) -> dict[str, Tensor]:
@@ -291,6 +291,7 @@ class ProductKeyMemory(_ProductKeyLayer):
             out = out * F.silu(self.swilu_projection(tokens))
         if self.value_proj is not None:
             out = self.value_proj(out)
+        self._count(indices, weights)
         return out.view(*x.shape[:-1], self.out_dim)
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -434,7 +435,7 @@ class PeerMemory(_ProductKeyLayer):
             prefix: put before every name. Default: empty.
             remove_duplicate: whether a module that stands in several places comes once. Default: ``True``.
         """
-        if self._gives_sparse and (memo is None or self not in memo):
+        if self._gives_sparse and (memo is None or self not in memo) and not torch.compiler.is_compiling():
             yield prefix, SparseTables(self, ("values_in", "values_out"))
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
@@ -465,6 +466,7 @@ class PeerMemory(_ProductKeyLayer):
         out = expert_lookup(tokens, self.values_in, self.values_out, indices, weights, self.activation, sparse_grad).to(
             x.dtype
         )
+        self._count(indices, weights)
         return F.dropout(out, self.value_dropout, self.training).view(x.shape)
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:

@@ -177,7 +177,7 @@ class NgramMemory(TableModule):
             prefix: put before every name. Default: empty.
             remove_duplicate: whether a module that stands in several places comes once. Default: ``True``.
         """
-        if self._gives_sparse and (memo is None or self not in memo):
+        if self._gives_sparse and (memo is None or self not in memo) and not torch.compiler.is_compiling():
             yield prefix, SparseTables(self, ("values",))
         yield from super().named_modules(memo, prefix, remove_duplicate)
 
@@ -299,7 +299,7 @@ class NgramMemory(TableModule):
         gate = gate.abs().clamp(min=1e-6).sqrt() * gate.sign()
         gated = gate.sigmoid() * self.value_proj(embeddings).unsqueeze(-2)
         if mask is not None:
-            gated = gated * mask[..., None, None]
+            gated = torch.where(mask[..., None, None], gated, 0)  # whatever padding holds
         normed = self.conv_norm(gated).flatten(-2)
         taken, new_values = self._convolve(normed, place, None if state is None else state.values)
         out = (gated.flatten(-2) + F.silu(taken)).to(x.dtype)

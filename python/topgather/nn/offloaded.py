@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .._common import checks
+from .._common.library import in_forward_mode
+from .._common.transforms import refuse_tangent, refuse_transforms
 from ..ops import memory_lookup
+from ._tables import refuse_sharded
+from .mapped import MappedMemoryPool
 from .pool import MemoryPool
 
 MAX_PENDING = 64
@@ -35,6 +39,18 @@ class CacheUsage:
     hit_rate: float
 
 
+class _Table(NamedTuple):
+    """A table as it was at some time."""
+
+    values: Tensor
+    version: int | None
+    """How often it had changed; None for one made in inference mode, of which torch does not count that."""
+
+    def is_still(self, other: _Table | None) -> bool:
+        """Whether ``other`` is the same table, known to be unchanged."""
+        return other is not None and self.values is other.values and self.version == other.version is not None
+
+
 class _Rows(NamedTuple):
     """The rows of a batch, on the device or on their way to it."""
 
@@ -43,7 +59,7 @@ class _Rows(NamedTuple):
     places: Tensor  # of each entry among them, on the device
     values: Tensor  # [U, W] on the device
     arrived: Any  # event of the side stream, None on the CPU
-    version: int | None  # of the table; None where nobody counts its changes
+    table: _Table
 
 
 class OffloadedMemoryPool(MemoryPool):
@@ -104,7 +120,17 @@ class OffloadedMemoryPool(MemoryPool):
             pool: whose table and options are taken.
             compute_device: as in the constructor.
             cache_rows: as in the constructor.
+
+        Raises:
+            TypeError: ``pool`` is no :class:`MemoryPool`, or its table is sharded or in a file.
         """
+        if not isinstance(pool, MemoryPool):
+            raise TypeError(f"pool must be a MemoryPool, got {type(pool).__name__}")
+        if isinstance(pool, MappedMemoryPool):
+            raise TypeError(
+                f"pool must have its table in memory, not in the file {pool.path}, which is trained in place"
+            )
+        refuse_sharded(pool.values, "an OffloadedMemoryPool")
         options = (pool.values.dtype, pool.mode, pool.padding_idx, pool.include_last_offset)
         made = cls.__new__(cls)
         with torch.device("meta"):  # nothing is drawn
@@ -117,7 +143,8 @@ class OffloadedMemoryPool(MemoryPool):
 
     def _forget(self) -> None:
         self._hits = self._misses = 0
-        self._counts = torch.zeros(self.values.size(0) if self.cache_rows > 0 else 0, dtype=torch.int32, device="cpu")
+        num_counts = self.values.size(0) if self.cache_rows > 0 else 0
+        self._counts = torch.zeros(num_counts, dtype=torch.int32, device="cpu")
         self._pending: list[tuple[Tensor, _Rows]] = []
         self._side_stream: Any = None
         self.clear_cache()
@@ -125,8 +152,8 @@ class OffloadedMemoryPool(MemoryPool):
     def clear_cache(self) -> None:
         """Drop all cached rows; for changes of the table that torch does not see, through ``.data`` for one."""
         self._cache: Tensor | None = None
-        self._cached_rows = torch.empty(0, dtype=torch.int64, device="cpu")  # ascending, on the host
-        self._cached_version: int | None = None
+        self._cached_rows = torch.empty(0, dtype=torch.int64, device="cpu")  # ascending
+        self._cached_table: _Table | None = None
 
     def usage(self) -> CacheUsage:
         """How many rows of the lookups so far came from the cache."""
@@ -163,6 +190,9 @@ class OffloadedMemoryPool(MemoryPool):
             IndexError: an index that names no row, on every device.
         """
         checks.check_tensor("indices", indices)
+        refuse_transforms("OffloadedMemoryPool", "the host reads which rows to send")
+        if in_forward_mode():
+            refuse_tangent("an OffloadedMemoryPool sends rows without it", values=self.values)
         sent, is_valid = self._take(indices)
         if sent.arrived is not None:
             stream = torch.cuda.current_stream(self.compute_device)
@@ -189,7 +219,7 @@ class OffloadedMemoryPool(MemoryPool):
         for i, (asked_for, sent) in enumerate(self._pending):
             if asked_for is indices:
                 del self._pending[i]
-                if sent.version is None or sent.version != _version_of(self.values):
+                if not sent.table.is_still(self._table()):
                     break
                 if indices.device.type != "cpu":
                     return sent, (indices == sent.indices).all()
@@ -206,8 +236,8 @@ class OffloadedMemoryPool(MemoryPool):
         if rows.numel() > 0 and (int(rows[0]) < 0 or int(rows[-1]) >= num_rows):
             wrong = int(rows[0]) if int(rows[0]) < 0 else int(rows[-1])
             raise IndexError(f"indices must be between 0 and {num_rows - 1}, got {wrong}")
-        version = _version_of(self.values)
-        if version is None or version != self._cached_version:
+        table = self._table()
+        if not table.is_still(self._cached_table):
             self.clear_cache()
         copy = indices.detach().clone()
         at = torch.searchsorted(self._cached_rows, rows)
@@ -218,20 +248,25 @@ class OffloadedMemoryPool(MemoryPool):
         self._hits += int(is_cached.sum())
         self._misses += missing.numel()
         if self.compute_device.type != "cuda":
-            return self._join(copy, rows, places, at[is_cached], is_cached, self._read(missing), version)
+            return self._join(copy, rows, places, at[is_cached], is_cached, self._read(missing), table)
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(self.compute_device)
         # The cache may be of the caller's stream.
         self._side_stream.wait_stream(torch.cuda.current_stream(self.compute_device))
         with torch.cuda.stream(self._side_stream):
-            sent = self._join(copy, rows, places, at[is_cached], is_cached, self._read(missing), version)
+            sent = self._join(copy, rows, places, at[is_cached], is_cached, self._read(missing), table)
         return sent._replace(arrived=self._side_stream.record_event())
+
+    def _table(self) -> _Table:
+        values: Tensor = self.values
+        return _Table(values, None if values.is_inference() else values._version)
 
     def _read(self, rows: Tensor) -> Tensor:
         """Rows of the table, on the device."""
         values: Tensor = self.values.detach()
         is_pinned = self.compute_device.type == "cuda"
-        read = torch.empty((rows.numel(), self.value_dim), dtype=values.dtype, pin_memory=is_pinned, device="cpu")
+        shape = rows.numel(), self.value_dim
+        read = torch.empty(shape, dtype=values.dtype, device="cpu", pin_memory=is_pinned)
         torch.index_select(values, 0, rows, out=read)
         return read.to(self.compute_device, non_blocking=True)
 
@@ -243,7 +278,7 @@ class OffloadedMemoryPool(MemoryPool):
         cached_at: Tensor,
         is_cached: Tensor,
         read: Tensor,
-        version: int | None,
+        table: _Table,
     ) -> _Rows:
         """Rows that were read and rows of the cache, in order; the last ones stay in the cache."""
         values = read
@@ -254,15 +289,15 @@ class OffloadedMemoryPool(MemoryPool):
             values[self._to_device((~is_cached).nonzero().flatten())] = read
         if self.cache_rows > 0:
             self._counts[rows] += 1
-            self._keep(rows, values, version)
-        return _Rows(indices, rows, self._to_device(places), values, None, version)
+            self._keep(rows, values, table)
+        return _Rows(indices, rows, self._to_device(places), values, None, table)
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         if self.compute_device.type == "cuda":
             numbers = numbers.pin_memory()
         return numbers.to(self.compute_device, non_blocking=True)
 
-    def _keep(self, rows: Tensor, values: Tensor, version: int | None) -> None:
+    def _keep(self, rows: Tensor, values: Tensor, table: _Table) -> None:
         """Those of this batch and of before that were read most often."""
         tables, numbers = [values], [rows]
         if self._cache is not None:
@@ -273,7 +308,7 @@ class OffloadedMemoryPool(MemoryPool):
         hottest = self._counts[candidates].sort(descending=True, stable=True).indices[: self.cache_rows]
         self._cached_rows, order = candidates[hottest].sort()
         self._cache = torch.cat(tables)[self._to_device(hottest[order])]
-        self._cached_version = version
+        self._cached_table = table
 
     # --- as a module ------------------------------------------------------------------------------------------------
 
@@ -284,7 +319,7 @@ class OffloadedMemoryPool(MemoryPool):
     def __getstate__(self) -> dict[str, Any]:
         """Without what is on its way, the cache and the stream."""
         state = dict(self.__dict__)
-        for name in ("_pending", "_side_stream", "_cache", "_cached_rows", "_cached_version", "_counts"):
+        for name in ("_pending", "_side_stream", "_cache", "_cached_rows", "_cached_table", "_counts"):
             state.pop(name, None)
         return state
 
@@ -297,11 +332,6 @@ class OffloadedMemoryPool(MemoryPool):
     def extra_repr(self) -> str:
         """The table's options, as ``print`` shows them."""
         return f"{super().extra_repr()}, compute_device={str(self.compute_device)!r}, cache_rows={self.cache_rows}"
-
-
-def _version_of(table: Tensor) -> int | None:
-    """How often a table changed; None for one made in inference mode, of which torch does not count that."""
-    return None if table.is_inference() else table._version
 
 
 class _Arrived(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from ..ops import memory_lookup
 from ..ops._bags import check_mode, row_of_padding
 from ..ops._memory_ops import MAX_KEYS
 from ..ops.quantized import quantize_rows
-from ._tables import TableModule, is_of_its_kind
+from ._tables import TableModule, refuse_sharded
 from .quantized import QuantizedMemoryPool
 
 if TYPE_CHECKING:
@@ -56,9 +55,10 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
     mode = "sum"
     padding_idx: int | None = None
     include_last_offset = False
-    max_norm = None
-    norm_type = 2.0
-    scale_grad_by_freq = False
+    # What nobody would read is not to be set.
+    max_norm = property(lambda self: None)
+    norm_type = property(lambda self: 2.0)
+    scale_grad_by_freq = property(lambda self: False)
 
     def __init__(
         self,
@@ -92,12 +92,6 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
         if self.padding_idx is not None:
             with torch.no_grad():
                 self.values[self.padding_idx].zero_()
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        if is_of_its_kind(self.values, state_dict, prefix + "values", lists[-1]):
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -160,6 +154,7 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
             A :class:`topgather.nn.QuantizedMemoryPool` on the same device with the same options, in the same mode.
         """
         values: Tensor = self.values
+        refuse_sharded(values, "a QuantizedMemoryPool")
         pool = QuantizedMemoryPool(
             self.num_keys,
             self.value_dim,
@@ -179,6 +174,10 @@ class MemoryPool(TableModule, nn.EmbeddingBag):
 
         Args:
             path: of the file. It has its name once it is whole.
+
+        Raises:
+            TypeError: the table is sharded over ranks.
+            BlockingIOError: a file of this name is open to train.
         """
         from .mapped import pool_to_file  # whose pools are of this class
 

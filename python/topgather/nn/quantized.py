@@ -103,7 +103,10 @@ class QuantizedMemoryPool(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        if is_of_its_kind(self.values, state_dict, prefix + "values", lists[-1]):
+        scales = state_dict.get(prefix + "scales")
+        if isinstance(scales, Tensor) and scales.dtype != torch.float32:
+            lists[-1].append(f"{prefix}scales must have dtype torch.float32, got {scales.dtype}")
+        elif is_of_its_kind(self.values, state_dict, prefix + "values", lists[-1]):
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     @property
@@ -125,6 +128,8 @@ class QuantizedMemoryPool(nn.Module):
             offsets: ``[T]``, where each bag begins, and with ``include_last_offset`` the end of the last, ``[T + 1]``.
         """
         includes_last = self.include_last_offset and offsets is not None
+        if isinstance(weights, Tensor) and weights.dtype == torch.float64:  # of a layer in float64; sums are in float32
+            weights = weights.to(torch.float32)
         bags = (indices, weights, offsets, self.mode, self.padding_idx, includes_last)
         return quantized_lookup(self.values, self.scales, *bags, dtype=self.dtype)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .._common import checks, cuda, sparse, tensors
 from .._common.library import sum_dtype
@@ -313,8 +314,13 @@ register(
 
 
 def _table_gradients(sparse_grad: bool, padded_grad: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Gradients of a table, dense or sparse, and of weights; the latter empty unless asked for."""
-    if sparse_grad:
+    """Gradients of a table, dense or sparse, and of weights; the latter empty unless asked for.
+
+    Those of several backward passes at once (``torch.autograd.grad`` with ``is_grads_batched``) are dense: torch's loop
+    over them takes no sparse results.
+    """
+    is_batch = any(isinstance(each, Tensor) and is_legacy_batchedtensor(each) for each in arguments)
+    if sparse_grad and not is_batch:
         grad_values, grad_weights = _ops.memory_backward_sparse.default(*arguments, padded_grad)
     else:
         grad_values, grad_weights = _ops.memory_backward.default(*arguments)
@@ -346,7 +352,7 @@ def _lookup_backward(
     return None, _ops.memory_dot.default(values, indices, grad_out, False, offsets)
 
 
-def _lookup_forward(
+def lookup_tangent(
     values: Tensor,
     indices: Tensor,
     weights: Tensor,
@@ -354,6 +360,7 @@ def _lookup_forward(
     tangent_values: Tensor | None,
     tangent_weights: Tensor | None,
 ) -> Tensor:
+    """The tangent of ``memory_lookup``."""
     pairs = (tangent_values, values), (weights, tangent_weights)
     return _sum_of_tangents(_ops.memory_lookup.default, indices, *pairs, offsets)
 
@@ -379,7 +386,7 @@ def _dot_backward(
     return grad_values, grad_x
 
 
-def _dot_forward(
+def dot_tangent(
     values: Tensor,
     indices: Tensor,
     x: Tensor,
@@ -387,6 +394,7 @@ def _dot_forward(
     tangent_values: Tensor | None,
     tangent_x: Tensor | None,
 ) -> Tensor:
+    """The tangent of ``memory_dot``."""
     return _sum_of_tangents(_ops.memory_dot.default, indices, (tangent_values, values), (x, tangent_x), offsets)
 
 
@@ -426,7 +434,7 @@ memory_lookup = register(
         results=lambda values, indices, offsets: values.new_empty((num_tokens(indices, offsets), values.size(1))),
         backward=_lookup_backward,
         gradients=("values", "weights"),
-        forward_mode=_lookup_forward,
+        forward_mode=lookup_tangent,
         autocast={"weights": lambda tensor, values, device_type: tensors.autocast_to_sums(tensor, values, device_type)},
         batch={"indices": 0, "weights": 0, "out": 0},
         folds=lambda offsets: offsets is None,
@@ -447,7 +455,7 @@ memory_dot = register(
         results=lambda values, indices: values.new_empty(indices.shape, dtype=sum_dtype(values.dtype)),
         backward=_dot_backward,
         gradients=("values", "x"),
-        forward_mode=_dot_forward,
+        forward_mode=dot_tangent,
         autocast={"x": follow_table},
         batch={"indices": 0, "x": 0, "out": 0},
         folds=lambda offsets: offsets is None,

@@ -7,19 +7,24 @@ hands the optimizer what the gradient would be made of, ``grad_out [T, W]`` and 
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._common import checks, cuda, tensors
 from .._common.library import sum_dtype
 from .._common.spec import Op, register
+from . import _memory_ops
 from ._memory_ops import _is_first, _sorted_entries, check_content, check_table, tokens_of
 
 _ops = torch.ops.topgather
@@ -110,6 +115,11 @@ def _check_update(
             raise ValueError(f"{name} must have the shape of values, {tuple(values.shape)}, got {tuple(state.shape)}")
         checks.check_same_device(name, state, "values", values)
         checks.check_contiguous_rows(name, state)
+
+
+def check_update(arguments: dict[str, Any]) -> None:
+    """Raise where ``memory_update`` would, whatever the tensors hold."""
+    _check_update(**{name: arguments[name] for name in inspect.signature(_check_update).parameters})
 
 
 _ENTRIES = "Tensor grad_out, Tensor indices, Tensor weights, Tensor tokens"
@@ -224,6 +234,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.parts: list[Entries] = []
+        # Whether DistributedDataParallel has the table, which is then to have gradients that it averages.
+        self.is_averaged = False
 
 
 # Of each table that an optimizer took over; the optimizer holds the recorder.
@@ -235,6 +247,19 @@ is_recording = False
 # The attribute of an attached table. A compiled lookup asks for it, and is compiled anew for a table that has it or
 # lost it; those of other tables stay as they are.
 _MARK = "_topgather_has_row_optimizer"
+
+
+class _Attached:
+    """Value of that attribute. No optimizer has a copy of the table that was pickled: there it is empty, and so false.
+
+    ``torch.load`` takes this dict, with ``weights_only=True`` too.
+    """
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()
+
+
+_ATTACHED = _Attached()
 
 
 def _forget(table: Tensor) -> None:
@@ -254,7 +279,7 @@ def attach(table: Tensor, recorder: Recorder) -> None:
     """Have the lookups of ``table`` record, until ``detach`` or as long as ``recorder`` lives."""
     global is_recording
     _recorders[table] = weakref.ref(recorder)
-    setattr(table, _MARK, True)
+    setattr(table, _MARK, _ATTACHED)
     # An optimizer that is dropped lets go of its tables.
     weakref.finalize(recorder, _forget_the_dead).atexit = False
     is_recording = True
@@ -266,13 +291,44 @@ def detach(table: Tensor) -> None:
     _forget_the_dead()
 
 
+# The attribute of hooks on a table that have nothing to do where there is no gradient.
+TAKES_NONE = "_topgather_takes_none"
+
 # Of each table that lies in a file: what marks rows as changed.
 _listeners: Any = WeakIdKeyDictionary()
 
 
 def listen(table: Tensor, mark_rows: weakref.WeakMethod[Callable[[Tensor], None]]) -> None:
-    """Have ``mark_rows`` called with the rows of ``table`` that a step is about to change."""
+    """Have ``mark_rows`` called with the rows of ``table`` that a step is about to change, or an optimizer of torch's
+    changed.
+    """
+    global _hears_steps
     _listeners[table] = mark_rows
+    if not _hears_steps:
+        register_optimizer_step_post_hook(_tell_of_step)
+        _hears_steps = True
+
+
+# Whether optimizers of torch's tell of their steps.
+_hears_steps = False
+
+
+def _tell_of_step(optimizer: Any, _arguments: Any, _options: Any) -> None:
+    """Say which rows a step changed: those of a gradient, wherever that is from, and those that momentum moves on."""
+    for group in optimizer.param_groups:
+        for table in group["params"]:
+            if table not in _listeners:
+                continue
+            if table.grad is not None:
+                tell_of_changes(table, rows_of_gradient(table.grad))
+            for state in optimizer.state.get(table, {}).values():
+                if isinstance(state, Tensor) and state.is_sparse:
+                    tell_of_changes(table, rows_of_gradient(state))
+
+
+def rows_of_gradient(grad: Tensor) -> Tensor:
+    """The rows that a step by this gradient changes."""
+    return grad._indices()[0] if grad.is_sparse else torch.arange(grad.size(0), device=grad.device)
 
 
 def tell_of_changes(table: Tensor, rows: Tensor) -> None:
@@ -295,7 +351,7 @@ def is_marked(table: Tensor) -> bool:
     A compiled graph records nothing: an attached table's gradient is a sparse one there, which the optimizer's step
     takes as entries.
     """
-    return hasattr(table, _MARK)
+    return bool(getattr(table, _MARK, False))
 
 
 def lookup(
@@ -335,10 +391,31 @@ def _memory_lookup(*arguments: Any) -> Any:
     return _ops.memory_lookup.default(*arguments)
 
 
+def _is_averaged_by(ddp: Any, table: Tensor) -> bool:
+    """Whether this module of DistributedDataParallel has the table, and is not told to ignore it."""
+    return ddp is not None and any(parameter is table for parameter in ddp._module_parameters)
+
+
 def _recorder_for(values: Tensor) -> Recorder | None:
+    recorder = recorder_of(values)
+    if recorder is None:
+        return None
+    is_averaged = _is_averaged_by(DistributedDataParallel._active_ddp_module, values)
+    if is_averaged:
+        recorder.is_averaged = True
     if not (values.requires_grad and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active():
         return None
-    return recorder_of(values)
+    # What is computed anew within a backward, by checkpointing, belongs to a forward before.
+    if not is_averaged and torch._C._current_graph_task_id() == -1:
+        recorder.is_averaged = False
+    if recorder.is_averaged:
+        return None
+    if any(not hasattr(hook, TAKES_NONE) for hook in (values._backward_hooks or {}).values()):
+        raise RuntimeError(
+            "a table of a row optimizer must have no hooks on its gradient, which is never made: remove them, or "
+            "detach() the optimizer"
+        )
+    return recorder
 
 
 def _is_asked_for(ctx: Any) -> bool:
@@ -361,6 +438,7 @@ class _Lookup(torch.autograd.Function):
         ctx: Any, values: Tensor, indices: Tensor, weights: Tensor, offsets: Tensor | None, recorder: Recorder
     ) -> Tensor:
         ctx.save_for_backward(values, indices, weights, offsets)
+        ctx.save_for_forward(values, indices, weights, offsets)
         ctx.recorder = recorder
         out: Tensor = _memory_lookup(values, indices, weights, False, offsets)
         return out
@@ -376,11 +454,17 @@ class _Lookup(torch.autograd.Function):
             grad_weights = _ops.memory_dot.default(values, indices, grad_out, False, offsets).to(weights.dtype)
         return None, None, grad_weights, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent_values: Any, _indices: Any, tangent_weights: Any, *_: Any) -> Any:  # type: ignore[override]
+        values, indices, weights, offsets = ctx.saved_tensors
+        return _memory_ops.lookup_tangent(values, indices, weights, offsets, tangent_values, tangent_weights)
+
 
 class _Dot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, x: Tensor, recorder: Recorder) -> Tensor:
         ctx.save_for_backward(values, indices, x)
+        ctx.save_for_forward(values, indices, x)
         ctx.recorder = recorder
         out: Tensor = _ops.memory_dot.default(values, indices, x)
         return out
@@ -395,3 +479,8 @@ class _Dot(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_x = _ops.memory_lookup.default(values, indices, grad_out, False).to(x.dtype)
         return None, None, grad_x, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_values: Any, _indices: Any, tangent_x: Any, *_: Any) -> Any:  # type: ignore[override]
+        values, indices, x = ctx.saved_tensors
+        return _memory_ops.dot_tangent(values, indices, x, None, tangent_values, tangent_x)

@@ -41,6 +41,11 @@ def check_rate(name: str, value: Any, below: float = math.inf) -> None:
         raise ValueError(f"{name} must be at least 0 and below {below}, got {value}")
 
 
+# States of a table by name, with how many of its dimensions they have.
+STATES = {"num_steps": 0, "decay": 0, "decay_at_mask": 0, "steps": 1, "decayed": 1, "trainable": 1}
+STATES |= {"first": 2, "second": 2}
+
+
 class RowOptimizer(torch.optim.Optimizer):
     """Base of the optimizers of table rows; use :class:`RowSGD`, :class:`RowAdagrad` or :class:`RowAdam`.
 
@@ -62,7 +67,11 @@ class RowOptimizer(torch.optim.Optimizer):
         self._recorders: dict[Tensor, Recorder] = {}
         self._masks: dict[Tensor, Tensor] = {}
         self._grad_scale = 1.0
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except BaseException:
+            self.detach()  # tables of groups before the one that was refused
+            raise
 
     # --- tables -----------------------------------------------------------------------------------------------------
 
@@ -75,13 +84,15 @@ class RowOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a parameter that is no tensor of floating-point numbers, or a DTensor that is not sharded by
                 columns alone; an option of the wrong type.
-            ValueError: one that is no leaf or not ``[rows, W]``, or that another optimizer of rows has; an option out
-                of range.
+            ValueError: one that is no leaf or not ``[rows, W]``, that stands there twice or that another optimizer of
+                rows has; an option out of range.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            if len({id(table) for table in group["params"]}) < len(group["params"]):
+                raise ValueError("params must name each table once")
             for table in group["params"]:
                 if isinstance(table, DTensor) and tuple(table.placements) != (Shard(1),):
                     raise TypeError(
@@ -160,7 +171,8 @@ class RowOptimizer(torch.optim.Optimizer):
             else:
                 raise RuntimeError(
                     "a table of a row optimizer has a dense gradient, for something other than memory_lookup and "
-                    "expert_lookup uses it; detach() the optimizer, or use torch's"
+                    "expert_lookup uses it, or DistributedDataParallel does with sparse_grad=False; set "
+                    "sparse_grad=True, detach() the optimizer, or use torch's"
                 )
             weights = torch.ones(rows.numel(), 1, dtype=sum_dtype(table.dtype), device=table.device)
             recorder.parts.append(_memory_update.entries_of(grads, rows.unsqueeze(1), weights))
@@ -172,6 +184,9 @@ class RowOptimizer(torch.optim.Optimizer):
         if recorder is None or not recorder.parts:
             return None
         entries = _memory_update.merged(recorder.parts)
+        if entries.grad_out.dtype != table.dtype:  # it was converted since the backward, as module.to does
+            weights = entries.weights.to(sum_dtype(table.dtype))
+            entries = entries._replace(grad_out=entries.grad_out.to(table.dtype), weights=weights)
         recorder.parts[:] = [entries]
         mask = self._masks.get(table)
         if mask is not None:
@@ -284,9 +299,13 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad():
             self._check_step()
-            for group in self.param_groups:
-                for table in group["params"]:
-                    self._step_table(group, table)
+            tables = [(group, table) for group in self.param_groups for table in group["params"]]
+            updates = [(table, self._update_of(group, table)) for group, table in tables]
+            for table, (num_steps, decay, arguments) in updates:
+                if num_steps > 0:
+                    self.state[table]["num_steps"], self.state[table]["decay"] = num_steps, decay
+                if arguments is not None:
+                    self._step_table(table, arguments)
         self._grad_scale = 1.0
         return loss
 
@@ -301,43 +320,54 @@ class RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"lr * weight_decay must be below 1, got {decay}")
         self._take_sparse_grads()
 
-    def _step_table(self, group: dict[str, Any], table: Tensor) -> None:
+    def _update_of(self, group: dict[str, Any], table: Tensor) -> tuple[int, float, dict[str, Any] | None]:
+        """The number of this step of ``table`` (0: there is none), its decay up to it, and what ``memory_update`` takes
+        (None: no row is named). Whatever that may refuse is refused here, before any table is stepped.
+        """
         entries = self._entries(table)
-        rule, state = self._rule(group), self.state[table]
+        rule = self._rule(group)
         is_decoupled = group["decoupled_weight_decay"]
         weight_decay = float(group["weight_decay"])
         is_decaying = is_decoupled and weight_decay != 0
         if entries is None and not is_decaying:
-            return
+            return 0, 0.0, None
         self._make_state(group, rule, table, is_decaying)
-        state["num_steps"] += 1
+        state = self.state[table]
+        num_steps, decay = state["num_steps"] + 1, state["decay"]
         if is_decaying:
-            state["decay"] += math.log(1 - float(group["lr"]) * weight_decay)
+            decay += math.log(1 - float(group["lr"]) * weight_decay)
         if entries is None:
-            return
-        _memory_update.tell_of_changes(table, entries.indices[entries.tokens >= 0])
-        _memory_update.memory_update(
-            *entries,
-            _local(table),
-            state["steps"],
-            _local(state.get("first")),
-            _local(state.get("second")),
-            state.get("decayed"),
-            rule.algorithm,
-            float(group["lr"]),
-            rule.first_rate,
-            rule.second_rate,
-            rule.eps,
-            0.0 if is_decoupled else weight_decay,
-            state["decay"],
-            -self._grad_scale if group["maximize"] else self._grad_scale,
-            rule.is_nesterov,
-            group["seed"],
-            state["num_steps"],
-            group["stochastic_rounding"],
-        )
+            return num_steps, decay, None
+        arguments = {
+            **entries._asdict(),
+            "values": _local(table),
+            "steps": state["steps"],
+            "first": _local(state.get("first")),
+            "second": _local(state.get("second")),
+            "decayed": state.get("decayed"),
+            "algorithm": rule.algorithm,
+            "learning_rate": float(group["lr"]),
+            "first_rate": rule.first_rate,
+            "second_rate": rule.second_rate,
+            "eps": rule.eps,
+            "weight_decay": 0.0 if is_decoupled else weight_decay,
+            "total_decay": decay,
+            "grad_scale": -self._grad_scale if group["maximize"] else self._grad_scale,
+            "nesterov": rule.is_nesterov,
+            "seed": group["seed"],
+            "step": num_steps,
+            "stochastic_rounding": group["stochastic_rounding"],
+        }
+        _memory_update.check_update(arguments)
+        return num_steps, decay, arguments
+
+    def _step_table(self, table: Tensor, arguments: dict[str, Any]) -> None:
+        _memory_update.tell_of_changes(table, arguments["indices"][arguments["tokens"] >= 0])
+        _memory_update.memory_update(**arguments)
         self._recorders[table].parts.clear()
 
+    # Not in inference mode, or later steps outside of it could not write to the states.
+    @torch.inference_mode(False)
     def _make_state(self, group: dict[str, Any], rule: Rule, table: Tensor, is_decaying: bool) -> None:
         """Memory of zeros costs nothing before it is written, on the CPU."""
         state = self.state[table]
@@ -352,6 +382,10 @@ class RowOptimizer(torch.optim.Optimizer):
                 _local(state["first"]).fill_(rule.first_value)
         if rule.has_second and "second" not in state:
             state["second"] = _zeros_like(table, dtype)
+        for name in ("first", "second"):  # of a table that was converted, or of another dtype where it was saved
+            is_double = name in state and state[name].dtype == torch.float64
+            if name in state and is_double != (table.dtype == torch.float64):
+                state[name] = state[name].to(dtype)
         if is_decaying and "decayed" not in state:
             state["decayed"] = torch.full((table.size(0),), state["decay"], dtype=torch.float64, device=table.device)
             state["decay_at_mask"] = state["decay"]
@@ -385,23 +419,63 @@ class RowOptimizer(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of another optimizer, with the dtypes that it has there.
+        """Take the state of another optimizer of the same class and tables of the same sizes, with the dtypes that it
+        has there, but for states of float64 tables, which are float64, and of others, which are not.
 
         Args:
             state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: it is of another class, or of tables of other sizes. Nothing is loaded then.
         """
-        super().load_state_dict(state_dict)
+        loaded: list[dict[str, Any]] = []
+
+        def check(_: Any, found: dict[str, Any]) -> None:
+            self._check_loaded(found)
+            loaded.append(found)
+
+        hook = self.register_load_state_dict_pre_hook(check)  # after those of others, which may change it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
         self._masks.clear()
         # torch gives states the dtype of their parameter.
-        saved_ids: Iterable[int] = (number for group in state_dict["param_groups"] for number in group["params"])
-        tables = (table for group in self.param_groups for table in group["params"])
-        for number, table in zip(saved_ids, tables, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
+        for table, values in self._saved_states(loaded[0]):
+            for name, value in values.items():
                 if name == "trainable":
                     self._masks[table] = value.to(table.device, copy=True)
                     del self.state[table][name]
                 elif isinstance(value, Tensor) and self.state[table][name].dtype != value.dtype:
                     self.state[table][name] = value.to(table.device, copy=True)
+
+    def _saved_states(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The tables, and what there is of each in ``state_dict``."""
+        saved_ids: Iterable[int] = (number for group in state_dict["param_groups"] for number in group["params"])
+        tables = (table for group in self.param_groups for table in group["params"])
+        # torch compares their numbers, in words of its own.
+        return [(table, state_dict["state"].get(number, {})) for number, table in zip(saved_ids, tables, strict=False)]
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for group in state_dict["param_groups"]:
+            missing = [option for option in self.defaults if option not in group]
+            if missing:
+                raise ValueError(f"state_dict must be of a {name}, but its groups have no {', '.join(missing)}")
+        for table, values in self._saved_states(state_dict):
+            unknown = [state for state in values if state not in STATES]
+            if unknown:
+                raise ValueError(f"state_dict must be of a {name}, but holds {', '.join(unknown)}")
+            missing = [state for state in ("num_steps", "decay", "steps") if state not in values]
+            if missing and values.keys() - {"trainable"}:
+                raise ValueError(f"state_dict must be of a {name}, but has no {', '.join(missing)} beside the states")
+            for state, value in values.items():
+                expected = table.shape[: STATES[state]]
+                if isinstance(value, Tensor) and value.shape != expected:
+                    raise ValueError(
+                        f"state_dict must be of tables of the same sizes: its {state} must have shape "
+                        f"{tuple(expected)}, for the table has {tuple(table.shape)}, got {tuple(value.shape)}"
+                    )
 
 
 def _local(tensor: Any) -> Any:
