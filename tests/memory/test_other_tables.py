@@ -86,6 +86,25 @@ def test_a_tangent_of_a_table_in_host_memory_is_refused() -> None:
             functional_call(pool, {"values": values}, (INDICES, weights))
 
 
+@pytest.mark.parametrize("options", [{"padding_idx": 3}, {"include_last_offset": True}])
+def test_rows_that_no_bag_names_have_no_gradient(options: dict[str, Any]) -> None:
+    """Padding, and entries behind the last bag: an optimizer would step them by their moments."""
+    torch.manual_seed(0)
+    plain = tg.nn.MemoryPool(4, 8, sparse_grad=True, **options)
+    pool = tg.nn.OffloadedMemoryPool.from_pool(plain, "cpu")
+    indices, offsets = torch.tensor([1, 3, 5, 3, 7]), torch.tensor([0, 2, 4])
+    for each in (plain, pool):
+        each(indices, None, offsets).square().sum().backward()
+    assert torch.equal(pool.values.grad.indices(), plain.values.grad.indices())
+    assert torch.equal(pool.values.grad.values(), plain.values.grad.values())
+    found = []
+    for each in (plain, pool):
+        out = each(indices, None, offsets)
+        several = torch.randn(2, *out.shape, generator=torch.Generator().manual_seed(0))
+        found.append(torch.autograd.grad(out, each.values, several, is_grads_batched=True)[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
 # --- tables in files --------------------------------------------------------------------------------------------------
 
 

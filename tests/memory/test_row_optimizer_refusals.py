@@ -225,6 +225,30 @@ def test_forward_mode_is_that_of_a_table_alone() -> None:
     optimizer.detach()
 
 
+@pytest.mark.parametrize("way", ["to", "load_state_dict"])
+def test_a_table_that_is_swapped_in_place_keeps_its_optimizer(way: str) -> None:
+    """As modules convert and load their parameters if they are told to."""
+    pool = tg.nn.MemoryPool(4, WIDTH)
+    optimizer = optim.RowSGD([pool.values], lr=1.0, stochastic_rounding=False)
+    values = pool.values
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        if way == "to":
+            pool.to(torch.bfloat16)
+        else:
+            pool.load_state_dict({"values": torch.randn(16, WIDTH)})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert pool.values is values
+    alone = nn.Parameter(values.detach().clone())
+    backward(values)
+    backward(alone)
+    assert values.grad is None and _memory_update.is_marked(values)
+    optimizer.step()
+    torch.testing.assert_close(values.detach(), alone.detach() - alone.grad)
+    optimizer.detach()
+
+
 def test_no_copy_of_a_table_counts_as_one_that_an_optimizer_has() -> None:
     """A compiled lookup would make a sparse gradient of it."""
     pool = tg.nn.MemoryPool(4, WIDTH)

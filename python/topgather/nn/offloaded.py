@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .._common import checks
 from .._common.library import in_forward_mode
+from .._common.sparse import keep_coalesced
 from .._common.transforms import refuse_tangent, refuse_transforms
 from ..ops import memory_lookup
 from ._tables import refuse_sharded
@@ -210,7 +211,8 @@ class OffloadedMemoryPool(MemoryPool):
             if place < len(sent.rows) and int(sent.rows[place]) == self.padding_idx:
                 padding = place
         includes_last = self.include_last_offset and offsets is not None
-        return memory_lookup(rows, sent.places, weights, False, offsets, self.mode, padding, includes_last)
+        # Sparse: not every row that was sent is named by an entry of a bag.
+        return memory_lookup(rows, sent.places, weights, True, offsets, self.mode, padding, includes_last)
 
     # --- rows on their way ------------------------------------------------------------------------------------------
 
@@ -345,7 +347,11 @@ class _Arrived(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if not grad.is_sparse:  # of several backward passes at once
+            return grad.new_zeros(ctx.shape, device="cpu").index_add(0, ctx.rows, grad.cpu()), None, None
+        named = ctx.rows[grad._indices()[0].cpu()]
+        keep_coalesced(named)
         sparse = torch.sparse_coo_tensor(
-            ctx.rows.unsqueeze(0), grad.cpu(), ctx.shape, is_coalesced=True, check_invariants=False
+            named.unsqueeze(0), grad._values().cpu(), ctx.shape, is_coalesced=True, check_invariants=False
         )
         return sparse, None, None

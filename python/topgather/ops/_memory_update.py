@@ -234,12 +234,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.parts: list[Entries] = []
+        self.table: Tensor | None = None
         # Whether DistributedDataParallel has the table, which is then to have gradients that it averages.
         self.is_averaged = False
 
 
-# Of each table that an optimizer took over; the optimizer holds the recorder.
-_recorders: Any = WeakIdKeyDictionary()
+# By the id of each table that an optimizer took over; the optimizer holds the recorder, and that the table. No weak
+# references to tables: torch.utils.swap_tensors, by which modules may be converted and loaded, refuses such tensors.
+_recorders: dict[int, weakref.ref[Recorder]] = {}
 # Whether there is any that lives: what a call asks first, and all that a compiled one does.
 is_recording = False
 
@@ -263,32 +265,32 @@ _ATTACHED = _Attached()
 
 
 def _forget(table: Tensor) -> None:
-    _recorders.pop(table, None)
+    global is_recording
+    _recorders.pop(id(table), None)
     if hasattr(table, _MARK):
         delattr(table, _MARK)
-
-
-def _forget_the_dead() -> None:
-    global is_recording
-    for table in [table for table, recorder in _recorders.items() if recorder() is None]:
-        _forget(table)
     is_recording = len(_recorders) > 0
+
+
+def _forget_if_dead(table: Tensor) -> None:
+    if recorder_of(table) is None:
+        _forget(table)
 
 
 def attach(table: Tensor, recorder: Recorder) -> None:
     """Have the lookups of ``table`` record, until ``detach`` or as long as ``recorder`` lives."""
     global is_recording
-    _recorders[table] = weakref.ref(recorder)
+    recorder.table = table
+    _recorders[id(table)] = weakref.ref(recorder)
     setattr(table, _MARK, _ATTACHED)
     # An optimizer that is dropped lets go of its tables.
-    weakref.finalize(recorder, _forget_the_dead).atexit = False
+    weakref.finalize(recorder, _forget_if_dead, table).atexit = False
     is_recording = True
 
 
 def detach(table: Tensor) -> None:
     """Have the lookups of ``table`` make gradients again."""
     _forget(table)
-    _forget_the_dead()
 
 
 # The attribute of hooks on a table that have nothing to do where there is no gradient.
@@ -341,8 +343,13 @@ def tell_of_changes(table: Tensor, rows: Tensor) -> None:
 
 def recorder_of(table: Tensor) -> Recorder | None:
     """The recorder of ``table``, if there is one that lives."""
-    found = _recorders.get(table)
-    return None if found is None else found()
+    found = _recorders.get(id(table))
+    recorder = None if found is None else found()
+    if recorder is None or recorder.table is not table:
+        return None
+    if not hasattr(table, _MARK):  # it was swapped with another tensor
+        setattr(table, _MARK, _ATTACHED)
+    return recorder
 
 
 def is_marked(table: Tensor) -> bool:
