@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor
-
-from .library import library
+from torch.library import Library
 
 _IS_NESTED = (lambda tensor: tensor.is_nested, "a nested tensor: pack its sequences one behind the other")
 _IS_QUANTIZED = (lambda tensor: tensor.is_quantized, "a quantized one: call .dequantize() on it")
@@ -22,8 +21,8 @@ _KINDS: dict[str, tuple[Callable[[Tensor], bool], str]] = {
 }
 
 
-def refuse(op_name: str, arguments: list[str]) -> None:
-    """Have the op raise ``TypeError`` for such tensors."""
+def refuse(library: Library, op_name: str, arguments: list[str]) -> None:
+    """Have the op of ``library`` raise ``TypeError`` for such tensors."""
     for key, (is_of_kind, words) in _KINDS.items():
 
         def refusal(

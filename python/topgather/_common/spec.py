@@ -164,7 +164,7 @@ def register(op: Op) -> Function:
     if op.autocast:
         for device_type, key in AUTOCAST_KEYS.items():
             library.impl(name, generator.autocast(device_type, key), key)
-    foreign.refuse(name, generator.arguments)
+    foreign.refuse(library, name, generator.arguments)
     CALLERS[name] = generator.caller()
     return CALLERS[name]
 
