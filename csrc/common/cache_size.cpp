@@ -1,19 +1,25 @@
 #include "cache_size.h"
 
 #include <atomic>
-#include <fstream>
+#include <charconv>
+#include <cstdio>
+#include <cstring>
 
 namespace topgather {
 namespace {
 
 std::atomic<int64_t> assumed_bytes{0};
 
+// C's streams: those of C++ need glibc 2.33 (old_glibc.cpp).
 int64_t read_cache_bytes() {
-  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // as "32768K"
+  char text[32] = {};  // as "32768K"
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fgets(text, sizeof(text), file) == nullptr) text[0] = 0;
+    std::fclose(file);
+  }
   int64_t kibibytes = 0;
-  char unit = 0;
-  if (file >> kibibytes >> unit && unit == 'K' && kibibytes > 0) return kibibytes << 10;
-  return kUnknownCacheBytes;
+  const auto [end, error] = std::from_chars(text, text + std::strlen(text), kibibytes);
+  return error == std::errc() && *end == 'K' && kibibytes > 0 ? kibibytes << 10 : kUnknownCacheBytes;
 }
 
 }  // namespace

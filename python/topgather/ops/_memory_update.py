@@ -463,7 +463,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent_values: Any, _indices: Any, tangent_weights: Any, *_: Any) -> Any:  # type: ignore[override]
-        values, indices, weights, offsets = ctx.saved_tensors
+        values, indices, weights, offsets = tensors.saved_rows(ctx)
         return _memory_ops.lookup_tangent(values, indices, weights, offsets, tangent_values, tangent_weights)
 
 
@@ -489,5 +489,5 @@ class _Dot(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent_values: Any, _indices: Any, tangent_x: Any, *_: Any) -> Any:  # type: ignore[override]
-        values, indices, x = ctx.saved_tensors
+        values, indices, x = tensors.saved_rows(ctx)
         return _memory_ops.dot_tangent(values, indices, x, None, tangent_values, tangent_x)
