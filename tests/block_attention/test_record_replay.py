@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -670,12 +669,14 @@ def test_torch_load_takes_a_record(tmp_path: Path) -> None:
 
 def test_records_that_are_not_whole(tmp_path: Path) -> None:
     """A ``ValueError`` that names the file, whatever is missing or does not go together."""
+    safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "record.safetensors"
     whole = {"format": "topgather.RoutingRecord", "version": 1, "share_every": 1, "num_calls": 1, "block_sizes": "[8]"}
     choice = torch.zeros(1, 1, 4, 2, dtype=torch.int32)
 
     def load(described: dict[str, Any], tensor: Tensor = choice) -> tg.RoutingRecord:
-        save_file({"choice.0": tensor}, path, metadata={name: str(value) for name, value in described.items()})
+        metadata = {name: str(value) for name, value in described.items()}
+        safetensors.save_file({"choice.0": tensor}, path, metadata=metadata)
         return tg.RoutingRecord.load(path)
 
     assert load(whole).num_calls == 1
