@@ -210,11 +210,10 @@ def _checked_choice(
     sequence = torch.searchsorted(edges, positions, right=True) - 1
     own = ((positions - edges[sequence]) // block_size).to(chosen.device)[:, None]
     counts = ((edges.diff()[sequence] + block_size - 1) // block_size).to(chosen.device)[:, None]
-    ranked = chosen.sort(dim=-1).values
     error: Exception | None = None
     if bool(((chosen < -1) | (chosen >= counts)).any()):
         error = IndexError("record must name blocks that exist, -1 for none, got others")
-    elif bool(((ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)).any()):
+    elif _moba_ops.repeated_blocks(chosen).numel() > 0:
         error = ValueError("record must name a block once for a query, got one twice")
     what = "agreeing on the choice of a record"
     device = collectives.agreement_device(layout.group)

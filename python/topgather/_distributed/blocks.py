@@ -111,8 +111,7 @@ def reach_of(stretch: Stretch, bounds: Sequence[int], block_size: int, *, is_cau
 def blocks_of(layout: Placement, bounds: list[int], block_size: int, *, is_causal: bool) -> Blocks:
     """The blocks of sequences with these boundaries, among which ``layout`` has its stretches."""
     stretches = tuple(tuple(of_rank) for of_rank in layout.stretches)
-    with torch.device("cpu"):  # plans are the host's, whatever the default device is
-        return _blocks(stretches, tuple(bounds), block_size, is_causal, layout.rank)
+    return _blocks(stretches, tuple(bounds), block_size, is_causal, layout.rank)
 
 
 # Layers of a model ask for the same again and again.

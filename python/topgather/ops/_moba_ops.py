@@ -24,6 +24,12 @@ MAX_SLOTS_OF_FEWER = 64
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
+def repeated_blocks(block_indices: Tensor) -> Tensor:
+    """The numbers ``[n]`` of blocks that ``block_indices [..., slots]`` names twice for a query; -1 is no block."""
+    ordered = block_indices.sort(dim=-1).values
+    return ordered[..., 1:][(ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)]
+
+
 def num_slots(top_k: int | None, num_keys: int, block_size: int) -> int:
     """Blocks that ``top_k``, or all of them, can be of a sequence of so many keys: slots of a choice, at least one."""
     # Within torch.compile, make_fx (a symbol) and torch.jit.trace (a tensor) it is for sequences of other sizes too.

@@ -17,7 +17,7 @@ from .._common import checks, cuda, tensors
 from .._common.library import sum_dtype
 from .._common.spec import Op, register
 from . import _index_loss
-from ._moba_ops import MAX_HEAD_DIM_ON_CUDA, num_slots
+from ._moba_ops import MAX_HEAD_DIM_ON_CUDA, num_slots, repeated_blocks
 from .routing import BlockRouting
 
 # In the order of csrc/indexer/indexer_params.h.
@@ -350,10 +350,9 @@ def _check_loss_content(key: Tensor, block_indices: Tensor | None, block_size: i
         raise IndexError(
             f"block_indices holds {wrong}; allowed are -1 and the numbers of the {num_blocks} key blocks, from 0 on"
         )
-    ordered = block_indices.sort(-1).values
-    is_twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
-    if is_twice.any():
-        raise ValueError(f"block_indices names block {int(ordered[..., 1:][is_twice][0])} twice for a query")
+    repeated = repeated_blocks(block_indices)
+    if repeated.numel() > 0:
+        raise ValueError(f"block_indices names block {int(repeated[0])} twice for a query")
 
 
 def _cuda_check(index_query: Tensor) -> None:
